@@ -1,0 +1,155 @@
+"""`params.yaml`, typed: parsed once at the edge, passed inward as objects. An error names the key.
+
+Each group of parameters belongs to one stage, and each stage of dvc.yaml lists only its own groups.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML, YAMLError
+
+from moa.errors import ConfigError
+
+DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+RESERVED = frozenset({"base", "routed", "forced", "none", "all"})
+
+
+def _domain_name(name: str) -> str:
+    if not DOMAIN_NAME.fullmatch(name):
+        raise ValueError("a domain name is lower-case letters, digits, '-' and '_', begins with a letter or digit, "
+                         "and has at most 63 characters")
+    if name in RESERVED:
+        raise ValueError(f"{name!r} has a meaning of its own; reserved names: {', '.join(sorted(RESERVED))}")
+    return name
+
+
+DomainName = Annotated[str, AfterValidator(_domain_name)]
+
+
+class Group(BaseModel):
+    """A group of parameters: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class BaseParams(Group):
+    source: str = Field(description="wheel:NAME==VERSION, hub:NAME@REVISION or path:DIR")
+    sha256: str | None = Field(default=None, description="digest the wheel must have; known for the default wheel")
+
+
+class PromptParams(Group):
+    """How rows become text. Training, routing, evaluation and serving all use it."""
+
+    system: str | None = Field(default=None, description="system message of rows without one; null = the template's own")
+    max_tokens: int = Field(default=1024, ge=16, description="longest row (prompt and answer) and longest routed prompt")
+
+
+class PrepareParams(Group):
+    validation: float = Field(default=0.1, gt=0, lt=0.5, description="share of rows")
+    test: float = Field(default=0.1, gt=0, lt=0.5, description="share of rows")
+    near_duplicate: float = Field(default=0.9, ge=0, le=1, description="Jaccard similarity of word shingles; 0 = off")
+    max_rejected: float = Field(default=0.1, ge=0, le=1, description="share of unusable rows that fails the step")
+    min_rows: int = Field(default=30, ge=3, description="fewest usable rows of a domain")
+
+
+class TrainParams(Group):
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0, description="LoRA scaling is alpha / rank")
+    targets: Literal["all-linear"] | list[str] = Field(default="all-linear", description="linear layers by suffix")
+    epochs: int = Field(default=2, ge=1, description="validations; the best epoch is kept")
+    rows_per_epoch: int | None = Field(default=None, ge=1, description="null = every row; epochs go on where the last "
+                                                                       "one stopped in the shuffled corpus")
+    batch_rows: int = Field(default=8, ge=1, description="rows of one optimizer step of one expert")
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps; then cosine to a tenth")
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    validation_rows: int = Field(default=32, ge=1, description="rows of the validation split used after each epoch")
+    patience: int = Field(default=0, ge=0, description="epochs without improvement before stopping; 0 = never stop early")
+    batch_tokens: int = Field(default=768, ge=16, description="padded tokens in one forward: memory, not mathematics")
+    seed: int = 0
+
+
+class AssembleParams(Group):
+    rule: Literal["early", "last", "vote"] = "early"
+    tolerance: float = Field(default=0.0, ge=0, le=1, description="early: accuracy that may be lost against the best layer")
+    rows: int = Field(default=96, ge=2, description="training prompts per domain the router sees")
+    max_abstention: float = Field(default=0.01, ge=0, lt=1, description="share of known-domain validation prompts")
+    seed: int = 0
+
+
+class EvaluateParams(Group):
+    rows: int | None = Field(default=None, ge=1, description="test rows per domain; null = all")
+    generate_rows: int = Field(default=20, ge=1, description="test rows per domain that are answered and scored")
+    max_new_tokens: int = Field(default=256, ge=1, description="bound; the longest training answer sets the real limit")
+    batch_rows: int = Field(default=16, ge=1)
+    seed: int = 0
+
+
+class ReleaseParams(Group):
+    name: str = Field(default="moa-mixture", description="registered model; experts are NAME's own: moa-expert-DOMAIN")
+    tolerance: float = Field(default=0.02, ge=0, description="gate: largest rise of a domain's routed loss, in nats")
+    min_rows: int = Field(default=20, ge=2, description="gate: fewest rows for a verdict")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+
+
+class ExecutionParams(Group):
+    """Where steps run. Not a dependency of any stage: it must not change a result."""
+
+    workers: int = Field(default=2, ge=1, description="stages side by side")
+    devices: list[str] | Literal["auto"] = Field(default="auto", description="auto = every CUDA device, or the CPU")
+
+
+class Domain(Group):
+    metric: str = Field(description="name in moa.metrics, or module:function")
+
+
+class Config(Group):
+    base: BaseParams
+    prompt: PromptParams = PromptParams()
+    quickstart: list[DomainName] = Field(default=[], description="corpora that `moa` generates itself")
+    domains: dict[DomainName, Domain] = Field(min_length=1)
+    prepare: PrepareParams = PrepareParams()
+    train: TrainParams = TrainParams()
+    assemble: AssembleParams = AssembleParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    release: ReleaseParams = ReleaseParams()
+    execution: ExecutionParams = ExecutionParams()
+
+    def require_domain(self, name: str) -> str:
+        """`name` if it is a domain. Raises ConfigError naming the known ones otherwise."""
+        if name not in self.domains:
+            raise ConfigError(f"No domain {name!r} in params.yaml; its domains are {', '.join(self.domains)}.")
+        return name
+
+
+def _explain(path: Path, error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the file"
+    if first["type"] == "extra_forbidden":
+        group: Any = Config
+        for part in first["loc"][:-1]:
+            field = getattr(group, "model_fields", {}).get(part)
+            group = field.annotation if field else Domain
+        known = ", ".join(getattr(group, "model_fields", {}))
+        return f"{path.name}: unknown key {key!r}; allowed here: {known}."
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] == "missing" else f" (found {first['input']!r})"
+    return f"{path.name}: {key}: {message}{found}."
+
+
+def load(path: Path) -> Config:
+    """Read and check `params.yaml`. Raises ConfigError with the key, what is allowed and what was found."""
+    try:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing.") from None
+    except YAMLError as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(f"{path.name} is not valid YAML: {detail}") from None
+    try:
+        return Config.model_validate(raw if raw is not None else {})
+    except ValidationError as error:
+        raise ConfigError(_explain(path, error)) from None

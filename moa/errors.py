@@ -1,0 +1,45 @@
+"""A small tree of errors a user can act on.
+
+Each message is one sentence or two: what is wrong, where, what is allowed, what to run next.
+The command line prints it without a traceback and exits with `exit_code`.
+"""
+
+
+class MoaError(Exception):
+    """Something the user can mend; everything else is a bug and keeps its traceback."""
+
+    exit_code = 1
+
+
+class UsageError(MoaError):
+    """The command's own words are wrong, or it was run in the wrong place."""
+
+    exit_code = 2
+
+
+class ConfigError(MoaError):
+    """`params.yaml` says something that is not allowed; the message names the key."""
+
+
+class DataError(MoaError):
+    """A domain's rows cannot be used; the message names the file and the line."""
+
+
+class BaseModelError(MoaError):
+    """The base cannot be fetched, verified or loaded."""
+
+
+class ArtifactError(MoaError):
+    """An expert, router or mixture on disk does not fit what its manifest or the base says."""
+
+
+class TrainingError(MoaError):
+    """An expert could not be trained, for instance because its loss is no longer finite."""
+
+
+class PipelineError(MoaError):
+    """A stage failed, or DVC refused; the message names the stage."""
+
+
+class RegistryError(MoaError):
+    """MLflow cannot be reached, or lacks the version asked for."""

@@ -1,0 +1,86 @@
+"""Conversations to token ids and target masks. One code path for training, routing, evaluation and serving."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moa.errors import DataError
+from moa.rows import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """`ids[t]` is predicted from `ids[:t]`; it counts in the loss when `targets[t]`."""
+
+    ids: list[int]
+    targets: list[bool]
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(self.targets)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.ids) - self.completion_tokens
+
+
+class Encoder:
+    """Renders messages with the base's chat template and encodes them piece by piece.
+
+    A conversation is cut where a model would start to write, and each piece is encoded alone. The ids before an answer
+    are therefore exactly those that `prompt` gives at serving time.
+    """
+
+    def __init__(self, tokenizer: Any, system: str | None, max_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.system = system
+        self.max_tokens = max_tokens
+
+    def _render(self, messages: Sequence[Message], generate: bool) -> str:
+        messages = list(messages)
+        if self.system is not None and (not messages or messages[0]["role"] != "system"):
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+
+    def _pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+        """The rendered conversation as (text, is an assistant's own words); the last piece is the last message."""
+        pieces: list[tuple[str, bool]] = []
+        done = ""
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            asked = self._render(messages[:turn], generate=True)
+            answered = self._render(messages[:turn + 1], generate=False)
+            if not answered.startswith(asked) or not asked.startswith(done):
+                raise DataError("The base's chat template does not render a conversation as a prefix of its "
+                                "continuation, so the answer's tokens cannot be told apart; use another base.")
+            pieces += [(asked[len(done):], False), (answered[len(asked):], True)]
+            done = answered
+        return pieces
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation that an assistant is about to answer."""
+        pieces = self._pieces(messages)
+        asked = self._render(messages, generate=True)
+        rest = asked[sum(len(text) for text, _ in pieces):]
+        return [token for text in (*(text for text, _ in pieces), rest) for token in self._ids(text)]
+
+    def row(self, messages: Sequence[Message]) -> Encoded:
+        """Ids and target mask of a finished conversation: every assistant turn, its end marker included, is a target.
+
+        White space that the template writes after the last end marker is dropped: nobody waits for it.
+        """
+        if not messages or messages[-1]["role"] != "assistant":
+            raise DataError("A row's last message must be the assistant's answer.")
+        pieces = self._pieces(messages)
+        pieces[-1] = (pieces[-1][0].rstrip("\n"), True)
+        ids: list[int] = []
+        targets: list[bool] = []
+        for text, target in pieces:
+            piece = self._ids(text)
+            ids += piece
+            targets += [target] * len(piece)
+        return Encoded(ids, targets)

@@ -1,0 +1,147 @@
+"""Every path of a workspace, from one root. Knows nothing of what the files hold.
+
+    params.yaml dvc.yaml dvc.lock   what to build, and what was built (git)
+    data/                           artifacts, each complete once its manifest exists (DVC)
+    .moa/                           this machine's own: databases, caches, locks, unfinished work (nobody)
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moa.errors import UsageError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The paths under one root. Nothing is created until somebody writes."""
+
+    root: Path
+
+    @classmethod
+    def find(cls, start: Path | None = None) -> "Workspace":
+        """The workspace at `start` or the nearest folder above it. Raises UsageError when there is none."""
+        here = (start or Path.cwd()).resolve()
+        for folder in (here, *here.parents):
+            if (folder / "params.yaml").is_file() and (folder / "dvc.yaml").is_file():
+                return cls(folder)
+        raise UsageError(
+            f"No workspace at {here} or above it: a workspace is a folder with params.yaml and dvc.yaml. "
+            "Change into one, or name it with --workspace DIR."
+        )
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params.yaml"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    # Artifacts: the outputs of the stages of dvc.yaml.
+
+    @property
+    def base(self) -> Path:
+        """Weights and tokenizer of a base that was fetched (for `hub:` and `path:` bases, tokenizer only)."""
+        return self.data / "base" / "model"
+
+    @property
+    def base_manifest(self) -> Path:
+        return self.data / "base" / MANIFEST
+
+    def raw(self, domain: str) -> Path:
+        return self.data / "raw" / domain
+
+    def corpus(self, domain: str) -> Path:
+        return self.data / "corpora" / domain
+
+    def expert(self, domain: str) -> Path:
+        return self.data / "experts" / domain
+
+    @property
+    def mixture(self) -> Path:
+        return self.data / "mixture"
+
+    @property
+    def reports(self) -> Path:
+        return self.data / "reports"
+
+    # This machine's own.
+
+    @property
+    def local(self) -> Path:
+        return self.root / ".moa"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one process that builds in this workspace."""
+        return self.local / "build.lock"
+
+    @property
+    def mlflow(self) -> Path:
+        """MLflow's default home: `mlflow.db` and `artifacts/`."""
+        return self.local / "mlflow"
+
+    @property
+    def prefect(self) -> Path:
+        """Home of the Prefect server that `moa run` starts when none is running."""
+        return self.local / "prefect"
+
+    @property
+    def cache(self) -> Path:
+        """What can be computed again: router features, downloaded releases."""
+        return self.local / "cache"
+
+    @property
+    def logs(self) -> Path:
+        return self.local / "logs"
+
+    def training_state(self, domain: str) -> Path:
+        """Where an interrupted training of `domain` continues from."""
+        return self.local / "training" / domain
+
+    def relative(self, path: Path) -> str:
+        """`path` as it is written in dvc.yaml."""
+        return path.relative_to(self.root).as_posix()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that a reader sees the whole file or the old one: temporary name, flush, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def replace_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes `target`'s place when the block ends well, and vanishes when it does not.
+
+    The manifest should be the last thing written into it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
