@@ -1,0 +1,65 @@
+"""The build as a Prefect flow: each stage a task, its state what happened to it. The order is in `flows.stages`.
+
+Prefect's task cache stays off: DVC alone knows what is fresh, and such a stage ends in a state named `Cached`.
+"""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Cancelled, Completed
+
+from flows.runner import Call, Outcome, attempt
+from flows.session import Options, opened
+from flows.stages import build as build_stages
+from moa.errors import PipelineError
+from moa.leash import stop_all
+from moa.workspace import Workspace
+
+
+class PrefectRunner:
+    """Each call is a task run of the flow that is running."""
+
+    def __init__(self) -> None:
+        self.interrupted = threading.Event()
+
+    def run_all(self, calls: Sequence[Call]) -> list[Outcome]:
+        outcomes: dict[str, Outcome] = {}
+
+        def body(call: Call) -> Any:
+            outcome = outcomes[call.name] = attempt(call, self.interrupted)
+            if outcome.error is not None:
+                raise outcome.error
+            if outcome.state == "cached":
+                return Completed(name="Cached", message="fresh, says DVC")
+            if outcome.state == "skipped":
+                return Cancelled(name="Skipped", message="a stage above it failed")
+            return Completed()
+
+        try:
+            futures = [task(body, name=call.name, task_run_name=call.name, cache_policy=NO_CACHE,
+                            persist_result=False).submit(call) for call in calls]
+            for future in futures:
+                future.wait()
+        except BaseException:   # Ctrl-C or SIGTERM: end the steps, or their threads would keep us here
+            self.interrupted.set()
+            stop_all()
+            raise
+        return [outcomes.get(call.name) or Outcome(call.name, "failed", error=PipelineError(
+            f"{call.name} did not run: Prefect says {future.state.name}.")) for call, future in
+            zip(calls, futures, strict=True)]
+
+
+@flow(name="build", persist_result=False, validate_parameters=False)
+def build(root: str = ".", domains: list[str] | None = None, force: list[str] | None = None,
+          promote: bool = True) -> dict[str, Any]:
+    """Bring every stage of the workspace at `root` up to date, then register, compare and promote."""
+    options = Options(tuple(domains) if domains is not None else None, tuple(force or ()), promote)
+    with opened(Workspace.find(Path(root)), options) as session:
+        result = build_stages(session, PrefectRunner())
+    if failure := result.failure():
+        raise failure
+    return result.as_dict()

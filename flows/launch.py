@@ -1,0 +1,64 @@
+"""One build from a command line: under Prefect, or with no server at all. Knows signals, nothing of stages."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flows.runner import LocalRunner
+from flows.session import Options, Result, opened
+from flows.stages import build as build_stages
+from moa.config import load
+from moa.errors import PipelineError
+from moa.leash import stop_all
+from moa.workspace import Workspace
+
+
+def run(workspace: Workspace, options: Options, *, local: bool = False, verbose: bool = False) -> Result:
+    """Build. A failed stage is in the result, see `Result.failure`; KeyboardInterrupt when told to end."""
+    load(workspace.params)   # before anything is started
+    with _terminated_as_interrupted():
+        if not local:
+            return _under_prefect(workspace, options, verbose)
+        with opened(workspace, options, verbose=verbose) as session:
+            return build_stages(session, LocalRunner(session.config.execution.workers))
+
+
+def _under_prefect(workspace: Workspace, options: Options, verbose: bool) -> Result:
+    from flows import server
+
+    # The session looks at the pipeline while the server starts.
+    with server.running(workspace, verbose=verbose) as prefect, opened(workspace, options, verbose=verbose) as session:
+        prefect.ready()
+        from prefect.task_runners import ThreadPoolTaskRunner
+
+        from flows.build import build
+
+        workers = ThreadPoolTaskRunner(max_workers=session.config.execution.workers)
+        domains = list(options.domains) if options.domains is not None else None
+        try:
+            build.with_options(task_runner=workers)(
+                root=str(workspace.root), domains=domains, force=list(options.force), promote=options.promote)
+        except PipelineError:
+            if session.result is None or not session.result.named("failed"):
+                raise
+        assert session.result is not None
+        return session.result
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does, and neither leaves a step behind."""
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield   # signals are somebody else's here
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        stop_all()

@@ -1,0 +1,114 @@
+"""What a build works with and what it leaves: options, an open workspace, results. No order and no policy in here."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from flows.runner import Outcome
+from moa.config import Config, load
+from moa.errors import PipelineError
+from moa.graph import FORCED, Snapshot, Stage
+from moa.pipeline import Pipeline
+from moa.progress import Screen
+from moa.workspace import Workspace
+
+Hook = tuple[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller of a build may choose."""
+
+    domains: tuple[str, ...] | None = None   # None = all
+    force: tuple[str, ...] = ()              # stages or steps to run although they are fresh
+    promote: bool = True
+
+
+@dataclass
+class Result:
+    """How a build ended, stage by stage."""
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    release: Any = None
+
+    def named(self, state: str) -> list[str]:
+        return sorted(name for name, outcome in self.outcomes.items() if outcome.state == state)
+
+    def failure(self) -> PipelineError | None:
+        """The sentence that names every failed stage, or None."""
+        failed = self.named("failed")
+        if not failed:
+            return None
+        reasons = dict.fromkeys(str(self.outcomes[name].error) for name in failed)   # those of one group share theirs
+        text = f"Failed: {', '.join(failed)}. {' '.join(reasons)}"
+        if skipped := self.named("skipped"):
+            text += f" Not run: {', '.join(skipped)}."
+        return PipelineError(f"{text} What had finished is recorded; `moa run` continues from there.")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**{state: self.named(state) for state in ("done", "cached", "skipped")},
+                "failed": {name: str(self.outcomes[name].error) for name in self.named("failed")},
+                "seconds": {name: round(self.outcomes[name].seconds, 2) for name in self.named("done")},
+                "release": self.release}
+
+
+@dataclass
+class Session:
+    """Everything a build needs, opened under the workspace's lock."""
+
+    workspace: Workspace
+    config: Config
+    pipeline: Pipeline
+    options: Options
+    screen: Screen
+    snapshot: Snapshot
+    finished: Callable[[str], bool]   # whether a domain's expert is complete for the inputs of now
+    hooks: Sequence[Hook] = ()        # what follows the last stage
+    result: Result | None = None      # of the build that ran in it
+
+    def stage(self, name: str) -> Stage:
+        return self.snapshot.graph.stages[name]
+
+    def forced(self, name: str) -> bool:
+        return any(reason.kind == FORCED for reason in self.snapshot.stale.get(name, ()))
+
+
+_ambient: ContextVar[Session | None] = ContextVar("session", default=None)
+
+
+@contextmanager
+def opened(workspace: Workspace, options: Options, *, verbose: bool = False) -> Iterator[Session]:
+    """A session; the one that is already open in this context, if there is one."""
+    if (ambient := _ambient.get()) is not None:
+        yield ambient
+        return
+    config = load(workspace.params)
+    for domain in options.domains or ():
+        config.require_domain(domain)
+    pipeline = Pipeline(workspace)
+    with pipeline.lock(), Screen(verbose=verbose) as screen:
+        snapshot = pipeline.snapshot().limited(options.domains).forced(options.force)
+        session = Session(workspace, config, pipeline, options, screen, snapshot,
+                          finished=lambda domain: _finished(workspace, config, domain),
+                          hooks=_release_hooks(workspace, config, options))
+        token = _ambient.set(session)
+        try:
+            yield session
+        finally:
+            _ambient.reset(token)
+
+
+def _finished(workspace: Workspace, config: Config, domain: str) -> bool:
+    from moa.experts import finished
+
+    return finished(workspace, config, domain)
+
+
+def _release_hooks(workspace: Workspace, config: Config, options: Options) -> list[Hook]:
+    try:
+        from flows import release
+    except ImportError:
+        return []
+    return release.hooks(workspace, config, options.promote)

@@ -1,0 +1,5 @@
+"""`python -m moa`."""
+
+from moa.cli import main
+
+main()

@@ -1,0 +1,261 @@
+"""argv to the library and the flows; nothing else. Answers `--help` without importing anything heavy."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from moa import __version__
+from moa.errors import MoaError
+from moa.workspace import Workspace
+
+
+class _Interrupted(MoaError):
+    exit_code = 130
+
+
+class _Group(typer.core.TyperGroup):
+    """Typer would answer Ctrl-C with "Aborted!" and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Interrupted("interrupted; what had finished is recorded, and the same command continues.") from None
+
+
+app = typer.Typer(name="moa", cls=_Group, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]},
+                  help="Continuous delivery for a Mixture-of-LoRAs: one frozen base model, one LoRA expert per domain, "
+                       "a router, and a release process that never lets a domain get worse.")
+
+RUN, STEPS, USE = "Build", "Single steps (what the stages of dvc.yaml run)", "Use"
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")]
+Domains = Annotated[str | None, typer.Option(
+    help="Only these domains' own steps, such as math,sql; what follows them still runs on all.", metavar="A,B")]
+Force = Annotated[list[str] | None, typer.Option(
+    help="Run this step (train) or stage (train@math) although it is fresh. Repeatable.", metavar="STAGE")]
+OneDomain = Annotated[str, typer.Option("--domain", help="A domain of params.yaml.", metavar="NAME")]
+
+
+class _Place:
+    """The workspace of this invocation, looked for when a command first needs it."""
+
+    directory: Path | None = None
+
+    def workspace(self) -> Workspace:
+        if self.directory is not None:
+            os.chdir(self.directory)   # relative paths in params.yaml and DVC's messages mean the workspace
+        return Workspace.find()
+
+
+_place = _Place()
+
+
+def _opened() -> tuple[Workspace, Any]:
+    from moa import config
+
+    workspace = _place.workspace()
+    return workspace, config.load(workspace.params)
+
+
+def _names(domains: str | None) -> tuple[str, ...] | None:
+    return None if domains is None else tuple(name.strip() for name in domains.split(",") if name.strip())
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    workspace: Annotated[Path | None, typer.Option(
+        help="Folder with params.yaml and dvc.yaml; the nearest one from here upwards by default.",
+        metavar="DIR", exists=True, file_okay=False)] = None,
+    _version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version,
+                                          is_eager=True)] = False,
+) -> None:
+    _place.directory = workspace
+
+
+@app.command(rich_help_panel=RUN)
+def run(
+    domains: Domains = None,
+    force: Force = None,
+    promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Let the release become champion.")] = True,
+    local: Annotated[bool, typer.Option("--local", help="Without Prefect: the same steps, no server.")] = False,
+    as_json: AsJson = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the steps and Prefect print.")] = False,
+) -> None:
+    """Bring everything up to date: prepare, train, assemble, evaluate, release."""
+    from flows.launch import run as launch
+    from flows.session import Options
+    from moa import config
+
+    workspace = _place.workspace()
+    result = launch(workspace, Options(_names(domains), tuple(force or ()), promote), local=local, verbose=verbose)
+    if as_json:
+        _print_json(result.as_dict())
+    if failure := result.failure():
+        raise failure
+    from moa.report import summary
+
+    print(summary(workspace, config.load(workspace.params)), file=sys.stderr if as_json else sys.stdout)
+
+
+@app.command(rich_help_panel=RUN)
+def plan(domains: Domains = None, force: Force = None, as_json: AsJson = False) -> None:
+    """Say what `moa run` would do, why, and how long it would take. Runs nothing."""
+    from moa import plan as planning
+    from moa.pipeline import Pipeline
+
+    workspace, config = _opened()
+    chosen = _names(domains)
+    for name in chosen or ():
+        config.require_domain(name)
+    snapshot = Pipeline(workspace).snapshot().limited(chosen).forced(force or ())
+    made = planning.make(snapshot, config, planning.Statistics.read(workspace, config))
+    if as_json:
+        _print_json(made.as_dict())
+    else:
+        print(made.text())
+
+
+@app.command(rich_help_panel=RUN)
+def status(as_json: AsJson = False) -> None:
+    """Show the workspace, its champion and what is pending."""
+    from moa.pipeline import Pipeline
+    from moa.report import status as describe
+
+    workspace, config = _opened()
+    snapshot = Pipeline(workspace).snapshot()
+    facts = describe(workspace, config, {"stale": sorted(snapshot.stale), "pending": sorted(snapshot.affected)})
+    if as_json:
+        _print_json(facts)
+    else:
+        width = max(len(key) for key in facts)
+        for key, value in facts.items():
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            print(f"{key:<{width}}  {text if text not in (None, '') else 'none'}")
+
+
+@app.command(rich_help_panel=USE)
+def ask(
+    question: str,
+    domain: Annotated[str | None, typer.Option(help="Use this expert instead of the router's choice.",
+                                               metavar="NAME")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question with the champion."""
+    from moa.ask import ask as answer
+
+    workspace, config = _opened()
+    reply = answer(workspace, config, question, domain=domain, max_new_tokens=max_new_tokens)
+    if as_json:
+        _print_json(reply)
+    else:
+        print(reply["answer"])
+
+
+@app.command("eval", rich_help_panel=USE)
+def evaluation(
+    rerun: Annotated[bool, typer.Option("--rerun", help="Measure again instead of showing the release's own report.")
+                     ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how the champion does in each domain: base, routed, label forced."""
+    from moa.report import champion_table, champion_text
+
+    workspace, config = _opened()
+    table = champion_table(workspace, config, rerun=rerun)
+    if as_json:
+        _print_json(table)
+    else:
+        print(champion_text(table))
+
+
+@app.command(rich_help_panel=STEPS)
+def base() -> None:
+    """Fetch, verify and convert the base model."""
+    from moa.base import fetch
+
+    workspace, config = _opened()
+    fetch(workspace, config.base)
+
+
+@app.command(rich_help_panel=STEPS)
+def quickstart(name: Annotated[str, typer.Argument(help="math, sql, extract, python or calendar.")]) -> None:
+    """Generate one of the quickstart corpora."""
+    from moa.quickstart import write
+
+    workspace = _place.workspace()
+    write(name, workspace.raw(name))
+
+
+@app.command(rich_help_panel=STEPS)
+def prepare(domain: OneDomain) -> None:
+    """Validate, deduplicate and split a domain's rows."""
+    from moa.corpus import prepare as prepare_corpus
+
+    workspace, config = _opened()
+    prepare_corpus(workspace, config, config.require_domain(domain))
+
+
+@app.command(rich_help_panel=STEPS)
+def train(
+    domain: Annotated[list[str], typer.Option("--domain", help="A domain of params.yaml. Repeat it to co-train.",
+                                              metavar="NAME")],
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever is there.")] = False,
+    device: Annotated[str | None, typer.Option(envvar="MOA_DEVICE", help="Instead of execution.devices: cpu, cuda:1.",
+                                               metavar="NAME")] = None,
+) -> None:
+    """Train the experts of some domains together, on one copy of the base."""
+    from moa.experts import train as train_experts
+
+    workspace, config = _opened()
+    if device:
+        config = config.model_copy(update={"execution": config.execution.model_copy(update={"devices": [device]})})
+    train_experts(workspace, config, domain, fresh=fresh)
+
+
+@app.command(rich_help_panel=STEPS)
+def assemble() -> None:
+    """Train the router and pin base, experts and router as one mixture."""
+    from moa.mixture import assemble as assemble_mixture
+
+    workspace, config = _opened()
+    assemble_mixture(workspace, config)
+
+
+@app.command(rich_help_panel=STEPS)
+def evaluate() -> None:
+    """Score base, routed and label-forced answers on the test rows."""
+    from moa.evaluate import evaluate as evaluate_mixture
+
+    workspace, config = _opened()
+    evaluate_mixture(workspace, config)
+
+
+def main() -> None:
+    """The console script. What the user can mend is one sentence; everything else keeps its traceback."""
+    try:
+        app(standalone_mode=True)
+    except MoaError as error:
+        print(f"moa: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The stage `train`: corpora in, one PEFT directory per domain out. An interrupted training continues.
+
+    data/experts/NAME/    adapter_config.json, adapter_model.safetensors, manifest.json (last)
+    .moa/training/        checkpoints of what is not finished, one file per process, replaced whole
+"""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moa import digests, rows
+from moa.base import BasePin, load, pick_device, pin
+from moa.config import Config
+from moa.errors import TrainingError
+from moa.tokens import Encoder
+from moa.workspace import MANIFEST, Workspace, read_json, replace_directory, write_json
+
+CODE = ("training.py", "batches.py", "lora.py", "tokens.py", "experts.py")
+CHECKPOINT_SECONDS = 20.0
+
+
+def fingerprint(workspace: Workspace, config: Config, domain: str) -> str:
+    """Digest of everything that decides what the expert of `domain` will be."""
+    here = Path(__file__).parent
+    return digests.of_json({
+        "domain": domain, "base": pin(workspace).digest, "corpus": corpus_digest(workspace, domain),
+        "prompt": config.prompt.model_dump(), "train": config.train.model_dump(),
+        "code": digests.of_files([here / name for name in CODE], here)})
+
+
+def corpus_digest(workspace: Workspace, domain: str) -> str:
+    path = workspace.corpus(domain) / MANIFEST
+    if not path.is_file():
+        raise TrainingError(f"Domain {domain!r} has no prepared corpus: run `moa prepare --domain {domain}` first.")
+    digest: str = read_json(path)["digest"]
+    return digest
+
+
+def finished(workspace: Workspace, config: Config, domain: str) -> bool:
+    """Whether the expert on disk is what training with the present inputs would give."""
+    path = workspace.expert(domain) / MANIFEST
+    return path.is_file() and read_json(path).get("fingerprint") == fingerprint(workspace, config, domain)
+
+
+def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: bool = False) -> None:
+    """Co-train the experts of `domains` on one copy of the base, and write each.
+
+    Experts that are already there for the same inputs are left alone unless `fresh`. Raises TrainingError naming the
+    experts that failed, after the others have been written.
+    """
+    for domain in domains:
+        config.require_domain(domain)
+    prints = {domain: fingerprint(workspace, config, domain) for domain in domains}
+    todo = [domain for domain in domains if fresh or not finished(workspace, config, domain)]
+    if not todo:
+        return
+    from moa.lora import ExpertStack, LoraSpec
+    from moa.progress import track
+    from moa.training import Learner, cotrain, seed_for
+
+    device = pick_device(config.execution.devices)
+    base = load(workspace, config.base, device)
+    encoder = Encoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
+    params = config.train
+    stack = ExpertStack(base.model, [LoraSpec(params.rank, params.alpha)] * len(todo), params.targets).trainable(True)
+    learners = []
+    for expert, domain in enumerate(todo):
+        stack.initialise(expert, seed_for(domain, params.seed))
+        encoded = {split: [encoder.row(row.messages) for row in rows.read(workspace.corpus(domain), split)]
+                   for split in ("train", "validation")}
+        learners.append(Learner(domain, expert, stack, encoded["train"], encoded["validation"], params))
+    checkpoint = Checkpoint(workspace, prints)
+    if not fresh:
+        checkpoint.restore(learners)
+
+    total = sum(len(learner.order) for learner in learners)
+    done = sum(learner.progress.step for learner in learners)
+    began, seen_before = time.monotonic(), sum(learner.progress.seen_tokens for learner in learners)
+    with track("train " + ", ".join(todo), total=total, unit="steps") as bar:
+        bar.advance(done)
+
+        def after_step(active: Sequence[Learner]) -> None:
+            bar.advance(len(active), note=_note(active))
+            checkpoint.save_now_and_then(learners)
+
+        cotrain(base.model, stack, learners, params.batch_tokens, after_step)
+    checkpoint.save(learners)   # all are written, or none needs to be trained again
+    _record_rate(workspace, sum(learner.progress.seen_tokens for learner in learners) - seen_before,
+                 time.monotonic() - began)
+    for learner in learners:
+        if learner.progress.failure is None:
+            _write(workspace, config, learner, stack, base.pin, prints[learner.name])
+    checkpoint.clear()
+    if failed := {learner.name: learner.progress.failure for learner in learners if learner.progress.failure}:
+        detail = "; ".join(f"{name}: {failure}" for name, failure in failed.items())
+        raise TrainingError(f"No expert for {', '.join(failed)} ({detail}). Lower train.learning_rate, or look at its "
+                            "longest and strangest rows; the other experts are done.")
+
+
+def _note(active: Sequence[Any]) -> str:
+    """Mean training loss so far in this epoch, by domain."""
+    return " ".join(f"{learner.name} {learner.progress.epoch_loss / learner.progress.epoch_tokens:.2f}"
+                    for learner in active if learner.progress.epoch_tokens)
+
+
+def _write(workspace: Workspace, config: Config, learner: Any, stack: Any, base: BasePin, print_: str) -> None:
+    at = learner.progress
+    with replace_directory(workspace.expert(learner.name)) as directory:
+        stack.save(learner.expert, directory, base.source)
+        write_json(directory / MANIFEST, {
+            "kind": "expert", "domain": learner.name,
+            "digest": digests.of_files(sorted(directory.iterdir()), directory),
+            "base": base.as_dict(), "corpus": corpus_digest(workspace, learner.name),
+            "rank": config.train.rank, "alpha": config.train.alpha,
+            "targets": sorted({name.rsplit(".", 1)[-1] for name in stack.layers}),
+            "train": config.train.model_dump(), "prompt": config.prompt.model_dump(),
+            "best_epoch": at.best_epoch, "best_loss": at.best_loss, "curve": at.curve, "fingerprint": print_})
+
+
+def _record_rate(workspace: Workspace, tokens: int, seconds: float) -> None:
+    """Leave the measured speed for the next plan's estimate."""
+    path = workspace.cache / "rates.json"
+    rates: dict[str, float] = {}
+    with suppress(OSError, ValueError):
+        rates = read_json(path)
+    if tokens:
+        write_json(path, {**rates, "train": tokens / max(seconds, 1e-9)})
+
+
+class Checkpoint:
+    """Everything unfinished learners of one process know, in one file that is replaced whole.
+
+    Learners are looked up by name and fingerprint in every file there is, so that a restart with other neighbours, or
+    another grouping, still continues each of them.
+    """
+
+    def __init__(self, workspace: Workspace, prints: dict[str, str]) -> None:
+        self.folder = workspace.local / "training"
+        self.prints = prints
+        self.path = self.folder / f"{digests.of_json(prints)[:16]}.safetensors"
+        self.last = time.monotonic()
+
+    def save_now_and_then(self, learners: Sequence[Any]) -> None:
+        if time.monotonic() - self.last >= CHECKPOINT_SECONDS:
+            self.save(learners)
+
+    def save(self, learners: Sequence[Any]) -> None:
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{learner.name}/{key}": value.cpu().contiguous().clone()
+                   for learner in learners for key, value in learner.tensors().items()}
+        meta = {learner.name: {"fingerprint": self.prints[learner.name], "progress": asdict(learner.progress)}
+                for learner in learners}
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        save_file(tensors, temporary, metadata={"learners": json.dumps(meta)})
+        temporary.replace(self.path)
+        self.last = time.monotonic()
+
+    def restore(self, learners: Sequence[Any]) -> None:
+        """Bring each learner to the furthest state saved for its fingerprint."""
+        from safetensors import safe_open
+
+        from moa.training import Progress
+
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with suppress(OSError, ValueError), safe_open(path, framework="pt") as file:
+                meta = json.loads((file.metadata() or {}).get("learners", "{}"))
+                for learner in learners:
+                    known = meta.get(learner.name)
+                    if (known and known["fingerprint"] == self.prints[learner.name]
+                            and not known["progress"]["failure"] and known["progress"]["step"] > learner.progress.step):
+                        prefix = f"{learner.name}/"
+                        learner.restore(Progress(**known["progress"]), {
+                            key.removeprefix(prefix): file.get_tensor(key) for key in file.keys()
+                            if key.startswith(prefix)})
+
+    def clear(self) -> None:
+        """Forget these learners: they are written."""
+        self.path.unlink(missing_ok=True)

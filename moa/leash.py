@@ -1,0 +1,112 @@
+"""Run a command that cannot outlive us. Knows nothing of DVC, stages or training.
+
+A child started directly survives the sudden death of its parent, and so do its own children: a training that nobody
+waits for. Here a small supervisor (this same file, run as a script with the standard library only) leads a process
+group of its own and holds one end of a pipe. When the other end closes, because we ask for it or because we are gone,
+it ends the whole group.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+GRACE = 5.0   # seconds between asking a group to end and ending it
+
+_running: "set[Leash]" = set()
+_guard = threading.Lock()
+
+
+class Leash:
+    """A running command with everything it starts. `stdout` receives both of its output streams."""
+
+    def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str],
+                 stdout: int | IO[str] = subprocess.PIPE, step: bool = True) -> None:
+        """`step=False` keeps the command out of `stop_all`: a server must hear of the interruption."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, *command], cwd=cwd, env=dict(env), stdin=subprocess.PIPE,
+            stdout=stdout, stderr=subprocess.STDOUT, start_new_session=True, text=True, errors="replace", bufsize=1)
+        self.stopped = False
+        if step:
+            with _guard:
+                _running.add(self)
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def follow(self, on_line: Callable[[str], None]) -> int:
+        """Pass each line of output on until the command ends; its exit status."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            on_line(line.rstrip("\n"))
+        return self.wait()
+
+    def wait(self, timeout: float | None = None) -> int:
+        status = self._process.wait(timeout)
+        self._forget()
+        return status
+
+    def release(self) -> None:
+        """Ask the group to end, without waiting for it."""
+        self.stopped = True
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def stop(self) -> None:
+        """End the whole group, gently if it lets us, and wait until it is gone."""
+        self.release()
+        try:
+            self._process.wait(GRACE + 2)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._forget()
+
+    def _forget(self) -> None:
+        with _guard:
+            _running.discard(self)
+
+
+def stop_all() -> None:
+    """End every step that runs on a leash, side by side."""
+    with _guard:
+        leashes = list(_running)
+    for leash in leashes:
+        leash.release()
+    for leash in leashes:
+        leash.stop()
+
+
+def _supervise(command: Sequence[str]) -> int:
+    """The script's part: run `command`; when standard input closes, end the process group (and so ourselves)."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)   # a handler, not SIG_IGN, which the command would inherit
+
+    released = threading.Event()
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        released.set()
+        os.killpg(0, signal.SIGTERM)
+        threading.Event().wait(GRACE)
+        os.killpg(0, signal.SIGKILL)
+
+    child = subprocess.Popen(list(command), stdin=subprocess.DEVNULL)
+    threading.Thread(target=watch, daemon=True).start()
+    status = child.wait()
+    if released.is_set():
+        os.killpg(0, signal.SIGKILL)   # the command is gone; what it started must not stay behind
+    return 128 - status if status < 0 else status
+
+
+if __name__ == "__main__":
+    sys.exit(_supervise(sys.argv[1:]))

@@ -1,0 +1,273 @@
+"""The only room that talks to DVC: the graph, what is stale, running one stage, recording a stage run elsewhere.
+
+It does not know what a stage does, in which order stages should run, or that Prefect exists. Graph and status are read
+in process; stages run in processes of their own, which end when we do.
+"""
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from moa.errors import PipelineError, UsageError
+from moa.graph import CHANGED, NEW, RESTORE, Graph, Reason, Snapshot, Stage
+from moa.leash import Leash
+from moa.workspace import Workspace, write_json
+
+QUIET = {
+    "DVC_NO_ANALYTICS": "1",
+    "DVC_TEST": "1",   # the only way, but for the workspace's own config, to keep `dvc` from asking for newer versions
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+OnLine = Callable[[str], None]
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment of our children: this interpreter's scripts first on PATH, nobody phones home."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1", **(extra or {})}
+
+
+class Pipeline:
+    """The stages of one workspace, through DVC."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        root = workspace.root
+        if not (root / ".dvc").is_dir():
+            inside_git = any((folder / ".git").exists() for folder in (root, *root.parents))
+            command = "dvc init --subdir" if inside_git and not (root / ".git").exists() else "dvc init"
+            raise UsageError(f"{root} is not set up for DVC: run `{'' if inside_git else 'git init && '}{command}` "
+                             "there first.")
+        self.workspace = workspace
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the one process that builds in this workspace. The lock goes with its process, however that ends."""
+        from filelock import FileLock, Timeout
+
+        path = self.workspace.lock
+        path.parent.mkdir(parents=True, exist_ok=True)
+        owner = path.with_suffix(".json")   # beside the lock, because some filelock versions truncate it
+        guard = FileLock(path, timeout=0)
+        try:
+            guard.acquire()
+        except Timeout:
+            raise PipelineError(f"Another moa run{_owner(owner)} is working in this workspace; "
+                                "wait for it, or end it.") from None
+        try:
+            write_json(owner, {"pid": os.getpid(), "since": datetime.now().astimezone().isoformat(timespec="seconds")})
+            self._clear_stale_locks()
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            guard.release()
+
+    def snapshot(self) -> Snapshot:
+        """Graph and direct staleness as they are now. About half a second."""
+        with self._stages() as (repo, nodes):
+            stages = [Stage(name, _command(stage), tuple(self._path(out) for out in stage.outs))
+                      for name, stage in nodes.items()]
+            upstream: dict[str, list[str]] = {}
+            for below, above in repo.index.graph.edges:
+                upstream.setdefault(self._name(below), []).append(self._name(above))
+            return Snapshot(Graph(stages, upstream), self._stale(nodes))
+
+    def stale(self, names: Iterable[str]) -> dict[str, tuple[Reason, ...]]:
+        """Which of `names` are stale now, looking at their own inputs and outputs only."""
+        with self._stages() as (_, nodes):
+            return self._stale({name: nodes[name] for name in names})
+
+    def restorable(self, names: Iterable[str]) -> set[str]:
+        """Which of `names` DVC can bring back from its cache: they ran before with the inputs of now."""
+        from dvc.exceptions import DvcException
+
+        found = set()
+        with self._stages() as (repo, nodes):
+            for name in names:
+                try:
+                    nodes[name].save_deps()
+                    repo.stage_cache.restore(nodes[name], dry=True)
+                except DvcException:
+                    continue
+                found.add(name)
+        return found
+
+    def inputs(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Digest of every input of `names` as it is now, by stage and path."""
+        with self._stages() as (_, nodes):
+            values: dict[str, dict[str, Any]] = {}
+            for name in names:
+                nodes[name].save_deps()
+                values[name] = {self._path(dep): str(dep.hash_info) for dep in nodes[name].deps}
+            return values
+
+    def reproduce(self, name: str, on_line: OnLine, *, force: bool = False) -> None:
+        """Run one stage and record it, or bring it back from DVC's cache. Raises PipelineError naming it."""
+        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *(["--force"] if force else []), "-s", name]
+        self.execute(name, command, on_line)
+
+    def run_command(self, name: str, command: str, on_line: OnLine, extra: Mapping[str, str] | None = None) -> None:
+        """Run a stage's kind of command outside DVC. `name` is what log file and error call it."""
+        self.execute(name, ["/bin/sh", "-c", command], on_line, extra)
+
+    def execute(self, name: str, command: Sequence[str], on_line: OnLine,
+                extra: Mapping[str, str] | None = None) -> None:
+        """Run a command with its output in a log file of its own. Raises PipelineError with the reason it gives."""
+        log = self.workspace.logs / re.sub(r"[^\w@.,+-]", "_", f"{name}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        tail: list[str] = []
+        with log.open("w", encoding="utf-8") as file:
+            print(f"$ {shlex.join(command)}", file=file, flush=True)
+
+            def keep(line: str) -> None:
+                if not on_progress(line):
+                    print(line, file=file, flush=True)
+                    tail.append(line)
+                    del tail[:-200]
+                on_line(line)
+
+            leash = Leash(command, cwd=self.workspace.root,
+                          env=environment({"MOA_PROGRESS": "json", **(extra or {})}))
+            status = leash.follow(keep)
+        if leash.stopped:
+            raise PipelineError(f"{name} was interrupted.")
+        if status:
+            raise PipelineError(f"{name} failed: {last_error(tail, status)} "
+                                f"(full output: {self.workspace.relative(log)})")
+
+    def record(self, names: Sequence[str]) -> None:
+        """Write stages that ran outside DVC into dvc.lock and the cache (`dvc commit --force`)."""
+        from dvc.exceptions import DvcException
+
+        try:
+            with self._stages() as (repo, nodes):   # one lock around all of them; DVC's locks nest
+                for name in names:
+                    repo.commit(target=f"{nodes[name].path}:{nodes[name].name}", force=True)
+        except DvcException as error:
+            raise PipelineError(f"DVC could not record {', '.join(names)}: {_sentence(str(error))}") from error
+
+    @contextmanager
+    def _stages(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """DVC's repository, locked, and its stages by name."""
+        os.environ.update({key: value for key, value in QUIET.items() if key.startswith("DVC")})
+        from dvc.exceptions import DvcException
+        from dvc.repo import Repo
+
+        try:
+            with Repo(str(self.workspace.root), _wait_for_lock=True) as repo, repo.lock:
+                yield repo, {self._name(stage): stage for stage in repo.index.graph.nodes}
+        except DvcException as error:
+            raise PipelineError(f"DVC cannot read this workspace's pipeline: {_sentence(str(error))}") from error
+
+    # DVC names stages and files from the current folder; we name them from the workspace's root.
+
+    def _name(self, stage: Any) -> str:
+        file = os.path.relpath(stage.path, self.workspace.root)
+        name = getattr(stage, "name", None)
+        return file if name is None else name if file == "dvc.yaml" else f"{file}:{name}"
+
+    def _path(self, entry: Any) -> str:
+        path = str(entry.fs_path)
+        return os.path.relpath(path, self.workspace.root) if os.path.isabs(path) else str(entry)
+
+    def _stale(self, nodes: Mapping[str, Any]) -> dict[str, tuple[Reason, ...]]:
+        """DVC's status in our words, of stages that have a command."""
+        stale = {}
+        for name, stage in nodes.items():
+            changes = next(iter(stage.status().values()), []) if stage.cmd else []
+            if changes and not any(entry.hash_info for entry in (*stage.outs, *stage.deps)):
+                stale[name] = (Reason(NEW, "never run"),)
+            elif changes:
+                paths = {str(entry): self._path(entry) for entry in (*stage.outs, *stage.deps)}
+                stale[name] = tuple(reason for change in changes for reason in _explain(change, paths))
+        return stale
+
+    def _clear_stale_locks(self) -> None:
+        """Forget path locks of processes that are gone: after a crash their pids may be other programs' by now."""
+        rwlock = self.workspace.root / ".dvc" / "tmp" / "rwlock"
+        try:
+            held = json.loads(rwlock.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        except ValueError:
+            held = {}   # cut off while it was written
+        owners = [info["pid"] for info in held.get("write", {}).values()]
+        owners += [info["pid"] for infos in held.get("read", {}).values() for info in infos]
+        if not any(_is_dvc(pid) for pid in owners):
+            rwlock.unlink(missing_ok=True)
+
+
+def on_progress(line: str) -> bool:
+    """Whether a line of output is a progress record, which has no place in a log."""
+    from moa.progress import MARKER
+
+    return MARKER in line
+
+
+def last_error(lines: Sequence[str], status: int) -> str:
+    """The sentence in which a failed step says why, out of the end of its output."""
+    own = [line for line in lines if line.startswith("moa: ")]
+    if own:
+        return own[-1].removeprefix("moa: ").strip()
+    for line in reversed(lines):
+        text = line.strip()
+        if text and not text.startswith("ERROR: failed to reproduce"):
+            return _sentence(text.removeprefix("ERROR: "))
+    return f"it ended with status {status} and said nothing."
+
+
+def _sentence(text: str) -> str:
+    text = " ".join(text.split())
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        return f" (pid {owner['pid']}, since {owner['since']})"
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def _is_dvc(pid: int) -> bool:
+    import psutil  # comes with DVC
+
+    try:
+        return any("dvc" in Path(part).name for part in psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False
+
+
+def _command(stage: Any) -> str | None:
+    command = stage.cmd
+    return "\n".join(command) if isinstance(command, list) else command
+
+
+def _explain(change: Any, paths: Mapping[str, str]) -> Iterator[Reason]:
+    """One entry of DVC's status: a word, or changed inputs or outputs by path."""
+    if not isinstance(change, Mapping):
+        yield Reason(CHANGED, "its command changed" if change == "changed command" else str(change))
+        return
+    for path, state in change.get("changed deps", {}).items():
+        if isinstance(state, Mapping):
+            yield from (Reason(CHANGED, f"parameter {key} {_state(how)}") for key, how in state.items())
+        else:
+            yield Reason(CHANGED, f"{paths.get(path, path)} {_state(state)}")
+    for path, state in change.get("changed outs", {}).items():
+        if state == "modified":
+            yield Reason(CHANGED, f"its output {paths.get(path, path)} was changed by something else")
+        else:
+            yield Reason(RESTORE, f"its output {paths.get(path, path)} is "
+                                  f"{'missing' if state == 'deleted' else state}")
+
+
+def _state(state: str) -> str:
+    return {"modified": "changed", "deleted": "is missing", "new": "is new"}.get(state, state)

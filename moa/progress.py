@@ -1,0 +1,149 @@
+"""Progress of long steps, on both sides of a process boundary. Knows nothing of what is being counted.
+
+A step counts with `track`. Alone at a terminal it draws a bar; under a driver (MOA_PROGRESS=json) it prints records,
+which the driver's `Screen` turns into one bar for each running stage.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any, Self
+
+MARKER = "::moa-progress::"
+RECORD_SECONDS = 0.2    # between two records of one step
+PLAIN_SECONDS = 15.0    # between two plain lines of one step ...
+PLAIN_SHARE = 0.1       # ... unless this much more is done
+
+
+class track:   # a verb, as it reads where it is used
+    """Count to `total` on standard error; `total=None` when the end is not known."""
+
+    def __init__(self, label: str, total: int | None = None, unit: str = "") -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done, self.note = 0, ""
+        self._last = 0.0
+        self._records = os.environ.get("MOA_PROGRESS") == "json"
+        self._screen: Screen | None = None
+
+    def __enter__(self) -> Self:
+        if not self._records:
+            self._screen = Screen().__enter__()
+            self._screen.start(self.label)
+        self._show(True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._show(True)
+        if self._screen is not None:
+            self._screen.finish(self.label, "failed" if kind else "done")
+            self._screen.__exit__(kind, error, trace)
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        self.done += count
+        if note is not None:
+            self.note = note
+        self._show(self.done == self.total)
+
+    def _show(self, now: bool) -> None:
+        record = {"label": self.label, "done": self.done, "total": self.total, "unit": self.unit, "note": self.note}
+        if self._screen is not None:
+            self._screen.update(self.label, record)
+        elif now or time.monotonic() - self._last >= RECORD_SECONDS:
+            self._last = time.monotonic()
+            print(f"{MARKER}{json.dumps(record)}", file=sys.stderr, flush=True)
+
+
+class Screen:
+    """One bar for each running stage on a terminal, sparse lines elsewhere, and a last line for each that ended."""
+
+    def __init__(self, *, verbose: bool = False) -> None:
+        self._verbose = verbose
+        self._guard = threading.Lock()
+        self._started: dict[str, float] = {}
+        self._shown: dict[str, tuple[float, float]] = {}   # plain lines: when, and the share done then
+        self._bars: dict[str, Any] = {}
+        self._progress: Any = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"),
+                                      TimeElapsedColumn(), TextColumn("{task.fields[note]}", markup=False),
+                                      console=Console(stderr=True), transient=True)
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def start(self, name: str) -> None:
+        with self._guard:
+            self._started[name] = time.monotonic()
+            if self._progress is not None:
+                self._bars[name] = self._progress.add_task(name, total=None, count="", note="")
+
+    def line(self, name: str, line: str) -> None:
+        """Take one line of a stage's output: a progress record, or words, which only --verbose shows."""
+        _, found, text = line.partition(MARKER)
+        if not found:
+            if self._verbose:
+                self.say(f"{name}: {line}")
+            return
+        try:
+            record = json.loads(text)
+        except ValueError:
+            return   # two processes' lines ran into each other; the next record will do
+        self.update(name, record)
+
+    def update(self, name: str, record: dict[str, Any]) -> None:
+        done, total, note = record["done"], record["total"], record["note"]
+        count = f"{done}/{total} {record['unit']}" if total else f"{done} {record['unit']}" if done else ""
+        if self._progress is not None:
+            label = name if record["label"] in name else f"{name} · {record['label']}"
+            if name in self._bars:
+                self._progress.update(self._bars[name], description=label, completed=done, total=total,
+                                      count=count, note=note)
+            return
+        share, now = (done / total if total else 0.0), time.monotonic()
+        since, before = self._shown.get(name, (self._started.get(name, now), 0.0))
+        if 0 < share < before:
+            before = 0.0   # the stage counts something new
+        if (share - before >= PLAIN_SHARE and share < 1) or now - since >= PLAIN_SECONDS:
+            self._shown[name] = (now, share)
+            self.say("  ".join(part for part in (f"{name}: {record['label']}", count, note) if part))
+
+    def finish(self, name: str, state: str, detail: str = "") -> None:
+        """The last line of a stage: how it ended, and after how long."""
+        with self._guard:
+            seconds = time.monotonic() - self._started.pop(name, time.monotonic())
+            self._shown.pop(name, None)
+            bar = self._bars.pop(name, None)
+        if bar is not None:
+            self._progress.remove_task(bar)
+        self.say(f"{name:<24} {state}{f' in {duration(seconds)}' if seconds >= 0.05 else ''}"
+                 f"{f'  {detail}' if detail else ''}")
+
+    def say(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
