@@ -108,7 +108,7 @@ def _finished(workspace: Workspace, config: Config, domain: str) -> bool:
 
 def _release_hooks(workspace: Workspace, config: Config, options: Options) -> list[Hook]:
     try:
-        from flows import release
+        from flows import release  # type: ignore[attr-defined]
     except ImportError:
         return []
     return release.hooks(workspace, config, options.promote)

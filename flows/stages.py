@@ -43,10 +43,14 @@ def _stages(session: Session, runner: Runner, result: Result) -> None:
     _finish(session, result, runner.run_all(
         [Call(name, lambda: Mark.CACHED) for names in graph.generations() for name in names
          if graph.stages[name].command and name not in affected | snapshot.left_out]))
-    for generation in graph.generations(affected):
+    # Generations of the whole graph: those of the stale part alone would tear trainings apart that can share a process.
+    for generation in graph.generations():
+        todo = [name for name in generation if name in affected]
+        if not todo:
+            continue
         blocked = graph.descendants(result.named("failed"))
-        calls = [Call(name, lambda: Mark.SKIPPED) for name in generation if name in blocked]
-        ready = [name for name in generation if name not in blocked]
+        calls = [Call(name, lambda: Mark.SKIPPED) for name in todo if name in blocked]
+        ready = [name for name in todo if name not in blocked]
         stale = set(session.pipeline.stale(ready)) | {name for name in ready if session.forced(name)}
         calls += [Call(name, lambda: Mark.CACHED) for name in ready if name not in stale]
         groups, alone = _grouped(session, [name for name in ready if name in stale])

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +270,7 @@ def pick_device(devices: str | list[str] = "auto") -> Device:
     return Device(device, dtype, reason)
 
 
-def load_tokenizer(workspace: Workspace, params: BaseParams) -> Any:
+def load_tokenizer(workspace: Workspace) -> Any:
     """The fetched base's tokenizer. Raises BaseModelError when it is missing or not the fetched one."""
     from transformers import AutoTokenizer
 
@@ -296,4 +296,4 @@ def load(workspace: Workspace, params: BaseParams, device: Device | None = None)
     except (ValueError, OSError, KeyError) as error:
         raise BaseModelError(f"The base {pinned.source} cannot be loaded: {sources.one_line(error)}") from None
     model = model.to(device.device).eval().requires_grad_(False)
-    return Base(model, load_tokenizer(workspace, params), pinned, device)
+    return Base(model, load_tokenizer(workspace), pinned, device)

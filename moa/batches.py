@@ -79,5 +79,7 @@ def row_losses(model: nn.Module, batch: Batch) -> Tensor:
     """
     with projecting_only(model, batch.positions):
         logits = model(input_ids=batch.ids, use_cache=False).logits
-    nll_N = nn.functional.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, batch.targets, reduction="none")
+    if logits.dtype.itemsize < 4:
+        logits = logits.float()
+    nll_N = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     return torch.zeros(len(batch.ids), dtype=nll_N.dtype, device=nll_N.device).index_add(0, batch.rows, nll_N)

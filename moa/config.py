@@ -42,8 +42,8 @@ class BaseParams(Group):
 class PromptParams(Group):
     """How rows become text. Training, routing, evaluation and serving all use it."""
 
-    system: str | None = Field(default=None, description="system message of rows without one; null = the template's own")
-    max_tokens: int = Field(default=1024, ge=16, description="longest row (prompt and answer) and longest routed prompt")
+    system: str | None = Field(default=None, description="system message of rows without one; null = template's")
+    max_tokens: int = Field(default=1024, ge=16, description="longest row, and longest prompt the router reads")
 
 
 class PrepareParams(Group):
@@ -67,14 +67,14 @@ class TrainParams(Group):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     validation_rows: int = Field(default=32, ge=1, description="rows of the validation split used after each epoch")
-    patience: int = Field(default=0, ge=0, description="epochs without improvement before stopping; 0 = never stop early")
+    patience: int = Field(default=0, ge=0, description="epochs without improvement before stopping; 0 = off")
     batch_tokens: int = Field(default=768, ge=16, description="padded tokens in one forward: memory, not mathematics")
     seed: int = 0
 
 
 class AssembleParams(Group):
     rule: Literal["early", "last", "vote"] = "early"
-    tolerance: float = Field(default=0.0, ge=0, le=1, description="early: accuracy that may be lost against the best layer")
+    tolerance: float = Field(default=0.0, ge=0, le=1, description="early: accuracy it may lose to the best layer")
     rows: int = Field(default=96, ge=2, description="training prompts per domain the router sees")
     max_abstention: float = Field(default=0.01, ge=0, lt=1, description="share of known-domain validation prompts")
     seed: int = 0

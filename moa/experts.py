@@ -115,7 +115,7 @@ def _write(workspace: Workspace, config: Config, learner: Any, stack: Any, base:
         write_json(directory / MANIFEST, {
             "kind": "expert", "domain": learner.name,
             "digest": digests.of_files(sorted(directory.iterdir()), directory),
-            "base": base.as_dict(), "corpus": corpus_digest(workspace, learner.name),
+            "base": asdict(base), "corpus": corpus_digest(workspace, learner.name),
             "rank": config.train.rank, "alpha": config.train.alpha,
             "targets": sorted({name.rsplit(".", 1)[-1] for name in stack.layers}),
             "train": config.train.model_dump(), "prompt": config.prompt.model_dump(),
@@ -177,7 +177,8 @@ class Checkpoint:
                             and not known["progress"]["failure"] and known["progress"]["step"] > learner.progress.step):
                         prefix = f"{learner.name}/"
                         learner.restore(Progress(**known["progress"]), {
-                            key.removeprefix(prefix): file.get_tensor(key) for key in file.keys()
+                            key.removeprefix(prefix): file.get_tensor(key) for key in file.keys()  # noqa: SIM118 - no mapping
+
                             if key.startswith(prefix)})
 
     def clear(self) -> None:

@@ -58,20 +58,11 @@ class Graph:
 
         return {below for name in names for below in nx.descendants(self._graph, name)}
 
-    def generations(self, names: Iterable[str] | None = None) -> list[list[str]]:
-        """Stages in the order they can run; those of one generation do not need each other.
-
-        With `names`, only those, ordered among themselves.
-        """
+    def generations(self) -> list[list[str]]:
+        """Stages in the order they can run; those of one generation do not need each other."""
         import networkx as nx
 
-        graph = self._graph
-        if names is not None:
-            kept = set(names)
-            # A stage left out still orders those around it.
-            closure = nx.transitive_closure_dag(graph)
-            graph = closure.subgraph(kept)
-        return [sorted(generation) for generation in nx.topological_generations(graph)]
+        return [sorted(generation) for generation in nx.topological_generations(self._graph)]
 
     def matching(self, word: str) -> list[str]:
         """Stages meant by `train` or `train@math`. Raises UsageError naming what there is."""

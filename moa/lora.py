@@ -2,7 +2,7 @@
 
 Knows nothing of domains' data, routing or training loops.
 
-Shapes: E experts, R largest rank, I and O a layer's inputs and outputs, B rows, T positions, P parameters of one expert.
+Shapes: E experts, R largest rank, I and O a layer's inputs and outputs, B rows, T positions, P an expert's parameters.
 LoRA is Hu et al. 2021 (arXiv 2106.09685): y = Wx + scale * B(Ax), scale = alpha / rank, or alpha / sqrt(rank) for
 rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
 """
@@ -246,7 +246,8 @@ def _layer_scale(config: dict[str, Any], name: str) -> float:
                 return value
         return default
 
-    rank, alpha = lookup(config.get("rank_pattern"), config["r"]), lookup(config.get("alpha_pattern"), config["lora_alpha"])
+    rank = lookup(config.get("rank_pattern"), config["r"])
+    alpha = lookup(config.get("alpha_pattern"), config["lora_alpha"])
     return LoraSpec(rank, alpha, bool(config.get("use_rslora"))).scale
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ class Pipeline:
         try:
             write_json(owner, {"pid": os.getpid(), "since": datetime.now().astimezone().isoformat(timespec="seconds")})
             self._clear_stale_locks()
+            self._heal()
             yield
         finally:
             owner.unlink(missing_ok=True)
@@ -78,7 +80,11 @@ class Pipeline:
             upstream: dict[str, list[str]] = {}
             for below, above in repo.index.graph.edges:
                 upstream.setdefault(self._name(below), []).append(self._name(above))
-            return Snapshot(Graph(stages, upstream), self._stale(nodes))
+            snapshot = Snapshot(Graph(stages, upstream), self._stale(nodes))
+        if self._lock_file.exists():   # it could be read
+            self._known_good.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._lock_file, self._known_good)
+        return snapshot
 
     def stale(self, names: Iterable[str]) -> dict[str, tuple[Reason, ...]]:
         """Which of `names` are stale now, looking at their own inputs and outputs only."""
@@ -144,25 +150,20 @@ class Pipeline:
                                 f"(full output: {self.workspace.relative(log)})")
 
     def record(self, names: Sequence[str]) -> None:
-        """Write stages that ran outside DVC into dvc.lock and the cache (`dvc commit --force`)."""
-        from dvc.exceptions import DvcException
-
-        try:
-            with self._stages() as (repo, nodes):   # one lock around all of them; DVC's locks nest
-                for name in names:
-                    repo.commit(target=f"{nodes[name].path}:{nodes[name].name}", force=True)
-        except DvcException as error:
-            raise PipelineError(f"DVC could not record {', '.join(names)}: {_sentence(str(error))}") from error
+        """Write stages that ran outside DVC into dvc.lock and the cache, all at once."""
+        if names:
+            command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "-q", "--force", *names]
+            self.execute(f"record {names[0].split('@')[0]}", command, lambda _: None)
 
     @contextmanager
     def _stages(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         """DVC's repository, locked, and its stages by name."""
         os.environ.update({key: value for key, value in QUIET.items() if key.startswith("DVC")})
         from dvc.exceptions import DvcException
-        from dvc.repo import Repo
+        from dvc.repo import Repo, lock_repo
 
         try:
-            with Repo(str(self.workspace.root), _wait_for_lock=True) as repo, repo.lock:
+            with Repo(str(self.workspace.root), _wait_for_lock=True) as repo, lock_repo(repo):
                 yield repo, {self._name(stage): stage for stage in repo.index.graph.nodes}
         except DvcException as error:
             raise PipelineError(f"DVC cannot read this workspace's pipeline: {_sentence(str(error))}") from error
@@ -176,19 +177,43 @@ class Pipeline:
 
     def _path(self, entry: Any) -> str:
         path = str(entry.fs_path)
-        return os.path.relpath(path, self.workspace.root) if os.path.isabs(path) else str(entry)
+        return os.path.relpath(path, self.workspace.root) if Path(path).is_absolute() else str(entry)
 
     def _stale(self, nodes: Mapping[str, Any]) -> dict[str, tuple[Reason, ...]]:
         """DVC's status in our words, of stages that have a command."""
-        stale = {}
+        stale: dict[str, tuple[Reason, ...]] = {}
         for name, stage in nodes.items():
-            changes = next(iter(stage.status().values()), []) if stage.cmd else []
+            changes: list[Any] = next(iter(stage.status().values()), []) if stage.cmd else []
             if changes and not any(entry.hash_info for entry in (*stage.outs, *stage.deps)):
                 stale[name] = (Reason(NEW, "never run"),)
             elif changes:
                 paths = {str(entry): self._path(entry) for entry in (*stage.outs, *stage.deps)}
                 stale[name] = tuple(reason for change in changes for reason in _explain(change, paths))
         return stale
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.workspace.root / "dvc.lock"
+
+    @property
+    def _known_good(self) -> Path:
+        return self.workspace.local / "dvc.lock.known-good"
+
+    def _heal(self) -> None:
+        """Put back a dvc.lock that was cut off: DVC does not write it in one go.
+
+        What was recorded since the copy is found again in DVC's cache.
+        """
+        from ruamel.yaml import YAML, YAMLError
+
+        try:
+            whole = not self._lock_file.exists() or isinstance(YAML(typ="safe").load(self._lock_file), Mapping)
+        except YAMLError:
+            whole = False
+        if not whole and self._known_good.exists():
+            shutil.copyfile(self._known_good, self._lock_file)
+        elif not whole:
+            self._lock_file.unlink()
 
     def _clear_stale_locks(self) -> None:
         """Forget path locks of processes that are gone: after a crash their pids may be other programs' by now."""

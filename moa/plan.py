@@ -150,6 +150,5 @@ def row_tokens(manifest: Mapping[str, Any] | None) -> float:
         return DEFAULT_ROW_TOKENS
     parts = [part["mean"] if isinstance(part, Mapping) and "mean" in part else part
              for part in (tokens.get("prompt"), tokens.get("completion"))]
-    if not all(isinstance(part, int | float) for part in parts):
-        return DEFAULT_ROW_TOKENS
-    return float(sum(parts))
+    means = [float(part) for part in parts if isinstance(part, int | float)]
+    return sum(means) if len(means) == len(parts) else DEFAULT_ROW_TOKENS

@@ -98,7 +98,8 @@ class Learner:
         assert self.weights.grad is not None
         norm = nn.utils.clip_grad_norm_([self.weights], self.params.max_grad_norm)
         if not (math.isfinite(loss) and bool(norm.isfinite())):
-            self.progress.failure = f"its loss was {loss / max(tokens, 1):.3g} and no longer finite at step {self.progress.step + 1}"
+            mean = loss / max(tokens, 1)
+            self.progress.failure = f"at step {self.progress.step + 1} its loss ({mean:.3g}) or gradient is not finite"
             self.weights.grad.zero_()
             return
         rate = learning_rate(self.progress.step, len(self.order), self.params)
@@ -188,7 +189,7 @@ def validation_losses(model: nn.Module, stack: ExpertStack, learners: Sequence[L
 
 
 def cotrain(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,
-            after_step: Callable[[Sequence[Learner]], Any] = lambda learners: None) -> None:
+            after_step: Callable[[Sequence[Learner]], Any] = lambda _: None) -> None:
     """Train until every learner is done; each ends with its best epoch in the stack.
 
     `after_step` is called after each common step, for progress and checkpoints. A learner whose loss or gradient is no

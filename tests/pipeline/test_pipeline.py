@@ -1,6 +1,8 @@
 """moa.pipeline and the local build against real git and DVC, with toy steps."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,11 +35,13 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 @pytest.fixture
-def built(workspace: Workspace) -> Workspace:
-    """Everything fresh."""
-    assert build(workspace).failure() is None
-    toy.runs(workspace)
-    return workspace
+def built(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Everything fresh: a copy of one that was built once."""
+    template = Workspace(tmp_path_factory.getbasetemp() / "template")
+    if not template.reports.exists():
+        assert build(toy.make(template.root)).failure() is None
+        toy.runs(template)
+    return Workspace(shutil.copytree(template.root, tmp_path / "w"))
 
 
 def build(workspace: Workspace, **options: object) -> Result:
@@ -105,7 +109,8 @@ def test_stages_of_the_users_own_and_tracked_data(built: Workspace) -> None:
     subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "extra.txt"], cwd=built.root, check=True,
                    env=environment())
     with (built.root / "dvc.yaml").open("a") as file:
-        file.write("  mine:\n    cmd: cp extra.txt mine.txt\n    deps: [extra.txt, data/reports]\n    outs: [mine.txt]\n")
+        file.write("  mine:\n    cmd: cp extra.txt mine.txt\n    deps: [extra.txt, data/reports]\n"
+                   "    outs: [mine.txt]\n")
     assert Pipeline(built).snapshot().affected == {"mine"}
     result = build(built)
     assert result.named("done") == ["mine"] and (built.root / "mine.txt").exists()
@@ -250,10 +255,18 @@ def test_leash_ends_what_does_not_listen(tmp_path: Path) -> None:
 
 def test_stale_path_locks_are_cleared(built: Workspace) -> None:
     rwlock = built.root / ".dvc" / "tmp" / "rwlock"
-    rwlock.write_text('{"write": {"%s": {"pid": %d, "cmd": "dvc repro"}}, "read": {}}'
-                      % (built.mixture, os.getppid()))
+    held = {str(built.mixture): {"pid": os.getppid(), "cmd": "dvc repro"}}
+    rwlock.write_text(json.dumps({"write": held, "read": {}}))
     with Pipeline(built).lock():
         assert not rwlock.exists()
+
+
+def test_a_lock_file_that_was_cut_off(built: Workspace) -> None:
+    lock = built.root / "dvc.lock"
+    build(built)
+    lock.write_text(lock.read_text()[:100])
+    assert build(built).failure() is None
+    assert not toy.runs(built)
 
 
 def test_a_folder_without_dvc(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ for domain in domains:
             print("already there", domain)
         write(data / "experts" / domain, {"value": read(data / "corpora" / domain).upper()})
     elif step == "assemble":
-        write(data / "mixture", {"value": sorted(read(p) for p in (data / "experts").iterdir())})
+        write(data / "mixture", {"value": sorted(read(p) for p in (data / "experts").iterdir() if p.is_dir())})
     elif step == "evaluate":
         write(data / "reports", {"value": len(read(data / "mixture"))})
 if failed:

@@ -1,0 +1,24 @@
+# Both commands do all their own set-up: virtual environment, pinned packages, base weights.
+PYTHON ?= python3
+BIN := .venv/bin
+export DO_NOT_TRACK = 1
+export DVC_NO_ANALYTICS = 1
+export MLFLOW_DISABLE_TELEMETRY = true
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
+
+.PHONY: test lint clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv .moa .mypy_cache .ruff_cache .pytest_cache build *.egg-info
