@@ -4,6 +4,7 @@ It does not know what a stage does, in which order stages should run, or that Pr
 in process; stages run in processes of their own, which end when we do.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Pipeline:
                              "there first.")
         self.workspace = workspace
 
-    @contextmanager
+    @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Be the one process that builds in this workspace. The lock goes with its process, however that ends."""
         from filelock import FileLock, Timeout
@@ -96,14 +96,16 @@ class Pipeline:
         from dvc.exceptions import DvcException
 
         found = set()
-        with self._stages() as (repo, nodes):
+        with self._stages() as (repo, nodes), contextlib.chdir(self.workspace.root):   # its run cache assumes so
             for name in names:
                 try:
                     nodes[name].save_deps()
-                    repo.stage_cache.restore(nodes[name], dry=True)
+                    # `restore(dry=True)` would answer this in public, but looks at the inputs of the last run.
+                    before = repo.stage_cache._load(nodes[name])
+                    if before and repo.stage_cache._create_stage(before, wdir=nodes[name].wdir).outs_cached():
+                        found.add(name)
                 except DvcException:
-                    continue
-                found.add(name)
+                    continue   # an input is missing: the stage itself will say so
         return found
 
     def inputs(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -155,7 +157,7 @@ class Pipeline:
             command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "-q", "--force", *names]
             self.execute(f"record {names[0].split('@')[0]}", command, lambda _: None)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _stages(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         """DVC's repository, locked, and its stages by name."""
         os.environ.update({key: value for key, value in QUIET.items() if key.startswith("DVC")})
@@ -204,16 +206,19 @@ class Pipeline:
 
         What was recorded since the copy is found again in DVC's cache.
         """
+        if not self._lock_file.exists():
+            return
+        from dvc.schema import COMPILED_LOCKFILE_SCHEMA
         from ruamel.yaml import YAML, YAMLError
+        from voluptuous import Invalid
 
         try:
-            whole = not self._lock_file.exists() or isinstance(YAML(typ="safe").load(self._lock_file), Mapping)
-        except YAMLError:
-            whole = False
-        if not whole and self._known_good.exists():
-            shutil.copyfile(self._known_good, self._lock_file)
-        elif not whole:
-            self._lock_file.unlink()
+            COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(self._lock_file))
+        except (YAMLError, Invalid):
+            if self._known_good.exists():
+                shutil.copyfile(self._known_good, self._lock_file)
+            else:
+                self._lock_file.unlink()
 
     def _clear_stale_locks(self) -> None:
         """Forget path locks of processes that are gone: after a crash their pids may be other programs' by now."""

@@ -159,14 +159,16 @@ def test_a_failing_stage_run_by_dvc(workspace: Workspace) -> None:
     assert {"prepare@math", "train@math"} <= set(result.named("done"))
 
 
-def test_a_trained_expert_that_was_never_recorded(built: Workspace) -> None:
-    """A crash between training and `dvc commit`: the trainer is asked again, and finds it done."""
+def test_a_training_that_dvc_remembers(built: Workspace) -> None:
     toy.add_rows(built, "math", "m2")
-    build(built, domains=("math",))
-    toy.add_rows(built, "math", "math")   # back to what was built first: DVC restores it without a training
+    toy.add_rows(built, "sql", "s2")
+    build(built)
+    toy.add_rows(built, "math", "math")   # back to what was built first
+    toy.add_rows(built, "sql", "s3")
     toy.runs(built)
     assert build(built).failure() is None
-    assert "train math" not in toy.runs(built) and toy.value(built.expert("math")) == "MATH"
+    assert toy.runs(built) == ["assemble", "evaluate", "prepare sql", "train sql"]
+    assert toy.value(built.mixture) == ["MATH", "S3"]
 
 
 def test_inputs_that_change_during_a_training_are_not_recorded(workspace: Workspace) -> None:

@@ -1,0 +1,89 @@
+"""The command line: fast to import, and one sentence for what the user can mend."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moa import cli
+from moa.errors import PipelineError
+
+HEAVY = ("torch", "transformers", "prefect", "mlflow", "dvc", "peft", "datasets", "pydantic", "networkx")
+PARAMS = "base: {source: 'path:x'}\ndomains: {math: {metric: exact}}\n"
+
+
+def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "moa", *words], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = f"import sys, moa.cli; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_local_flow_and_the_policy_import_no_prefect_and_no_torch() -> None:
+    script = ("import sys, flows.launch, flows.stages, flows.server; "
+              "print([name for name in ('torch', 'transformers', 'prefect', 'mlflow', 'peft') if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_names_every_command() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    for command in ("run", "plan", "status", "ask", "eval", "base", "quickstart", "prepare", "train", "assemble"):
+        assert command in done.stdout
+
+
+def test_version() -> None:
+    assert run("--version").stdout.startswith("moa ")
+
+
+@pytest.mark.parametrize(("params", "words", "code", "sentence"), [
+    (None, ["plan"], 2, "moa: No workspace at"),
+    ("base: [", ["plan"], 1, "moa: params.yaml is not valid YAML"),
+    (PARAMS + "tain: {}\n", ["plan"], 1, "moa: params.yaml: unknown key 'tain'"),
+    (PARAMS.replace("math", "a/b"), ["run", "--local"], 1, "a domain name is lower-case"),
+    (PARAMS, ["prepare", "--domain", "law"], 1, "moa: No domain 'law' in params.yaml; its domains are math."),
+    (PARAMS, ["run", "--local"], 2, "is not set up for DVC: run `git init && dvc init` there first."),
+    (PARAMS, ["plan", "--domains", "law"], 1, "moa: No domain 'law'"),
+])
+def test_one_sentence_and_an_exit_code(tmp_path: Path, params: str | None, words: list[str], code: int,
+                                       sentence: str) -> None:
+    if params is not None:
+        (tmp_path / "params.yaml").write_text(params)
+        (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    done = run(*words, cwd=tmp_path)
+    assert sentence in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    assert done.returncode == code
+
+
+def test_workspace_option(tmp_path: Path) -> None:
+    done = run("--workspace", str(tmp_path), "plan", cwd=Path(__file__).parent)
+    assert done.returncode == 2 and f"No workspace at {tmp_path}" in done.stderr
+
+
+@pytest.mark.parametrize(("error", "code"), [(PipelineError("No."), 1), (KeyboardInterrupt(), 130)])
+def test_what_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                             error: BaseException, code: int) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli._Place, "workspace", fail)
+    monkeypatch.setattr(sys, "argv", ["moa", "plan"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed = capsys.readouterr()
+    assert ended.value.code == code and printed.err.startswith("moa: ") and not printed.out
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli._Place, "workspace", fail)
+    monkeypatch.setattr(sys, "argv", ["moa", "plan"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()

@@ -1,0 +1,101 @@
+"""moa.graph and moa.plan: pure, so checked over random graphs."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moa import plan
+from moa.config import Config
+from moa.errors import UsageError
+from moa.graph import CHANGED, Graph, Reason, Snapshot, Stage
+
+CHANGE = (Reason(CHANGED, "data/raw/x changed"),)
+
+
+def config(**train: Any) -> Config:
+    return Config.model_validate({"base": {"source": "path:x"}, "domains": {"math": {"metric": "m"},
+                                 "sql": {"metric": "m"}}, "train": train})
+
+
+def pipeline(*stale: str) -> Snapshot:
+    upstream = {"assemble": ["train@math", "train@sql"], "evaluate": ["assemble"]}
+    for domain in ("math", "sql"):
+        upstream |= {f"prepare@{domain}": ["base", f"quickstart@{domain}"], f"train@{domain}": [f"prepare@{domain}"]}
+    names = {*upstream, *(name for above in upstream.values() for name in above)}
+    return Snapshot(Graph([Stage(name, "true") for name in sorted(names)], upstream), dict.fromkeys(stale, CHANGE))
+
+
+@st.composite
+def snapshots(draw: st.DrawFn) -> tuple[dict[str, list[str]], set[str]]:
+    names = [f"s{number}" for number in range(draw(st.integers(1, 9)))]
+    upstream = {name: draw(st.lists(st.sampled_from(names[:number]), unique=True)) if number else []
+                for number, name in enumerate(names)}
+    return upstream, draw(st.sets(st.sampled_from(names)))
+
+
+def reachable(upstream: dict[str, list[str]], name: str, stale: set[str]) -> bool:
+    """By definition: stale itself, or reads from something that is."""
+    return name in stale or any(reachable(upstream, above, stale) for above in upstream[name])
+
+
+@given(snapshots())
+def test_every_descendant_of_a_stale_step_and_nothing_else(case: tuple[dict[str, list[str]], set[str]]) -> None:
+    upstream, stale = case
+    snapshot = Snapshot(Graph([Stage(name, "true") for name in upstream], upstream), dict.fromkeys(stale, CHANGE))
+    made = plan.make(snapshot, config(), plan.Statistics())
+    assert {step.name for step in made.stale} == {name for name in upstream if reachable(upstream, name, stale)}
+    assert {step.name for step in made.steps if step.state == "stale"} == stale
+    order = [step.name for step in made.steps]
+    assert sorted(order) == sorted(upstream)
+    assert all(order.index(above) < order.index(name) for name in upstream for above in upstream[name])
+    assert all(step.reasons for step in made.stale)
+
+
+def test_reasons_experts_and_release() -> None:
+    made = plan.make(pipeline("quickstart@math"), config(), plan.Statistics())
+    assert [(step.name, step.state) for step in made.stale] == [
+        ("quickstart@math", "stale"), ("prepare@math", "maybe"), ("train@math", "maybe"), ("assemble", "maybe"),
+        ("evaluate", "maybe")]
+    assert made.stale[0].reasons == ("data/raw/x changed",)
+    assert made.stale[1].reasons == ("upstream quickstart@math will run",)
+    assert made.experts == ("math",) and made.router and made.release
+    assert "train@math" in made.text() and "train@sql" not in made.text()
+    assert made.as_dict()["fresh"] == 4
+
+
+def test_nothing_to_do() -> None:
+    made = plan.make(pipeline(), config(), plan.Statistics())
+    assert not made.stale and not made.experts and not made.router and made.release is None
+    assert made.estimate.tokens == 0 and "all 9 steps are fresh" in made.text()
+
+
+def test_domains_limits_only_their_own_steps() -> None:
+    snapshot = pipeline("quickstart@math", "quickstart@sql").limited(["sql"])
+    made = plan.make(snapshot, config(), plan.Statistics())
+    assert {step.name for step in made.stale} == {"quickstart@sql", "prepare@sql", "train@sql", "assemble", "evaluate"}
+    assert "train@math" in made.left_out and made.experts == ("sql",)
+
+
+def test_force_by_step_and_by_stage() -> None:
+    assert set(pipeline().forced(["train"]).stale) == {"train@math", "train@sql"}
+    assert set(pipeline().forced(["train@sql"]).stale) == {"train@sql"}
+    with pytest.raises(UsageError, match="No stage 'trian'"):
+        pipeline().forced(["trian"])
+
+
+@pytest.mark.parametrize(("train", "seen"), [({"epochs": 3}, 150), ({"epochs": 3, "rows_per_epoch": 20}, 60),
+                                             ({"epochs": 1, "rows_per_epoch": 999}, 50)])
+def test_tokens_are_rows_seen_times_mean_tokens(train: dict[str, int], seen: int) -> None:
+    manifest = {"rows": {"train": 50}, "tokens": {"prompt": {"mean": 30.0}, "completion": {"mean": 12.5}}}
+    statistics = plan.Statistics({"math": manifest}, {"train": 85.0})
+    made = plan.estimate(("math",), config(**train), statistics)
+    assert made.tokens == round(seen * 42.5)
+    assert made.minutes == round(made.tokens / 85 / 60, 1) and made.basis == "measured 85 tokens/s"
+
+
+def test_defaults_are_said() -> None:
+    made = plan.estimate(("math", "sql"), config(epochs=2), plan.Statistics())
+    assert made.tokens == 2 * 2 * plan.DEFAULT_ROWS * plan.DEFAULT_ROW_TOKENS
+    assert "assuming 240 tokens/s" in made.basis and "120 tokens a row assumed" in made.basis
