@@ -33,7 +33,7 @@ app = typer.Typer(name="moa", cls=_Group, no_args_is_help=True, rich_markup_mode
                   help="Continuous delivery for a Mixture-of-LoRAs: one frozen base model, one LoRA expert per domain, "
                        "a router, and a release process that never lets a domain get worse.")
 
-RUN, STEPS, USE = "Build", "Single steps (what the stages of dvc.yaml run)", "Use"
+RUN, STEPS = "Build", "Single steps (what the stages of dvc.yaml run)"
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")]
 Domains = Annotated[str | None, typer.Option(
@@ -98,10 +98,9 @@ def run(
     as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the steps and Prefect print.")] = False,
 ) -> None:
-    """Bring everything up to date: prepare, train, assemble, evaluate, release."""
+    """Bring everything up to date: base, corpora, experts, mixture."""
     from flows.launch import run as launch
     from flows.session import Options
-    from moa import config
 
     workspace = _place.workspace()
     result = launch(workspace, Options(_names(domains), tuple(force or ()), promote), local=local, verbose=verbose)
@@ -109,9 +108,6 @@ def run(
         _print_json(result.as_dict())
     if failure := result.failure():
         raise failure
-    from moa.report import summary
-
-    print(summary(workspace, config.load(workspace.params)), file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command(rich_help_panel=RUN)
@@ -134,13 +130,13 @@ def plan(domains: Domains = None, force: Force = None, as_json: AsJson = False) 
 
 @app.command(rich_help_panel=RUN)
 def status(as_json: AsJson = False) -> None:
-    """Show the workspace, its champion and what is pending."""
+    """Show the workspace, its domains and what is pending."""
     from moa.pipeline import Pipeline
-    from moa.report import status as describe
 
     workspace, config = _opened()
     snapshot = Pipeline(workspace).snapshot()
-    facts = describe(workspace, config, {"stale": sorted(snapshot.stale), "pending": sorted(snapshot.affected)})
+    facts = {"workspace": str(workspace.root), "domains": list(config.domains),
+             "stale": sorted(snapshot.stale), "pending": sorted(snapshot.affected)}
     if as_json:
         _print_json(facts)
     else:
@@ -148,42 +144,6 @@ def status(as_json: AsJson = False) -> None:
         for key, value in facts.items():
             text = ", ".join(map(str, value)) if isinstance(value, list) else value
             print(f"{key:<{width}}  {text if text not in (None, '') else 'none'}")
-
-
-@app.command(rich_help_panel=USE)
-def ask(
-    question: str,
-    domain: Annotated[str | None, typer.Option(help="Use this expert instead of the router's choice.",
-                                               metavar="NAME")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    as_json: AsJson = False,
-) -> None:
-    """Answer a question with the champion."""
-    from moa.ask import ask as answer
-
-    workspace, config = _opened()
-    reply = answer(workspace, config, question, domain=domain, max_new_tokens=max_new_tokens)
-    if as_json:
-        _print_json(reply)
-    else:
-        print(reply["answer"])
-
-
-@app.command("eval", rich_help_panel=USE)
-def evaluation(
-    rerun: Annotated[bool, typer.Option("--rerun", help="Measure again instead of showing the release's own report.")
-                     ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show how the champion does in each domain: base, routed, label forced."""
-    from moa.report import champion_table, champion_text
-
-    workspace, config = _opened()
-    table = champion_table(workspace, config, rerun=rerun)
-    if as_json:
-        _print_json(table)
-    else:
-        print(champion_text(table))
 
 
 @app.command(rich_help_panel=STEPS)
@@ -201,7 +161,8 @@ def quickstart(name: Annotated[str, typer.Argument(help="math, sql, extract, pyt
     from moa.quickstart import write
 
     workspace = _place.workspace()
-    write(name, workspace.raw(name))
+    count = write(name, workspace.raw(name))
+    print(f"{count} rows in {workspace.relative(workspace.raw(name))}", file=sys.stderr)
 
 
 @app.command(rich_help_panel=STEPS)
@@ -237,15 +198,6 @@ def assemble() -> None:
 
     workspace, config = _opened()
     assemble_mixture(workspace, config)
-
-
-@app.command(rich_help_panel=STEPS)
-def evaluate() -> None:
-    """Score base, routed and label-forced answers on the test rows."""
-    from moa.evaluate import evaluate as evaluate_mixture
-
-    workspace, config = _opened()
-    evaluate_mixture(workspace, config)
 
 
 def main() -> None:
