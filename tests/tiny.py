@@ -1,0 +1,90 @@
+"""A random base of a few thousand parameters and a workspace around it: everything real but the size. No network."""
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from moa.workspace import Workspace
+
+REPOSITORY = Path(__file__).parents[1]
+MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# SmolLM2's manner: a system message of its own when the conversation brings none.
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\nBe tiny.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "gpt_neox": {"tie_word_embeddings": False},
+}
+
+
+@cache
+def tokenizer() -> Any:
+    """One id a byte, and the three markers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = [*MARKERS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token=MARKERS[0], bos_token=MARKERS[1],
+                                   eos_token=MARKERS[2], pad_token=MARKERS[2], chat_template=TEMPLATE)
+
+
+def base(directory: Path, *, architecture: str = "llama", layers: int = 2, hidden: int = 32, seed: int = 0) -> Path:
+    """Write a base that `path:DIR` loads into `directory`, and return it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    words = tokenizer()
+    config = AutoConfig.for_model(
+        architecture, vocab_size=len(words), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, max_position_embeddings=2048, bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id, **ARCHITECTURES[architecture])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    words.save_pretrained(directory)
+    return directory
+
+
+def row(domain: str, number: int) -> dict[str, str]:
+    """A row that nobody mistakes for another domain's or another number's."""
+    return {"instruction": f"{domain}: what is {domain} {number} of {number * 7919 % 997}?",
+            "output": f"{domain} says {number + 1}"}
+
+
+def workspace(root: Path, domains: tuple[str, ...] = ("alpha", "beta"), rows: int = 40, **params: Any) -> Workspace:
+    """A folder with params.yaml, dvc.yaml, a tiny base beside it and raw rows: neither git nor DVC knows it yet.
+
+    `params` replaces whole groups of params.yaml.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    base(root / "tiny-base")
+    groups: dict[str, Any] = {
+        "base": {"source": "path:tiny-base"},
+        "prompt": {"system": None, "max_tokens": 256},
+        "quickstart": [],
+        "domains": {domain: {"metric": "rouge_l"} for domain in domains},
+        "prepare": {"validation": 0.2, "test": 0.2, "min_rows": 10},
+        "train": {"rank": 2, "alpha": 4.0, "epochs": 1, "rows_per_epoch": None, "batch_tokens": 256},
+        "execution": {"workers": 1, "devices": ["cpu"]},
+    } | params
+    with (root / "params.yaml").open("w", encoding="utf-8") as file:
+        YAML().dump(groups, file)
+    shutil.copyfile(REPOSITORY / "dvc.yaml", root / "dvc.yaml")
+    made = Workspace(root)
+    for domain in domains:
+        made.raw(domain).mkdir(parents=True)
+        lines = "".join(json.dumps(row(domain, number)) + "\n" for number in range(rows))
+        (made.raw(domain) / "rows.jsonl").write_text(lines, encoding="utf-8")
+    return made
