@@ -10,7 +10,7 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Cancelled, Completed
+from prefect.states import Cancelled, Completed, Crashed
 
 from flows.runner import Call, Outcome, attempt
 from flows.session import Options, opened
@@ -51,6 +51,22 @@ class PrefectRunner:
         return [outcomes.get(call.name) or Outcome(call.name, "failed", error=PipelineError(
             f"{call.name} did not run: Prefect says {future.state.name}.")) for call, future in
             zip(calls, futures, strict=True)]
+
+
+def close_abandoned() -> None:
+    """Say `Crashed` of builds that a killed process left `Running`.
+
+    For a server of one workspace, under that workspace's lock: nobody else can be building.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+    from prefect.client.schemas.objects import StateType
+
+    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(
+        any_=[StateType.RUNNING, StateType.PENDING])))
+    with get_client(sync_client=True) as client:
+        for left in client.read_flow_runs(flow_run_filter=running):
+            client.set_flow_run_state(left.id, Crashed(message="its process was killed"), force=True)
 
 
 @flow(name="build", persist_result=False, validate_parameters=False)

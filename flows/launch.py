@@ -33,8 +33,10 @@ def _under_prefect(workspace: Workspace, options: Options, verbose: bool) -> Res
         prefect.ready()
         from prefect.task_runners import ThreadPoolTaskRunner
 
-        from flows.build import build
+        from flows.build import build, close_abandoned
 
+        if prefect.own:
+            close_abandoned()
         workers = ThreadPoolTaskRunner(max_workers=session.config.execution.workers)
         domains = list(options.domains) if options.domains is not None else None
         try:

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from moa.commands import QUIET, environment
 from moa.errors import PipelineError
 from moa.leash import Leash
-from moa.pipeline import QUIET, environment
 from moa.workspace import Workspace
 
 START_SECONDS = 120.0
@@ -46,12 +46,14 @@ class Server:
         return self.url
 
     def settle(self) -> None:
-        """Let the states of the last tasks arrive: they are sent in the background."""
+        """Let the last task states and log lines arrive: they are sent in the background."""
         if "prefect" in sys.modules:
             from prefect.events.worker import EventsWorker
+            from prefect.logging.handlers import APILogWorker
 
-            with suppress(Exception):   # history may lack a line; the build itself is done
-                EventsWorker.drain_all(timeout=SETTLE_SECONDS, at_exit=False)
+            for worker in (EventsWorker, APILogWorker):
+                with suppress(Exception):   # history may lack a line; the build itself is done
+                    worker.drain_all(timeout=SETTLE_SECONDS, at_exit=False)
 
     def stop(self) -> None:
         if self._leash is not None:
@@ -95,8 +97,8 @@ def running(workspace: Workspace, *, verbose: bool = False) -> Iterator[Server]:
     server = _start(workspace)
     try:
         yield server
-        server.settle()
     finally:
+        server.settle()
         server.stop()
         if before is None:
             os.environ.pop("PREFECT_API_URL", None)

@@ -107,8 +107,6 @@ def _finished(workspace: Workspace, config: Config, domain: str) -> bool:
 
 
 def _release_hooks(workspace: Workspace, config: Config, options: Options) -> list[Hook]:
-    try:
-        from flows import release  # type: ignore[attr-defined]
-    except ImportError:
-        return []
+    from flows import release
+
     return release.hooks(workspace, config, options.promote)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 from flows.runner import Call, Mark, Outcome, Runner
 from flows.session import Result, Session
+from moa.commands import execute
 from moa.config import Config
 from moa.errors import DataError, PipelineError
 from moa.workspace import MANIFEST
@@ -162,8 +163,8 @@ def _training(session: Session, device: str, names: Sequence[str]) -> Callable[[
         failure: Exception | None = None
         session.screen.start(title)
         try:
-            pipeline.run_command(title, " ".join(words), lambda line: session.screen.line(title, line),
-                                 {} if device == "auto" else {"MOA_DEVICE": device})
+            execute(session.workspace, title, ["/bin/sh", "-c", " ".join(words)],
+                    lambda line: session.screen.line(title, line), {} if device == "auto" else {"MOA_DEVICE": device})
         except PipelineError as error:
             failure = error
         errors = {name: failure for name in names

@@ -33,7 +33,7 @@ app = typer.Typer(name="moa", cls=_Group, no_args_is_help=True, rich_markup_mode
                   help="Continuous delivery for a Mixture-of-LoRAs: one frozen base model, one LoRA expert per domain, "
                        "a router, and a release process that never lets a domain get worse.")
 
-RUN, STEPS = "Build", "Single steps (what the stages of dvc.yaml run)"
+RUN, USE, STEPS = "Build", "Use", "Single steps (what the stages of dvc.yaml run)"
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")]
 Domains = Annotated[str | None, typer.Option(
@@ -108,6 +108,10 @@ def run(
         _print_json(result.as_dict())
     if failure := result.failure():
         raise failure
+    from moa import config
+    from moa.report import summary
+
+    print(summary(workspace, config.load(workspace.params), result.release), file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command(rich_help_panel=RUN)
@@ -130,12 +134,15 @@ def plan(domains: Domains = None, force: Force = None, as_json: AsJson = False) 
 
 @app.command(rich_help_panel=RUN)
 def status(as_json: AsJson = False) -> None:
-    """Show the workspace, its domains and what is pending."""
+    """Show the workspace, its champion and what is pending."""
     from moa.pipeline import Pipeline
+    from moa.registry import Registry
 
     workspace, config = _opened()
     snapshot = Pipeline(workspace).snapshot()
+    champion = Registry(workspace, config).champion()
     facts = {"workspace": str(workspace.root), "domains": list(config.domains),
+             "champion": f"{champion.name} version {champion.version}" if champion else None,
              "stale": sorted(snapshot.stale), "pending": sorted(snapshot.affected)}
     if as_json:
         _print_json(facts)
@@ -144,6 +151,60 @@ def status(as_json: AsJson = False) -> None:
         for key, value in facts.items():
             text = ", ".join(map(str, value)) if isinstance(value, list) else value
             print(f"{key:<{width}}  {text if text not in (None, '') else 'none'}")
+
+
+@app.command(rich_help_panel=USE)
+def ask(
+    question: str,
+    domain: Annotated[str | None, typer.Option(help="Use this expert (or base) instead of the router's choice.",
+                                               metavar="NAME")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question with the champion."""
+    from moa.ask import ask as answer
+
+    workspace, config = _opened()
+    reply = answer(workspace, config, question, domain=domain, max_new_tokens=max_new_tokens)
+    if as_json:
+        _print_json(reply)
+    else:
+        print(reply["answer"])
+
+
+@app.command("eval", rich_help_panel=USE)
+def evaluation(
+    rerun: Annotated[bool, typer.Option("--rerun", help="Answer the test rows again instead of showing the release's "
+                                                        "own report.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how the champion does in each domain: base, routed, label forced."""
+    from moa.report import champion_table, text
+
+    workspace, config = _opened()
+    table = champion_table(workspace, config, rerun=rerun)
+    if as_json:
+        _print_json(table)
+    else:
+        print(text(table))
+
+
+@app.command(rich_help_panel=USE)
+def compare(
+    incumbent: Annotated[int, typer.Option(help="Version of the registered mixture.")],
+    challenger: Annotated[int, typer.Option(help="Version of the registered mixture.")],
+    as_json: AsJson = False,
+) -> None:
+    """Let two releases answer the same test rows; the gate reads the result."""
+    from moa.ask import compare as compare_releases
+    from moa.report import comparison_text
+
+    workspace, config = _opened()
+    compared = compare_releases(workspace, config, incumbent, challenger)
+    if as_json:
+        _print_json(compared)
+    else:
+        print(comparison_text(compared))
 
 
 @app.command(rich_help_panel=STEPS)
@@ -194,10 +255,19 @@ def train(
 @app.command(rich_help_panel=STEPS)
 def assemble() -> None:
     """Train the router and pin base, experts and router as one mixture."""
-    from moa.mixture import assemble as assemble_mixture
+    from moa.assemble import assemble as assemble_mixture
 
     workspace, config = _opened()
     assemble_mixture(workspace, config)
+
+
+@app.command(rich_help_panel=STEPS)
+def evaluate() -> None:
+    """Score base, routed and label-forced answers on the test rows."""
+    from moa.evaluate import evaluate as evaluate_mixture
+
+    workspace, config = _opened()
+    evaluate_mixture(workspace, config)
 
 
 def main() -> None:

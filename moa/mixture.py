@@ -1,95 +1,145 @@
-"""The stage `assemble`: experts and a router to one mixture, pinned by digest. Knows nothing of serving or releases.
+"""A mixture at work: one base, stacked experts, a router; route, score and generate mixed batches.
 
-    data/mixture/    experts/NAME/ (as trained), router.safetensors, manifest.json (last)
-    .moa/cache/features/    router features by digest of what they come from, never recomputed for an old domain
+Knows nothing of releases or corpora. The router that evaluation sees is the one that serves: both call `route`.
 """
 
-import shutil
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
-from moa import digests, rows
-from moa.base import Base, load, pick_device, pin
-from moa.config import Config
-from moa.errors import ArtifactError
-from moa.rows import Row, Split
+import torch
+from torch import Tensor
+
+from moa import digests
+from moa.base import Base
+from moa.batches import collate, microbatches, row_losses
+from moa.errors import ArtifactError, UsageError
+from moa.lora import BASE_ONLY, ExpertStack, read_spec
+from moa.router import Decision, Router, features
+from moa.rows import Message
 from moa.tokens import Encoder
-from moa.workspace import MANIFEST, Workspace, read_json, replace_directory, write_json
+from moa.workspace import MANIFEST, read_json
 
-ROUTER = "router.safetensors"
-
-
-def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
-    """Train the router and write `data/mixture`; returns its manifest.
-
-    Raises ArtifactError when an expert is missing or was trained on another base.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    from moa.progress import track
-    from moa.router import calibrate, fit
-
-    labels = sorted(config.domains)
-    experts = {domain: _expert(workspace, domain) for domain in labels}
-    base = load(workspace, config.base, pick_device(config.execution.devices))
-    encoder = Encoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
-    found: dict[Split, list[torch.Tensor]] = {"train": [], "validation": []}
-    with track("router features", total=2 * len(labels), unit="sets") as bar:
-        for domain in labels:
-            limits: dict[Split, int | None] = {"train": config.assemble.rows, "validation": None}
-            for split, limit in limits.items():
-                content = rows.read(workspace.corpus(domain), split)[:limit]   # in order of their digests: no bias
-                found[split].append(_features(workspace, base, encoder, content))
-                bar.advance(1)
-    targets = {split: torch.cat([torch.full((len(part),), label) for label, part in enumerate(parts)])
-               for split, parts in found.items()}
-    params = config.assemble
-    router = fit(labels, torch.cat(found["train"]), targets["train"], seed=params.seed)
-    validation = torch.cat(found["validation"])
-    calibrate(router, validation, targets["validation"], rule=params.rule, tolerance=params.tolerance,
-              max_abstention=params.max_abstention)
-    right = router.probabilities(validation).argmax(-1) == targets["validation"]
-    with replace_directory(workspace.mixture) as folder:
-        for domain in labels:
-            shutil.copytree(workspace.expert(domain), folder / "experts" / domain)
-        save_file(router.tensors(), folder / ROUTER)
-        facts = {"rule": router.rule, "layer": router.layer, "temperature": router.temperature,
-                 "threshold": router.threshold, "weights": digests.of_file(folder / ROUTER)}
-        pinned = {"base": base.pin.digest, "tokenizer": base.pin.tokenizer, "template": base.pin.template,
-                  "prompt": config.prompt.model_dump(), "labels": labels,
-                  "experts": {domain: expert["digest"] for domain, expert in experts.items()}, "router": facts}
-        manifest = {"kind": "mixture", "digest": digests.of_json(pinned), **pinned,
-                    "source": base.pin.source, "validation_accuracy": right.float().mean().item()}
-        write_json(folder / MANIFEST, manifest)
-    return manifest
+BASE = "base"               # forced in place of a domain: no expert
+SCORE_TOKENS = 2048         # padded tokens in one forward without gradients
+Conversation = Sequence[Message]
 
 
-def _expert(workspace: Workspace, domain: str) -> dict[str, Any]:
-    path = workspace.expert(domain) / MANIFEST
-    if not path.is_file():
-        raise ArtifactError(f"Domain {domain!r} has no expert: run `moa train --domain {domain}` first.")
-    manifest: dict[str, Any] = read_json(path)
-    if manifest["base"]["digest"] != pin(workspace).digest:
-        raise ArtifactError(f"The expert of {domain!r} was trained on another base ({manifest['base']['source']}): "
-                            f"run `moa train --domain {domain}`.")
-    return manifest
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`domain` is the router's best guess or the caller's label; where the router abstained, the base answered."""
+
+    answer: str
+    domain: str
+    confidence: float | None   # None when the caller chose
+    abstained: bool
 
 
-def _features(workspace: Workspace, base: Base, encoder: Encoder, content: list[Row]) -> Any:
-    """The router's features of these rows' prompts, (N, L, D), from the cache when they were computed before."""
-    from safetensors.torch import load_file, save_file
+class Mixture:
+    """A base with all experts of one mixture on it, and their router."""
 
-    from moa.router import features
+    def __init__(self, base: Base, stack: ExpertStack, router: Router, encoder: Encoder, digest: str) -> None:
+        self.base, self.stack, self.router, self.encoder, self.digest = base, stack, router, encoder, digest
+        self.labels = router.labels
 
-    key = digests.of_json({"base": base.pin.digest, "dtype": base.device.dtype, "system": encoder.system,
-                           "max_tokens": encoder.max_tokens, "rows": [row.id for row in content]})
-    path = workspace.cache / "features" / f"{key[:32]}.safetensors"
-    if path.is_file():
-        return load_file(path)["features"]
-    prompts = [encoder.prompt(row.prompt)[-encoder.max_tokens:] for row in content]
-    result = features(base.model, prompts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({"features": result}, temporary)
-    temporary.replace(path)
-    return result
+    @classmethod
+    def load(cls, directory: Path, base: Base) -> Self:
+        """Put the mixture in `directory` onto `base`. Raises ArtifactError when content and manifest differ, or when
+        it was made for another base, tokenizer or template; the message says which."""
+        from safetensors.torch import load_file
+
+        if not (directory / MANIFEST).is_file():
+            raise ArtifactError(f"{directory} holds no mixture: run `moa assemble` first.")
+        manifest = read_json(directory / MANIFEST)
+        other = [part for part in ("weights", "tokenizer", "template")
+                 if manifest["base"][part] != getattr(base.pin, part)]
+        if other:
+            raise ArtifactError(f"The mixture was made for {manifest['base']['source']}, and the {' and '.join(other)} "
+                                f"of this workspace's base ({base.pin.source}) differ.")
+        content = {key: value for key, value in manifest.items() if key != "digest"}
+        router = directory / "router.safetensors"
+        if digests.of_json(content) != manifest["digest"] or digests.of_file(router) != manifest["router"]["digest"]:
+            raise ArtifactError(f"The mixture in {directory} is not what its manifest says: its router or manifest "
+                                "changed; run `moa assemble` again.")
+        folders = [directory / "experts" / label for label in manifest["labels"]]
+        stack = ExpertStack(base.model, [read_spec(folder) for folder in folders])
+        for expert, (label, folder) in enumerate(zip(manifest["labels"], folders, strict=True)):
+            files = [path for path in folder.iterdir() if path.name != MANIFEST]
+            if digests.of_files(files, folder) != manifest["experts"][label]["digest"]:
+                raise ArtifactError(f"The expert {label!r} in {directory} is not the one its manifest pins.")
+            stack.load(expert, folder)
+        heads = load_file(router)
+        facts = manifest["router"]
+        trained = Router(manifest["labels"], heads["mean"], heads["scale"], heads["weight"], heads["bias"],
+                         facts["rule"], facts["layer"], facts["temperature"], facts["threshold"])
+        return cls(base, stack, trained, Encoder(base.tokenizer, **manifest["prompt"]), manifest["digest"])
+
+    def unload(self) -> Base:
+        """Take the experts off again; the base is as it was."""
+        self.stack.remove()
+        return self.base
+
+    def expert_of(self, domain: str) -> int:
+        """Index of a domain's expert, or -1 for "base". Raises UsageError for a name the mixture does not have."""
+        if domain == BASE:
+            return BASE_ONLY
+        if domain not in self.labels:
+            raise UsageError(f"This mixture has no expert {domain!r}; it has {', '.join(self.labels)}, and base.")
+        return self.labels.index(domain)
+
+    def route(self, prompts: Sequence[Conversation]) -> list[Decision]:
+        """The router's decision on each prompt: the base without experts is asked, no deeper than the rule reads."""
+        self.stack.select(None)
+        ids = [self.encoder.prompt(messages)[-self.encoder.max_tokens:] for messages in prompts]
+        return self.router.decide(features(self.base.model, ids, self.router.depth))
+
+    @torch.no_grad()
+    def losses(self, conversations: Sequence[Conversation], domains: Sequence[str]) -> list[tuple[float, int]]:
+        """Mean loss in nats over the answer's tokens, and their number, of each conversation under its domain."""
+        rows = [(self.expert_of(domain), self.encoder.row(messages))
+                for messages, domain in zip(conversations, domains, strict=True)]
+        result = [(0.0, 0)] * len(rows)
+        for group in microbatches(rows, SCORE_TOKENS):
+            batch = collate([rows[index] for index in group], self.base.device.device)
+            self.stack.select(batch.owners)
+            for index, loss in zip(group, row_losses(self.base.model, batch).tolist(), strict=True):
+                tokens = rows[index][1].completion_tokens
+                result[index] = loss / tokens, tokens
+        return result
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Conversation], domains: Sequence[str], max_new_tokens: int = 256) -> list[str]:
+        """Greedy answers of one mixed batch, each row with its own expert, left-padded, with a KV cache."""
+        from transformers import GenerationConfig
+
+        tokenizer, device = self.base.tokenizer, self.base.device.device
+        encoded = [self.encoder.prompt(messages) for messages in prompts]
+        longest = max(map(len, encoded))
+        ids = torch.full((len(encoded), longest), tokenizer.eos_token_id, device=device)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(encoded):
+            ids[row, longest - len(prompt):] = torch.tensor(prompt)
+            mask[row, longest - len(prompt):] = 1
+        self.stack.select(torch.tensor([self.expert_of(domain) for domain in domains], device=device))
+        config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+                                  pad_token_id=tokenizer.eos_token_id)
+        written: Tensor = self.base.model.generate(ids, attention_mask=mask, generation_config=config)
+        self.stack.select(None)
+        return [text.strip() for text in tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)]
+
+    def chat(self, messages: Conversation, domain: str | None = None, max_new_tokens: int | None = None) -> Answer:
+        """Answer one conversation. A caller's `domain` always wins over the router; "base" is the base alone."""
+        if domain is not None:
+            self.expert_of(domain)
+            answer, = self.generate([messages], [domain], max_new_tokens or 256)
+            return Answer(answer, domain, None, False)
+        decision, = self.route([messages])
+        answer, = self.generate([messages], [answering(decision)], max_new_tokens or 256)
+        return Answer(answer, decision.domain, decision.confidence, decision.abstained)
+
+
+def answering(decision: Decision) -> str:
+    """Who answers after this decision: the chosen expert, or the base when the router abstained."""
+    return BASE if decision.abstained else decision.domain
+

@@ -7,34 +7,17 @@ in process; stages run in processes of their own, which end when we do.
 import contextlib
 import json
 import os
-import re
-import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from moa.commands import QUIET, OnLine, execute, sentence
 from moa.errors import PipelineError, UsageError
 from moa.graph import CHANGED, NEW, RESTORE, Graph, Reason, Snapshot, Stage
-from moa.leash import Leash
 from moa.workspace import Workspace, write_json
-
-QUIET = {
-    "DVC_NO_ANALYTICS": "1",
-    "DVC_TEST": "1",   # the only way, but for the workspace's own config, to keep `dvc` from asking for newer versions
-    "DO_NOT_TRACK": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-}
-OnLine = Callable[[str], None]
-
-
-def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Environment of our children: this interpreter's scripts first on PATH, nobody phones home."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1", **(extra or {})}
 
 
 class Pipeline:
@@ -120,42 +103,13 @@ class Pipeline:
     def reproduce(self, name: str, on_line: OnLine, *, force: bool = False) -> None:
         """Run one stage and record it, or bring it back from DVC's cache. Raises PipelineError naming it."""
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *(["--force"] if force else []), "-s", name]
-        self.execute(name, command, on_line)
-
-    def run_command(self, name: str, command: str, on_line: OnLine, extra: Mapping[str, str] | None = None) -> None:
-        """Run a stage's kind of command outside DVC. `name` is what log file and error call it."""
-        self.execute(name, ["/bin/sh", "-c", command], on_line, extra)
-
-    def execute(self, name: str, command: Sequence[str], on_line: OnLine,
-                extra: Mapping[str, str] | None = None) -> None:
-        """Run a command with its output in a log file of its own. Raises PipelineError with the reason it gives."""
-        log = self.workspace.logs / re.sub(r"[^\w@.,+-]", "_", f"{name}.log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        tail: list[str] = []
-        with log.open("w", encoding="utf-8") as file:
-            print(f"$ {shlex.join(command)}", file=file, flush=True)
-
-            def keep(line: str) -> None:
-                if not on_progress(line):
-                    print(line, file=file, flush=True)
-                    tail.append(line)
-                    del tail[:-200]
-                on_line(line)
-
-            leash = Leash(command, cwd=self.workspace.root,
-                          env=environment({"MOA_PROGRESS": "json", **(extra or {})}))
-            status = leash.follow(keep)
-        if leash.stopped:
-            raise PipelineError(f"{name} was interrupted.")
-        if status:
-            raise PipelineError(f"{name} failed: {last_error(tail, status)} "
-                                f"(full output: {self.workspace.relative(log)})")
+        execute(self.workspace, name, command, on_line)
 
     def record(self, names: Sequence[str]) -> None:
         """Write stages that ran outside DVC into dvc.lock and the cache, all at once."""
         if names:
             command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "-q", "--force", *names]
-            self.execute(f"record {names[0].split('@')[0]}", command, lambda _: None)
+            execute(self.workspace, f"record {names[0].split('@')[0]}", command, lambda _: None)
 
     @contextlib.contextmanager
     def _stages(self) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -168,7 +122,7 @@ class Pipeline:
             with Repo(str(self.workspace.root), _wait_for_lock=True) as repo, lock_repo(repo):
                 yield repo, {self._name(stage): stage for stage in repo.index.graph.nodes}
         except DvcException as error:
-            raise PipelineError(f"DVC cannot read this workspace's pipeline: {_sentence(str(error))}") from error
+            raise PipelineError(f"DVC cannot read this workspace's pipeline: {sentence(str(error))}") from error
 
     # DVC names stages and files from the current folder; we name them from the workspace's root.
 
@@ -233,30 +187,6 @@ class Pipeline:
         owners += [info["pid"] for infos in held.get("read", {}).values() for info in infos]
         if not any(_is_dvc(pid) for pid in owners):
             rwlock.unlink(missing_ok=True)
-
-
-def on_progress(line: str) -> bool:
-    """Whether a line of output is a progress record, which has no place in a log."""
-    from moa.progress import MARKER
-
-    return MARKER in line
-
-
-def last_error(lines: Sequence[str], status: int) -> str:
-    """The sentence in which a failed step says why, out of the end of its output."""
-    own = [line for line in lines if line.startswith("moa: ")]
-    if own:
-        return own[-1].removeprefix("moa: ").strip()
-    for line in reversed(lines):
-        text = line.strip()
-        if text and not text.startswith("ERROR: failed to reproduce"):
-            return _sentence(text.removeprefix("ERROR: "))
-    return f"it ended with status {status} and said nothing."
-
-
-def _sentence(text: str) -> str:
-    text = " ".join(text.split())
-    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _owner(path: Path) -> str:

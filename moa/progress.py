@@ -106,7 +106,8 @@ class Screen:
         done, total, note = record["done"], record["total"], record["note"]
         count = f"{done}/{total} {record['unit']}" if total else f"{done} {record['unit']}" if done else ""
         if self._progress is not None:
-            label = name if record["label"] in name else f"{name} · {record['label']}"
+            own = record["label"].split(" ")[0] == name.split("@")[0].split(" ")[0]
+            label = name if own else f"{name} · {record['label']}"
             if name in self._bars:
                 self._progress.update(self._bars[name], description=label, completed=done, total=total,
                                       count=count, note=note)

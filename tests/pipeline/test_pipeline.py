@@ -14,9 +14,10 @@ import toy
 
 from flows.launch import run
 from flows.session import Options, Result
+from moa.commands import environment
 from moa.errors import ConfigError, PipelineError, UsageError
 from moa.leash import Leash
-from moa.pipeline import Pipeline, environment
+from moa.pipeline import Pipeline
 from moa.workspace import Workspace
 
 EVERYTHING = {"base", "prepare@math", "prepare@sql", "train@math", "train@sql", "assemble", "evaluate"}

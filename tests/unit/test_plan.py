@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moa import plan
@@ -40,6 +40,7 @@ def reachable(upstream: dict[str, list[str]], name: str, stale: set[str]) -> boo
     return name in stale or any(reachable(upstream, above, stale) for above in upstream[name])
 
 
+@settings(deadline=None)   # the first example imports networkx
 @given(snapshots())
 def test_every_descendant_of_a_stale_step_and_nothing_else(case: tuple[dict[str, list[str]], set[str]]) -> None:
     upstream, stale = case

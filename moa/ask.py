@@ -1,0 +1,72 @@
+"""Releases at work: ask the champion, let two releases answer the same rows. Knows nothing of how either was made."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moa.base import load, pick_device
+from moa.config import Config
+from moa.config import load as load_config
+from moa.errors import RegistryError
+from moa.workspace import Workspace
+
+
+def open_mixture(directory: Path, workspace: Workspace | None = None) -> Any:
+    """The mixture in `directory` on the base of `workspace` (default: the one around the current folder)."""
+    from moa.mixture import Mixture
+
+    workspace = workspace or Workspace.find()
+    config = load_config(workspace.params)
+    return Mixture.load(directory, load(workspace, config.base, pick_device(config.execution.devices)))
+
+
+def champion(workspace: Workspace, config: Config) -> tuple[Any, Path]:
+    """The champion's version and the folder of its content. Raises RegistryError when nothing was released."""
+    from moa.registry import Registry
+
+    registry = Registry(workspace, config)
+    version = registry.champion()
+    if version is None:
+        raise RegistryError("Nothing has been released yet, so there is no champion: run `moa run` first.")
+    return version, registry.download(version.version)
+
+
+def ask(workspace: Workspace, config: Config, question: str, *, domain: str | None = None,
+        max_new_tokens: int = 256) -> dict[str, Any]:
+    """The champion's answer; `domain` overrules the router."""
+    version, folder = champion(workspace, config)
+    mixture = open_mixture(folder, workspace)
+    answer = mixture.chat([{"role": "user", "content": question}], domain=domain, max_new_tokens=max_new_tokens)
+    return {**asdict(answer), "release": version.version}
+
+
+def compare(workspace: Workspace, config: Config, incumbent: int, challenger: int) -> dict[str, Any]:
+    """Loss of every test row under both releases, routed as each would route it, and under the base alone.
+
+    A row of a domain that a release does not know counts for the other only.
+    """
+    from moa.evaluate import test_rows
+    from moa.mixture import BASE, Mixture, answering
+    from moa.registry import Registry
+
+    registry = Registry(workspace, config)
+    base = load(workspace, config.base, pick_device(config.execution.devices))
+    content = test_rows(workspace, config, sorted(config.domains))
+    rows: list[dict[str, Any]] = [{"domain": domain, "row": row.id} for domain, row in content]
+    routing: dict[str, dict[str, float]] = {}
+    for name, version in (("incumbent", incumbent), ("challenger", challenger)):
+        mixture = Mixture.load(registry.download(version), base)
+        known = [index for index, (domain, _) in enumerate(content) if domain in mixture.labels]
+        decisions = mixture.route([content[index][1].prompt for index in known])
+        losses = mixture.losses([content[index][1].messages for index in known], [answering(one) for one in decisions])
+        for index, (loss, _) in zip(known, losses, strict=True):
+            rows[index][f"{name}_loss"] = loss
+        right = [content[index][0] == one.domain for index, one in zip(known, decisions, strict=True)]
+        routing[name] = {"accuracy": sum(right) / max(len(right), 1),
+                         "abstention": sum(one.abstained for one in decisions) / max(len(right), 1)}
+        if name == "challenger":
+            for row, (loss, _) in zip(rows, mixture.losses([row.messages for _, row in content], [BASE] * len(content)),
+                                      strict=True):
+                row["base_loss"] = loss
+        mixture.unload()
+    return {"incumbent": incumbent, "challenger": challenger, "rows": rows, "routing": routing}

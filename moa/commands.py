@@ -1,0 +1,73 @@
+"""Run a step's command: output to a log file of its own, its last words into the error. Knows nothing of DVC."""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from moa.errors import PipelineError
+from moa.leash import Leash
+from moa.progress import MARKER
+from moa.workspace import Workspace
+
+QUIET = {
+    "DVC_NO_ANALYTICS": "1",
+    "DVC_TEST": "1",   # the only way, but for the workspace's own config, to keep `dvc` from asking for newer versions
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+OnLine = Callable[[str], None]
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment of our children: this interpreter's scripts first on PATH, nobody phones home."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1", **(extra or {})}
+
+
+def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: OnLine,
+            extra: Mapping[str, str] | None = None) -> None:
+    """Run a command in the workspace; `name` is what log file and error call it.
+
+    Every line of output goes to `on_line`. Raises PipelineError with the reason that the command gives.
+    """
+    log = workspace.logs / re.sub(r"[^\w@.,+-]", "_", f"{name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    tail: list[str] = []
+    with log.open("w", encoding="utf-8") as file:
+        print(f"$ {shlex.join(command)}", file=file, flush=True)
+
+        def keep(line: str) -> None:
+            if MARKER not in line:   # progress has no place in a log
+                print(line, file=file, flush=True)
+                tail.append(line)
+                del tail[:-200]
+            on_line(line)
+
+        leash = Leash(command, cwd=workspace.root, env=environment({"MOA_PROGRESS": "json", **(extra or {})}))
+        status = leash.follow(keep)
+    if leash.stopped:
+        raise PipelineError(f"{name} was interrupted.")
+    if status:
+        raise PipelineError(f"{name} failed: {last_error(tail, status)} (full output: {workspace.relative(log)})")
+
+
+def last_error(lines: Sequence[str], status: int) -> str:
+    """The sentence in which a failed step says why, out of the end of its output."""
+    own = [line for line in lines if line.startswith("moa: ")]
+    if own:
+        return own[-1].removeprefix("moa: ").strip()
+    for line in reversed(lines):
+        text = line.strip()
+        if text and not text.startswith("ERROR: failed to reproduce"):
+            return sentence(text.removeprefix("ERROR: "))
+    return f"it ended with status {status} and said nothing."
+
+
+def sentence(text: str) -> str:
+    """`text` on one line, with a full stop."""
+    text = " ".join(text.split())
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -1,0 +1,157 @@
+"""The stage `evaluate`: base, routed and label forced on every domain's test rows.
+
+    data/reports/rows.parquet     one line per row and system
+    data/reports/summary.json     what they come to
+    data/reports/report.md        the same for people
+
+Knows nothing of releases. What a row gets from an expert depends on that row and expert alone, so each pair is computed
+once, whichever systems share it.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moa import metrics, rows
+from moa.base import load, pick_device
+from moa.config import Config
+from moa.rows import Row
+from moa.workspace import MANIFEST, Workspace, read_json, replace_directory, write_json
+
+SYSTEMS = ("base", "routed", "forced")
+SPARE_TOKENS = 8   # an answer may be this much longer than the longest one seen in the corpus
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One test row under one system. `loss` is nats per completion token; rows that were not answered have no score."""
+
+    domain: str
+    row: str
+    system: str
+    answered_by: str
+    loss: float
+    tokens: int
+    answer: str | None
+    reference: str
+    score: float | None
+    routed_to: str
+    confidence: float
+    abstained: bool
+
+
+def evaluate(workspace: Workspace, config: Config) -> dict[str, Any]:
+    """Score the mixture in the workspace, write `data/reports`, and return the summary."""
+    from moa.mixture import Mixture
+
+    for domain in config.domains.values():
+        metrics.resolve(domain.metric)   # before anything slow
+    base = load(workspace, config.base, pick_device(config.execution.devices))
+    mixture = Mixture.load(workspace.mixture, base)
+    scored = score(mixture, workspace, config)
+    summary = summarise(scored, mixture.labels)
+    with replace_directory(workspace.reports) as folder:
+        _write_rows(folder / "rows.parquet", scored)
+        from moa.report import text
+
+        (folder / "report.md").write_text(f"```\n{text(summary)}\n```\n", encoding="utf-8")
+        write_json(folder / "summary.json", summary)
+    return summary
+
+
+def test_rows(workspace: Workspace, config: Config, domains: Sequence[str]) -> list[tuple[str, Row]]:
+    """(domain, row) of the pinned test rows: in the order of their digests, so that a limit takes no sides."""
+    return [(domain, row) for domain in domains
+            for row in rows.read(workspace.corpus(domain), "test")[:config.evaluate.rows]]
+
+
+def score(mixture: Any, workspace: Workspace, config: Config) -> list[Scored]:
+    """Every test row under every system."""
+    from moa.mixture import BASE, answering
+    from moa.progress import track
+
+    content = test_rows(workspace, config, mixture.labels)
+    decisions = mixture.route([row.prompt for _, row in content])
+    by_system = {"base": [BASE] * len(content), "routed": [answering(decision) for decision in decisions],
+                 "forced": [domain for domain, _ in content]}
+    pairs = sorted({(index, by) for answerers in by_system.values() for index, by in enumerate(answerers)})
+    asked = _asked(content, config.evaluate.generate_rows)
+    limits = {domain: _answer_limit(workspace, config, domain) for domain in mixture.labels}
+    with track("evaluate", total=2 * len(pairs), unit="rows") as bar:
+        losses = dict(zip(pairs, mixture.losses([content[index][1].messages for index, _ in pairs],
+                                                [by for _, by in pairs]), strict=True))
+        bar.advance(len(pairs))
+        answers: dict[tuple[int, str], str] = {}
+        for domain in mixture.labels:
+            wanted = [pair for pair in pairs if pair[0] in asked and content[pair[0]][0] == domain]
+            for start in range(0, len(wanted), config.evaluate.batch_rows):
+                batch = wanted[start:start + config.evaluate.batch_rows]
+                written = mixture.generate([content[index][1].prompt for index, _ in batch], [by for _, by in batch],
+                                           limits[domain])
+                answers.update(zip(batch, written, strict=True))
+                bar.advance(len(batch))
+    judge = {domain: metrics.resolve(config.domains[domain].metric) for domain in mixture.labels}
+    result = []
+    for system, answerers in by_system.items():
+        for index, ((domain, row), by, decision) in enumerate(zip(content, answerers, decisions, strict=True)):
+            (loss, tokens), answer = losses[index, by], answers.get((index, by))
+            result.append(Scored(
+                domain, row.id, system, by, loss, tokens, answer, row.reference,
+                None if answer is None else judge[domain](answer, row.reference, row.question),
+                decision.domain, decision.confidence, decision.abstained))
+    return result
+
+
+def _asked(content: Sequence[tuple[str, Row]], limit: int) -> set[int]:
+    """Indices of the first `limit` rows of each domain: those that are answered, not only scored by loss."""
+    seen: dict[str, int] = defaultdict(int)
+    chosen = set()
+    for index, (domain, _) in enumerate(content):
+        if seen[domain] < limit:
+            chosen.add(index)
+        seen[domain] += 1
+    return chosen
+
+
+def _answer_limit(workspace: Workspace, config: Config, domain: str) -> int:
+    longest = read_json(workspace.corpus(domain) / MANIFEST)["tokens"]["completion"]["max"]
+    return min(config.evaluate.max_new_tokens, int(longest) + SPARE_TOKENS)
+
+
+def summarise(scored: Sequence[Scored], labels: Sequence[str]) -> dict[str, Any]:
+    """The table: domain by system, and how well the router chose.
+
+    `loss` is the mean over all completion tokens of the domain's rows, `perplexity` its exponential, `score` the mean
+    of the domain's metric over the answered rows, `bleu` (0 to 100) and `rouge_l` over the same. `accuracy` is the
+    share of rows whose own domain is the router's best guess, `abstention` the share it left to the base; `confusion`
+    counts rows by domain and best guess.
+    """
+    domains = {domain: {system: _figures([one for one in scored if (one.domain, one.system) == (domain, system)])
+                        for system in SYSTEMS} for domain in labels}
+    routed = [one for one in scored if one.system == "routed"]
+    confusion = {domain: {guess: sum(one.domain == domain and one.routed_to == guess for one in routed)
+                          for guess in labels} for domain in labels}
+    return {"domains": domains,
+            "routing": {"accuracy": sum(one.domain == one.routed_to for one in routed) / len(routed),
+                        "abstention": sum(one.abstained for one in routed) / len(routed), "confusion": confusion}}
+
+
+def _figures(scored: Sequence[Scored]) -> Mapping[str, float]:
+    answered = [one for one in scored if one.answer is not None and one.score is not None]
+    predictions, references = [str(one.answer) for one in answered], [one.reference for one in answered]
+    loss = sum(one.loss * one.tokens for one in scored) / sum(one.tokens for one in scored)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)),
+            "score": sum(one.score or 0.0 for one in answered) / len(answered),
+            "bleu": metrics.bleu(predictions, references), "rouge_l": metrics.rouge_l_mean(predictions, references),
+            "rows": len(scored), "answered": len(answered)}
+
+
+def _write_rows(path: Any, scored: Sequence[Scored]) -> None:
+    from dataclasses import asdict
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([asdict(one) for one in scored]), path)

@@ -1,0 +1,92 @@
+"""The mixture as MLflow serves it: an OpenAI chat body in, a chat completion out. Knows nothing of the registry.
+
+MLflow stores `SCRIPT`, not a pickle: the model is code that needs `moa` installed, and the artifacts beside it.
+"""
+
+import os
+import time
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+from moa.workspace import Workspace
+
+SCRIPT = '''"""Loaded by MLflow as the model's code; the rest is in the installed package."""
+
+from mlflow.models import set_model
+
+from moa.pyfunc import python_model
+
+set_model(python_model())
+'''
+ROLES = ("system", "user", "assistant")
+
+
+class BodyError(ValueError):
+    """The request is not one we answer; the message says which field and why."""
+
+
+def python_model() -> Any:
+    """The object MLflow loads and calls. Its `predict` has no type hints: MLflow would refuse chat bodies with them."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.pyfunc import PythonModel
+
+    with warnings.catch_warnings(record=True):   # it advises type hints, past any filter
+
+        class ChatMixture(PythonModel):
+            def load_context(self, context):  # type: ignore[no-untyped-def]
+                from moa.ask import open_mixture
+
+                self.mixture = open_mixture(Path(context.artifacts["mixture"]), _workspace(context.model_config or {}))
+
+            def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
+                try:
+                    return respond(self.mixture, model_input)
+                except BodyError as error:
+                    raise MlflowException.invalid_parameter_value(str(error)) from None
+
+    return ChatMixture()
+
+
+def respond(mixture: Any, body: Any) -> dict[str, Any]:
+    """Answer one chat body. Raises BodyError."""
+    messages, domain, limit = parse(body)
+    answer = mixture.chat(messages, domain=domain, max_new_tokens=limit)
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time()),
+        "model": f"moa/{answer.domain}" if answer.domain not in (None, "base") else "base",
+        "choices": [{"index": 0, "finish_reason": "stop",
+                     "message": {"role": "assistant", "content": answer.answer}}],
+        "moa": {"domain": answer.domain, "confidence": answer.confidence, "abstained": answer.abstained},
+    }
+
+
+def parse(body: Any) -> tuple[list[dict[str, str]], str | None, int | None]:
+    """Messages, forced domain ("base" = no expert, None = the router decides) and token limit of a chat body."""
+    if not isinstance(body, dict):
+        raise BodyError("The body must be a JSON object with `messages`.")
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BodyError("`messages` must be a list of at least one message.")
+    for place, message in enumerate(messages):
+        if (not isinstance(message, dict) or message.get("role") not in ROLES
+                or not isinstance(message.get("content"), str)):
+            raise BodyError(f"`messages[{place}]` must have a role ({', '.join(ROLES)}) and a text as content.")
+    model = body.get("model", "moa")
+    if not isinstance(model, str) or not (model in ("moa", "base") or model.removeprefix("moa/") not in ("", model)):
+        raise BodyError("`model` must be moa (the router decides), moa/NAME (that expert) or base.")
+    limit = body.get("max_tokens")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise BodyError("`max_tokens` must be a whole number of 1 or more.")
+    domain = None if model == "moa" else model.removeprefix("moa/")
+    return [{"role": message["role"], "content": message["content"]} for message in messages], domain, limit
+
+
+def _workspace(recorded: dict[str, Any]) -> Workspace | None:
+    """Where the base is: MOA_WORKSPACE, or the workspace that registered the mixture if it is on this machine."""
+    named = os.environ.get("MOA_WORKSPACE")
+    if named:
+        return Workspace.find(Path(named))
+    root = recorded.get("workspace")
+    return Workspace(Path(root)) if root and (Path(root) / "params.yaml").is_file() else None

@@ -1,0 +1,261 @@
+"""How an expert or a mixture becomes an MLflow version. Everything before the version itself may be done twice.
+
+    run, params, curves, inputs -> logged model -> its files -> version
+
+Runs and logged models carry the digest of what they are for. Where one is found, it is continued, so a crash between
+any two steps costs nothing and leaves nothing twice. Part of `moa.registry`, which holds the lock meanwhile.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moa import digests, lineage, tracking
+from moa.errors import RegistryError
+from moa.workspace import MANIFEST, Workspace, read_json
+
+if TYPE_CHECKING:
+    from moa.registry import ExpertVersion, Registry
+
+RUNTIME = ("mlflow", "numpy", "pydantic", "ruamel.yaml", "safetensors", "torch", "transformers")
+Point = tuple[str, float, int]   # metric, value, step
+
+
+@dataclass
+class Entry:
+    """What one version will say of itself."""
+
+    name: str                    # of the registered model
+    run_name: str
+    kind: str                    # expert or mixture
+    digest: str
+    tags: dict[str, str]         # of run, logged model and version
+    pins: dict[str, str]         # tags of the version alone, which may be longer than a run's
+    params: dict[str, Any]
+    points: list[Point]
+    corpora: dict[str, str]      # digest by domain
+    description: str = ""
+    all_tags: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.all_tags = {"moa.kind": self.kind, "moa.model": self.name, "moa.digest": self.digest, **self.tags}
+
+
+def register_expert(registry: "Registry", domain: str) -> tuple[Any, bool]:
+    """MLflow's version of the expert of `domain`, and whether it is new."""
+    from moa.registry import files
+
+    folder = registry.workspace.expert(domain)
+    manifest = _manifest(folder, f"Domain {domain!r} has no expert: run `moa train --domain {domain}` first.")
+    name = f"moa-expert-{domain}"
+    with tracking.talking(registry.address):
+        if (found := _version(registry, name, manifest["digest"])) is not None:
+            return found, False
+        base = manifest["base"]
+        parent = manifest.get("parent")
+        entry = Entry(
+            name, f"expert {domain}", "expert", manifest["digest"],
+            {"moa.domain": domain, "moa.corpus": manifest["corpus"], "moa.base": base["digest"],
+             "moa.base.source": base["source"], **({"moa.parent": str(parent)} if parent else {}),
+             **lineage.of_workspace(registry.workspace)},
+            {"moa.files": json.dumps(files(folder))},
+            {**manifest["train"], "rank": manifest["rank"], "alpha": manifest["alpha"],
+             "targets": ",".join(manifest["targets"]), "best_epoch": manifest["best_epoch"]},
+            list(curve(manifest["curve"])), {domain: manifest["corpus"]},
+            f"LoRA adapter (PEFT) of domain {domain}, without base weights; trained on {base['source']}.")
+        return _register(registry, entry, lambda _: folder), True
+
+
+def register_mixture(registry: "Registry", experts: Mapping[str, "ExpertVersion"]) -> tuple[Any, bool]:
+    """MLflow's version of `data/mixture`, and whether it is new."""
+    from moa.registry import files
+
+    workspace, folder = registry.workspace, registry.workspace.mixture
+    manifest = _manifest(folder, "There is no mixture: run `moa assemble` first.")
+    _check_experts(manifest, experts)
+    with tracking.talking(registry.address):
+        if (found := _version(registry, registry.mixture_name, manifest["digest"])) is not None:
+            return found, False
+        router = manifest["router"]
+        base = {"digest": _digest(manifest["base"]), "source": _source(manifest)}
+        pins = {domain: {"name": each.name, "version": each.version, "digest": each.digest}
+                for domain, each in sorted(experts.items())}
+        entry = Entry(
+            registry.mixture_name, "mixture", "mixture", manifest["digest"],
+            {"moa.base": base["digest"], "moa.base.source": base["source"], "moa.router": _digest(router),
+             **lineage.of_workspace(workspace)},
+            {"moa.experts": json.dumps(pins), "moa.files": json.dumps(files(folder))},
+            {"base": base["source"], "labels": ",".join(manifest["labels"]),
+             **{f"router.{key}": router[key] for key in ("rule", "layer", "temperature", "threshold") if key in router},
+             **{f"expert.{domain}": f"{pin['name']}/{pin['version']}" for domain, pin in pins.items()}},
+            list(scores(workspace.reports / "summary.json")), dict(_corpora(folder, manifest["labels"])),
+            f"Mixture-of-LoRAs over {base['source']}: {', '.join(manifest['labels'])}.")
+        settings = {"base_source": base["source"], "base_digest": base["digest"], "workspace": str(workspace.root)}
+        return _register(registry, entry, lambda temporary: _chat_model(workspace, settings, temporary)), True
+
+
+def curve(epochs: Iterable[Mapping[str, float]]) -> Iterator[Point]:
+    """A learning curve as metrics; the optimizer step is MLflow's step."""
+    for epoch in epochs:
+        for key, value in epoch.items():
+            if key != "step" and value is not None:
+                yield key, float(value), int(epoch["step"])
+
+
+def scores(summary: Path) -> Iterator[Point]:
+    """Metrics `math/routed/loss`, `routing/accuracy` and so on; none where nothing was evaluated."""
+    if not summary.is_file():
+        return
+    content = read_json(summary)
+    for domain, systems in content.get("domains", {}).items():
+        for system, values in systems.items():
+            if isinstance(values, dict):
+                for key, value in values.items():
+                    if isinstance(value, int | float) and math.isfinite(value):
+                        yield f"{domain}/{system}/{key}", float(value), 0
+    for key, value in content.get("routing", {}).items():
+        if isinstance(value, int | float) and math.isfinite(value):
+            yield f"routing/{key}", float(value), 0
+
+
+# The steps of a registration. Each finds what an interrupted one left.
+
+def _version(registry: "Registry", name: str, digest: str) -> Any:
+    """The oldest version with this content, or None."""
+    found = registry.client.search_model_versions(f"name='{name}' and tags.`moa.digest`='{digest}'")
+    return min(found, key=lambda version: int(version.version), default=None)
+
+
+def _register(registry: "Registry", entry: Entry, content: Any) -> Any:
+    """`content` makes the folder that holds the version's files, when they must be uploaded, out of an empty one."""
+    client, experiment = registry.open()
+    run = _run(client, experiment, entry)
+    _describe(client, run, entry, registry.workspace)
+    model = _model(client, experiment, run.info.run_id, entry, content)
+    outputs = client.get_run(run.info.run_id).outputs
+    if model.model_id not in {each.model_id for each in (outputs.model_outputs if outputs else [])}:
+        from mlflow.entities import LoggedModelOutput
+
+        client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
+    client.set_terminated(run.info.run_id)
+    try:
+        client.create_registered_model(entry.name)
+    except Exception as error:
+        if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+            raise
+    with tracking.everywhere(registry.address):
+        return client.create_model_version(entry.name, f"models:/{model.model_id}", run.info.run_id,
+                                           tags={**entry.all_tags, **entry.pins}, description=entry.description,
+                                           model_id=model.model_id)
+
+
+def _run(client: Any, experiment: str, entry: Entry) -> Any:
+    mine = f"tags.`moa.digest`='{entry.digest}' and tags.`moa.model`='{entry.name}'"
+    if left := client.search_runs([experiment], mine, max_results=1):
+        return left[0]
+    shown = {"mlflow.source.name": "moa", "mlflow.source.type": "LOCAL"}
+    if "moa.git.commit" in entry.tags:
+        shown["mlflow.source.git.commit"] = entry.tags["moa.git.commit"]
+    return client.create_run(experiment, tags={**entry.all_tags, **shown}, run_name=entry.run_name)
+
+
+def _describe(client: Any, run: Any, entry: Entry, workspace: Workspace) -> None:
+    """Params, metrics and inputs. MLflow keeps the same metric at the same time once: hence the run's own clock."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+
+    params = [Param(key, str(value)) for key, value in entry.params.items() if key not in run.data.params]
+    metrics = [Metric(key, value, run.info.start_time + step, step) for key, value, step in entry.points]
+    for start in range(0, max(len(params), len(metrics)), 100):
+        client.log_batch(run.info.run_id, metrics[start:start + 100], params[start:start + 100])
+    outputs = lineage.dvc_outputs(workspace)
+    inputs = []
+    for domain, digest in entry.corpora.items():
+        path = workspace.relative(workspace.corpus(domain))
+        tags = {"mlflow.data.context": "training", "moa.digest": digest}
+        if path in outputs:
+            tags["dvc.md5"] = outputs[path]
+        # MLflow's column holds 36 characters; the whole digest is in the tag.
+        inputs.append(DatasetInput(Dataset(domain, digest[:36], "dvc", json.dumps({"path": path})),
+                                   [InputTag(key, value) for key, value in tags.items()]))
+    client.log_inputs(run.info.run_id, inputs)
+
+
+def _model(client: Any, experiment: str, run_id: str, entry: Entry, content: Any) -> Any:
+    """The logged model with its files, ready."""
+    mine = f"tags.`moa.digest`='{entry.digest}' and tags.`moa.model`='{entry.name}'"
+    left = client.search_logged_models([experiment], mine, max_results=1)
+    model = left[0] if left else client.create_logged_model(
+        experiment, name=entry.name, source_run_id=run_id, tags=entry.all_tags, model_type=f"moa-{entry.kind}")
+    if str(model.status) != "READY":
+        with tempfile.TemporaryDirectory() as temporary:
+            client.log_model_artifacts(model.model_id, str(content(Path(temporary))))
+        model = client.finalize_logged_model(model.model_id, "READY")
+    return model
+
+
+def _chat_model(workspace: Workspace, settings: dict[str, str], temporary: Path) -> Path:
+    """The mixture as a models-from-code pyfunc: MLmodel, script, artifacts/mixture and artifacts/reports."""
+    from mlflow.pyfunc import save_model
+
+    from moa.pyfunc import SCRIPT
+
+    script = temporary / "chat_mixture.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    artifacts = {folder.name: str(folder) for folder in (workspace.mixture, workspace.reports) if folder.is_dir()}
+    save_model(temporary / "model", python_model=str(script), artifacts=artifacts, model_config=settings,
+               signature=False, pip_requirements=list(_requirements()))
+    return temporary / "model"
+
+
+def _requirements() -> Iterator[str]:
+    """What the model runs on. Not `moa`, installed by hand: a package index may hold a stranger of that name."""
+    for package in RUNTIME:
+        try:
+            yield f"{package}=={installed(package).split('+')[0]}"
+        except PackageNotFoundError:
+            continue
+
+
+# What manifests say.
+
+def _manifest(folder: Path, otherwise: str) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise RegistryError(otherwise)
+    manifest: dict[str, Any] = read_json(path)
+    return manifest
+
+
+def _check_experts(manifest: Mapping[str, Any], experts: Mapping[str, "ExpertVersion"]) -> None:
+    pinned = {domain: _digest(pin) for domain, pin in manifest["experts"].items()}
+    for domain in sorted(pinned.keys() | experts.keys()):
+        given = experts[domain].digest if domain in experts else None
+        if pinned.get(domain) != given:
+            raise RegistryError(
+                f"The mixture was assembled from another expert of {domain!r} than the one registered "
+                f"({pinned.get(domain, 'none')[:12]} and {(given or 'none')[:12]}): run `moa assemble`.")
+
+
+def _corpora(mixture: Path, labels: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for domain in labels:
+        path = mixture / "experts" / domain / MANIFEST
+        if path.is_file():
+            yield domain, read_json(path)["corpus"]
+
+
+def _digest(pin: Any) -> str:
+    """A pin is a digest, a record that holds one, or facts that are their own."""
+    if isinstance(pin, str):
+        return pin
+    return str(pin["digest"]) if "digest" in pin else digests.of_json(pin)
+
+
+def _source(manifest: Mapping[str, Any]) -> str:
+    base = manifest["base"]
+    return str(base["source"] if isinstance(base, dict) else manifest.get("source", ""))

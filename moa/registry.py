@@ -1,0 +1,226 @@
+"""Experts and mixtures as MLflow versions, and who is champion. Knows nothing of the gate and of what is inside them.
+
+A registration leaves a run (how it came about), a logged model (the files) and last of all a version, whose tags pin
+the content. A version's existence means that it is complete; what a crash leaves before that is found by its digest
+and continued. With `moa.tracking` and `moa.pyfunc`, the only room that talks to MLflow.
+
+    moa-expert-NAME    adapter and manifest of one expert, without base weights
+    moa-mixture        the whole mixture and its reports, answering chat bodies; its tags hold the champion's history
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moa import digests, tracking
+from moa.config import Config
+from moa.errors import ArtifactError, RegistryError
+from moa.history import HISTORY, Entry, following, parse
+from moa.workspace import MANIFEST, Workspace, read_json, replace_directory
+
+CHAMPION = "champion"
+
+
+@dataclass(frozen=True)
+class ExpertVersion:
+    name: str
+    version: int
+    digest: str
+    run_id: str
+    created: bool = False   # by this call
+
+
+@dataclass(frozen=True)
+class MixtureVersion:
+    name: str
+    version: int
+    digest: str
+    run_id: str
+    tags: dict[str, str]
+    created_at: int         # milliseconds since 1970
+    created: bool = False   # by this call
+
+    @property
+    def experts(self) -> dict[str, dict[str, Any]]:
+        """`name`, `version` and `digest` of each domain's expert."""
+        return json.loads(self.tags["moa.experts"])
+
+    @property
+    def gate(self) -> dict[str, Any] | None:
+        """The decision about it, if one was made."""
+        return json.loads(self.tags["moa.gate"]) if "moa.gate" in self.tags else None
+
+
+class Registry:
+    """Opens MLflow at the first call that needs it. Methods raise RegistryError when MLflow refuses or is gone."""
+
+    def __init__(self, workspace: Workspace, config: Config) -> None:
+        self.workspace = workspace
+        self.config = config
+        self.mixture_name = config.release.name
+        self.address = tracking.uri(workspace)
+        self._opened: tuple[Any, str] | None = None
+
+    @property
+    def client(self) -> Any:
+        return self.open()[0]
+
+    def open(self) -> tuple[Any, str]:
+        """MLflow's client and the id of our experiment."""
+        if self._opened is None:
+            self._opened = tracking.connect(self.workspace)
+        return self._opened
+
+    # Registration.
+
+    def register_expert(self, domain: str) -> ExpertVersion:
+        """The version that holds the expert of `domain`, made if its content has none yet."""
+        from moa.registration import register_expert
+
+        with self._alone():
+            return _expert(*register_expert(self, domain))
+
+    def register_mixture(self, experts: dict[str, ExpertVersion]) -> MixtureVersion:
+        """The version that holds `data/mixture`, pinned to these versions of its experts."""
+        from moa.registration import register_mixture
+
+        with self._alone():
+            found, created = register_mixture(self, experts)
+            return replace(_mixture(found), created=created)
+
+    # Versions.
+
+    def versions(self) -> list[MixtureVersion]:
+        """Every release, oldest first."""
+        with tracking.talking(self.address):
+            found = self.client.search_model_versions(f"name='{self.mixture_name}'", max_results=10_000)
+        return sorted((_mixture(each) for each in found), key=lambda version: version.version)
+
+    def get(self, version: int | str) -> MixtureVersion:
+        """A release by number, or by alias ("champion")."""
+        if (number := str(version)).isdigit():
+            with tracking.talking(self.address):
+                try:
+                    return _mixture(self.client.get_model_version(self.mixture_name, number))
+                except Exception as error:
+                    if not tracking.missing(error):
+                        raise
+        elif (found := self._by_alias(number)) is not None:
+            return found
+        known = ", ".join(str(each.version) for each in self.versions()) or "none yet: run `moa run`"
+        raise RegistryError(f"{self.mixture_name} has no version {version}; its versions: {known}.")
+
+    def _by_alias(self, alias: str) -> MixtureVersion | None:
+        with tracking.talking(self.address):
+            try:
+                return _mixture(self.client.get_model_version_by_alias(self.mixture_name, alias))
+            except Exception as error:
+                # An alias that was never set is an invalid parameter to MLflow, not a missing resource.
+                if tracking.missing(error) or getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
+                    return None
+                raise
+
+    def record_gate(self, version: int, decision: dict[str, Any]) -> None:
+        """Keep the decision with the version it is about; the newest one counts."""
+        with tracking.talking(self.address):
+            self.client.set_model_version_tag(self.mixture_name, str(version), "moa.gate", json.dumps(decision))
+
+    def download(self, version: int | str) -> Path:
+        """The mixture's directory as it was released, `reports` beside it. Raises ArtifactError when it was altered.
+
+        Kept under the digest of its content, and put there whole.
+        """
+        from filelock import FileLock
+
+        wanted = version if isinstance(version, MixtureVersion) else self.get(version)
+        target = self.workspace.cache / "releases" / wanted.digest
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / f".{wanted.digest}.lock"):
+            if not target.is_dir():
+                with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as temporary:
+                    fetched = self._fetch(wanted, Path(temporary))
+                    verify(fetched / "mixture", wanted)
+                    with replace_directory(target) as folder:
+                        for part in fetched.iterdir():
+                            shutil.move(part, folder / part.name)
+        return target / "mixture"
+
+    def _fetch(self, version: MixtureVersion, folder: Path) -> Path:
+        self.open()   # quiet before the import
+        with tracking.talking(self.address), tracking.everywhere(self.address):
+            from mlflow.artifacts import download_artifacts
+
+            return Path(download_artifacts(
+                artifact_uri=f"models:/{version.name}/{version.version}", dst_path=str(folder),
+                tracking_uri=self.address, registry_uri=self.address)) / "artifacts"
+
+    # The champion.
+
+    def champion(self) -> MixtureVersion | None:
+        """The release that serves; None before the first, or when somebody deleted the alias."""
+        return self._by_alias(CHAMPION)
+
+    def set_champion(self, version: int, reason: str, by: str) -> Entry:
+        """Move the alias and record the move. Repeated after a crash, it completes what was begun.
+
+        The record comes first: a move without a record would hide who did it and why, while a record without its move
+        shows as not effective, because its successor (or the alias) names another predecessor.
+        """
+        with self._alone():
+            wanted, current = self.get(version), self.champion()
+            entry, new = following(self.history(), wanted.version, wanted.digest,
+                                   current.version if current else None, reason, by)
+            with tracking.talking(self.address):
+                if new:
+                    self.client.set_registered_model_tag(self.mixture_name, entry.key, entry.as_json())
+                if current is None or current.version != wanted.version:
+                    self.client.set_registered_model_alias(self.mixture_name, CHAMPION, str(wanted.version))
+        return entry
+
+    def history(self) -> list[Entry]:
+        """Every change of champion, oldest first; kept in tags of the registered model, out of reach of the alias."""
+        with tracking.talking(self.address):
+            try:
+                tags = self.client.get_registered_model(self.mixture_name).tags
+            except Exception as error:
+                if tracking.missing(error):
+                    return []
+                raise
+        current = self.champion()
+        return parse({key: value for key, value in tags.items() if key.startswith(HISTORY)},
+                     current.version if current else None)
+
+    def _alone(self) -> Any:
+        """One writer at a time on this machine: two that do not find a digest would both register it."""
+        from filelock import FileLock
+
+        self.open()
+        return FileLock(self.workspace.mlflow / "write.lock")
+
+
+def verify(mixture: Path, version: MixtureVersion) -> None:
+    """Raise ArtifactError unless `mixture` holds exactly the files that were registered as `version`."""
+    recorded: dict[str, str] = json.loads(version.tags["moa.files"])
+    found = files(mixture)
+    wrong = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+    if wrong or read_json(mixture / MANIFEST)["digest"] != version.digest:
+        raise ArtifactError(f"{version.name} version {version.version} is not what was registered: "
+                            f"{', '.join(wrong) or MANIFEST} differs. Register it again with `moa run`.")
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Digest by name of every file under `folder`."""
+    return {path.relative_to(folder).as_posix(): digests.of_file(path)
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _expert(found: Any, created: bool) -> ExpertVersion:
+    return ExpertVersion(found.name, int(found.version), found.tags["moa.digest"], found.run_id or "", created)
+
+
+def _mixture(found: Any) -> MixtureVersion:
+    return MixtureVersion(found.name, int(found.version), found.tags.get("moa.digest", ""), found.run_id or "",
+                          dict(found.tags), int(found.creation_timestamp))

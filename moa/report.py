@@ -1,0 +1,81 @@
+"""Figures to text, for terminals and Markdown. Measures nothing itself."""
+
+import os
+from collections import defaultdict
+from typing import Any
+
+from moa.config import Config
+from moa.workspace import Workspace, read_json
+
+COLUMNS = ("loss", "perplexity", "score")
+NAMES = {"base": "base", "routed": "routed", "forced": "label forced"}
+
+
+def text(table: dict[str, Any]) -> str:
+    """The table of an evaluation: domain by system, then routing."""
+    width = max(len(domain) for domain in table["domains"])
+    lines = [f"{'domain':<{width}}  {'system':<12}  {'loss':>7}  {'perplexity':>10}  {'score':>6}"]
+    for domain, systems in table["domains"].items():
+        for system, figures in systems.items():
+            label = domain if system == "base" else ""
+            lines.append(f"{label:<{width}}  {NAMES[system]:<12}  {figures['loss']:7.3f}  {figures['perplexity']:10.2f}"
+                         f"  {figures['score']:6.3f}")
+    routing = table["routing"]
+    lines.append(f"routing accuracy {routing['accuracy']:.1%}, abstention {routing['abstention']:.1%}")
+    return "\n".join(lines)
+
+
+def champion_table(workspace: Workspace, config: Config, *, rerun: bool = False) -> dict[str, Any]:
+    """How the champion does: as measured when it was built, or again on today's test rows."""
+    from moa.ask import champion, open_mixture
+
+    version, folder = champion(workspace, config)
+    if rerun:
+        from moa.evaluate import score, summarise
+
+        mixture = open_mixture(folder, workspace)
+        measured = summarise(score(mixture, workspace, config), mixture.labels)
+    else:
+        measured = read_json(folder.parent / "reports" / "summary.json")
+    return {"release": version.version,
+            "domains": {domain: {system: {key: figures[key] for key in COLUMNS} for system, figures in systems.items()}
+                        for domain, systems in measured["domains"].items()},
+            "routing": {key: measured["routing"][key] for key in ("accuracy", "abstention")}}
+
+
+def comparison_text(compared: dict[str, Any]) -> str:
+    """Mean loss of two releases by domain."""
+    by_domain: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in compared["rows"]:
+        by_domain[row["domain"]].append(row)
+    width = max(len(domain) for domain in by_domain)
+    lines = [f"{'domain':<{width}}  {'rows':>5}  {'base':>8}  {'incumbent':>10}  {'challenger':>10}"]
+    for domain, rows in by_domain.items():
+        means = [_mean([row.get(f"{name}_loss") for row in rows]) for name in ("base", "incumbent", "challenger")]
+        lines.append(f"{domain:<{width}}  {len(rows):>5}  {means[0]:>8}  {means[1]:>10}  {means[2]:>10}")
+    return "\n".join(lines)
+
+
+def _mean(losses: list[float | None]) -> str:
+    known = [loss for loss in losses if loss is not None]
+    return f"{sum(known) / len(known):.3f}" if known else "-"
+
+
+def summary(workspace: Workspace, config: Config, release: Any) -> str:
+    """What `moa run` ends with: the table, where things are, what to try next."""
+    table = read_json(workspace.reports / "summary.json")
+    domain = next(iter(config.domains))
+    tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.relative(workspace.mlflow)}/mlflow.db"
+    champion = release.get("champion") if isinstance(release, dict) else None
+    verdict = release["decision"]["reason"] if isinstance(release, dict) and release.get("decision") else ""
+    return "\n".join([
+        "", text(table), "",
+        f"release   version {release['version'] if isinstance(release, dict) else '?'} of {config.release.name} "
+        f"({verdict}); champion is version {champion}",
+        f"report    {workspace.relative(workspace.reports)}/report.md, rows.parquet, summary.json",
+        f"MLflow    mlflow ui --backend-store-uri {tracking}",
+        f"Prefect   PREFECT_HOME={workspace.relative(workspace.prefect)} prefect server start",
+        "", "Try next:",
+        '  moa ask "A box holds 6 pens. Mia buys 4 boxes and gives away 5 pens. How many pens are left?"',
+        f"  moa ask --domain {domain} --json \"...\"",
+        "  moa plan"])

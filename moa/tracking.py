@@ -1,0 +1,134 @@
+"""How moa opens MLflow: quietly, once, and with an end to waiting. Knows nothing of experts, mixtures or champions."""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from moa.errors import RegistryError
+from moa.workspace import Workspace
+
+EXPERIMENT = "moa"
+PROBE_SECONDS = 5
+
+# Read by MLflow when it is imported or at each call; what the user has set stays.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",   # MLflow's own seven, each waiting longer, are minutes
+}
+
+
+def uri(workspace: Workspace) -> str:
+    """Where the versions are: MLFLOW_TRACKING_URI, or a SQLite database of this workspace."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.mlflow / 'mlflow.db'}"
+
+
+def shown(address: str) -> str:
+    """`address` without the password it may hold."""
+    return re.sub(r"://[^/@]*@", "://", address)
+
+
+def connect(workspace: Workspace) -> tuple[Any, str]:
+    """A client and the id of our experiment, both ready for use. Raises RegistryError when nobody answers.
+
+    A new database is made by one process while the others wait: MLflow's migrations do not survive company.
+    """
+    from filelock import FileLock
+
+    address = uri(workspace)
+    workspace.mlflow.mkdir(parents=True, exist_ok=True)
+    with talking(address), FileLock(workspace.mlflow / "open.lock"):
+        quieten()
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(tracking_uri=address, registry_uri=address)
+        with _short_of_patience():
+            found = client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            # A server chooses where its artifacts lie; in a database of ours they lie beside it.
+            ours = address.startswith("sqlite:") and "MLFLOW_TRACKING_URI" not in os.environ
+            place = (workspace.mlflow / "artifacts").as_uri() if ours else None
+            return client, str(client.create_experiment(EXPERIMENT, artifact_location=place))
+        if found.lifecycle_stage == "deleted":
+            raise RegistryError(f"The MLflow experiment {EXPERIMENT!r} at {shown(address)} was deleted: "
+                                f"run `mlflow experiments restore --experiment-id {found.experiment_id}`.")
+        return client, str(found.experiment_id)
+
+
+def quieten() -> None:
+    """No telemetry, no advice, no progress: what matters comes back as a value or an error."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in ("mlflow", "alembic", "alembic.runtime.migration"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def talking(address: str) -> Iterator[None]:
+    """Turn what MLflow, its database or the network raise inside into a RegistryError of one sentence."""
+    try:
+        yield
+    except RegistryError:
+        raise
+    except Exception as error:
+        if not _from_outside(error):
+            raise
+        detail = " ".join(str(error).split())
+        if "Max retries exceeded" in detail or "timed out" in detail or "Connection" in detail:
+            raise RegistryError(f"No MLflow server answers at {shown(address)}: start it, or unset "
+                                "MLFLOW_TRACKING_URI to use this workspace's own database.") from error
+        raise RegistryError(f"MLflow at {shown(address)} refused: {shown(detail[:400])}") from error
+
+
+def _from_outside(error: Exception) -> bool:
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return isinstance(error, MlflowException | RequestException | SQLAlchemyError)
+
+
+@contextmanager
+def _short_of_patience() -> Iterator[None]:
+    """For the first request only: later ones may be uploads that take their time."""
+    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(PROBE_SECONDS), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def everywhere(address: str) -> Iterator[None]:
+    """Make `address` MLflow's own default inside, for the calls that look there whatever their client says.
+
+    Undone afterwards: MLflow writes the default into the environment, where `uri` would take it for the user's wish.
+    """
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(address)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def missing(error: Exception) -> bool:
+    """Whether MLflow says that what was asked for is not there."""
+    return getattr(error, "error_code", "") in {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}

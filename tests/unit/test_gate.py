@@ -1,0 +1,161 @@
+"""The gate's promises, on simulated losses."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moa.gate import Decision, DomainVerdict, Rules, Score, decide, judge
+
+DOMAINS = ("math", "python", "sql")
+QUICK = Rules(resamples=2_000)
+
+
+def simulated(shifts: dict[str, float], rows: int = 60, noise: float = 0.02, seed: int = 0) -> list[Score]:
+    """Losses that differ much between rows and little between releases, as real ones do."""
+    rng = np.random.default_rng(seed)
+    scores = []
+    for domain, shift in shifts.items():
+        incumbent = rng.gamma(4, 0.25, rows)
+        challenger = incumbent + shift + rng.normal(0, noise, rows)
+        scores += [Score(domain, f"{row:03d}", float(after), float(before), float(before) + 0.3)
+                   for row, (before, after) in enumerate(zip(incumbent, challenger, strict=True))]
+    return scores
+
+
+def gate(scores: list[Score], rules: Rules = QUICK, incumbent: tuple[str, ...] = DOMAINS,
+         challenger: tuple[str, ...] = DOMAINS, **more: object) -> Decision:
+    return decide(scores, rules, incumbent=incumbent, challenger=challenger, **more)   # type: ignore[arg-type]
+
+
+losses = st.lists(st.floats(0, 20, allow_nan=False), min_size=1, max_size=60)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.fixed_dictionaries(dict.fromkeys(DOMAINS, losses)))
+def test_an_equal_challenger_is_never_promoted(by_domain: dict[str, list[float]]) -> None:
+    decision = gate([Score(domain, str(row), loss, loss) for domain, values in by_domain.items()
+                     for row, loss in enumerate(values)])
+    assert not decision.promote
+    assert decision.improved == []
+    assert all(verdict.verdict != "fail" for verdict in decision.domains.values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from(DOMAINS), st.floats(0.1, 5), st.integers(20, 200))
+def test_a_clear_regression_in_one_domain_is_refused_and_named(seed: int, bad: str, rise: float, rows: int) -> None:
+    shifts = {domain: rise if domain == bad else -0.2 for domain in DOMAINS}
+    decision = gate(simulated(shifts, rows, seed=seed))
+    assert not decision.promote
+    assert [domain for domain, verdict in decision.domains.items() if verdict.verdict == "fail"] == [bad]
+    assert bad in decision.reason
+
+
+def test_one_better_domain_promotes() -> None:
+    decision = gate(simulated({"math": 0, "python": -0.05, "sql": 0}))
+    assert decision.promote
+    assert decision.improved == ["python"]
+    verdict = decision.domains["python"]
+    assert verdict.interval is not None and verdict.point is not None
+    assert verdict.interval[0] < verdict.point < verdict.interval[1] < 0
+
+
+@pytest.mark.parametrize("rows", [0, 1, 19])
+def test_too_few_rows_are_not_a_verdict_and_not_promoted(rows: int) -> None:
+    scores = simulated({"math": -0.5, "python": -0.5}) + simulated({"sql": -0.5}, rows)
+    decision = gate(scores)
+    assert decision.domains["sql"].verdict == "not enough data"
+    assert not decision.promote
+    assert f"sql: {rows} rows to compare, 20 are needed" in decision.reason
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_the_order_of_rows_does_not_matter(order: random.Random) -> None:
+    scores = simulated({"math": -0.01, "python": 0.005, "sql": 0.019})
+    shuffled = list(scores)
+    order.shuffle(shuffled)
+    assert gate(shuffled) == gate(scores)
+
+
+def test_rows_without_a_partner_are_counted_and_left_out() -> None:
+    scores = simulated({"math": 0}, 30)
+    lone = [Score("math", "new", 9.0, None), Score("math", "gone", None, 9.0), Score("math", "nan", 1.0, float("nan"))]
+    verdict = judge("math", scores + lone, QUICK)
+    assert (verdict.rows, verdict.unmatched) == (30, 3)
+    assert verdict.point == judge("math", scores, QUICK).point
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_challenger_without_a_finite_loss_fails(loss: float) -> None:
+    verdict = judge("math", [*simulated({"math": -1})[1:], Score("math", "000", loss, 1.0)], QUICK)
+    assert verdict.verdict == "fail"
+    assert "1 of 60" in verdict.reason
+
+
+def test_a_new_domain_is_compared_with_the_base() -> None:
+    scores = simulated({"math": 0, "python": 0, "sql": 0})
+    better = gate(scores, incumbent=("math", "python"))
+    assert better.promote and better.improved == ["sql"]
+    assert better.domains["sql"].against == "base"
+    worse = [Score(s.domain, s.row, s.challenger, s.incumbent, s.challenger - 0.5) for s in scores if s.challenger]
+    assert gate(worse, incumbent=("math", "python")).domains["sql"].verdict == "fail"
+
+
+def test_an_old_domain_whose_incumbent_did_not_answer_is_not_taken_for_new() -> None:
+    scores = [Score(s.domain, s.row, s.challenger, None if s.domain == "sql" else s.incumbent, s.base)
+              for s in simulated({"math": 0, "python": 0, "sql": 0})]
+    decision = gate(scores)
+    assert decision.domains["sql"].verdict == "not enough data"
+    assert not decision.promote
+
+
+def test_removed_domains_are_named() -> None:
+    decision = gate(simulated({"math": -0.1, "python": 0}), challenger=("math", "python"))
+    assert decision.removed == ["sql"]
+    assert "removed: sql" in decision.reason
+
+
+@pytest.mark.parametrize(("after", "word"), [({"accuracy": 0.9, "abstention": 0.0}, "accuracy"),
+                                             ({"accuracy": 1.0, "abstention": 0.2}, "abstentions")])
+def test_routing_outside_its_bounds_is_refused(after: dict[str, float], word: str) -> None:
+    scores = simulated(dict.fromkeys(DOMAINS, -0.1))
+    routing = {"incumbent": {"accuracy": 1.0, "abstention": 0.01}, "challenger": after}
+    assert gate(scores, routing={**routing, "challenger": routing["incumbent"]}).promote
+    decision = gate(scores, routing=routing)
+    assert not decision.promote and word in decision.reason
+
+
+@pytest.mark.parametrize("rows", [20, 60])
+def test_false_promotions_are_rare(rows: int) -> None:
+    """No true difference anywhere and no domain failing for its width: 5 % promoted is the bound."""
+    rules = Rules(resamples=4_000, tolerance=1.0)
+    promoted = sum(gate(simulated(dict.fromkeys(DOMAINS, 0.0), rows, seed=seed), rules).promote for seed in range(300))
+    assert promoted <= 0.05 * 300
+
+
+def test_power_at_a_known_difference() -> None:
+    found = sum(gate(simulated({"math": -0.015, "python": 0, "sql": 0}, seed=seed)).promote for seed in range(50))
+    assert found >= 45
+
+
+def test_the_interval_covers_the_true_difference() -> None:
+    """Skewed differences on few rows, where the plain percentile interval is too short."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(300):
+        values = rng.exponential(0.1, 20) - 0.1
+        verdict: DomainVerdict = judge("d", [Score("d", str(i), 1 + float(v), 1.0) for i, v in enumerate(values)],
+                                       Rules(resamples=2_000, tolerance=10))
+        assert verdict.interval is not None
+        hits += verdict.interval[0] <= 0 <= verdict.interval[1]
+    assert hits >= 0.90 * 300
+
+
+def test_a_decision_becomes_json() -> None:
+    import json
+
+    decision = gate(simulated({"math": -0.1, "python": 0, "sql": 0}))
+    assert json.loads(json.dumps(decision.as_dict()))["improved"] == ["math"]
