@@ -75,7 +75,7 @@ class TrainParams(Group):
 class AssembleParams(Group):
     rule: Literal["early", "last", "vote"] = "early"
     tolerance: float = Field(default=0.0, ge=0, le=1, description="early: accuracy it may lose to the best layer")
-    rows: int = Field(default=96, ge=2, description="training prompts per domain the router sees")
+    rows: int = Field(default=48, ge=2, description="training prompts per domain the router sees")
     max_abstention: float = Field(default=0.01, ge=0, lt=1, description="share of known-domain validation prompts")
     seed: int = 0
 
@@ -84,8 +84,7 @@ class EvaluateParams(Group):
     rows: int | None = Field(default=None, ge=1, description="test rows per domain; null = all")
     generate_rows: int = Field(default=20, ge=1, description="test rows per domain that are answered and scored")
     max_new_tokens: int = Field(default=256, ge=1, description="bound; the longest training answer sets the real limit")
-    batch_rows: int = Field(default=16, ge=1)
-    seed: int = 0
+    batch_rows: int = Field(default=20, ge=1, description="rows answered side by side")
 
 
 class ReleaseParams(Group):

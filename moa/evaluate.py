@@ -79,7 +79,8 @@ def score(mixture: Any, workspace: Workspace, config: Config) -> list[Scored]:
     pairs = sorted({(index, by) for answerers in by_system.values() for index, by in enumerate(answerers)})
     asked = _asked(content, config.evaluate.generate_rows)
     limits = {domain: _answer_limit(workspace, config, domain) for domain in mixture.labels}
-    with track("evaluate", total=2 * len(pairs), unit="rows") as bar:
+    answered = sum(index in asked for index, _ in pairs)
+    with track("evaluate", total=len(pairs) + answered, unit="rows") as bar:
         losses = dict(zip(pairs, mixture.losses([content[index][1].messages for index, _ in pairs],
                                                 [by for _, by in pairs]), strict=True))
         bar.advance(len(pairs))

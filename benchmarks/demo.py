@@ -1,0 +1,56 @@
+"""What `make demo` promises, measured on its held-out rows: both sides of each figure come from one evaluation.
+
+    make demo && .venv/bin/python benchmarks/demo.py
+
+Reads data/reports/rows.parquet of the workspace it is run in. The last line is one JSON object.
+"""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from moa.workspace import Workspace
+
+RESAMPLES = 10_000
+GENERATED = ("math", "sql", "extract")   # corpora of our own making; the rest is real input
+
+
+def main() -> None:
+    table = pq.read_table(Workspace.find().reports / "rows.parquet").to_pandas()
+    goals, figures = [], {}
+    for domain, rows in table.groupby("domain"):
+        wide = rows.pivot(index="row", columns="system", values=["loss", "tokens", "score"])
+        tokens = wide["tokens"]["base"].to_numpy(dtype=float)
+        base, routed = (wide["loss"][system].to_numpy(dtype=float) for system in ("base", "routed"))
+        ratio = float((routed * tokens).sum() / (base * tokens).sum())
+        low, high = interval(routed - base)
+        scores = {system: float(wide["score"][system].dropna().mean()) for system in ("base", "routed", "forced")}
+        figures[domain] = {"rows": len(wide), "routed over base loss": ratio, "difference": [low, high], "score": scores}
+        print(f"{domain:<10} {len(wide):3} rows  routed/base loss {ratio:.3f}  routed - base [{low:+.3f}, {high:+.3f}]  "
+              f"score base {scores['base']:.3f} routed {scores['routed']:.3f} forced {scores['forced']:.3f}")
+        if domain in GENERATED:
+            goals.append(goal(f"{domain}: routed over base loss", ratio, 0.8, ratio <= 0.8))
+        else:
+            goals.append(goal(f"{domain}: upper end of routed - base loss", high, 0.0, high < 0))
+        gain = scores["routed"] - scores["base"]
+        goals.append(goal(f"{domain}: routed - base score", gain, 0.0, gain > 0))
+    routed_rows = table[table.system == "routed"]
+    accuracy = float((routed_rows.domain == routed_rows.routed_to).mean())
+    goals.append(goal("routing accuracy", accuracy, 0.99, accuracy >= 0.99))
+    print(json.dumps({"benchmark": "demo", "figures": figures, "goals": goals}))
+
+
+def interval(differences: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Paired percentile bootstrap of the mean."""
+    picks = np.random.default_rng(0).integers(0, len(differences), (RESAMPLES, len(differences)))
+    low, high = np.quantile(differences[picks].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def goal(name: str, value: float, wanted: float, met: bool) -> dict[str, object]:
+    return {"name": name, "value": value, "goal": wanted, "met": bool(met)}
+
+
+if __name__ == "__main__":
+    main()
