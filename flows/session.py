@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flows.runner import Outcome
+from moa import metrics
 from moa.config import Config, load
 from moa.errors import PipelineError
 from moa.graph import FORCED, Snapshot, Stage
@@ -87,6 +88,8 @@ def opened(workspace: Workspace, options: Options, *, verbose: bool = False) -> 
     config = load(workspace.params)
     for domain in options.domains or ():
         config.require_domain(domain)
+    for each in config.domains.values():
+        metrics.resolve(each.metric)   # the last stage needs it: say so before the first one runs
     pipeline = Pipeline(workspace)
     with pipeline.lock(), Screen(verbose=verbose) as screen:
         snapshot = pipeline.snapshot().limited(options.domains).forced(options.force)

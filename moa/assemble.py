@@ -67,13 +67,18 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
 
 
 def _expert(workspace: Workspace, domain: str) -> dict[str, Any]:
-    path = workspace.expert(domain) / MANIFEST
-    if not path.is_file():
-        raise ArtifactError(f"Domain {domain!r} has no expert: run `moa train --domain {domain}` first.")
-    manifest: dict[str, Any] = read_json(path)
-    if manifest["base"]["digest"] != pin(workspace).digest:
-        raise ArtifactError(f"The expert of {domain!r} was trained on another base ({manifest['base']['source']}): "
-                            f"run `moa train --domain {domain}`.")
+    folder, again = workspace.expert(domain), f"run `moa train --domain {domain}"
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(f"Domain {domain!r} has no expert: {again}` first.")
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    base = pin(workspace)
+    if other := [part for part in ("weights", "tokenizer", "template")
+                 if manifest["base"][part] != getattr(base, part)]:
+        raise ArtifactError(f"The expert of {domain!r} was trained on {manifest['base']['source']}, and the "
+                            f"{' and '.join(other)} of this workspace's base ({base.source}) differ: {again}`.")
+    files = [path for path in folder.iterdir() if path.name != MANIFEST]
+    if digests.of_files(files, folder) != manifest["digest"]:
+        raise ArtifactError(f"The expert of {domain!r} is not the one its manifest names: {again} --fresh`.")
     return manifest
 
 

@@ -117,6 +117,7 @@ def run(
 @app.command(rich_help_panel=RUN)
 def plan(domains: Domains = None, force: Force = None, as_json: AsJson = False) -> None:
     """Say what `moa run` would do, why, and how long it would take. Runs nothing."""
+    from moa import metrics
     from moa import plan as planning
     from moa.pipeline import Pipeline
 
@@ -124,6 +125,8 @@ def plan(domains: Domains = None, force: Force = None, as_json: AsJson = False) 
     chosen = _names(domains)
     for name in chosen or ():
         config.require_domain(name)
+    for each in config.domains.values():
+        metrics.resolve(each.metric)
     snapshot = Pipeline(workspace).snapshot().limited(chosen).forced(force or ())
     made = planning.make(snapshot, config, planning.Statistics.read(workspace, config))
     if as_json:

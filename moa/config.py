@@ -124,16 +124,22 @@ class Config(Group):
         return name
 
 
+def _keys_of(location: tuple[int | str, ...]) -> str:
+    """The keys allowed at a place of params.yaml."""
+    group: Any = Config
+    for part in location:
+        field = getattr(group, "model_fields", {}).get(part)
+        group = field.annotation if field else Domain
+    return ", ".join(getattr(group, "model_fields", {}))
+
+
 def _explain(path: Path, error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the file"
     if first["type"] == "extra_forbidden":
-        group: Any = Config
-        for part in first["loc"][:-1]:
-            field = getattr(group, "model_fields", {}).get(part)
-            group = field.annotation if field else Domain
-        known = ", ".join(getattr(group, "model_fields", {}))
-        return f"{path.name}: unknown key {key!r}; allowed here: {known}."
+        return f"{path.name}: unknown key {key!r}; allowed here: {_keys_of(first['loc'][:-1])}."
+    if first["type"].startswith("model_"):
+        return f"{path.name}: {key} must have keys of its own: {_keys_of(first['loc'])} (found {first['input']!r})."
     message = first["msg"].removeprefix("Value error, ")
     found = "" if first["type"] == "missing" else f" (found {first['input']!r})"
     return f"{path.name}: {key}: {message}{found}."

@@ -62,13 +62,18 @@ class Mixture:
         if digests.of_json(content) != manifest["digest"] or digests.of_file(router) != manifest["router"]["digest"]:
             raise ArtifactError(f"The mixture in {directory} is not what its manifest says: its router or manifest "
                                 "changed; run `moa assemble` again.")
-        folders = [directory / "experts" / label for label in manifest["labels"]]
-        stack = ExpertStack(base.model, [read_spec(folder) for folder in folders])
-        for expert, (label, folder) in enumerate(zip(manifest["labels"], folders, strict=True)):
+        folders = {label: directory / "experts" / label for label in manifest["labels"]}
+        for label, folder in folders.items():
             files = [path for path in folder.iterdir() if path.name != MANIFEST]
             if digests.of_files(files, folder) != manifest["experts"][label]["digest"]:
                 raise ArtifactError(f"The expert {label!r} in {directory} is not the one its manifest pins.")
-            stack.load(expert, folder)
+        stack = ExpertStack(base.model, [read_spec(folder) for folder in folders.values()])
+        try:
+            for expert, folder in enumerate(folders.values()):
+                stack.load(expert, folder)
+        except ArtifactError:
+            stack.remove()   # the base is the caller's
+            raise
         heads = load_file(router)
         facts = manifest["router"]
         trained = Router(manifest["labels"], heads["mean"], heads["scale"], heads["weight"], heads["bias"],

@@ -57,3 +57,8 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"params\.yaml is missing"):
         config.load(tmp_path / "params.yaml")
+
+
+def test_a_domain_without_a_metric_is_told_which_key_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"domains\.math must have keys of its own: metric"):
+        load(tmp_path, "base: {source: 'path:x'}\ndomains:\n  math:\n")
