@@ -29,7 +29,8 @@ def main() -> None:
         figures[domain] = {"rows": len(wide), "routed over base loss": ratio, "routed - base loss": [low, high],
                            "score": scores}
         print(f"{domain:<10} {len(wide):3} rows  routed/base loss {ratio:.3f}  "
-              f"routed - base [{low:+.3f}, {high:+.3f}]  score base {scores['base']:.3f} routed {scores['routed']:.3f} forced {scores['forced']:.3f}")
+              f"routed - base [{low:+.3f}, {high:+.3f}]  "
+              f"score " + " ".join(f"{system} {value:.3f}" for system, value in scores.items()))
         if domain in GENERATED:
             goals.append(goal(f"{domain}: routed over base loss", ratio, 0.8, ratio <= 0.8))
         else:
