@@ -48,9 +48,8 @@ def named(program: str) -> list[tuple[str, list[str]]]:
     for document in DOCUMENTS:
         lines, spans = code(document)
         for line in [*lines, *(span for span in spans if span.startswith(f"{program} "))]:
-            for words in commands(line):
-                if words[0].rsplit("/", 1)[-1] == program:
-                    found.append((document.name, words[1:]))
+            found += [(document.name, words[1:]) for words in commands(line)
+                      if words[0].rsplit("/", 1)[-1] == program]
     return found
 
 
