@@ -4,7 +4,9 @@
     .moa/cache/features/    router features by digest of what they come from, never recomputed for an old domain
 """
 
+import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -84,6 +86,7 @@ def _expert(workspace: Workspace, domain: str) -> dict[str, Any]:
 
 def _features(workspace: Workspace, base: Base, encoder: Encoder, content: list[Row]) -> Any:
     """The router's features of these rows' prompts, (N, L, D), from the cache when they were computed before."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     from moa.router import features
@@ -91,12 +94,12 @@ def _features(workspace: Workspace, base: Base, encoder: Encoder, content: list[
     key = digests.of_json({"base": base.pin.digest, "dtype": base.device.dtype, "system": encoder.system,
                            "max_tokens": encoder.max_tokens, "rows": [row.id for row in content]})
     path = workspace.cache / "features" / f"{key[:32]}.safetensors"
-    if path.is_file():
+    with suppress(OSError, SafetensorError, KeyError):   # absent or damaged: it can be computed again
         return load_file(path)["features"]
     prompts = [encoder.prompt(row.prompt)[-encoder.max_tokens:] for row in content]
     result = features(base.model, prompts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file({"features": result}, temporary)
     temporary.replace(path)
     return result

@@ -5,7 +5,6 @@
 """
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,7 +19,8 @@ from moa.errors import TrainingError
 from moa.tokens import Encoder
 from moa.workspace import MANIFEST, Workspace, read_json, replace_directory, write_json
 
-CODE = ("training.py", "batches.py", "lora.py", "tokens.py", "experts.py")
+# Held against the train stage's dependencies by tests/unit/test_rooms.py.
+CODE = ("training.py", "batches.py", "lora.py", "tokens.py", "experts.py", "rows.py", "base.py", "sources.py")
 CHECKPOINT_SECONDS = 20.0
 
 
@@ -157,7 +157,7 @@ class Checkpoint:
                    for learner in learners for key, value in learner.tensors().items()}
         meta = {learner.name: {"fingerprint": self.prints[learner.name], "progress": asdict(learner.progress)}
                 for learner in learners}
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = self.path.with_suffix(".tmp")   # one process trains a group
         save_file(tensors, temporary, metadata={"learners": json.dumps(meta)})
         temporary.replace(self.path)
         self.last = time.monotonic()
@@ -182,5 +182,16 @@ class Checkpoint:
                             if key.startswith(prefix)})
 
     def clear(self) -> None:
-        """Forget these learners: they are written."""
-        self.path.unlink(missing_ok=True)
+        """Forget these learners, who are written, and files in which nobody else is waiting."""
+        self.path.with_suffix(".tmp").unlink(missing_ok=True)
+        for path in self.folder.glob("*.safetensors"):
+            if path == self.path or self._names(path) <= self.prints.keys():
+                path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _names(path: Path) -> set[str]:
+        from safetensors import safe_open
+
+        with suppress(OSError, ValueError), safe_open(path, framework="pt") as file:
+            return set(json.loads((file.metadata() or {}).get("learners", "{}")))
+        return set()

@@ -55,7 +55,7 @@ def respond(mixture: Any, body: Any) -> dict[str, Any]:
     answer = mixture.chat(messages, domain=domain, max_new_tokens=limit)
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time()),
-        "model": f"moa/{answer.domain}" if answer.domain not in (None, "base") else "base",
+        "model": "base" if answer.abstained or answer.domain == "base" else f"moa/{answer.domain}",
         "choices": [{"index": 0, "finish_reason": "stop",
                      "message": {"role": "assistant", "content": answer.answer}}],
         "moa": {"domain": answer.domain, "confidence": answer.confidence, "abstained": answer.abstained},

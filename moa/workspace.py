@@ -103,10 +103,6 @@ class Workspace:
     def logs(self) -> Path:
         return self.local / "logs"
 
-    def training_state(self, domain: str) -> Path:
-        """Where an interrupted training of `domain` continues from."""
-        return self.local / "training" / domain
-
     def relative(self, path: Path) -> str:
         """`path` as it is written in dvc.yaml."""
         return path.relative_to(self.root).as_posix()

@@ -178,3 +178,10 @@ def test_every_command_of_the_pipeline_is_a_command() -> None:
     for stage in stages().values():
         program, command, *_ = stage["cmd"].split()
         assert program == "moa" and command in known
+
+
+def test_an_experts_fingerprint_covers_the_code_its_stage_depends_on() -> None:
+    from moa.experts import CODE
+
+    wanted = {Path(dep).name for dep in stages()["train"]["deps"] if dep.startswith("moa/")}
+    assert set(CODE) == wanted

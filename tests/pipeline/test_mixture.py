@@ -1,0 +1,372 @@
+"""From rows to an evaluated mixture on a tiny base, without DVC: every step is the real one, only the size is not."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moa import base, config, corpus, digests, experts, rows
+from moa.assemble import assemble
+from moa.config import Config
+from moa.errors import ArtifactError, UsageError
+from moa.evaluate import evaluate
+from moa.lora import WEIGHTS
+from moa.mixture import BASE, Mixture
+from moa.rows import Message
+from moa.workspace import MANIFEST, Workspace, read_json, write_json
+from tests import tiny
+
+DOMAINS = ("alpha", "beta")
+TRAIN = {"rank": 2, "alpha": 4.0, "epochs": 3, "batch_rows": 4, "learning_rate": 0.02, "batch_tokens": 512}
+EXACT = base.Device("cpu", "float32", "sums that can be compared")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float32() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOA_DTYPE", "float32")
+        yield
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Config]:
+    """Everything made once. Tests that change something work on a copy."""
+    workspace = tiny.workspace(tmp_path_factory.mktemp("built"), DOMAINS, train=TRAIN,
+                               evaluate={"generate_rows": 3, "max_new_tokens": 12, "batch_rows": 4})
+    settings = config.load(workspace.params)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace.root)
+        base.fetch(workspace, settings.base)
+        for domain in DOMAINS:
+            corpus.prepare(workspace, settings, domain)
+        experts.train(workspace, settings, DOMAINS)
+        assemble(workspace, settings)
+        evaluate(workspace, settings)
+    return workspace, settings
+
+
+@pytest.fixture
+def copy(built: tuple[Workspace, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Workspace, Config]:
+    shutil.copytree(built[0].root, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return Workspace(tmp_path / "copy"), built[1]
+
+
+@pytest.fixture(scope="module")
+def mixture(built: tuple[Workspace, Config]) -> Mixture:
+    return Mixture.load(built[0].mixture, base.load(*_of(built), EXACT))
+
+
+def _of(built: tuple[Workspace, Config]) -> tuple[Workspace, Any]:
+    return built[0], built[1].base
+
+
+def prompts(built: tuple[Workspace, Config], domain: str) -> list[list[Message]]:
+    return [row.prompt for row in rows.read(built[0].corpus(domain), "test")]
+
+
+def expert_bytes(workspace: Workspace) -> dict[str, bytes]:
+    return {domain: (workspace.expert(domain) / WEIGHTS).read_bytes() for domain in DOMAINS}
+
+
+# The mixture at work.
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_peft_gives_the_logits_of_the_forced_label(built: tuple[Workspace, Config], mixture: Mixture,
+                                                   domain: str) -> None:
+    from peft import PeftModel
+
+    plain = base.load(*_of(built), EXACT).model
+    ids = torch.tensor([mixture.encoder.row(rows.read(built[0].corpus(domain), "test")[0].messages).ids])
+    mixture.stack.select(torch.tensor([mixture.expert_of(domain)]))
+    with torch.inference_mode():
+        ours, alone = mixture.base.model(ids).logits, plain(ids).logits
+        theirs = PeftModel.from_pretrained(plain, built[0].expert(domain))(ids).logits
+    mixture.stack.select(None)
+    assert (ours - theirs).abs().max() < 1e-4
+    assert (ours - alone).abs().max() > 1e-2
+
+
+def test_routing_goes_by_content(built: tuple[Workspace, Config], mixture: Mixture) -> None:
+    for domain in DOMAINS:
+        decisions = mixture.route(prompts(built, domain))
+        assert {decision.domain for decision in decisions} == {domain}
+        assert all(0.5 < decision.confidence <= 1 for decision in decisions)
+
+
+def test_the_callers_label_wins(built: tuple[Workspace, Config], mixture: Mixture) -> None:
+    prompt = prompts(built, "alpha")[0]
+    answers = {domain: mixture.chat(prompt, domain, 12) for domain in (*DOMAINS, BASE)}
+    for domain, answer in answers.items():
+        assert (answer.domain, answer.confidence, answer.abstained) == (domain, None, False)
+        assert [answer.answer] == mixture.generate([prompt], [domain], 12)
+    assert len({answer.answer for answer in answers.values()}) == 3
+    routed = mixture.chat(prompt, max_new_tokens=12)
+    assert routed.domain == "alpha" and routed.confidence is not None
+    assert routed.answer == answers[BASE if routed.abstained else "alpha"].answer
+
+
+def test_an_unsure_router_leaves_the_answer_to_the_base(built: tuple[Workspace, Config], mixture: Mixture,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixture.router, "threshold", 1.1)
+    prompt = prompts(built, "beta")[0]
+    answer = mixture.chat(prompt, max_new_tokens=8)
+    assert answer.abstained and [answer.answer] == mixture.generate([prompt], [BASE], 8)
+
+
+def test_an_unknown_domain_is_refused_with_the_known_ones(built: tuple[Workspace, Config], mixture: Mixture) -> None:
+    with pytest.raises(UsageError, match="no expert 'gamma'; it has alpha, beta, and base"):
+        mixture.chat(prompts(built, "alpha")[0], domain="gamma")
+
+
+def test_a_mixed_batch_answers_as_one_by_one(built: tuple[Workspace, Config], mixture: Mixture) -> None:
+    asked = [(prompt, domain) for content in DOMAINS for prompt in prompts(built, content)[:2]
+             for domain in (*DOMAINS, BASE)]
+    asked.append(([{"role": "user", "content": "much longer " * 8}], "beta"))
+    together = mixture.generate([prompt for prompt, _ in asked], [domain for _, domain in asked], 12)
+    alone = [mixture.generate([prompt], [domain], 12)[0] for prompt, domain in asked]
+    assert together == alone
+
+
+def test_unloading_gives_the_base_back(built: tuple[Workspace, Config]) -> None:
+    before = base.load(*_of(built), EXACT).model.state_dict()
+    loaded = Mixture.load(built[0].mixture, base.load(*_of(built), EXACT))
+    loaded.losses([row.messages for row in rows.read(built[0].corpus("alpha"), "test")][:2], DOMAINS)
+    after = loaded.unload().model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+# What evaluate writes.
+
+def test_the_summary_is_what_the_rows_come_to(built: tuple[Workspace, Config]) -> None:
+    workspace, settings = built
+    scored = pq.read_table(workspace.reports / "rows.parquet").to_pylist()
+    summary = read_json(workspace.reports / "summary.json")
+    for domain in DOMAINS:
+        ids = {row.id for row in rows.read(workspace.corpus(domain), "test")}
+        for system, figures in summary["domains"][domain].items():
+            mine = [row for row in scored if (row["domain"], row["system"]) == (domain, system)]
+            assert {row["row"] for row in mine} == ids and len(mine) == len(ids) == figures["rows"]
+            tokens = sum(row["tokens"] for row in mine)
+            assert figures["loss"] == pytest.approx(sum(row["loss"] * row["tokens"] for row in mine) / tokens)
+            answered = [row["score"] for row in mine if row["answer"] is not None]
+            assert len(answered) == figures["answered"] == settings.evaluate.generate_rows
+            assert figures["score"] == pytest.approx(sum(answered) / len(answered))
+    routed = [row for row in scored if row["system"] == "routed"]
+    assert summary["routing"]["accuracy"] == sum(row["domain"] == row["routed_to"] for row in routed) / len(routed)
+    assert summary["routing"]["abstention"] == sum(row["abstained"] for row in routed) / len(routed)
+    for row in scored:
+        by = {"base": BASE, "forced": row["domain"], "routed": BASE if row["abstained"] else row["routed_to"]}
+        assert row["answered_by"] == by[row["system"]]
+
+
+def test_experts_know_their_domain_better_than_the_base(built: tuple[Workspace, Config]) -> None:
+    for domain, systems in read_json(built[0].reports / "summary.json")["domains"].items():
+        assert systems["forced"]["loss"] < 0.97 * systems["base"]["loss"], domain
+
+
+def test_losses_do_not_depend_on_their_neighbours(built: tuple[Workspace, Config], mixture: Mixture) -> None:
+    content = [row.messages for domain in DOMAINS for row in rows.read(built[0].corpus(domain), "test")[:3]]
+    together = mixture.losses(content * 3, [domain for domain in (*DOMAINS, BASE) for _ in content])
+    for index, (loss, tokens) in enumerate(together):
+        domain = (*DOMAINS, BASE)[index // len(content)]
+        assert mixture.losses([content[index % len(content)]], [domain])[0] == (pytest.approx(loss, abs=1e-5), tokens)
+
+
+# What is refused.
+
+@pytest.mark.parametrize("part", ["weights", "tokenizer", "template"])
+def test_another_base_is_refused_by_name(built: tuple[Workspace, Config], part: str) -> None:
+    loaded = base.load(*_of(built), EXACT)
+    pin = dataclasses.replace(loaded.pin, source="path:elsewhere", **{part: "0" * 64})
+    with pytest.raises(ArtifactError, match=rf"path:tiny-base, and the {part} of .*\(path:elsewhere\) differ"):
+        Mixture.load(built[0].mixture, dataclasses.replace(loaded, pin=pin))
+
+
+def test_experts_of_another_base_are_not_assembled(copy: tuple[Workspace, Config]) -> None:
+    workspace, settings = copy
+    tiny.base(workspace.root / "tiny-base", seed=1)
+    base.fetch(workspace, settings.base)
+    with pytest.raises(ArtifactError, match=r"'alpha' .*weights.*moa train --domain alpha"):
+        assemble(workspace, settings)
+    with pytest.raises(ArtifactError, match="the weights of this workspace's base"):
+        Mixture.load(workspace.mixture, base.load(workspace, settings.base, EXACT))
+
+
+def scale(path: Path) -> None:
+    tensors = load_file(path)
+    first = next(iter(tensors))
+    save_file({**tensors, first: tensors[first] * 1.01}, path, metadata={"format": "pt"})
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def relabel(path: Path) -> None:
+    write_json(path, {**read_json(path), "labels": list(reversed(DOMAINS))})
+
+
+@pytest.mark.parametrize(("file", "change"), [
+    ("router.safetensors", scale), (MANIFEST, relabel), (f"experts/beta/{WEIGHTS}", scale),
+    (f"experts/beta/{WEIGHTS}", cut), ("experts/beta/adapter_config.json", Path.unlink),
+    (f"experts/beta/{WEIGHTS}", Path.unlink)])
+def test_what_was_tampered_with_is_refused(copy: tuple[Workspace, Config], file: str,
+                                           change: Callable[[Path], None]) -> None:
+    workspace, settings = copy
+    loaded = base.load(workspace, settings.base, EXACT)
+    change(workspace.mixture / file)
+    with pytest.raises(ArtifactError, match="manifest"):
+        Mixture.load(workspace.mixture, loaded)
+    assert Mixture.load(_again(workspace, settings), loaded).labels == list(DOMAINS)   # the base is as it was
+
+
+def _again(workspace: Workspace, settings: Config) -> Path:
+    assemble(workspace, settings)
+    return workspace.mixture
+
+
+def test_an_altered_expert_is_not_assembled(copy: tuple[Workspace, Config]) -> None:
+    workspace, settings = copy
+    scale(workspace.expert("alpha") / WEIGHTS)
+    with pytest.raises(ArtifactError, match=r"expert of 'alpha' is not the one .*moa train --domain alpha --fresh"):
+        assemble(workspace, settings)
+
+
+def test_an_expert_that_is_no_number_is_refused(copy: tuple[Workspace, Config]) -> None:
+    workspace, settings = copy
+    folder = workspace.expert("beta")
+    save_file({name: tensor * float("nan") for name, tensor in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    content = [path for path in folder.iterdir() if path.name != MANIFEST]
+    write_json(folder / MANIFEST, {**read_json(folder / MANIFEST), "digest": digests.of_files(content, folder)})
+    assemble(workspace, settings)
+    loaded = base.load(workspace, settings.base, EXACT)
+    names = list(loaded.model.state_dict())
+    with pytest.raises(ArtifactError, match="not finite"):
+        Mixture.load(workspace.mixture, loaded)
+    assert list(loaded.model.state_dict()) == names
+
+
+def test_a_missing_expert_is_named(copy: tuple[Workspace, Config]) -> None:
+    workspace, settings = copy
+    shutil.rmtree(workspace.expert("beta"))
+    with pytest.raises(ArtifactError, match="'beta' has no expert: run `moa train --domain beta`"):
+        assemble(workspace, settings)
+
+
+def test_no_mixture_says_what_to_run(built: tuple[Workspace, Config], tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="run `moa assemble`"):
+        Mixture.load(tmp_path, base.load(*_of(built), EXACT))
+
+
+# Again, and after an interruption.
+
+def test_assembling_again_gives_the_same_mixture(copy: tuple[Workspace, Config]) -> None:
+    workspace, settings = copy
+    before = read_json(workspace.mixture / MANIFEST)
+    assert assemble(workspace, settings) == before          # from cached features
+    shutil.rmtree(workspace.cache)
+    assert assemble(workspace, settings) == before          # from the base
+
+
+def test_evaluating_again_gives_the_same_rows(copy: tuple[Workspace, Config]) -> None:
+    workspace, settings = copy
+    before = {path.name: path.read_bytes() for path in workspace.reports.iterdir()}
+    evaluate(workspace, settings)
+    assert {path.name: path.read_bytes() for path in workspace.reports.iterdir()} == before
+
+
+def test_what_is_finished_is_not_trained_again(copy: tuple[Workspace, Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace, settings = copy
+    assert all(experts.finished(workspace, settings, domain) for domain in DOMAINS)
+    monkeypatch.setattr(experts, "load", lambda *_: pytest.fail("the base was loaded"))
+    experts.train(workspace, settings, DOMAINS)
+
+
+def test_other_parameters_or_rows_are_not_finished(copy: tuple[Workspace, Config]) -> None:
+    workspace, settings = copy
+    other = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 1})})
+    assert not experts.finished(workspace, other, "alpha")
+    elsewhere = settings.model_copy(update={"execution": settings.execution.model_copy(update={"workers": 7})})
+    assert experts.finished(workspace, elsewhere, "alpha")
+    with (workspace.raw("alpha") / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(tiny.row("alpha", 1000)) + "\n")
+    corpus.prepare(workspace, settings, "alpha")
+    assert not experts.finished(workspace, settings, "alpha") and experts.finished(workspace, settings, "beta")
+
+
+def test_fresh_begins_anew_and_ends_the_same(copy: tuple[Workspace, Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace, settings = copy
+    before, old = expert_bytes(workspace), (workspace.expert("alpha") / MANIFEST).stat().st_ino
+    monkeypatch.setattr(experts.Checkpoint, "restore", lambda *_: pytest.fail("a checkpoint was read"))
+    experts.train(workspace, settings, DOMAINS, fresh=True)
+    assert expert_bytes(workspace) == before
+    assert (workspace.expert("alpha") / MANIFEST).stat().st_ino != old
+
+
+class Killed(BaseException):
+    """As sudden as a signal: nothing in moa catches it."""
+
+
+@pytest.mark.parametrize("saves", [1, 4, 6, 7])
+def test_an_interrupted_training_ends_as_if_it_had_not_been(copy: tuple[Workspace, Config], saves: int,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace, settings = copy
+    before = expert_bytes(workspace)
+    for domain in DOMAINS:
+        shutil.rmtree(workspace.expert(domain))
+    save, saved = experts.Checkpoint.save, []
+
+    def save_and_die(self: experts.Checkpoint, learners: Any) -> None:
+        save(self, learners)
+        saved.append([learner.progress.step for learner in learners])
+        if len(saved) == saves:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(experts.Checkpoint, "save", save_and_die)
+        with pytest.raises(Killed):
+            experts.train(workspace, settings, DOMAINS)
+    assert not any(workspace.expert(domain).exists() for domain in DOMAINS)
+    steps: list[int] = []
+
+    def count(self: experts.Checkpoint, learners: Any) -> None:
+        steps.append(learners[0].progress.step)
+
+    monkeypatch.setattr(experts.Checkpoint, "save_now_and_then", count)
+    experts.train(workspace, settings, DOMAINS)
+    assert steps[:1] == [saved[-1][0] + 1]   # not from the beginning
+    assert expert_bytes(workspace) == before
+    assert not list((workspace.local / "training").iterdir())
+
+
+def test_one_of_two_interrupted_experts_continues_alone(copy: tuple[Workspace, Config],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace, settings = copy
+    before = load_file(workspace.expert("alpha") / WEIGHTS)
+    for domain in DOMAINS:
+        shutil.rmtree(workspace.expert(domain))
+    save = experts.Checkpoint.save
+
+    def save_and_die(self: experts.Checkpoint, learners: Any) -> None:
+        save(self, learners)
+        if learners[0].progress.step == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(experts.Checkpoint, "save", save_and_die)
+        with pytest.raises(Killed):
+            experts.train(workspace, settings, DOMAINS)
+    experts.train(workspace, settings, ["alpha"])
+    after = load_file(workspace.expert("alpha") / WEIGHTS)
+    assert max((after[name] - before[name]).abs().max().item() for name in before) < 1e-3   # sums in another order
