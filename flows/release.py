@@ -128,7 +128,8 @@ def _compared(workspace: Workspace, config: Config, incumbent: MixtureVersion,
 
 def _rules(config: Config) -> gate.Rules:
     params = config.release
-    return gate.Rules(tolerance=params.tolerance, min_rows=params.min_rows, confidence=params.confidence)
+    return gate.Rules(tolerance=params.tolerance, min_gain=params.min_gain, min_rows=params.min_rows,
+                      confidence=params.confidence)
 
 
 def _question(workspace: Workspace, config: Config, challenger: MixtureVersion,

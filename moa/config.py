@@ -90,6 +90,7 @@ class EvaluateParams(Group):
 class ReleaseParams(Group):
     name: str = Field(default="moa-mixture", description="registered model; experts are NAME's own: moa-expert-DOMAIN")
     tolerance: float = Field(default=0.02, ge=0, description="gate: largest rise of a domain's routed loss, in nats")
+    min_gain: float = Field(default=0.001, ge=0, description="gate: least certain fall that counts as better, in nats")
     min_rows: int = Field(default=20, ge=2, description="gate: fewest rows for a verdict")
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
 

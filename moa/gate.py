@@ -22,9 +22,10 @@ CHUNK = 1 << 22   # resampled values held at once
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a challenger may do; the first three come from `release` in params.yaml."""
+    """What a challenger may do; the first four come from `release` in params.yaml."""
 
     tolerance: float = 0.02          # largest rise of a domain's mean loss, in nats
+    min_gain: float = 0.001          # a fall of less than this is no improvement, however certain: rounding is certain
     min_rows: int = 20               # fewest paired rows for a verdict
     confidence: float = 0.95         # of the two-sided interval
     accuracy_drop: float = 0.02      # routing accuracy may be this much below the incumbent's
@@ -121,7 +122,7 @@ def judge(domain: str, scores: Iterable[Score], rules: Rules, *, domains: int = 
     tail = _tail((1 - rules.confidence) / 2, count)
     low, high = (float(bound) for bound in np.quantile(means, [tail, 1 - tail]))
     luck = _tail((1 - rules.confidence) / (2 * domains), count)   # Bonferroni
-    improved = point < 0 and float(np.quantile(means, 1 - luck)) < 0
+    improved = point < 0 and float(np.quantile(means, 1 - luck)) < -rules.min_gain
     numbers = f"{point:+.4f} nats against the {against} on {count} rows, interval {low:+.4f} to {high:+.4f}"
     if high <= rules.tolerance:
         return DomainVerdict("pass", numbers, against, count, unmatched, point, (low, high), improved)

@@ -39,8 +39,10 @@ class Answer:
 class Mixture:
     """A base with all experts of one mixture on it, and their router."""
 
-    def __init__(self, base: Base, stack: ExpertStack, router: Router, encoder: Encoder, digest: str) -> None:
-        self.base, self.stack, self.router, self.encoder, self.digest = base, stack, router, encoder, digest
+    def __init__(self, base: Base, stack: ExpertStack, router: Router, encoder: Encoder,
+                 experts: dict[str, str]) -> None:
+        self.base, self.stack, self.router, self.encoder = base, stack, router, encoder
+        self.experts = {**experts, BASE: BASE}   # who may answer: the digest of each, for what depends on that alone
         self.labels = router.labels
 
     @classmethod
@@ -78,7 +80,8 @@ class Mixture:
         facts = manifest["router"]
         trained = Router(manifest["labels"], heads["mean"], heads["scale"], heads["weight"], heads["bias"],
                          facts["rule"], facts["layer"], facts["temperature"], facts["threshold"])
-        return cls(base, stack, trained, Encoder(base.tokenizer, **manifest["prompt"]), manifest["digest"])
+        return cls(base, stack, trained, Encoder(base.tokenizer, **manifest["prompt"]),
+                   {label: expert["digest"] for label, expert in manifest["experts"].items()})
 
     def unload(self) -> Base:
         """Take the experts off again; the base is as it was."""

@@ -1,0 +1,131 @@
+"""From built artifacts to a champion that answers, with a real MLflow database and the tiny base; each step is real."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flows import release
+from moa import base, config, corpus, digests, experts
+from moa.assemble import assemble
+from moa.config import Config
+from moa.evaluate import evaluate
+from moa.lora import CONFIG, WEIGHTS
+from moa.registry import Registry
+from moa.workspace import MANIFEST, Workspace, read_json, write_json
+from tests import tiny
+
+DOMAINS = ("alpha", "beta")
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Config, dict[str, Any]]:
+    """A first release of two toy domains."""
+    workspace = tiny.workspace(
+        tmp_path_factory.mktemp("released"), DOMAINS, rows=150,
+        train={"rank": 2, "alpha": 4.0, "epochs": 2, "batch_rows": 4, "learning_rate": 0.02, "batch_tokens": 512},
+        evaluate={"generate_rows": 2, "max_new_tokens": 8}, release={"min_rows": 4})
+    settings = config.load(workspace.params)
+    base.fetch(workspace, settings.base)
+    for domain in DOMAINS:
+        corpus.prepare(workspace, settings, domain)
+    experts.train(workspace, settings, DOMAINS)
+    return workspace, settings, rebuild(workspace, settings)
+
+
+def rebuild(workspace: Workspace, settings: Config) -> dict[str, Any]:
+    assemble(workspace, settings)
+    evaluate(workspace, settings)
+    return release.release(workspace, settings)
+
+
+def moa(workspace: Workspace, *words: str) -> Any:
+    """What a command prints as JSON."""
+    done = subprocess.run([sys.executable, "-m", "moa", *words, "--json"], cwd=workspace.root, capture_output=True,
+                          text=True, check=False, env={**os.environ, "GIT_CEILING_DIRECTORIES": str(workspace.root)})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def change_expert(workspace: Workspace, domain: str, scale: float) -> None:
+    """Another expert under a right manifest, as somebody's careless training would leave it."""
+    from safetensors.torch import load_file, save_file
+
+    folder = workspace.expert(domain)
+    noise = torch.Generator().manual_seed(3)
+    tensors = {name: value + scale * torch.randn(value.shape, generator=noise)
+               for name, value in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    manifest = read_json(folder / MANIFEST)
+    manifest["digest"] = digests.of_files([folder / CONFIG, folder / WEIGHTS], folder)
+    write_json(folder / MANIFEST, manifest)
+
+
+def test_the_first_release_becomes_champion(released: tuple[Workspace, Config, dict[str, Any]]) -> None:
+    workspace, settings, result = released
+    assert result["champion"] == result["version"] == 1
+    assert result["experts"] == dict.fromkeys(DOMAINS, 1)
+    again = release.release(workspace, settings)
+    assert (again["version"], again["created"], again["champion"]) == (1, False, 1)
+
+
+def test_the_champion_answers(released: tuple[Workspace, Config, dict[str, Any]]) -> None:
+    workspace = released[0]
+    reply = moa(workspace, "ask", tiny.row("alpha", 7)["instruction"], "--max-new-tokens", "4")
+    assert set(reply) == {"answer", "domain", "confidence", "abstained", "release"}
+    assert (reply["domain"], reply["release"]) == ("alpha", 1)
+    assert moa(workspace, "ask", "anything", "--domain", "beta", "--max-new-tokens", "4")["domain"] == "beta"
+    table = moa(workspace, "eval")
+    assert table["release"] == 1
+    assert set(table["domains"]) == set(DOMAINS)
+    for systems in table["domains"].values():
+        assert set(systems) == {"base", "routed", "forced"}
+        assert all(set(figures) == {"loss", "perplexity", "score"} for figures in systems.values())
+    assert set(table["routing"]) == {"accuracy", "abstention"}
+    again = moa(workspace, "eval", "--rerun")
+    assert again["domains"]["alpha"]["forced"]["loss"] == pytest.approx(table["domains"]["alpha"]["forced"]["loss"])
+
+
+def test_mlflow_serves_chat_bodies(released: tuple[Workspace, Config, dict[str, Any]],
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    workspace, settings, _ = released
+    address = Registry(workspace, settings).address
+    monkeypatch.setenv("MOA_WORKSPACE", str(workspace.root))
+    mlflow.set_tracking_uri(address)
+    mlflow.set_registry_uri(address)
+    model = mlflow.pyfunc.load_model(f"models:/{settings.release.name}@champion")
+    reply = model.predict({"messages": [{"role": "user", "content": tiny.row("beta", 3)["instruction"]}],
+                           "max_tokens": 4})
+    assert reply["choices"][0]["message"]["role"] == "assistant"
+    assert reply["moa"]["domain"] == "beta"
+
+
+def test_a_spoilt_expert_is_refused_by_name_and_what_is_equal_is_not_promoted(
+        released: tuple[Workspace, Config, dict[str, Any]], tmp_path: Path) -> None:
+    workspace, settings, _ = released
+    kept = tmp_path / "alpha"
+    shutil.copytree(workspace.expert("alpha"), kept)
+    change_expert(workspace, "alpha", 0.3)
+    result = rebuild(workspace, settings)
+    assert (result["version"], result["champion"]) == (2, 1)
+    assert not result["decision"]["promote"]
+    assert result["decision"]["domains"]["alpha"]["verdict"] == "fail"
+    assert result["decision"]["domains"]["beta"]["verdict"] == "pass"
+    compared = moa(workspace, "compare", "--incumbent", "1", "--challenger", "2")
+    beta = [row for row in compared["rows"] if row["domain"] == "beta"]
+    assert beta
+    assert all(row["incumbent_loss"] == row["challenger_loss"] for row in beta)
+
+    shutil.rmtree(workspace.expert("alpha"))
+    shutil.copytree(kept, workspace.expert("alpha"))
+    change_expert(workspace, "alpha", 1e-6)   # other bytes, the same answers
+    result = rebuild(workspace, settings)
+    assert (result["version"], result["champion"], result["decision"]["promote"]) == (3, 1, False)
