@@ -96,8 +96,10 @@ class StackedLoRA(nn.Module):
         selection, training = self.selection, torch.is_grad_enabled()
         if not training and self._gathered is not None and self._gathered[0] == selection.generation:
             return self._gathered[1], self._gathered[2]
-        a_BIR = self.a_ERI[selection.rows].to(dtype).transpose(1, 2)
-        b_BRO = (self.b_EOR[selection.rows] * self.scale_E[selection.rows].view(-1, 1, 1)).to(dtype).transpose(1, 2)
+        # index_select, not [rows]: the gradient of the latter adds up in whatever order the threads arrive.
+        scale_B11 = self.scale_E.index_select(0, selection.rows).view(-1, 1, 1)
+        a_BIR = self.a_ERI.index_select(0, selection.rows).to(dtype).transpose(1, 2)
+        b_BRO = (self.b_EOR.index_select(0, selection.rows) * scale_B11).to(dtype).transpose(1, 2)
         self._gathered = None if training else (selection.generation, a_BIR, b_BRO)
         return a_BIR, b_BRO
 
