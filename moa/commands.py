@@ -19,6 +19,7 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
+FAILED_STAGE = re.compile(r"^ERROR: failed to reproduce '[^']*'(: )?")   # DVC; its reason, if any, stands behind
 OnLine = Callable[[str], None]
 
 
@@ -61,9 +62,9 @@ def last_error(lines: Sequence[str], status: int) -> str:
     if own:
         return own[-1].removeprefix("moa: ").strip()
     for line in reversed(lines):
-        text = line.strip()
-        if text and not text.startswith("ERROR: failed to reproduce"):
-            return sentence(text.removeprefix("ERROR: "))
+        text = FAILED_STAGE.sub("", line.strip()).removeprefix("ERROR: ")
+        if text:
+            return sentence(text)
     return f"it ended with status {status} and said nothing."
 
 

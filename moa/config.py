@@ -13,6 +13,7 @@ from ruamel.yaml import YAML, YAMLError
 from moa.errors import ConfigError
 
 DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+WATCHED = ("prompt", "prepare", "train", "assemble", "evaluate")   # groups that stages of dvc.yaml depend on
 RESERVED = frozenset({"base", "routed", "forced", "none", "all"})
 
 
@@ -156,6 +157,10 @@ def load(path: Path) -> Config:
         detail = " ".join(str(error).split())
         raise ConfigError(f"{path.name} is not valid YAML: {detail}") from None
     try:
-        return Config.model_validate(raw if raw is not None else {})
+        config = Config.model_validate(raw if raw is not None else {})
     except ValidationError as error:
         raise ConfigError(_explain(path, error)) from None
+    if missing := [group for group in WATCHED if group not in raw]:
+        raise ConfigError(f"{path.name}: the group {missing[0]!r} is missing, and DVC watches it; write "
+                          f"`{missing[0]}: {{}}` for its defaults.")
+    return config

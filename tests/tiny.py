@@ -76,6 +76,8 @@ def workspace(root: Path, domains: tuple[str, ...] = ("alpha", "beta"), rows: in
         "quickstart": [],
         "domains": {domain: {"metric": "rouge_l"} for domain in domains},
         "prepare": {"validation": 0.2, "test": 0.2, "min_rows": 10},
+        "assemble": {},
+        "evaluate": {},
         "train": {"rank": 2, "alpha": 4.0, "epochs": 1, "rows_per_epoch": None, "batch_tokens": 256},
         "execution": {"workers": 1, "devices": ["cpu"]},
     } | params

@@ -92,6 +92,7 @@ base: {source: "path:nowhere"}
 domains:
   math: {metric: exact}
   sql: {metric: exact}
+prompt: {}
 prepare: {validation: 0.1}
 train: {rank: 8}
 assemble: {rule: early}

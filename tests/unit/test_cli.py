@@ -10,7 +10,8 @@ from moa import cli
 from moa.errors import PipelineError
 
 HEAVY = ("torch", "transformers", "prefect", "mlflow", "dvc", "peft", "datasets", "pydantic", "networkx")
-PARAMS = "base: {source: 'path:x'}\ndomains: {math: {metric: exact}}\n"
+PARAMS = ("prompt: {}\nprepare: {}\ntrain: {}\nassemble: {}\nevaluate: {}\n"
+          "base: {source: 'path:x'}\ndomains: {math: {metric: exact}}\n")
 
 
 def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

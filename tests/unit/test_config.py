@@ -9,6 +9,8 @@ from moa import config
 from moa.errors import ConfigError
 
 GOOD = "base: {source: 'path:x'}\ndomains:\n  math: {metric: exact}\n"
+GROUPS = "prompt: {}\nprepare: {}\ntrain: {}\nassemble: {}\nevaluate: {}\n"
+COMPLETE = GROUPS + GOOD
 
 
 def load(folder: Path, text: str) -> config.Config:
@@ -22,7 +24,7 @@ def test_the_projects_own_params_are_valid() -> None:
 
 
 def test_defaults_fill_what_is_not_said(tmp_path: Path) -> None:
-    loaded = load(tmp_path, GOOD)
+    loaded = load(tmp_path, COMPLETE)
     assert loaded.prepare == config.PrepareParams()
     assert loaded.require_domain("math") == "math"
     with pytest.raises(ConfigError, match=r"No domain 'sql'.*math"):
@@ -62,3 +64,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_domain_without_a_metric_is_told_which_key_it_needs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"domains\.math must have keys of its own: metric"):
         load(tmp_path, "base: {source: 'path:x'}\ndomains:\n  math:\n")
+
+
+@pytest.mark.parametrize("group", ["prompt", "prepare", "train", "assemble", "evaluate"])
+def test_a_group_that_dvc_watches_must_be_written(tmp_path: Path, group: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'{group}' is missing.*{group}: {{}}"):
+        load(tmp_path, COMPLETE.replace(f"{group}: {{}}\n", ""))

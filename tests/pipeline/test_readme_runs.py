@@ -1,0 +1,63 @@
+"""Every `moa` command of the README runs, in its order, in a workspace with real git, DVC, Prefect and MLflow."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moa.workspace import Workspace
+from tests import tiny
+from tests.unit.test_readme import named
+
+COMMANDS = [words for document, words in named("moa") if document == "README.md" and not words[0].startswith("-")]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    made = tiny.workspace(
+        tmp_path_factory.mktemp("readme"), ("math", "sql"), prompt={"system": None, "max_tokens": 1024},
+        train={"rank": 2, "alpha": 4.0, "epochs": 1, "rows_per_epoch": 8, "validation_rows": 4},
+        evaluate={"rows": 6, "generate_rows": 1, "max_new_tokens": 4}, release={"min_rows": 2})
+    shutil.copytree(tiny.REPOSITORY / "moa", made.root / "moa", ignore=shutil.ignore_patterns("__pycache__"))
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=made.root, check=True, capture_output=True)
+    return made
+
+
+def run(workspace: Workspace, *words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "moa", *words], cwd=workspace.root, text=True, capture_output=True,
+                          check=False, env={**os.environ, "MOA_DTYPE": "float32"})
+    assert done.returncode == 0, f"moa {shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def reseed(params: Path) -> None:
+    """A second release needs other content."""
+    text = params.read_text(encoding="utf-8")
+    params.write_text(text.replace("epochs: 1\n", "epochs: 1\n  seed: 1\n"), encoding="utf-8")
+
+
+def test_the_readme_has_commands() -> None:
+    assert {words[0] for words in COMMANDS} >= {"plan", "run", "ask", "eval", "status", "compare", "train"}
+
+
+@pytest.mark.timeout(400)
+def test_every_command_of_the_readme_runs(workspace: Workspace) -> None:
+    ran = []
+    for words in COMMANDS:
+        if words[0] == "compare" and not ran.count("compare"):
+            reseed(workspace.params)
+            run(workspace, "run", "--local", "--no-promote")
+        printed = run(workspace, *words)
+        ran.append(words[0])
+        if "--json" in words:
+            assert json.loads(printed)
+        elif words[0] in ("plan", "eval", "status", "compare"):
+            assert re.search(r"\w", printed), f"moa {shlex.join(words)} printed nothing"
+    assert (workspace.mixture / "manifest.json").is_file()
