@@ -7,12 +7,11 @@ Reads data/reports/rows.parquet of the workspace it is run in. The last line is 
 
 import json
 
-import numpy as np
 import pyarrow.parquet as pq
+from common import goal, interval
 
 from moa.workspace import Workspace
 
-RESAMPLES = 10_000
 GENERATED = ("math", "sql", "extract")   # corpora of our own making; the rest is real input
 
 
@@ -41,17 +40,6 @@ def main() -> None:
     accuracy = float((routed_rows.domain == routed_rows.routed_to).mean())
     goals.append(goal("routing accuracy", accuracy, 0.99, accuracy >= 0.99))
     print(json.dumps({"benchmark": "demo", "figures": figures, "goals": goals}))
-
-
-def interval(differences: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Paired percentile bootstrap of the mean."""
-    picks = np.random.default_rng(0).integers(0, len(differences), (RESAMPLES, len(differences)))
-    low, high = np.quantile(differences[picks].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
-
-def goal(name: str, value: float, wanted: float, met: bool) -> dict[str, object]:
-    return {"name": name, "value": value, "goal": wanted, "met": bool(met)}
 
 
 if __name__ == "__main__":

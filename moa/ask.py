@@ -31,13 +31,27 @@ def champion(workspace: Workspace, config: Config) -> tuple[Any, Path]:
     return version, registry.download(version.version)
 
 
-def ask(workspace: Workspace, config: Config, question: str, *, domain: str | None = None,
-        max_new_tokens: int = 256) -> dict[str, Any]:
-    """The champion's answer; `domain` overrules the router."""
+def ask(workspace: Workspace, config: Config, question: str, *, domain: str | None = None, trace: bool = False,
+        **options: Any) -> dict[str, Any]:
+    """The champion's answer; `domain` overrules the router. `options` are those of `moa.generation`.
+
+    With `trace`, also what every level's head says of the question (`trace`) and what the rule makes of it
+    (`decision`), whoever answers.
+    """
     version, folder = champion(workspace, config)
     mixture = open_mixture(folder, workspace)
-    answer = mixture.chat([{"role": "user", "content": question}], domain=domain, max_new_tokens=max_new_tokens)
-    return {**asdict(answer), "release": version.version}
+    messages = [{"role": "user", "content": question}]
+    reply = {**asdict(mixture.chat(messages, domain=domain, **options)), "release": version.version}
+    return reply | traced(mixture, messages) if trace else reply
+
+
+def traced(mixture: Any, messages: list[dict[str, str]]) -> dict[str, Any]:
+    """The router at work on one conversation; `levels` are those that its rule reads."""
+    choices, (decision,) = mixture.trace(messages), mixture.route([messages])
+    router = mixture.router
+    levels = [choice.level for choice in choices] if router.rule == "vote" else [router.reads]
+    return {"trace": [asdict(choice) for choice in choices],
+            "decision": {**asdict(decision), "threshold": router.threshold, "rule": router.rule, "levels": levels}}
 
 
 def compare(workspace: Workspace, config: Config, incumbent: int, challenger: int) -> dict[str, Any]:

@@ -1,71 +1,57 @@
 """The stage `assemble`: experts and a router to one mixture, pinned by digest. Knows nothing of serving or releases.
 
-    data/mixture/    experts/NAME/ (as trained), router.safetensors, manifest.json (last)
+    data/mixture/    what `moa.bundle` says
     .moa/cache/features/    router features by digest of what they come from, never recomputed for an old domain
 """
 
 import os
-import shutil
+import tempfile
 from contextlib import suppress
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from moa import digests, rows
+from moa import bundle, digests, rows
 from moa.base import Base, load, pick_device, pin
 from moa.config import Config
-from moa.errors import ArtifactError
+from moa.errors import ArtifactError, TrainingError
 from moa.rows import Row, Split
 from moa.tokens import Encoder
 from moa.workspace import MANIFEST, Workspace, read_json, replace_directory, write_json
 
-ROUTER = "router.safetensors"
+Content = dict[Split, dict[str, list[Row]]]   # the router's rows, by domain
+CALIBRATING: tuple[Split, Split] = ("train", "validation")
 
 
 def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
-    """Train the router and write `data/mixture`; returns its manifest.
+    """Train the router, after joint training if asked for, and write `data/mixture`; returns its manifest.
 
     Raises ArtifactError when an expert is missing or was trained on another base.
     """
-    import torch
-    from safetensors.torch import save_file
-
-    from moa.progress import track
-    from moa.router import calibrate, fit
+    from moa.calibration import calibrate, fit
 
     labels = sorted(config.domains)
-    experts = {domain: _expert(workspace, domain) for domain in labels}
+    params = config.assemble
+    facts = {domain: {key: manifest[key] for key in ("digest", "corpus", "rank")}
+             for domain, manifest in ((domain, _expert(workspace, domain)) for domain in labels)}
+    folders = {domain: workspace.expert(domain) for domain in labels}
     base = load(workspace, config.base, pick_device(config.execution.devices))
     encoder = Encoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
-    found: dict[Split, list[torch.Tensor]] = {"train": [], "validation": []}
-    with track("router features", total=2 * len(labels), unit="sets") as bar:
-        for domain in labels:
-            limits: dict[Split, int | None] = {"train": config.assemble.rows, "validation": None}
-            for split, limit in limits.items():
-                content = rows.read(workspace.corpus(domain), split)[:limit]   # in order of their digests: no bias
-                found[split].append(_features(workspace, base, encoder, content))
-                bar.advance(1)
-    targets = {split: torch.cat([torch.full((len(part),), label) for label, part in enumerate(parts)])
-               for split, parts in found.items()}
-    params = config.assemble
-    router = fit(labels, torch.cat(found["train"]), targets["train"], seed=params.seed)
-    validation = torch.cat(found["validation"])
-    calibrate(router, validation, targets["validation"], rule=params.rule, tolerance=params.tolerance,
-              max_abstention=params.max_abstention)
-    right = router.probabilities(validation).argmax(-1) == targets["validation"]
-    with replace_directory(workspace.mixture) as folder:
-        for domain in labels:
-            shutil.copytree(workspace.expert(domain), folder / "experts" / domain)
-        save_file(router.tensors(), folder / ROUTER)
-        manifest = {
-            "kind": "mixture", "base": asdict(base.pin), "prompt": config.prompt.model_dump(), "labels": labels,
-            "experts": {domain: {key: expert[key] for key in ("digest", "corpus", "rank")}
-                        for domain, expert in experts.items()},
-            "router": {"digest": digests.of_file(folder / ROUTER), "rule": router.rule, "layer": router.layer,
-                       "temperature": router.temperature, "threshold": router.threshold,
-                       "accuracy": right.float().mean().item()}}
-        manifest["digest"] = digests.of_json(manifest)
-        write_json(folder / MANIFEST, manifest)
-    return manifest
+    limits: dict[Split, int | None] = {"train": params.rows, "validation": None}
+    # In order of their digests: a limit takes no sides.
+    content: Content = {split: {domain: rows.read(workspace.corpus(domain), split)[:limit] for domain in labels}
+                        for split, limit in limits.items()}
+    seen = _base_features(workspace, base, encoder, content)
+    targets = _targets(content)
+    router = fit(labels, seen["train"], targets["train"])
+    with tempfile.TemporaryDirectory() as temporary:
+        if params.joint_epochs:
+            folders, facts, seen = _joined(workspace, config, base, encoder, router, content, facts, Path(temporary))
+            router.train = seen["train"], targets["train"]
+        calibrate(router, seen["validation"], targets["validation"], rule=params.rule, tolerance=params.tolerance,
+                  max_abstention=params.max_abstention)
+        with replace_directory(workspace.mixture) as folder:
+            return bundle.write(folder, base=base.pin, prompt=config.prompt.model_dump(), router=router,
+                                experts=folders, facts=facts)
 
 
 def _expert(workspace: Workspace, domain: str) -> dict[str, Any]:
@@ -78,28 +64,117 @@ def _expert(workspace: Workspace, domain: str) -> dict[str, Any]:
                  if manifest["base"][part] != getattr(base, part)]:
         raise ArtifactError(f"The expert of {domain!r} was trained on {manifest['base']['source']}, and the "
                             f"{' and '.join(other)} of this workspace's base ({base.source}) differ: {again}`.")
-    files = [path for path in folder.iterdir() if path.name != MANIFEST]
-    if digests.of_files(files, folder) != manifest["digest"]:
+    if bundle.expert_digest(folder) != manifest["digest"]:
         raise ArtifactError(f"The expert of {domain!r} is not the one its manifest names: {again} --fresh`.")
     return manifest
 
 
-def _features(workspace: Workspace, base: Base, encoder: Encoder, content: list[Row]) -> Any:
-    """The router's features of these rows' prompts, (N, L, D), from the cache when they were computed before."""
+# What the router sees.
+
+def _targets(content: Content) -> dict[Split, Any]:
+    """The number of the domain of each row, split by split."""
+    import torch
+
+    return {split: torch.cat([torch.full((len(part),), label) for label, part in enumerate(domains.values())])
+            for split, domains in content.items()}
+
+
+def _prompts(encoder: Encoder, content: list[Row]) -> list[list[int]]:
+    return [encoder.prompt(row.prompt)[-encoder.max_tokens:] for row in content]
+
+
+def _base_features(workspace: Workspace, base: Base, encoder: Encoder, content: Content) -> dict[Split, Any]:
+    """Features of all rows' prompts under the base alone, (N, L, D) for each split."""
+    import torch
+
+    from moa.progress import track
+
+    found: dict[Split, list[Any]] = {split: [] for split in content}
+    with track("router features", total=sum(map(len, content.values())), unit="sets") as bar:
+        for split, domains in content.items():
+            for part in domains.values():
+                found[split].append(_cached_features(workspace, base, encoder, part))
+                bar.advance(1)
+    return {split: torch.cat(parts) for split, parts in found.items()}
+
+
+def _cached_features(workspace: Workspace, base: Base, encoder: Encoder, content: list[Row]) -> Any:
+    """The features of these rows' prompts, (N, L, D), from the cache when they were computed before."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     from moa.router import features
 
+    here = Path(__file__).parent
     key = digests.of_json({"base": base.pin.digest, "dtype": base.device.dtype, "system": encoder.system,
+                           "code": digests.of_file(here / "router.py"),
                            "max_tokens": encoder.max_tokens, "rows": [row.id for row in content]})
     path = workspace.cache / "features" / f"{key[:32]}.safetensors"
     with suppress(OSError, SafetensorError, KeyError):   # absent or damaged: it can be computed again
         return load_file(path)["features"]
-    prompts = [encoder.prompt(row.prompt)[-encoder.max_tokens:] for row in content]
-    result = features(base.model, prompts)
+    result = features(base.model, _prompts(encoder, content))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file({"features": result}, temporary)
     temporary.replace(path)
     return result
+
+
+# Joint training.
+
+def _joined(workspace: Workspace, config: Config, base: Base, encoder: Encoder, router: Any, content: Content,
+            facts: dict[str, dict[str, Any]], temporary: Path) -> tuple[
+                dict[str, Path], dict[str, dict[str, Any]], dict[Split, Any]]:
+    """Continue all experts together with the router's heads; directories and facts of the new experts, and features.
+
+    The experts as they were stay where they are: the mixture gets its own, and names their parents.
+    """
+    from moa import adapters
+    from moa.heads import chooser
+    from moa.joint import forget_labels, train_jointly
+    from moa.lora import ExpertStack
+    from moa.progress import track
+    from moa.router import features
+    from moa.training import Learner, recomputing, seed_for
+
+    labels, params = list(facts), config.assemble
+    specs = [adapters.read_spec(workspace.expert(domain)) for domain in labels]
+    stack = ExpertStack(base.model, specs, config.train.targets)
+    train = config.train.model_copy(update={"epochs": params.joint_epochs, "seed": params.seed,
+                                            "learning_rate": params.joint_learning_rate})
+    learners = []
+    for expert, domain in enumerate(labels):
+        if params.joint_start == "experts":
+            adapters.load(stack, expert, workspace.expert(domain))
+        else:
+            stack.initialise(expert, seed_for(domain, params.seed))
+    stack.trainable(True)
+    for expert, domain in enumerate(labels):
+        training, validation = ([encoder.row(row.messages) for row in rows.read(workspace.corpus(domain), split)]
+                                for split in CALIBRATING)
+        learners.append(Learner(domain, expert, stack, training, validation, train))
+    if not params.eta:
+        forget_labels(router)
+    steps = sum(len(learner.order) for learner in learners)
+    with track("joint training", total=steps, unit="steps") as bar, recomputing(base.model, train.recompute):
+        train_jointly(base.model, stack, router, learners, train, params.eta,
+                      lambda active: bar.advance(len(active)), keep_start=params.joint_start == "experts")
+    if failed := {learner.name: learner.progress.failure for learner in learners if learner.progress.failure}:
+        raise TrainingError(f"Joint training failed for {', '.join(failed)} ({'; '.join(map(str, failed.values()))}): "
+                            "lower assemble.joint_learning_rate.")
+    stack.trainable(False)
+    seen = {split: features(base.model, _prompts(encoder, [row for part in domains.values() for row in part]),
+                            choose=chooser(stack, router)) for split, domains in content.items()}
+    folders, joined = {}, {}
+    for learner in learners:
+        domain, at = learner.name, learner.progress
+        folders[domain] = temporary / domain
+        adapters.save(stack, learner.expert, folders[domain], base.pin.source)
+        news = {"digest": bundle.expert_digest(folders[domain]), "parent": facts[domain]["digest"]}
+        joined[domain] = facts[domain] | news
+        alone = {key: value for key, value in read_json(workspace.expert(domain) / MANIFEST).items()
+                 if key != "fingerprint"}
+        write_json(folders[domain] / MANIFEST, alone | news | {
+            "joint": params.model_dump(), "best_epoch": at.best_epoch, "best_loss": at.best_loss, "curve": at.curve})
+    stack.remove()
+    return folders, joined, seen

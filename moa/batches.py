@@ -24,6 +24,7 @@ class Batch:
     positions: Tensor   # (N,) flat positions b * T + t whose hidden state predicts a target
     targets: Tensor     # (N,) the token to predict
     rows: Tensor        # (N,) row of each target
+    prompts: Tensor     # (B,) tokens before each row's last answer
     padded_tokens: int
 
 
@@ -53,7 +54,8 @@ def collate(rows: Sequence[tuple[int, Encoded]], device: str | torch.device = "c
                 owner_rows.append(b)
     as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
     return Batch(ids.to(device), as_tensor([expert for expert, _ in rows]), as_tensor(positions), as_tensor(targets),
-                 as_tensor(owner_rows), len(rows) * longest)
+                 as_tensor(owner_rows),
+                 as_tensor([row.question_tokens for _, row in rows]), len(rows) * longest)
 
 
 @contextmanager

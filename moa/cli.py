@@ -162,17 +162,21 @@ def ask(
     domain: Annotated[str | None, typer.Option(help="Use this expert (or base) instead of the router's choice.",
                                                metavar="NAME")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    trace: Annotated[bool, typer.Option("--trace", help="Show what the router's head at each layer says.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question with the champion."""
     from moa.ask import ask as answer
+    from moa.report import trace_text
 
     workspace, config = _opened()
-    reply = answer(workspace, config, question, domain=domain, max_new_tokens=max_new_tokens)
+    reply = answer(workspace, config, question, domain=domain, trace=trace, max_new_tokens=max_new_tokens)
     if as_json:
         _print_json(reply)
     else:
         print(reply["answer"])
+        if trace:
+            print(f"\n{trace_text(reply['trace'], reply['decision'])}")
 
 
 @app.command("eval", rich_help_panel=USE)

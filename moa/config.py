@@ -58,6 +58,7 @@ class PrepareParams(Group):
 class TrainParams(Group):
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0, description="LoRA scaling is alpha / rank")
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead")
     targets: Literal["all-linear"] | list[str] = Field(default="all-linear", description="linear layers by suffix")
     epochs: int = Field(default=2, ge=1, description="validations; the best epoch is kept")
     rows_per_epoch: int | None = Field(default=None, ge=1, description="null = every row; epochs go on where the last "
@@ -70,6 +71,7 @@ class TrainParams(Group):
     validation_rows: int = Field(default=32, ge=1, description="rows of the validation split used after each epoch")
     patience: int = Field(default=0, ge=0, description="epochs without improvement before stopping; 0 = off")
     batch_tokens: int = Field(default=768, ge=16, description="padded tokens in one forward: memory, not mathematics")
+    recompute: bool = Field(default=False, description="gradient checkpointing: a third slower, much less memory")
     seed: int = 0
 
 
@@ -78,6 +80,11 @@ class AssembleParams(Group):
     tolerance: float = Field(default=0.0, ge=0, le=1, description="early: accuracy it may lose to the best layer")
     rows: int = Field(default=48, ge=2, description="training prompts per domain the router sees")
     max_abstention: float = Field(default=0.01, ge=0, lt=1, description="share of known-domain validation prompts")
+    joint_epochs: int = Field(default=0, ge=0, description="all experts and heads together, as in the paper; 0 = off")
+    joint_learning_rate: float = Field(default=5e-4, ge=0, description="of the experts; 0 = the router alone learns")
+    joint_start: Literal["experts", "random"] = Field(default="experts", description="random = an ablation")
+    eta: float = Field(default=1.0, ge=0, description="weight of the routing loss; 0 = no labels: each layer blends "
+                                                      "the experts as its head says, and learns from the answers")
     seed: int = 0
 
 

@@ -90,8 +90,8 @@ def score(mixture: Any, workspace: Workspace, config: Config) -> list[Scored]:
             for start in range(0, len(wanted), config.evaluate.batch_rows):
                 batch = wanted[start:start + config.evaluate.batch_rows]
                 written = mixture.generate([content[index][1].prompt for index, _ in batch], [by for _, by in batch],
-                                           limits[domain])
-                answers.update(zip(batch, written, strict=True))
+                                           max_new_tokens=limits[domain])
+                answers.update(zip(batch, (one.answer for one in written), strict=True))
                 bar.advance(len(batch))
     judge = {domain: metrics.resolve(config.domains[domain].metric) for domain in mixture.labels}
     result = []

@@ -20,7 +20,8 @@ from moa.tokens import Encoder
 from moa.workspace import MANIFEST, Workspace, read_json, replace_directory, write_json
 
 # Held against the train stage's dependencies by tests/unit/test_rooms.py.
-CODE = ("training.py", "batches.py", "lora.py", "tokens.py", "experts.py", "rows.py", "base.py", "sources.py")
+CODE = ("training.py", "batches.py", "lora.py", "adapters.py", "tokens.py", "experts.py", "rows.py", "base.py",
+        "sources.py")
 CHECKPOINT_SECONDS = 20.0
 
 
@@ -61,13 +62,14 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
         return
     from moa.lora import ExpertStack, LoraSpec
     from moa.progress import track
-    from moa.training import Learner, cotrain, seed_for
+    from moa.training import Learner, cotrain, recomputing, seed_for
 
     device = pick_device(config.execution.devices)
     base = load(workspace, config.base, device)
     encoder = Encoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
     params = config.train
-    stack = ExpertStack(base.model, [LoraSpec(params.rank, params.alpha)] * len(todo), params.targets).trainable(True)
+    specs = [LoraSpec(params.rank, params.alpha, params.rslora)] * len(todo)
+    stack = ExpertStack(base.model, specs, params.targets).trainable(True)
     learners = []
     for expert, domain in enumerate(todo):
         stack.initialise(expert, seed_for(domain, params.seed))
@@ -88,7 +90,8 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
             bar.advance(len(active), note=_note(active))
             checkpoint.save_now_and_then(learners)
 
-        cotrain(base.model, stack, learners, params.batch_tokens, after_step)
+        with recomputing(base.model, params.recompute):
+            cotrain(base.model, stack, learners, params.batch_tokens, after_step)
     checkpoint.save(learners)   # all are written, or none needs to be trained again
     _record_rate(workspace, sum(learner.progress.seen_tokens for learner in learners) - seen_before,
                  time.monotonic() - began)
@@ -109,9 +112,11 @@ def _note(active: Sequence[Any]) -> str:
 
 
 def _write(workspace: Workspace, config: Config, learner: Any, stack: Any, base: BasePin, print_: str) -> None:
+    from moa import adapters
+
     at = learner.progress
     with replace_directory(workspace.expert(learner.name)) as directory:
-        stack.save(learner.expert, directory, base.source)
+        adapters.save(stack, learner.expert, directory, base.source)
         write_json(directory / MANIFEST, {
             "kind": "expert", "domain": learner.name,
             "digest": digests.of_files(sorted(directory.iterdir()), directory),

@@ -3,23 +3,27 @@
 Knows nothing of releases or corpora. The router that evaluation sees is the one that serves: both call `route`.
 """
 
-from collections.abc import Sequence
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from moa import digests
+from moa import adapters, bundle, generation
 from moa.base import Base
 from moa.batches import collate, microbatches, row_losses
 from moa.errors import ArtifactError, UsageError
-from moa.lora import BASE_ONLY, ExpertStack, read_spec
-from moa.router import Decision, Router, features
+from moa.generation import Finish, Options, Writing
+from moa.heads import chooser
+from moa.lora import BASE_ONLY, ExpertStack
+from moa.router import Choice, Decision, Router, features
 from moa.rows import Message
 from moa.tokens import Encoder
-from moa.workspace import MANIFEST, read_json
 
 BASE = "base"               # forced in place of a domain: no expert
 SCORE_TOKENS = 2048         # padded tokens in one forward without gradients
@@ -34,53 +38,44 @@ class Answer:
     domain: str
     confidence: float | None   # None when the caller chose
     abstained: bool
+    finish: Finish             # "length" when the limit or the base's context ended it
+    tokens: int                # written, the end marker included
+    prompt_tokens: int
 
 
 class Mixture:
-    """A base with all experts of one mixture on it, and their router."""
+    """A base with all experts of one mixture on it, and their router. Threads may share it: they take turns."""
 
     def __init__(self, base: Base, stack: ExpertStack, router: Router, encoder: Encoder,
                  experts: dict[str, str]) -> None:
         self.base, self.stack, self.router, self.encoder = base, stack, router, encoder
         self.experts = {**experts, BASE: BASE}   # who may answer: the digest of each, for what depends on that alone
         self.labels = router.labels
+        self._turn = threading.RLock()   # the choice of experts is the model's, not a call's
 
     @classmethod
     def load(cls, directory: Path, base: Base) -> Self:
         """Put the mixture in `directory` onto `base`. Raises ArtifactError when content and manifest differ, or when
         it was made for another base, tokenizer or template; the message says which."""
-        from safetensors.torch import load_file
-
-        if not (directory / MANIFEST).is_file():
-            raise ArtifactError(f"{directory} holds no mixture: run `moa assemble` first.")
-        manifest = read_json(directory / MANIFEST)
-        other = [part for part in ("weights", "tokenizer", "template")
-                 if manifest["base"][part] != getattr(base.pin, part)]
-        if other:
-            raise ArtifactError(f"The mixture was made for {manifest['base']['source']}, and the {' and '.join(other)} "
-                                f"of this workspace's base ({base.pin.source}) differ.")
-        content = {key: value for key, value in manifest.items() if key != "digest"}
-        router = directory / "router.safetensors"
-        if digests.of_json(content) != manifest["digest"] or digests.of_file(router) != manifest["router"]["digest"]:
-            raise ArtifactError(f"The mixture in {directory} is not what its manifest says: its router or manifest "
-                                "changed; run `moa assemble` again.")
-        folders = {label: directory / "experts" / label for label in manifest["labels"]}
+        manifest, router, folders = bundle.read(directory, base.pin)
+        levels, width = router.mean_LD.shape
+        config = base.model.config
+        if (levels, width) != (config.num_hidden_layers, config.hidden_size):
+            raise ArtifactError(f"The router in {directory} reads {levels} levels of width {width}, and the base has "
+                                f"{config.num_hidden_layers} of {config.hidden_size}: run `moa assemble` again.")
+        specs = []
         for label, folder in folders.items():
-            files = [path for path in folder.iterdir() if path.name != MANIFEST]
-            if digests.of_files(files, folder) != manifest["experts"][label]["digest"]:
-                raise ArtifactError(f"The expert {label!r} in {directory} is not the one its manifest pins.")
-        stack = ExpertStack(base.model, [read_spec(folder) for folder in folders.values()])
+            with bundle.readable(f"The expert {label!r} in {directory}"):
+                specs.append(adapters.read_spec(folder))
+        stack = ExpertStack(base.model, specs)
         try:
-            for expert, folder in enumerate(folders.values()):
-                stack.load(expert, folder)
-        except ArtifactError:
+            for expert, (label, folder) in enumerate(folders.items()):
+                with bundle.readable(f"The expert {label!r} in {directory}"):
+                    adapters.load(stack, expert, folder)
+        except BaseException:
             stack.remove()   # the base is the caller's
             raise
-        heads = load_file(router)
-        facts = manifest["router"]
-        trained = Router(manifest["labels"], heads["mean"], heads["scale"], heads["weight"], heads["bias"],
-                         facts["rule"], facts["layer"], facts["temperature"], facts["threshold"])
-        return cls(base, stack, trained, Encoder(base.tokenizer, **manifest["prompt"]),
+        return cls(base, stack, router, Encoder(base.tokenizer, **manifest["prompt"]),
                    {label: expert["digest"] for label, expert in manifest["experts"].items()})
 
     def unload(self) -> Base:
@@ -96,11 +91,33 @@ class Mixture:
             raise UsageError(f"This mixture has no expert {domain!r}; it has {', '.join(self.labels)}, and base.")
         return self.labels.index(domain)
 
+    @contextmanager
+    def _using(self, experts_B: Tensor | None) -> Iterator[None]:
+        """Inside, row b of every batch uses expert `experts_B[b]`, and no other thread uses the model."""
+        with self._turn:
+            self.stack.select(experts_B)
+            try:
+                yield
+            finally:
+                self.stack.select(None)
+
+    # Route.
+
     def route(self, prompts: Sequence[Conversation]) -> list[Decision]:
-        """The router's decision on each prompt: the base without experts is asked, no deeper than the rule reads."""
-        self.stack.select(None)
+        """The router's decision on each prompt, which is read no deeper than the rule does: under the base without
+        experts, or, where the router was trained together with them, under those that it chooses layer by layer."""
+        return self.router.decide(self._features(prompts, self.router.depth)) if prompts else []
+
+    def trace(self, prompt: Conversation) -> list[Choice]:
+        """What every level's own head says of a prompt; the rule makes one decision of the levels it reads."""
+        return self.router.trace(self._features([prompt], None))[0]
+
+    def _features(self, prompts: Sequence[Conversation], depth: int | None) -> Tensor:
         ids = [self.encoder.prompt(messages)[-self.encoder.max_tokens:] for messages in prompts]
-        return self.router.decide(features(self.base.model, ids, self.router.depth))
+        with self._using(None):
+            return features(self.base.model, ids, depth, chooser(self.stack, self.router))
+
+    # Score.
 
     @torch.no_grad()
     def losses(self, conversations: Sequence[Conversation], domains: Sequence[str]) -> list[tuple[float, int]]:
@@ -110,44 +127,80 @@ class Mixture:
         result = [(0.0, 0)] * len(rows)
         for group in microbatches(rows, SCORE_TOKENS):
             batch = collate([rows[index] for index in group], self.base.device.device)
-            self.stack.select(batch.owners)
-            for index, loss in zip(group, row_losses(self.base.model, batch).tolist(), strict=True):
+            with self._using(batch.owners):
+                losses = row_losses(self.base.model, batch).tolist()
+            for index, loss in zip(group, losses, strict=True):
                 tokens = rows[index][1].completion_tokens
                 result[index] = loss / tokens, tokens
         return result
 
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[Conversation], domains: Sequence[str], max_new_tokens: int = 256) -> list[str]:
-        """Greedy answers of one mixed batch, each row with its own expert, left-padded, with a KV cache."""
-        from transformers import GenerationConfig
+    # Generate.
 
-        tokenizer, device = self.base.tokenizer, self.base.device.device
+    def generate(self, prompts: Sequence[Conversation], domains: Sequence[str | None] | None = None,
+                 **options: Any) -> list[Answer]:
+        """Answer a mixed batch, each row with its own expert; `options` are those of `generation.Options`.
+
+        `domains` has a name for each prompt: it always wins over the router, and "base" is the base alone. Rows with
+        None, or all without `domains`, are routed, in one pass. Everything is decoded side by side, but for rows that
+        the base's context ends early: those are apart, so that no row runs past it. Greedy answers are those of the
+        rows alone, as far as rounding allows. Raises UsageError.
+        """
+        chosen = Options(**options)
+        if domains is not None and len(domains) != len(prompts):
+            raise UsageError(f"There are {len(prompts)} prompts and {len(domains)} domains.")
+        forced = [None] * len(prompts) if domains is None else list(domains)
+        for domain in set(forced) - {None}:
+            self.expert_of(str(domain))
         encoded = [self.encoder.prompt(messages) for messages in prompts]
-        longest = max(map(len, encoded))
-        ids = torch.full((len(encoded), longest), tokenizer.eos_token_id, device=device)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(encoded):
-            ids[row, longest - len(prompt):] = torch.tensor(prompt)
-            mask[row, longest - len(prompt):] = 1
-        self.stack.select(torch.tensor([self.expert_of(domain) for domain in domains], device=device))
-        config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id,
-                                  pad_token_id=tokenizer.eos_token_id)
-        written: Tensor = self.base.model.generate(ids, attention_mask=mask, generation_config=config)
-        self.stack.select(None)
-        return [text.strip() for text in tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)]
+        limits = generation.rooms(self.base.model, encoded, chosen.max_new_tokens)
+        asked = iter(self.route([messages for messages, domain in zip(prompts, forced, strict=True) if domain is None]))
+        decisions = [next(asked) if domain is None else domain for domain in forced]
+        groups: dict[int, list[int]] = defaultdict(list)
+        for row, limit in enumerate(limits):
+            groups[limit].append(row)
+        written: dict[int, Writing] = {}
+        for limit, group in groups.items():
+            batch = self._decode([encoded[row] for row in group], [decisions[row] for row in group], limit, chosen)
+            written.update(zip(group, batch, strict=True))
+        return [_answer(decision, len(prompt), written[row])
+                for row, (decision, prompt) in enumerate(zip(decisions, encoded, strict=True))]
 
-    def chat(self, messages: Conversation, domain: str | None = None, max_new_tokens: int | None = None) -> Answer:
-        """Answer one conversation. A caller's `domain` always wins over the router; "base" is the base alone."""
+    def stream(self, prompt: Conversation, domain: str | None = None, **options: Any) -> Iterator[str]:
+        """The answer to one conversation, in pieces of text as they become certain: whole characters, and nothing of
+        a stop text. Joined and stripped they are what `generate` answers.
+
+        Decoding has a thread of its own, which ends with the iterator. Raises UsageError, at once.
+        """
+        chosen = Options(**options)
+        encoded = self.encoder.prompt(prompt)
+        limit, = generation.rooms(self.base.model, [encoded], chosen.max_new_tokens)
         if domain is not None:
             self.expert_of(domain)
-            answer, = self.generate([messages], [domain], max_new_tokens or 256)
-            return Answer(answer, domain, None, False)
-        decision, = self.route([messages])
-        answer, = self.generate([messages], [answering(decision)], max_new_tokens or 256)
-        return Answer(answer, decision.domain, decision.confidence, decision.abstained)
+        decision = self.route([prompt])[0] if domain is None else domain
+
+        def work(tell: Callable[[str], None], cancelled: threading.Event) -> None:
+            self._decode([encoded], [decision], limit, chosen, tell=tell, cancelled=cancelled)
+
+        return generation.pieces(work)
+
+    def _decode(self, prompts: list[list[int]], decisions: Sequence[Decision | str], limit: int, options: Options,
+                **streaming: Any) -> list[Writing]:
+        experts = [self.expert_of(answering(one) if isinstance(one, Decision) else one) for one in decisions]
+        with self._using(torch.tensor(experts, device=self.base.device.device)):
+            return generation.decode(self.base.model, self.base.tokenizer, prompts, limit, options, **streaming)
+
+    def chat(self, messages: Conversation, domain: str | None = None, **options: Any) -> Answer:
+        """Answer one conversation. A caller's `domain` always wins over the router; "base" is the base alone."""
+        return self.generate([messages], [domain], **options)[0]
+
+
+def _answer(decision: Decision | str, prompt_tokens: int, row: Writing) -> Answer:
+    text, counts = row.text.strip(), (row.finish, len(row.ids), prompt_tokens)
+    if isinstance(decision, str):
+        return Answer(text, decision, None, False, *counts)
+    return Answer(text, decision.domain, decision.confidence, decision.abstained, *counts)
 
 
 def answering(decision: Decision) -> str:
     """Who answers after this decision: the chosen expert, or the base when the router abstained."""
     return BASE if decision.abstained else decision.domain
-

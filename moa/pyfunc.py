@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from moa.errors import UsageError
 from moa.workspace import Workspace
 
 SCRIPT = '''"""Loaded by MLflow as the model's code; the rest is in the installed package."""
@@ -21,6 +22,8 @@ from moa.pyfunc import python_model
 set_model(python_model())
 '''
 ROLES = ("system", "user", "assistant")
+OPTIONS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature",
+           "top_p": "top_p", "seed": "seed", "stop": "stop"}   # OpenAI's name -> ours
 
 
 class BodyError(ValueError):
@@ -51,19 +54,27 @@ def python_model() -> Any:
 
 def respond(mixture: Any, body: Any) -> dict[str, Any]:
     """Answer one chat body. Raises BodyError."""
-    messages, domain, limit = parse(body)
-    answer = mixture.chat(messages, domain=domain, max_new_tokens=limit)
+    messages, domain, options = parse(body)
+    try:
+        answer = mixture.chat(messages, domain=domain, **options)
+    except UsageError as error:   # no such expert, a prompt that is too long, an option out of its range
+        raise BodyError(str(error)) from None
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time()),
         "model": "base" if answer.abstained or answer.domain == "base" else f"moa/{answer.domain}",
-        "choices": [{"index": 0, "finish_reason": "stop",
+        "choices": [{"index": 0, "finish_reason": answer.finish,
                      "message": {"role": "assistant", "content": answer.answer}}],
+        "usage": {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens,
+                  "total_tokens": answer.prompt_tokens + answer.tokens},
         "moa": {"domain": answer.domain, "confidence": answer.confidence, "abstained": answer.abstained},
     }
 
 
-def parse(body: Any) -> tuple[list[dict[str, str]], str | None, int | None]:
-    """Messages, forced domain ("base" = no expert, None = the router decides) and token limit of a chat body."""
+def parse(body: Any) -> tuple[list[dict[str, str]], str | None, dict[str, Any]]:
+    """Messages, forced domain ("base" = no expert, None = the router decides) and decoding options of a chat body.
+
+    Options that the body lacks, or that are null, keep our defaults: without a temperature the answer is greedy.
+    """
     if not isinstance(body, dict):
         raise BodyError("The body must be a JSON object with `messages`.")
     messages = body.get("messages")
@@ -76,11 +87,26 @@ def parse(body: Any) -> tuple[list[dict[str, str]], str | None, int | None]:
     model = body.get("model", "moa")
     if not isinstance(model, str) or not (model in ("moa", "base") or model.removeprefix("moa/") not in ("", model)):
         raise BodyError("`model` must be moa (the router decides), moa/NAME (that expert) or base.")
-    limit = body.get("max_tokens")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise BodyError("`max_tokens` must be a whole number of 1 or more.")
     domain = None if model == "moa" else model.removeprefix("moa/")
-    return [{"role": message["role"], "content": message["content"]} for message in messages], domain, limit
+    return ([{"role": message["role"], "content": message["content"]} for message in messages], domain,
+            _options(body))
+
+
+def _options(body: dict[str, Any]) -> dict[str, Any]:
+    from moa.generation import Options  # which also says what each option may be
+
+    options: dict[str, Any] = {}
+    for key, ours in OPTIONS.items():
+        value = body.get(key)
+        if value is None:
+            continue
+        try:
+            Options(**{ours: value})
+        except UsageError as error:
+            raise BodyError(str(error).replace(ours, f"`{key}`", 1)) from None
+        if options.setdefault(ours, value) != value:
+            raise BodyError("`max_tokens` and `max_completion_tokens` mean the same and differ: give one.")
+    return options
 
 
 def _workspace(recorded: dict[str, Any]) -> Workspace | None:

@@ -233,7 +233,9 @@ def _manifest(folder: Path, otherwise: str) -> dict[str, Any]:
 
 
 def _check_experts(manifest: Mapping[str, Any], experts: Mapping[str, "ExpertVersion"]) -> None:
-    pinned = {domain: _digest(pin) for domain, pin in manifest["experts"].items()}
+    # Joint training goes on from registered experts: those are what the mixture was assembled from.
+    pinned = {domain: pin.get("parent") or _digest(pin) if isinstance(pin, dict) else _digest(pin)
+              for domain, pin in manifest["experts"].items()}
     for domain in sorted(pinned.keys() | experts.keys()):
         given = experts[domain].digest if domain in experts else None
         if pinned.get(domain) != given:

@@ -8,6 +8,7 @@ from moa.config import Config
 from moa.workspace import Workspace, read_json
 
 COLUMNS = ("loss", "perplexity", "score")
+BAR = 20   # characters of a probability of 1
 NAMES = {"base": "base", "routed": "routed", "forced": "label forced"}
 
 
@@ -54,6 +55,19 @@ def comparison_text(compared: dict[str, Any]) -> str:
         means = [_mean([row.get(f"{name}_loss") for row in rows]) for name in ("base", "incumbent", "challenger")]
         lines.append(f"{domain:<{width}}  {len(rows):>5}  {means[0]:>8}  {means[1]:>10}  {means[2]:>10}")
     return "\n".join(lines)
+
+
+def trace_text(trace: list[dict[str, Any]], decision: dict[str, Any]) -> str:
+    """A line for each level that the router can read: the domain its head names, how surely, and a mark where the
+    rule reads; then what the rule decided."""
+    lines = ["level                       probability  domain"]
+    for choice in trace:
+        bar = "█" * round(BAR * choice["probability"])
+        mark = "  <- read" if choice["level"] in decision["levels"] else ""
+        lines.append(f"{choice['level']:>5}  {bar:░<{BAR}}  {choice['probability']:>10.1%}  {choice['domain']}{mark}")
+    said = f"rule {decision['rule']}: {decision['domain']}, confidence {decision['confidence']:.1%}"
+    unsure = f"; its score {decision['score']:.3g} is below {decision['threshold']:.3g}, so the router abstains"
+    return "\n".join([*lines, said + (unsure if decision["abstained"] else "")])
 
 
 def _mean(losses: list[float | None]) -> str:

@@ -1,13 +1,18 @@
-"""The router: per-layer linear heads over the frozen base's hidden states name the domain of a prompt, or abstain.
+"""The router: per-layer linear heads over the hidden states of the prompt name its domain, or abstain.
 
-Features come from the base without experts, so they never change when experts do. Knows nothing of files or generation.
+Knows nothing of files, of generation, or of who computed the features: the frozen base, or the base under experts.
 
-Shapes: N prompts, L layers, D hidden size, C domains.
+A *level* is a layer's input: level l is the mean, over a prompt's own tokens, of the hidden states that enter decoder
+layer l, as in the paper, where a layer's router reads that layer's input (Feng et al. 2024, arXiv 2403.03432, section
+3.2). Level 0 is the embeddings; reading level l costs l layers.
+
+Shapes: N prompts, B prompts in one forward, T positions, L levels, D hidden size, C domains.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +20,19 @@ from torch import Tensor, nn
 from moa.batches import collate, microbatches
 from moa.tokens import Encoded
 
-STEPS, RATE, DECAY = 200, 0.05, 1e-3   # full-batch AdamW on standardised features: converged, and under a second
+Rule = Literal["early", "last", "vote"]
+Score = Literal["max_probability", "energy", "mahalanobis", "nearest"]
+Stream = Literal["base", "experts", "blend"]   # no experts; those each layer chooses; all of them, by probability
+DECIDING = ("rule", "layer", "temperature", "threshold", "score", "stream")   # facts that a decision depends on
+FIGURES = ("accuracy", "best_level_accuracy", "ece", "ece_uncalibrated", "abstention", "validation_rows")
+MOST_ODDS = 1e6                        # stands for infinite log-odds, which JSON lacks
 FEATURE_TOKENS = 2048                  # padded tokens in one forward without gradients
 
 
+# Features.
+
 class _Enough(Exception):
-    """Raised inside a forward when the deepest layer that anybody asked for has answered."""
+    """Raised inside a forward when the deepest level that anybody asked for has been read."""
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -29,12 +41,29 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
 
 
-@torch.no_grad()
-def features(model: nn.Module, prompts: Sequence[list[int]], depth: int | None = None) -> Tensor:
-    """Each layer's hidden states, averaged over the prompt's own tokens: (N, depth, D), float32, on the CPU.
+def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states (B, T, D) among the arguments of a decoder layer: the first positional one, or by name."""
+    return args[0] if args else kwargs["hidden_states"]
 
-    `depth` counts layers from the input; None is all. The forward stops after the last of them: the layers above, the
-    output projection included, are not computed. Experts must be deselected.
+
+def pooled(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean over the positions where `mask_BT` is true: (B, D), summed in float32, differentiable.
+
+    Positions outside the mask are replaced, not multiplied, so that nothing there, NaN included, counts. A row whose
+    mask is empty gives zeros.
+    """
+    kept = torch.where(mask_BT.bool().unsqueeze(-1), hidden_BTD.float(), 0.0)
+    return kept.sum(1) / mask_BT.sum(1, keepdim=True).clamp(min=1)
+
+
+@torch.no_grad()
+def features(model: nn.Module, prompts: Sequence[list[int]], depth: int | None = None,
+             choose: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Each level of each prompt: (N, depth, D), float32, on the CPU.
+
+    `depth` counts levels; None is all, one a layer. The forward stops as layer depth-1 is entered: that layer, those
+    above and the output projection are not computed. `choose(level, pooled_BD)` is called at each level, with its
+    features on the model's device, before the layer computes: a router inside the model selects experts there.
     """
     layers = decoder_layers(model)
     depth = depth or len(layers)
@@ -44,9 +73,18 @@ def features(model: nn.Module, prompts: Sequence[list[int]], depth: int | None =
     for group in microbatches(rows, FEATURE_TOKENS):
         batch = collate([rows[index] for index in group], device)
         lengths = torch.tensor([len(prompts[index]) for index in group], device=device)
-        mask_BT1 = (torch.arange(batch.ids.shape[1], device=device) < lengths[:, None]).unsqueeze(-1)
-        hooks = [layers[level].register_forward_hook(_pool(result, group, level, mask_BT1, level + 1 == depth))
-                 for level in range(depth)]
+        mask_BT = torch.arange(batch.ids.shape[1], device=device) < lengths[:, None]
+        levels: list[Tensor] = []   # stay on the device until the forward is over: one copy, not one a layer
+
+        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                 mask_BT: Tensor = mask_BT, levels: list[Tensor] = levels) -> None:
+            levels.append(pooled(entering(args, kwargs), mask_BT))
+            if choose is not None:
+                choose(len(levels) - 1, levels[-1])
+            if len(levels) == depth:
+                raise _Enough
+
+        hooks = [layer.register_forward_pre_hook(read, with_kwargs=True) for layer in layers[:depth]]
         try:
             model(input_ids=batch.ids, use_cache=False)
         except _Enough:
@@ -54,17 +92,11 @@ def features(model: nn.Module, prompts: Sequence[list[int]], depth: int | None =
         finally:
             for hook in hooks:
                 hook.remove()
+        result[group] = torch.stack(levels, 1).cpu()
     return result
 
 
-def _pool(result: Tensor, group: Sequence[int], level: int, mask_BT1: Tensor, last: bool) -> Any:
-    def hook(_: nn.Module, __: Any, output: Any) -> None:
-        hidden = (output[0] if isinstance(output, tuple) else output).float()
-        result[list(group), level] = ((hidden * mask_BT1).sum(1) / mask_BT1.sum(1)).cpu()
-        if last:
-            raise _Enough
-    return hook
-
+# Decisions.
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -72,87 +104,123 @@ class Decision:
 
     domain: str
     confidence: float   # calibrated probability of `domain`
-    abstained: bool
+    abstained: bool     # score < the router's threshold
+    score: float        # how much at home the prompt is; higher is more
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one level's head says of one prompt."""
+
+    level: int
+    domain: str
+    probability: float
 
 
 @dataclass(slots=True)
 class Router:
-    """Heads of every layer, and the rule that turns them into one decision."""
+    """Heads of every level, and the rule that turns them into one decision."""
 
     labels: list[str]
     mean_LD: Tensor
     scale_LD: Tensor
     weight_LCD: Tensor
     bias_LC: Tensor
-    rule: Literal["early", "last", "vote"] = "early"
-    layer: int = 0              # the layer that `early` reads, counted from 0
+    rule: Rule = "early"
+    layer: int = 0                # the level that `early` reads
     temperature: float = 1.0
-    threshold: float = 0.0      # least confidence that names a domain
+    threshold: float = -math.inf  # least score that names a domain
+    score: Score = "max_probability"   # before calibration: the one that needs nothing but the heads
+    stream: Stream = "base"       # whose hidden states the heads were trained on; only carried along
+    centres_CD: Tensor | None = None     # mahalanobis: class means at `reads`, standardised
+    precision_DD: Tensor | None = None   # mahalanobis: inverse of the covariance within classes there
+    seen_MD: Tensor | None = None        # nearest: the training prompts there, standardised, of length one
+    figures: dict[str, float] = field(default_factory=dict)   # what calibration saw; reported, never read
+    train: tuple[Tensor, Tensor] | None = field(default=None, repr=False)   # what `fit` saw, for the three above
 
     @property
     def depth(self) -> int:
-        """How many layers of the base the rule needs."""
-        return self.layer + 1 if self.rule == "early" else len(self.weight_LCD)
+        """How many levels the rule needs; the base computes one layer fewer."""
+        return self.reads + 1
+
+    @property
+    def reads(self) -> int:
+        """The deepest level that the rule needs."""
+        return self.layer if self.rule == "early" else len(self.weight_LCD) - 1
 
     def logits(self, features_NLD: Tensor) -> Tensor:
-        """Every layer's own logits: (N, L, C); features of the first layers are enough for those layers."""
+        """Every level's own logits: (N, L, C); features of the first levels are enough for those levels."""
         depth = features_NLD.shape[1]
         standard = (features_NLD - self.mean_LD[:depth]) / self.scale_LD[:depth]
         return torch.einsum("nld,lcd->nlc", standard, self.weight_LCD[:depth]) + self.bias_LC[:depth]
 
+    def log_probabilities(self, features_NLD: Tensor) -> Tensor:
+        """Calibrated log-probabilities under the rule: (N, C), float64. `vote` averages the levels' probabilities."""
+        used = slice(None) if self.rule == "vote" else slice(self.reads, self.reads + 1)
+        log_NLC = (self.logits(features_NLD)[:, used].double() / self.temperature).log_softmax(-1)
+        return log_NLC.logsumexp(1) - math.log(log_NLC.shape[1])
+
     def probabilities(self, features_NLD: Tensor) -> Tensor:
-        """Calibrated probabilities under the rule: (N, C). `vote` averages the layers' probabilities."""
-        scaled = self.logits(features_NLD) / self.temperature
-        if self.rule == "vote":
-            return scaled.softmax(-1).mean(1)
-        return scaled[:, self.layer if self.rule == "early" else -1].softmax(-1)
+        """Calibrated probabilities under the rule: (N, C), float64."""
+        return self.log_probabilities(features_NLD).exp()
+
+    def standard(self, features_NLD: Tensor, level: int) -> Tensor:
+        """One level's features as the heads see them: (N, D), mean 0 and deviation 1 over the training prompts."""
+        return (features_NLD[:, level] - self.mean_LD[level]) / self.scale_LD[level]
+
+    def scores(self, features_NLD: Tensor) -> Tensor:
+        """How much at home each prompt is among the known domains, by `score`: (N,), float64, higher is more.
+
+        max_probability: log-odds of the best domain, best minus log-sum-exp of the others: as ordered as its
+            probability, and still ordered where that rounds to 1 (Hendrycks and Gimpel 2017, arXiv 1610.02136).
+        energy: log-sum-exp of the logits, uncalibrated; under `vote` the levels' mean (Liu et al. 2020, 2010.03759).
+        mahalanobis: minus the squared distance to the nearest domain's centre (Lee et al. 2018, arXiv 1807.03888).
+        nearest: cosine with the nearest training prompt (Sun et al. 2022, arXiv 2204.06507, with one neighbour).
+        """
+        if self.score == "max_probability":
+            log_NC = self.log_probabilities(features_NLD)
+            best = log_NC.max(-1, keepdim=True)
+            others = log_NC.scatter(-1, best.indices, -math.inf).logsumexp(-1)
+            return (best.values[:, 0] - others).clamp(max=MOST_ODDS)   # a single domain has no others
+        if self.score == "energy":
+            used = slice(None) if self.rule == "vote" else slice(self.reads, self.reads + 1)
+            return self.logits(features_NLD)[:, used].double().logsumexp(-1).mean(1)
+        standard_ND = self.standard(features_NLD, self.reads)
+        if self.score == "nearest":
+            assert self.seen_MD is not None
+            return (nn.functional.normalize(standard_ND, dim=-1) @ self.seen_MD.T).amax(1).double()
+        assert self.centres_CD is not None and self.precision_DD is not None
+        away_CND = standard_ND.double() - self.centres_CD.double()[:, None]
+        return -((away_CND @ self.precision_DD.double()) * away_CND).sum(-1).amin(0)
 
     def decide(self, features_NLD: Tensor) -> list[Decision]:
         best = self.probabilities(features_NLD).max(-1)
-        return [Decision(self.labels[label], confidence, confidence < self.threshold)
-                for confidence, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        return [Decision(self.labels[label], confidence, score < self.threshold, score)
+                for confidence, label, score in zip(best.values.tolist(), best.indices.tolist(),
+                                                    self.scores(features_NLD).tolist(), strict=True)]
+
+    def trace(self, features_NLD: Tensor) -> list[list[Choice]]:
+        """For each prompt, what the head of each level given would choose alone, at the router's temperature."""
+        best = (self.logits(features_NLD).double() / self.temperature).softmax(-1).max(-1)
+        return [[Choice(level, self.labels[label], probability)
+                 for level, (label, probability) in enumerate(zip(labels, probabilities, strict=True))]
+                for labels, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"mean": self.mean_LD, "scale": self.scale_LD, "weight": self.weight_LCD, "bias": self.bias_LC}
+        """Everything that is not a label or a fact, ready to be saved; no name looks like an adapter's."""
+        found = {"mean": self.mean_LD, "scale": self.scale_LD, "weight": self.weight_LCD, "bias": self.bias_LC,
+                 "centres": self.centres_CD, "precision": self.precision_DD, "seen": self.seen_MD}
+        return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
 
+    def facts(self) -> dict[str, Any]:
+        """The scalars, for a manifest: what decides, and the figures of calibration."""
+        return {name: getattr(self, name) for name in DECIDING} | self.figures
 
-def fit(labels: Sequence[str], features_NLD: Tensor, targets_N: Tensor, *, seed: int = 0) -> Router:
-    """Train every layer's head on domain labels, each domain weighing the same however many prompts it has."""
-    mean, scale = features_NLD.mean(0), features_NLD.std(0).clamp(min=1e-6)
-    standard = (features_NLD - mean) / scale
-    layers, width, classes = standard.shape[1], standard.shape[2], len(labels)
-    generator = torch.Generator().manual_seed(seed)
-    weight = nn.Parameter(torch.randn(layers, classes, width, generator=generator) * 0.01)
-    bias = nn.Parameter(torch.zeros(layers, classes))
-    counts = torch.bincount(targets_N, minlength=classes).clamp(min=1)
-    balance = counts.reciprocal() / counts.reciprocal().sum()
-    optimizer = torch.optim.AdamW([weight, bias], lr=RATE, weight_decay=DECAY)
-    for _ in range(STEPS):
-        logits = torch.einsum("nld,lcd->nlc", standard, weight) + bias
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets_N.repeat_interleave(layers), weight=balance)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return Router(list(labels), mean, scale, weight.detach(), bias.detach())
-
-
-def calibrate(router: Router, features_NLD: Tensor, targets_N: Tensor, *, rule: Literal["early", "last", "vote"],
-              tolerance: float, max_abstention: float) -> Router:
-    """Choose layer, temperature and threshold on validation prompts.
-
-    `early` takes the shallowest layer within `tolerance` of the best layer's accuracy. The temperature is the one of
-    least loss (Guo et al. 2017, arXiv 1706.04599). The threshold is the highest that lets at most `max_abstention` of
-    these prompts abstain.
-    """
-    accuracy_L = (router.logits(features_NLD).argmax(-1) == targets_N[:, None]).float().mean(0)
-    router.rule = rule
-    router.layer = int((accuracy_L >= accuracy_L.max() - tolerance - 1e-9).nonzero()[0])
-    candidates = torch.logspace(-1, 1.5, 60).tolist()
-    losses = []
-    for router.temperature in candidates:
-        chosen = router.probabilities(features_NLD)[torch.arange(len(targets_N)), targets_N]
-        losses.append(-chosen.clamp(min=1e-12).log().mean().item())
-    router.temperature = candidates[losses.index(min(losses))]
-    confidence = router.probabilities(features_NLD).max(-1).values.sort().values
-    router.threshold = confidence[int(max_abstention * len(confidence))].item()
-    return router
+    @classmethod
+    def restore(cls, labels: Sequence[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
+        """The inverse of `tensors` and `facts`; facts of other names are ignored."""
+        return cls(list(labels), tensors["mean"], tensors["scale"], tensors["weight"], tensors["bias"],
+                   **{name: facts[name] for name in DECIDING},
+                   centres_CD=tensors.get("centres"), precision_DD=tensors.get("precision"),
+                   seen_MD=tensors.get("seen"),
+                   figures={name: facts[name] for name in FIGURES if name in facts})

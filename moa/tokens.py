@@ -20,6 +20,14 @@ class Encoded:
         return sum(self.targets)
 
     @property
+    def question_tokens(self) -> int:
+        """Tokens before the last answer: what a model is given to write it."""
+        length = len(self.ids)
+        while length and self.targets[length - 1]:
+            length -= 1
+        return length
+
+    @property
     def prompt_tokens(self) -> int:
         return len(self.ids) - self.completion_tokens
 

@@ -7,20 +7,24 @@ Knows nothing of DVC, MLflow or Prefect.
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moa.batches import collate, microbatches, row_losses
+from moa.batches import Batch, collate, microbatches, row_losses
 from moa.config import TrainParams
-from moa.lora import ExpertStack
+from moa.lora import ExpertStack, Selection, StackedLoRA
 from moa.tokens import Encoded
 
 # Sharing one storage between an expert's parameters and its row of the stack is what we want.
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+
+# A forward: the summed loss of each row's targets (B,), and whatever else each row shall cost (B,), if anything.
+Forward = Callable[[nn.Module, ExpertStack, Batch], tuple[Tensor, Tensor | None]]
 
 FLOOR = 0.1   # the cosine ends at this share of the learning rate
 
@@ -149,7 +153,14 @@ class Learner:
                 "exp_avg_sq": tensors["exp_avg_sq"].to(self.weights)}
 
 
-def _learn(model: nn.Module, stack: ExpertStack, active: Sequence[Learner], batch_tokens: int) -> None:
+def forced(model: nn.Module, stack: ExpertStack, batch: Batch) -> tuple[Tensor, None]:
+    """The forward of individual training: each row through its own expert."""
+    stack.select(batch.owners)
+    return row_losses(model, batch), None
+
+
+def _learn(model: nn.Module, stack: ExpertStack, active: Sequence[Learner], batch_tokens: int,
+           forward: Forward) -> None:
     """One optimizer step of every active learner.
 
     Each learner's loss is the mean over its own target tokens, so its gradient does not depend on its neighbours;
@@ -164,41 +175,40 @@ def _learn(model: nn.Module, stack: ExpertStack, active: Sequence[Learner], batc
     losses = torch.zeros(len(stack), dtype=torch.float64)
     for group in microbatches(rows, batch_tokens):
         batch = collate([rows[index] for index in group], stack.weights.device)
-        stack.select(batch.owners)
-        loss_B = row_losses(model, batch)
+        loss_B, cost_B = forward(model, stack, batch)
         weight_B = targets.to(loss_B).reciprocal()[batch.owners]
-        (loss_B * weight_B).sum().backward()
+        total = (loss_B * weight_B).sum()
+        (total if cost_B is None else total + cost_B.sum() / len(rows)).backward()
         losses.index_add_(0, batch.owners.cpu(), loss_B.detach().double().cpu())
     for learner in active:
         learner.update(losses[learner.expert].item(), int(targets[learner.expert]), seen[learner.expert])
 
 
 @torch.no_grad()
-def validation_losses(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner],
-                      batch_tokens: int) -> dict[str, float]:
+def validation_losses(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,
+                      forward: Forward = forced) -> dict[str, float]:
     """Mean loss in nats over the target tokens of each learner's validation rows, by name."""
     rows = [(learner.expert, row) for learner in learners for row in learner.validation]
     losses, targets = torch.zeros(len(stack), dtype=torch.float64), torch.zeros(len(stack), dtype=torch.float64)
     for group in microbatches(rows, 2 * batch_tokens):   # no activations are kept
         batch = collate([rows[index] for index in group], stack.weights.device)
-        stack.select(batch.owners)
-        losses.index_add_(0, batch.owners.cpu(), row_losses(model, batch).double().cpu())
+        losses.index_add_(0, batch.owners.cpu(), forward(model, stack, batch)[0].double().cpu())
     for expert, row in rows:
         targets[expert] += sum(row.targets[1:])
     return {learner.name: (losses[learner.expert] / targets[learner.expert]).item() for learner in learners}
 
 
 def cotrain(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,
-            after_step: Callable[[Sequence[Learner]], Any] = lambda _: None) -> None:
+            after_step: Callable[[Sequence[Learner]], Any] = lambda _: None, forward: Forward = forced) -> None:
     """Train until every learner is done; each ends with its best epoch in the stack.
 
     `after_step` is called after each common step, for progress and checkpoints. A learner whose loss or gradient is no
     longer finite stops with `progress.failure` set, and the others do not notice.
     """
     while active := [learner for learner in learners if not learner.done]:
-        _learn(model, stack, active, batch_tokens)
+        _learn(model, stack, active, batch_tokens, forward)
         if ended := [learner for learner in active if learner.epoch_ended]:
-            losses = validation_losses(model, stack, ended, batch_tokens)
+            losses = validation_losses(model, stack, ended, batch_tokens, forward)
             for learner in ended:
                 learner.end_epoch(losses[learner.name])
         after_step(active)
@@ -206,3 +216,48 @@ def cotrain(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], b
     with torch.no_grad():
         for learner in learners:
             learner.weights.copy_(learner.best)
+
+
+@contextmanager
+def recomputing(model: Any, wanted: bool = True) -> Iterator[None]:
+    """Inside, activations of a decoder layer are computed again for the backward instead of kept, each layer under the
+    choice of experts that it first saw.
+
+    Only the layers themselves are put into training mode, which is how transformers recognises a training, and they are
+    out of it while they compute: no dropout is switched on.
+    """
+    if not wanted:
+        yield
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    selection = next((each.selection for each in model.modules() if isinstance(each, StackedLoRA)), Selection())
+
+    @contextmanager
+    def again(choice: Any) -> Iterator[None]:
+        with _training_mode(layers, False), selection.holding(choice):
+            yield
+
+    # Reentrant checkpoints need an input with a gradient, and a frozen embedding gives none.
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={
+        "use_reentrant": False, "context_fn": lambda: (_training_mode(layers, False), again(selection.standing))})
+    model.disable_input_require_grads()   # for the reentrant ones alone
+    try:
+        with _training_mode(layers, True):
+            yield
+    finally:
+        model.activation_checkpointing_disable()
+
+
+@contextmanager
+def _training_mode(layers: Sequence[nn.Module], wanted: bool) -> Iterator[None]:
+    """Inside, these layers, and nothing in them, are in training mode or out of it."""
+    before = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = wanted
+    try:
+        yield
+    finally:
+        for layer, training in zip(layers, before, strict=True):
+            layer.training = training

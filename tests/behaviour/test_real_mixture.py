@@ -22,6 +22,7 @@ PARAMS = {
     "prepare": {"validation": 0.1, "test": 0.2, "min_rows": 20},
     "train": {"epochs": 1, "rows_per_epoch": 8, "batch_rows": 4, "validation_rows": 2, "learning_rate": 0.002},
     "assemble": {"rows": 12},
+    "evaluate": {},
     "execution": {"devices": ["cpu"]},
 }
 
@@ -77,6 +78,15 @@ def test_two_steps_help(built: tuple[Workspace, Config], mixture: Mixture) -> No
 
 def _mean(losses: list[tuple[float, int]]) -> float:
     return sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
+
+
+def test_a_mixed_batch_answers_as_one_by_one(built: tuple[Workspace, Config], mixture: Mixture) -> None:
+    asked = [(row.prompt, domain) for content, domain in zip([*DOMAINS] * 3, [*DOMAINS, BASE] * 2, strict=True)
+             for row in rows.read(built[0].corpus(content), "test")[:1]]
+    together = mixture.generate(*map(list, zip(*asked, strict=True)), max_new_tokens=24)
+    assert together == [mixture.chat(prompt, domain, max_new_tokens=24) for prompt, domain in asked]
+    assert len({one.answer for one in together}) > 3
+    assert "".join(mixture.stream(*asked[0], max_new_tokens=24)).strip() == together[0].answer
 
 
 def test_peft_agrees_and_the_base_is_unchanged(built: tuple[Workspace, Config], mixture: Mixture) -> None:

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moa import base, config, corpus, digests, experts, rows
+from moa import base, bundle, config, corpus, digests, experts, rows
+from moa.adapters import WEIGHTS
 from moa.assemble import assemble
 from moa.config import Config
 from moa.errors import ArtifactError, UsageError
 from moa.evaluate import evaluate
-from moa.lora import WEIGHTS
 from moa.mixture import BASE, Mixture
 from moa.rows import Message
 from moa.workspace import MANIFEST, Workspace, read_json, write_json
@@ -64,6 +68,12 @@ def mixture(built: tuple[Workspace, Config]) -> Mixture:
     return Mixture.load(built[0].mixture, base.load(*_of(built), EXACT))
 
 
+@pytest.fixture(scope="module")
+def plain(built: tuple[Workspace, Config]) -> base.Base:
+    """A base that no mixture is on."""
+    return base.load(*_of(built), EXACT)
+
+
 def _of(built: tuple[Workspace, Config]) -> tuple[Workspace, Any]:
     return built[0], built[1].base
 
@@ -103,10 +113,10 @@ def test_routing_goes_by_content(built: tuple[Workspace, Config], mixture: Mixtu
 
 def test_the_callers_label_wins(built: tuple[Workspace, Config], mixture: Mixture) -> None:
     prompt = prompts(built, "alpha")[0]
-    answers = {domain: mixture.chat(prompt, domain, 12) for domain in (*DOMAINS, BASE)}
+    answers = {domain: mixture.chat(prompt, domain, max_new_tokens=12) for domain in (*DOMAINS, BASE)}
     for domain, answer in answers.items():
         assert (answer.domain, answer.confidence, answer.abstained) == (domain, None, False)
-        assert [answer.answer] == mixture.generate([prompt], [domain], 12)
+        assert [answer] == mixture.generate([prompt], [domain], max_new_tokens=12)
     assert len({answer.answer for answer in answers.values()}) == 3
     routed = mixture.chat(prompt, max_new_tokens=12)
     assert routed.domain == "alpha" and routed.confidence is not None
@@ -115,10 +125,11 @@ def test_the_callers_label_wins(built: tuple[Workspace, Config], mixture: Mixtur
 
 def test_an_unsure_router_leaves_the_answer_to_the_base(built: tuple[Workspace, Config], mixture: Mixture,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixture.router, "threshold", 1.1)
+    monkeypatch.setattr(mixture.router, "threshold", math.inf)
     prompt = prompts(built, "beta")[0]
     answer = mixture.chat(prompt, max_new_tokens=8)
-    assert answer.abstained and [answer.answer] == mixture.generate([prompt], [BASE], 8)
+    alone, = mixture.generate([prompt], [BASE], max_new_tokens=8)
+    assert answer.abstained and answer.answer == alone.answer
 
 
 def test_an_unknown_domain_is_refused_with_the_known_ones(built: tuple[Workspace, Config], mixture: Mixture) -> None:
@@ -130,9 +141,10 @@ def test_a_mixed_batch_answers_as_one_by_one(built: tuple[Workspace, Config], mi
     asked = [(prompt, domain) for content in DOMAINS for prompt in prompts(built, content)[:2]
              for domain in (*DOMAINS, BASE)]
     asked.append(([{"role": "user", "content": "much longer " * 8}], "beta"))
-    together = mixture.generate([prompt for prompt, _ in asked], [domain for _, domain in asked], 12)
-    alone = [mixture.generate([prompt], [domain], 12)[0] for prompt, domain in asked]
-    assert together == alone
+    together = mixture.generate([prompt for prompt, _ in asked], [domain for _, domain in asked], max_new_tokens=12)
+    assert together == [mixture.chat(prompt, domain, max_new_tokens=12) for prompt, domain in asked]
+    for (prompt, domain), answer in list(zip(asked, together, strict=True))[:6]:
+        assert "".join(mixture.stream(prompt, domain, max_new_tokens=12)).strip() == answer.answer
 
 
 def test_unloading_gives_the_base_back(built: tuple[Workspace, Config]) -> None:
@@ -142,6 +154,61 @@ def test_unloading_gives_the_base_back(built: tuple[Workspace, Config]) -> None:
     after = loaded.unload().model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+ELSEWHERE = '''
+import json, socket, sys
+from dataclasses import asdict
+from pathlib import Path
+
+def refuse(*_):
+    raise OSError("the network was asked")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+import torch
+from moa import base, config
+from moa.mixture import Mixture
+from moa.workspace import Workspace
+
+torch.set_num_threads(1)   # as here: the last bit of a sum depends on it
+workspace, prompts = Workspace(Path(sys.argv[1])), json.loads(sys.argv[3])
+exact = base.Device("cpu", "float32", "")
+mixture = Mixture.load(Path(sys.argv[2]), base.load(workspace, config.load(workspace.params).base, exact))
+print(json.dumps([[asdict(one) for one in made] for made in (mixture.route(prompts), mixture.generate(
+    prompts, max_new_tokens=12))]))
+'''
+
+
+def test_a_directory_answers_anywhere_without_a_network(built: tuple[Workspace, Config], mixture: Mixture,
+                                                        tmp_path: Path) -> None:
+    """Another process, another folder, the same base under another name."""
+    other = Workspace(tmp_path / "other")
+    other.root.mkdir()
+    shutil.copytree(built[0].root / "tiny-base", other.root / "moved-base")
+    other.params.write_text(built[0].params.read_text().replace("path:tiny-base", "path:moved-base"))
+    base.fetch(other, config.load(other.params).base)
+    shutil.copytree(built[0].mixture, tmp_path / "carried" / "here")
+    asked = [prompt for domain in DOMAINS for prompt in prompts(built, domain)[:3]]
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, other.root, tmp_path / "carried" / "here", json.dumps(asked)], cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tiny.REPOSITORY)}, capture_output=True, text=True,
+        check=False)
+    assert done.returncode == 0, done.stderr
+    decisions, answers = json.loads(done.stdout)
+    assert decisions == [dataclasses.asdict(one) for one in mixture.route(asked)]
+    assert answers == [dataclasses.asdict(one) for one in mixture.generate(asked, max_new_tokens=12)]
+
+
+def test_writing_and_reading_a_directory_gives_it_again(built: tuple[Workspace, Config], tmp_path: Path) -> None:
+    pin = base.pin(built[0])
+    manifest, router, folders = bundle.read(built[0].mixture, pin)
+    facts = manifest["experts"]
+    again = bundle.write(tmp_path, base=pin, prompt=manifest["prompt"], router=router, experts=folders, facts=facts)
+    assert again == manifest == bundle.read(tmp_path, pin)[0]
+    assert again["digest"] == digests.of_json({key: value for key, value in again.items() if key != "digest"})
+    changed = {**facts, "beta": {**facts["beta"], "digest": "0" * 64}}
+    with pytest.raises(ArtifactError, match="expert of 'beta' changed while"):
+        bundle.write(tmp_path / "b", base=pin, prompt=manifest["prompt"], router=router, experts=folders, facts=changed)
 
 
 # What evaluate writes.
@@ -232,6 +299,86 @@ def test_what_was_tampered_with_is_refused(copy: tuple[Workspace, Config], file:
 def _again(workspace: Workspace, settings: Config) -> Path:
     assemble(workspace, settings)
     return workspace.mixture
+
+
+def resealed(folder: Path, **changes: Any) -> None:
+    """Change the manifest (None takes a key out), and let every digest agree with what is there now."""
+    manifest = {key: value for key, value in (read_json(folder / MANIFEST) | changes).items() if value is not None}
+    if manifest.get("router"):
+        manifest["router"]["digest"] = digests.of_file(folder / "router.safetensors")
+    for label, expert in (manifest.get("experts") or {}).items():
+        if (folder / "experts" / label).is_dir():
+            expert["digest"] = bundle.expert_digest(folder / "experts" / label)
+    manifest.pop("digest", None)
+    write_json(folder / MANIFEST, {**manifest, "digest": digests.of_json(manifest)})
+
+
+def tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(change(load_file(folder / "router.safetensors")), folder / "router.safetensors")
+    resealed(folder)
+
+
+def pinned(folder: Path, file: str, content: str | bytes) -> None:
+    (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    resealed(folder)
+
+
+def facts(folder: Path, **changes: Any) -> None:
+    resealed(folder, router=read_json(folder / MANIFEST)["router"] | changes)
+
+
+def deeper(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([tensor, tensor[:1]]) for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    *((lambda folder, key=key: resealed(folder, **{key: None}), rf"no manifest of a mixture: {key}: Field required")
+      for key in ("kind", "base", "prompt", "labels", "experts", "router")),
+    (lambda folder: resealed(folder, kind="expert"), "no manifest of a mixture: kind"),
+    (lambda folder: resealed(folder, base={"source": "x"}), r"no manifest of a mixture: base\.weights"),
+    (lambda folder: resealed(folder, prompt={"sistem": ""}), r"no manifest of a mixture: prompt\.sistem"),
+    (lambda folder: resealed(folder, labels=["../x", "beta"]), r"labels\.0: .*a domain name is"),
+    (lambda folder: resealed(folder, labels=["base", "beta"]), r"labels\.0: .*reserved"),
+    (lambda folder: resealed(folder, labels=["alpha"]), "labels and its experts differ"),
+    (lambda folder: resealed(folder, labels=["alpha", "alpha", "beta"]), "labels and its experts differ"),
+    (lambda folder: (folder / MANIFEST).write_text("{"), r"manifest\.json cannot be read: JSONDecodeError"),
+    (lambda folder: (folder / MANIFEST).write_bytes(b"\xff"), r"manifest\.json cannot be read: UnicodeDecodeError"),
+    (lambda folder: (folder / MANIFEST).write_text("[]"), "no manifest of a mixture: the whole"),
+    (lambda folder: (folder / "router.safetensors").unlink(), "The router in .* is not there"),
+    (lambda folder: pinned(folder, "router.safetensors", "?"), "The router in .* cannot be read: SafetensorError"),
+    (lambda folder: tensors(folder, lambda found: {k: v for k, v in found.items() if k != "bias"}),
+     "The router in .* cannot be read: KeyError"),
+    (lambda folder: tensors(folder, lambda found: found | {"bias": found["bias"][:, :1].contiguous()}), "does not fit"),
+    (lambda folder: tensors(folder, lambda found: found | {"mean": found["mean"] * math.nan}), "does not fit"),
+    (lambda folder: tensors(folder, deeper), "reads 3 levels of width 32, and the base has 2 of 32"),
+    (lambda folder: facts(folder, rule="best"), "does not fit"),
+    (lambda folder: facts(folder, layer=2), "does not fit"),
+    (lambda folder: facts(folder, layer="1"), "The router in .* cannot be read: TypeError"),
+    (lambda folder: facts(folder, score="mahalanobis"), "does not fit"),
+    (lambda folder: facts(folder, threshold="high"), "The router in .* cannot be read: TypeError"),
+    (lambda folder: pinned(folder, f"experts/beta/{WEIGHTS}", "?"), r"beta/adapter_model\.safetensors cannot be read"),
+    (lambda folder: pinned(folder, "experts/beta/adapter_config.json", "{"), r"beta/.*json is no LoRA configuration"),
+    (lambda folder: pinned(folder, "experts/beta/adapter_config.json", "[]"), r"beta/.*json is no LoRA configuration"),
+    (lambda folder: (folder / "experts/beta/more.txt").write_text("?"), "'beta' in .* is not the one"),
+    (lambda folder: (folder / "experts/beta/more").mkdir(), "'beta' that the manifest in .* cannot be read: IsADir"),
+    (lambda folder: shutil.rmtree(folder / "experts/beta"), "'beta' that the manifest in .* is not there")])
+def test_what_cannot_be_used_is_refused_in_one_sentence(built: tuple[Workspace, Config], plain: base.Base,
+                                                        tmp_path: Path, change: Callable[[Path], None],
+                                                        message: str) -> None:
+    folder = tmp_path / "mixture"
+    shutil.copytree(built[0].mixture, folder)
+    change(folder)
+    names = list(plain.model.state_dict())
+    with pytest.raises(ArtifactError, match=message) as caught:
+        Mixture.load(folder, plain)
+    assert "\n" not in str(caught.value) and list(plain.model.state_dict()) == names
+
+
+def test_other_files_beside_a_mixture_do_not_matter(built: tuple[Workspace, Config], tmp_path: Path) -> None:
+    shutil.copytree(built[0].mixture, tmp_path / "mixture")
+    (tmp_path / "mixture" / "README.md").write_text("mine")
+    (tmp_path / "mixture" / "experts" / "gamma").mkdir()
+    assert bundle.read(tmp_path / "mixture", base.pin(built[0]))[1].labels == list(DOMAINS)
 
 
 def test_an_altered_expert_is_not_assembled(copy: tuple[Workspace, Config]) -> None:

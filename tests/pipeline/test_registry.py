@@ -261,7 +261,8 @@ def test_mlflow_serves_chat_bodies(registry: Registry, monkeypatch: pytest.Monke
     class Echo:
         def chat(self, messages: Any, domain: str | None = None, max_new_tokens: int | None = None) -> Any:
             return SimpleNamespace(answer=f"{messages[-1]['content']} {max_new_tokens}", domain=domain or "math",
-                                   confidence=0.9, abstained=False)
+                                   confidence=0.9, abstained=False,
+                                   finish="stop", tokens=3, prompt_tokens=2)
 
     opened: list[tuple[Path, Workspace]] = []
     ask = ModuleType("moa.ask")

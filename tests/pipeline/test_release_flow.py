@@ -13,10 +13,10 @@ import torch
 
 from flows import release
 from moa import base, config, corpus, digests, experts
+from moa.adapters import CONFIG, WEIGHTS
 from moa.assemble import assemble
 from moa.config import Config
 from moa.evaluate import evaluate
-from moa.lora import CONFIG, WEIGHTS
 from moa.registry import Registry
 from moa.workspace import MANIFEST, Workspace, read_json, write_json
 from tests import tiny
@@ -78,7 +78,8 @@ def test_the_first_release_becomes_champion(released: tuple[Workspace, Config, d
 def test_the_champion_answers(released: tuple[Workspace, Config, dict[str, Any]]) -> None:
     workspace = released[0]
     reply = moa(workspace, "ask", tiny.row("alpha", 7)["instruction"], "--max-new-tokens", "4")
-    assert set(reply) == {"answer", "domain", "confidence", "abstained", "release"}
+    assert set(reply) == {"answer", "domain", "confidence", "abstained", "finish", "tokens", "prompt_tokens",
+                                  "release"}
     assert (reply["domain"], reply["release"]) == ("alpha", 1)
     assert moa(workspace, "ask", "anything", "--domain", "beta", "--max-new-tokens", "4")["domain"] == "beta"
     table = moa(workspace, "eval")

@@ -17,7 +17,8 @@ from moa.workspace import MANIFEST, Workspace
 REPOSITORY = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "peft", "mlflow", "prefect", "dvc", "datasets", "safetensors", "pyarrow"}
 # Rooms that are about tensors, or are a flow: only these may be slow to import, and only steps import them.
-SLOW = {"moa.batches", "moa.lora", "moa.mixture", "moa.router", "moa.training", "flows.build"}
+SLOW = {"moa.adapters", "moa.batches", "moa.calibration", "moa.generation", "moa.heads", "moa.joint", "moa.lora",
+        "moa.mixture", "moa.router", "moa.training", "flows.build"}
 # What every stage stands on, and what words its results: no part of what it computes.
 INFRASTRUCTURE = {"moa", "moa.workspace", "moa.config", "moa.errors", "moa.digests", "moa.progress"}
 STAGES = {"base": "moa.base", "quickstart": "moa.quickstart", "prepare": "moa.corpus", "train": "moa.experts",

