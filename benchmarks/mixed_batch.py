@@ -207,7 +207,7 @@ def step(model: Any, ids_BT: Tensor, cache: Any) -> Tensor:
     return logits_B1V[:, -1].argmax(-1, keepdim=True)
 
 
-@torch.no_grad()
+@torch.inference_mode()   # as moa's own decoding; for every system
 def measure(system: System, prompt_BT: Tensor, tokens: int) -> Rates:
     """Prefill of the prompts, then `tokens` greedy tokens in each row."""
     from transformers import DynamicCache

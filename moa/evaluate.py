@@ -126,16 +126,22 @@ def summarise(scored: Sequence[Scored], labels: Sequence[str]) -> dict[str, Any]
 
     `loss` is the mean over all completion tokens of the domain's rows, `perplexity` its exponential, `score` the mean
     of the domain's metric over the answered rows, `bleu` (0 to 100) and `rouge_l` over the same. `accuracy` is the
-    share of rows whose own domain is the router's best guess, `abstention` the share it left to the base; `confusion`
-    counts rows by domain and best guess.
+    share of rows whose own domain is the router's best guess, `abstention` the share it left to the base, `ece` the
+    expected calibration error of its confidence; `confusion` counts rows by domain and best guess.
     """
+    import torch
+
+    from moa.calibration import expected_calibration_error
+
     domains = {domain: {system: _figures([one for one in scored if (one.domain, one.system) == (domain, system)])
                         for system in SYSTEMS} for domain in labels}
     routed = [one for one in scored if one.system == "routed"]
     confusion = {domain: {guess: sum(one.domain == domain and one.routed_to == guess for one in routed)
                           for guess in labels} for domain in labels}
+    right = [one.domain == one.routed_to for one in routed]
+    ece = expected_calibration_error(torch.tensor([one.confidence for one in routed]), torch.tensor(right))
     return {"domains": domains,
-            "routing": {"accuracy": sum(one.domain == one.routed_to for one in routed) / len(routed),
+            "routing": {"accuracy": sum(right) / len(routed), "ece": ece,
                         "abstention": sum(one.abstained for one in routed) / len(routed), "confusion": confusion}}
 
 

@@ -169,7 +169,7 @@ def decode(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], limit: 
     for b, prompt in enumerate(prompts):
         ids[b, longest - len(prompt):] = torch.tensor(prompt)
         mask[b, longest - len(prompt):] = 1
-    with _no_settings_of_its_own(model):
+    with _no_settings_of_its_own(model), torch.inference_mode():
         model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
                        generation_config=GenerationConfig(max_new_tokens=limit, do_sample=False),
                        logits_processor=_sampling(options, len(rows)),

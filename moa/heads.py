@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moa.batches import Batch
 from moa.lora import ExpertStack
-from moa.router import Router, decoder_layers, pooled
+from moa.router import Router, decoder_layers, entering, pooled
 
 Use = Literal["labels", "choose", "blend"]
 
@@ -54,8 +54,7 @@ def heads_at_work(model: nn.Module, stack: ExpertStack, heads: Heads, prompts_BT
     def enter(level: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if level == len(logits):
-                hidden_BTD = args[0] if args else kwargs["hidden_states"]
-                logits.append(heads(level, pooled(hidden_BTD, prompts_BT)))
+                logits.append(heads(level, pooled(entering(args, kwargs), prompts_BT)))
             if use != "labels":
                 choice(stack, logits[level], blend=use == "blend")
         return hook

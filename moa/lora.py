@@ -104,38 +104,38 @@ class StackedLoRA(nn.Module):
                                 "the others out of train.targets.")
         if self.selection.weights is not None:
             return y + self._blended(x, self.selection.weights)
-        if x.shape[1] == 1 and x.device.type == "cpu" and not torch.is_grad_enabled():
-            return self._one_position(x, y)
-        a_BRI, b_BRO = self._gather(x.dtype)
-        return torch.baddbmm(y, torch.bmm(x, a_BRI.transpose(1, 2)), b_BRO)
+        if torch.is_grad_enabled():
+            a_BRI, b_BRO = self._slices(x.dtype)
+        else:
+            a_BRI, b_BRO = self._kept(x)
+            if x.shape[1] == 1 and x.device.type == "cpu":
+                # A step of decoding is matrix-vector products, and CPUs do these fastest in full precision.
+                hidden_BR1 = torch.bmm(a_BRI, x.to(a_BRI.dtype).transpose(1, 2))
+                return y.add_(torch.bmm(hidden_BR1.transpose(1, 2), b_BRO))
+        hidden_BTR = torch.bmm(x, a_BRI.to(x.dtype).transpose(1, 2))
+        return torch.baddbmm(y, hidden_BTR, b_BRO.to(x.dtype))
 
-    def _one_position(self, x: Tensor, y: Tensor) -> Tensor:
-        """The same for a step of decoding on a CPU: matrix-vector products, which are fastest in full precision."""
-        a_BRI, b_BRO = self._gather(torch.promote_types(x.dtype, torch.float32))
-        hidden_BR1 = torch.bmm(a_BRI, x.to(a_BRI.dtype).transpose(1, 2))
-        return y.add_(torch.bmm(hidden_BR1.transpose(1, 2), b_BRO))
-
-    def _gather(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The chosen slices for each row, the scale in B: no loop over experts, and no row ever meets another expert's
-        numbers. Rows of the base alone get zeros.
-
-        While no gradient is wanted, as in decoding, one choice serves many forwards and is gathered once.
-        """
-        selection, training = self.selection, torch.is_grad_enabled()
-        if not training and self._gathered is not None and self._gathered[0] == (selection.generation, dtype):
-            return self._gathered[1], self._gathered[2]
-        assert selection.rows is not None
-        # index_select, not [rows]: the gradient of the latter adds up in whatever order the threads arrive.
-        scale_B11 = self.scale_E.index_select(0, selection.rows).view(-1, 1, 1)
-        a_BRI = self.a_ERI.index_select(0, selection.rows).to(dtype)
-        b_BRO = (self.b_EOR.index_select(0, selection.rows) * scale_B11).to(dtype).transpose(1, 2)
-        if selection.inactive is not None:   # filled, not multiplied: expert 0 stands in, and may be no number
-            a_BRI, b_BRO = (slices.masked_fill(selection.inactive, 0.0) for slices in (a_BRI, b_BRO))
-        if training:
-            self._gathered = None
-            return a_BRI, b_BRO
-        self._gathered = (selection.generation, dtype), a_BRI, b_BRO.contiguous()
+    def _kept(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The slices for forwards without gradients: one choice serves many, as in decoding, and is gathered once."""
+        dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+        key = self.selection.generation, dtype
+        if self._gathered is None or self._gathered[0] != key:
+            a_BRI, b_BRO = self._slices(dtype)
+            self._gathered = key, a_BRI, b_BRO.contiguous()
         return self._gathered[1:]
+
+    def _slices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and scaled B of each row's expert: no loop over experts, and no row ever meets another expert's numbers.
+        Rows of the base alone get zeros."""
+        rows = self.selection.rows
+        assert rows is not None
+        # index_select, not [rows]: the gradient of the latter adds up in whatever order the threads arrive.
+        scale_B11 = self.scale_E.index_select(0, rows).view(-1, 1, 1)
+        a_BRI = self.a_ERI.index_select(0, rows).to(dtype)
+        b_BRO = (self.b_EOR.index_select(0, rows) * scale_B11).to(dtype).transpose(1, 2)
+        if self.selection.inactive is not None:   # filled, not multiplied: expert 0 stands in, and may be no number
+            a_BRI, b_BRO = (slices.masked_fill(self.selection.inactive, 0.0) for slices in (a_BRI, b_BRO))
+        return a_BRI, b_BRO
 
     def _blended(self, x: Tensor, weights_BE: Tensor) -> Tensor:
         """Every expert's product, weighted row by row; differentiable in the weights."""

@@ -22,7 +22,8 @@ def text(table: dict[str, Any]) -> str:
             lines.append(f"{label:<{width}}  {NAMES[system]:<12}  {figures['loss']:7.3f}  {figures['perplexity']:10.2f}"
                          f"  {figures['score']:6.3f}")
     routing = table["routing"]
-    lines.append(f"routing accuracy {routing['accuracy']:.1%}, abstention {routing['abstention']:.1%}")
+    calibration = f", calibration error {routing['ece']:.1%}" if "ece" in routing else ""
+    lines.append(f"routing accuracy {routing['accuracy']:.1%}, abstention {routing['abstention']:.1%}{calibration}")
     return "\n".join(lines)
 
 
@@ -41,7 +42,8 @@ def champion_table(workspace: Workspace, config: Config, *, rerun: bool = False)
     return {"release": version.version,
             "domains": {domain: {system: {key: figures[key] for key in COLUMNS} for system, figures in systems.items()}
                         for domain, systems in measured["domains"].items()},
-            "routing": {key: measured["routing"][key] for key in ("accuracy", "abstention")}}
+            "routing": {key: measured["routing"][key] for key in ("accuracy", "abstention", "ece")
+                        if key in measured["routing"]}}
 
 
 def comparison_text(compared: dict[str, Any]) -> str:

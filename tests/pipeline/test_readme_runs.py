@@ -13,7 +13,7 @@ import pytest
 
 from moa.workspace import Workspace
 from tests import tiny
-from tests.unit.test_readme import named
+from tests.unit.test_readme import FENCE, named
 
 COMMANDS = [words for document, words in named("moa") if document == "README.md" and not words[0].startswith("-")]
 
@@ -30,11 +30,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return made
 
 
-def run(workspace: Workspace, *words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "moa", *words], cwd=workspace.root, text=True, capture_output=True,
-                          check=False, env={**os.environ, "MOA_DTYPE": "float32"})
-    assert done.returncode == 0, f"moa {shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+def python(workspace: Workspace, *words: str) -> str:
+    done = subprocess.run([sys.executable, *words], cwd=workspace.root, text=True, capture_output=True, check=False,
+                          env={**os.environ, "MOA_DTYPE": "float32"})
+    assert done.returncode == 0, f"python {shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+def run(workspace: Workspace, *words: str) -> str:
+    return python(workspace, "-m", "moa", *words)
 
 
 def reseed(params: Path) -> None:
@@ -61,3 +65,8 @@ def test_every_command_of_the_readme_runs(workspace: Workspace) -> None:
         elif words[0] in ("plan", "eval", "status", "compare"):
             assert re.search(r"\w", printed), f"moa {shlex.join(words)} printed nothing"
     assert (workspace.mixture / "manifest.json").is_file()
+    blocks = [block for language, block in FENCE.findall((tiny.REPOSITORY / "README.md").read_text(encoding="utf-8"))
+              if language == "python"]
+    assert blocks
+    for block in blocks:
+        assert "Answer(" in python(workspace, "-c", block)
