@@ -79,7 +79,7 @@ def test_the_champion_answers(released: tuple[Workspace, Config, dict[str, Any]]
     workspace = released[0]
     reply = moa(workspace, "ask", tiny.row("alpha", 7)["instruction"], "--max-new-tokens", "4")
     assert set(reply) == {"answer", "domain", "confidence", "abstained", "finish", "tokens", "prompt_tokens",
-                                  "release"}
+                          "release"}
     assert (reply["domain"], reply["release"]) == ("alpha", 1)
     assert moa(workspace, "ask", "anything", "--domain", "beta", "--max-new-tokens", "4")["domain"] == "beta"
     table = moa(workspace, "eval")
@@ -88,7 +88,7 @@ def test_the_champion_answers(released: tuple[Workspace, Config, dict[str, Any]]
     for systems in table["domains"].values():
         assert set(systems) == {"base", "routed", "forced"}
         assert all(set(figures) == {"loss", "perplexity", "score"} for figures in systems.values())
-    assert set(table["routing"]) == {"accuracy", "abstention"}
+    assert set(table["routing"]) == {"accuracy", "abstention", "ece"}
     again = moa(workspace, "eval", "--rerun")
     assert again["domains"]["alpha"]["forced"]["loss"] == pytest.approx(table["domains"]["alpha"]["forced"]["loss"])
 
