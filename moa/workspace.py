@@ -80,6 +80,11 @@ class Workspace:
         return self.root / ".moa"
 
     @property
+    def code(self) -> Path:
+        """Digest of the code behind each stage, which dvc.yaml names among the parameters."""
+        return self.local / "code.json"
+
+    @property
     def lock(self) -> Path:
         """Held by the one process that builds in this workspace."""
         return self.local / "build.lock"

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         tmp_path_factory.mktemp("readme"), ("math", "sql"), prompt={"system": None, "max_tokens": 1024},
         train={"rank": 2, "alpha": 4.0, "epochs": 1, "rows_per_epoch": 8, "validation_rows": 4},
         evaluate={"rows": 6, "generate_rows": 1, "max_new_tokens": 4}, release={"min_rows": 2})
-    shutil.copytree(tiny.REPOSITORY / "moa", made.root / "moa", ignore=shutil.ignore_patterns("__pycache__"))
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=made.root, check=True, capture_output=True)
     return made

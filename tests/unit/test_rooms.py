@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from moa import code
 from moa.config import Config
 from moa.workspace import MANIFEST, Workspace
 
@@ -20,7 +21,7 @@ HEAVY = {"torch", "transformers", "peft", "mlflow", "prefect", "dvc", "datasets"
 SLOW = {"moa.adapters", "moa.batches", "moa.calibration", "moa.generation", "moa.heads", "moa.joint", "moa.lora",
         "moa.mixture", "moa.router", "moa.training", "flows.build"}
 # What every stage stands on, and what words its results: no part of what it computes.
-INFRASTRUCTURE = {"moa", "moa.workspace", "moa.config", "moa.errors", "moa.digests", "moa.progress"}
+INFRASTRUCTURE = {"moa", "moa.code", "moa.workspace", "moa.config", "moa.errors", "moa.digests", "moa.progress"}
 STAGES = {"base": "moa.base", "quickstart": "moa.quickstart", "prepare": "moa.corpus", "train": "moa.experts",
           "assemble": "moa.assemble", "evaluate": "moa.evaluate"}
 WORDING = {"evaluate": {"moa.report"}}
@@ -154,18 +155,20 @@ def reached(stage: str) -> set[str]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_depends_on_every_module_it_can_import(stage: str) -> None:
-    listed = {path for path in paths(stages()[stage]["deps"]) if path.startswith("moa/")}
+def test_a_stages_code_is_every_module_it_can_import(stage: str) -> None:
+    listed = {f"moa/{name}" for name in code.MODULES[stage]}
     needed = {MODULES[module].relative_to(REPOSITORY).as_posix() for module in reached(stage)}
     folders = {path for path in listed if not path.endswith(".py")}
     files = {path for path in needed if not any(path.startswith(f"{folder}/") for folder in folders)}
-    assert files == listed - folders, f"{stage}: dvc.yaml and the imports differ"
+    assert files == listed - folders, f"{stage}: moa/code.py and the imports differ"
     assert all((REPOSITORY / path).exists() for path in listed)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_lists_the_parameters_it_reads(stage: str) -> None:
-    listed = set(stages()[stage].get("params", []))
+    entries = stages()[stage]["params"]
+    assert entries[-1] == {Workspace(Path("/")).code.relative_to("/").as_posix(): [stage]}
+    listed = {entry.removesuffix(".${key}") for entry in entries[:-1]}
     assert listed <= Config.model_fields.keys()
     read = {node.attr for node in ast.walk(tree(STAGES[stage])) if isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name) and node.value.id == "config" and node.attr in Config.model_fields}
@@ -179,10 +182,3 @@ def test_every_command_of_the_pipeline_is_a_command() -> None:
     for stage in stages().values():
         program, command, *_ = stage["cmd"].split()
         assert program == "moa" and command in known
-
-
-def test_an_experts_fingerprint_covers_the_code_its_stage_depends_on() -> None:
-    from moa.experts import CODE
-
-    wanted = {Path(dep).name for dep in stages()["train"]["deps"] if dep.startswith("moa/")}
-    assert set(CODE) == wanted

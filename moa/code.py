@@ -1,0 +1,44 @@
+"""Which code makes which artifact: one digest a stage, over the modules of `moa` that can change its result.
+
+dvc.yaml names the digests as parameters of its stages. So in any workspace an upgrade of `moa` makes stale just the
+stages whose code is another, and `moa plan` says so before anything runs. tests/unit/test_rooms.py holds the lists
+against what the modules import.
+"""
+
+from functools import cache
+from pathlib import Path
+
+from moa import digests
+from moa.workspace import Workspace, read_json, write_json
+
+MODEL = ("base.py", "sources.py", "tokens.py", "rows.py")
+LAYER = ("lora.py", "adapters.py", "batches.py")
+ROUTING = ("router.py", "calibration.py", "heads.py", "bundle.py")
+MODULES: dict[str, tuple[str, ...]] = {
+    "base": ("base.py", "sources.py"),
+    "quickstart": ("quickstart",),
+    "prepare": ("corpus.py", *MODEL),
+    "train": ("experts.py", "training.py", *LAYER, *MODEL),
+    "assemble": ("assemble.py", "joint.py", "training.py", *ROUTING, *LAYER, *MODEL),
+    "evaluate": ("evaluate.py", "metrics.py", "mixture.py", "generation.py", *ROUTING, *LAYER, *MODEL),
+}
+
+
+@cache
+def digest(stage: str) -> str:
+    """Digest of the code behind `stage`, as it is installed here."""
+    here = Path(__file__).parent
+    paths = [here / name for name in MODULES[stage]]
+    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    return digests.of_files(files, here)[:32]
+
+
+def write(workspace: Workspace) -> None:
+    """Bring `.moa/code.json` up to date, where DVC looks when it decides what is stale."""
+    now = {stage: digest(stage) for stage in MODULES}
+    try:
+        unchanged = read_json(workspace.code) == now
+    except (OSError, ValueError):
+        unchanged = False
+    if not unchanged:
+        write_json(workspace.code, now)
