@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from flows.runner import LocalRunner
-from flows.session import Options, Result, opened
+from flows.session import Options, Result, configuration, opened
 from flows.stages import build as build_stages
-from moa.config import load
 from moa.errors import PipelineError
 from moa.leash import stop_all
 from moa.workspace import Workspace
@@ -17,7 +16,7 @@ from moa.workspace import Workspace
 
 def run(workspace: Workspace, options: Options, *, local: bool = False, verbose: bool = False) -> Result:
     """Build. A failed stage is in the result, see `Result.failure`; KeyboardInterrupt when told to end."""
-    load(workspace.params)   # before anything is started
+    configuration(workspace)   # before anything is started
     with _terminated_as_interrupted():
         if not local:
             return _under_prefect(workspace, options, verbose)

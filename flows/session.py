@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flows.runner import Outcome
-from moa import metrics
-from moa.config import Config, load
-from moa.errors import PipelineError
+from moa import change, metrics
+from moa.config import NO_DOMAIN, Config, load
+from moa.errors import ConfigError, PipelineError
 from moa.graph import FORCED, Snapshot, Stage
 from moa.pipeline import Pipeline
 from moa.progress import Screen
@@ -76,6 +76,14 @@ class Session:
         return any(reason.kind == FORCED for reason in self.snapshot.stale.get(name, ()))
 
 
+def configuration(workspace: Workspace) -> Config:
+    """What params.yaml says. Raises ConfigError when it is wrong, or has no domain to build."""
+    config = load(workspace.params)
+    if not config.domains:
+        raise ConfigError(NO_DOMAIN)
+    return config
+
+
 _ambient: ContextVar[Session | None] = ContextVar("session", default=None)
 
 
@@ -85,7 +93,8 @@ def opened(workspace: Workspace, options: Options, *, verbose: bool = False) -> 
     if (ambient := _ambient.get()) is not None:
         yield ambient
         return
-    config = load(workspace.params)
+    change.recover(workspace)
+    config = configuration(workspace)
     for domain in options.domains or ():
         config.require_domain(domain)
     for each in config.domains.values():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa import digests, sources
+from moa import digests, sources, template
 from moa.config import BaseParams
 from moa.errors import BaseModelError
 from moa.workspace import Workspace, read_json, replace_directory, write_json
@@ -79,10 +79,15 @@ def fetch(workspace: Workspace, params: BaseParams) -> dict[str, Any]:
         if source.kind == "hub":
             source = sources.Source("hub", source.name, weights.name)   # the commit that the revision means today
         architecture = _check_usable(folder, source)
+        if params.template:
+            template.set_template(folder, params.template, source)
+        else:
+            template.template(folder, source)
     parameters, dtype = _measure(weights)
     parts = _parts(workspace, weights)
     manifest = {"kind": "base", "source": str(source), "architecture": architecture, "parameters": parameters,
-                "dtype": dtype, **parts, "digest": digests.of_json(parts)}
+                "dtype": dtype, **({"template_name": params.template} if params.template else {}), **parts,
+                "digest": digests.of_json(parts)}
     write_json(workspace.base_manifest, manifest)
     return manifest
 
@@ -102,6 +107,10 @@ def pin(workspace: Workspace) -> BasePin:
 def locate(workspace: Workspace, params: BaseParams) -> Path:
     """Folder of the fetched base's weights. Raises BaseModelError when params.yaml has moved on to another base."""
     pinned, source = pin(workspace).source, sources.parse(params.source)
+    if (fetched := template.read_object(workspace.base_manifest).get("template_name")) != params.template:
+        said = ["the base's own chat template" if name is None else f"the template {name}"
+                for name in (params.template, fetched)]
+        raise BaseModelError(f"params.yaml names {said[0]}, but the base was fetched with {said[1]}: run `moa base`.")
     if source.kind == "hub" and pinned.startswith(f"hub:{source.name}@"):
         if sources.COMMIT.fullmatch(source.version) and not pinned.endswith(source.version):
             raise _moved(params, pinned)
@@ -132,7 +141,7 @@ def _copy_side_files(weights: Path, target: Path, source: sources.Source) -> Non
 
 
 def _check_usable(folder: Path, source: sources.Source) -> str:
-    """The architecture's name. Raises BaseModelError when transformers has no causal LM for it, or without template."""
+    """The architecture's name. Raises BaseModelError when transformers has no causal LM for it, or no tokenizer."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -147,7 +156,6 @@ def _check_usable(folder: Path, source: sources.Source) -> str:
                              "transformers itself contains.")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise BaseModelError(f"{source} has no tokenizer files.")
-    _template(folder, source)
     return (config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]])[0]
 
 
@@ -184,12 +192,12 @@ def verify(workspace: Workspace, params: BaseParams) -> BasePin:
 def _parts(workspace: Workspace, weights: Path) -> dict[str, str]:
     return {"weights": _weights_digest(weights, workspace.cache / "weights.json"),
             "tokenizer": _tokenizer_digest(workspace.base),
-            "template": digests.of_bytes(_template(workspace.base, "The base").encode())}
+            "template": digests.of_bytes(template.template(workspace.base, "The base").encode())}
 
 
 def _weights_digest(folder: Path, cache: Path) -> str:
     """Over names and bytes of the safetensors files and over what config.json says about the computation."""
-    config = _read_object(folder / "config.json")
+    config = template.read_object(folder / "config.json")
     files = [[path.name, digest] for path, digest in _file_digests(sorted(folder.glob(sources.WEIGHTS)), cache)]
     return digests.of_json([files, {key: value for key, value in config.items() if key not in CONFIG_NOISE}])
 
@@ -214,31 +222,9 @@ def _file_digests(files: Iterable[Path], cache: Path) -> list[tuple[Path, str]]:
 
 def _tokenizer_digest(folder: Path) -> str:
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    config = _read_object(folder / "tokenizer_config.json")
+    config = template.read_object(folder / "tokenizer_config.json")
     special = {key: value for key, value in config.items() if key.endswith("_token")}
     return digests.of_json([digests.of_files(files, folder), special])
-
-
-def _template(folder: Path, source: object) -> str:
-    """Text of the chat template beside the tokenizer. Raises BaseModelError when there is none."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    found = _read_object(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):   # several named ones: transformers takes the one called default
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    if not isinstance(found, str):
-        raise BaseModelError(f"{source} has no chat template, so conversations cannot be rendered for it: use an "
-                             "instruction-tuned model, or add a chat_template.jinja to a path: base.")
-    return found
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 # Load.

@@ -1,41 +1,18 @@
 """argv to the library and the flows; nothing else. Answers `--help` without importing anything heavy."""
 
-import json
-import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import typer.core
 
 from moa import __version__
-from moa.errors import MoaError
-from moa.workspace import Workspace
+from moa.cli_domain import domain_app
+from moa.cli_shared import App, AsJson, opened, place, print_json
+from moa.errors import ConfigError, MoaError, RegistryError
 
+RUN, DATA, USE, STEPS = "Build", "Workspace and domains", "Use", "Single steps (what the stages of dvc.yaml run)"
 
-class _Interrupted(MoaError):
-    exit_code = 130
-
-
-class _Group(typer.core.TyperGroup):
-    """Typer would answer Ctrl-C with "Aborted!" and exit code 1."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise _Interrupted("interrupted; what had finished is recorded, and the same command continues.") from None
-
-
-app = typer.Typer(name="moa", cls=_Group, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
-                  context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Continuous delivery for a Mixture-of-LoRAs: one frozen base model, one LoRA expert per domain, "
-                       "a router, and a release process that never lets a domain get worse.")
-
-RUN, USE, STEPS = "Build", "Use", "Single steps (what the stages of dvc.yaml run)"
-
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")]
 Domains = Annotated[str | None, typer.Option(
     help="Only these domains' own steps, such as math,sql; what follows them still runs on all.", metavar="A,B")]
 Force = Annotated[list[str] | None, typer.Option(
@@ -43,33 +20,8 @@ Force = Annotated[list[str] | None, typer.Option(
 OneDomain = Annotated[str, typer.Option("--domain", help="A domain of params.yaml.", metavar="NAME")]
 
 
-class _Place:
-    """The workspace of this invocation, looked for when a command first needs it."""
-
-    directory: Path | None = None
-
-    def workspace(self) -> Workspace:
-        if self.directory is not None:
-            os.chdir(self.directory)   # relative paths in params.yaml and DVC's messages mean the workspace
-        return Workspace.find()
-
-
-_place = _Place()
-
-
-def _opened() -> tuple[Workspace, Any]:
-    from moa import config
-
-    workspace = _place.workspace()
-    return workspace, config.load(workspace.params)
-
-
 def _names(domains: str | None) -> tuple[str, ...] | None:
     return None if domains is None else tuple(name.strip() for name in domains.split(",") if name.strip())
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def _print_version(wanted: bool) -> None:
@@ -78,15 +30,17 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _global(
-    workspace: Annotated[Path | None, typer.Option(
-        help="Folder with params.yaml and dvc.yaml; the nearest one from here upwards by default.",
-        metavar="DIR", exists=True, file_okay=False)] = None,
     _version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version,
                                           is_eager=True)] = False,
 ) -> None:
-    _place.directory = workspace
+    pass
+
+
+app = App(name="moa", callback=_global,
+          help="Continuous delivery for a Mixture-of-LoRAs: one frozen base model, one LoRA expert per domain, "
+               "a router, and a release process that never lets a domain get worse.")
+app.add_typer(domain_app, name="domain", rich_help_panel=DATA)
 
 
 @app.command(rich_help_panel=RUN)
@@ -102,10 +56,10 @@ def run(
     from flows.launch import run as launch
     from flows.session import Options
 
-    workspace = _place.workspace()
+    workspace = place.workspace()
     result = launch(workspace, Options(_names(domains), tuple(force or ()), promote), local=local, verbose=verbose)
     if as_json:
-        _print_json(result.as_dict())
+        print_json(result.as_dict())
     if failure := result.failure():
         raise failure
     from moa import config
@@ -114,14 +68,38 @@ def run(
     print(summary(workspace, config.load(workspace.params), result.release), file=sys.stderr if as_json else sys.stdout)
 
 
+@app.command_without_workspace(rich_help_panel=DATA)
+def init(
+    directory: Annotated[Path, typer.Argument(help="Folder of the workspace, made if there is none.", metavar="DIR",
+                                              show_default="the current one")] = Path(),
+    base: Annotated[str | None, typer.Option(
+        help="wheel:NAME==VERSION, hub:NAME@REVISION or path:DIR; a small default base otherwise.",
+        metavar="SOURCE")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a workspace: git and DVC set up, params.yaml and dvc.yaml, a folder for data. Overwrites nothing."""
+    from moa.init import init as make
+    from moa.init import text
+
+    here = Path.cwd()
+    done = make(place.directory / directory if place.directory else directory, base, here)
+    if as_json:
+        print_json(done)
+    else:
+        print(text(done, here))
+
+
 @app.command(rich_help_panel=RUN)
 def plan(domains: Domains = None, force: Force = None, as_json: AsJson = False) -> None:
     """Say what `moa run` would do, why, and how long it would take. Runs nothing."""
     from moa import metrics
     from moa import plan as planning
+    from moa.config import NO_DOMAIN
     from moa.pipeline import Pipeline
 
-    workspace, config = _opened()
+    workspace, config = opened()
+    if not config.domains:
+        raise ConfigError(NO_DOMAIN)
     chosen = _names(domains)
     for name in chosen or ():
         config.require_domain(name)
@@ -130,7 +108,7 @@ def plan(domains: Domains = None, force: Force = None, as_json: AsJson = False) 
     snapshot = Pipeline(workspace).snapshot().limited(chosen).forced(force or ())
     made = planning.make(snapshot, config, planning.Statistics.read(workspace, config))
     if as_json:
-        _print_json(made.as_dict())
+        print_json(made.as_dict())
     else:
         print(made.text())
 
@@ -141,14 +119,14 @@ def status(as_json: AsJson = False) -> None:
     from moa.pipeline import Pipeline
     from moa.registry import Registry
 
-    workspace, config = _opened()
+    workspace, config = opened()
     snapshot = Pipeline(workspace).snapshot()
     champion = Registry(workspace, config).champion()
     facts = {"workspace": str(workspace.root), "domains": list(config.domains),
              "champion": f"{champion.name} version {champion.version}" if champion else None,
              "stale": sorted(snapshot.stale), "pending": sorted(snapshot.affected)}
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         width = max(len(key) for key in facts)
         for key, value in facts.items():
@@ -167,12 +145,18 @@ def ask(
 ) -> None:
     """Answer a question with the champion."""
     from moa.ask import ask as answer
+    from moa.config import NO_DOMAIN
     from moa.report import trace_text
 
-    workspace, config = _opened()
-    reply = answer(workspace, config, question, domain=domain, trace=trace, max_new_tokens=max_new_tokens)
+    workspace, config = opened()
+    try:
+        reply = answer(workspace, config, question, domain=domain, trace=trace, max_new_tokens=max_new_tokens)
+    except RegistryError:
+        if not config.domains:   # then nothing can have been released either
+            raise ConfigError(NO_DOMAIN) from None
+        raise
     if as_json:
-        _print_json(reply)
+        print_json(reply)
     else:
         print(reply["answer"])
         if trace:
@@ -188,10 +172,10 @@ def evaluation(
     """Show how the champion does in each domain: base, routed, label forced."""
     from moa.report import champion_table, text
 
-    workspace, config = _opened()
+    workspace, config = opened()
     table = champion_table(workspace, config, rerun=rerun)
     if as_json:
-        _print_json(table)
+        print_json(table)
     else:
         print(text(table))
 
@@ -206,10 +190,10 @@ def compare(
     from moa.ask import compare as compare_releases
     from moa.report import comparison_text
 
-    workspace, config = _opened()
+    workspace, config = opened()
     compared = compare_releases(workspace, config, incumbent, challenger)
     if as_json:
-        _print_json(compared)
+        print_json(compared)
     else:
         print(comparison_text(compared))
 
@@ -219,7 +203,7 @@ def base() -> None:
     """Fetch, verify and convert the base model."""
     from moa.base import fetch
 
-    workspace, config = _opened()
+    workspace, config = opened()
     fetch(workspace, config.base)
 
 
@@ -228,7 +212,7 @@ def quickstart(name: Annotated[str, typer.Argument(help="math, sql, extract, pyt
     """Generate one of the quickstart corpora."""
     from moa.quickstart import write
 
-    workspace = _place.workspace()
+    workspace = place.workspace()
     count = write(name, workspace.raw(name))
     print(f"{count} rows in {workspace.relative(workspace.raw(name))}", file=sys.stderr)
 
@@ -238,7 +222,7 @@ def prepare(domain: OneDomain) -> None:
     """Validate, deduplicate and split a domain's rows."""
     from moa.corpus import prepare as prepare_corpus
 
-    workspace, config = _opened()
+    workspace, config = opened()
     prepare_corpus(workspace, config, config.require_domain(domain))
 
 
@@ -253,7 +237,7 @@ def train(
     """Train the experts of some domains together, on one copy of the base."""
     from moa.experts import train as train_experts
 
-    workspace, config = _opened()
+    workspace, config = opened()
     if device:
         config = config.model_copy(update={"execution": config.execution.model_copy(update={"devices": [device]})})
     train_experts(workspace, config, domain, fresh=fresh)
@@ -264,7 +248,7 @@ def assemble() -> None:
     """Train the router and pin base, experts and router as one mixture."""
     from moa.assemble import assemble as assemble_mixture
 
-    workspace, config = _opened()
+    workspace, config = opened()
     assemble_mixture(workspace, config)
 
 
@@ -273,7 +257,7 @@ def evaluate() -> None:
     """Score base, routed and label-forced answers on the test rows."""
     from moa.evaluate import evaluate as evaluate_mixture
 
-    workspace, config = _opened()
+    workspace, config = opened()
     evaluate_mixture(workspace, config)
 
 

@@ -11,13 +11,15 @@ from pathlib import Path
 from moa import digests
 from moa.workspace import Workspace, read_json, write_json
 
-MODEL = ("base.py", "sources.py", "tokens.py", "rows.py")
+BASE = ("base.py", "sources.py", "template.py")
+MODEL = (*BASE, "tokens.py", "rows.py")
 LAYER = ("lora.py", "adapters.py", "batches.py")
 ROUTING = ("router.py", "calibration.py", "heads.py", "bundle.py")
 MODULES: dict[str, tuple[str, ...]] = {
-    "base": ("base.py", "sources.py"),
+    "base": BASE,
     "quickstart": ("quickstart",),
-    "prepare": ("corpus.py", *MODEL),
+    "prepare": ("corpus.py", "reading.py", "conversation.py", "redact.py", "splits.py", "staging.py", "similar.py",
+                "quality.py", "concerns.py", *MODEL),
     "train": ("experts.py", "training.py", *LAYER, *MODEL),
     "assemble": ("assemble.py", "joint.py", "training.py", *ROUTING, *LAYER, *MODEL),
     "evaluate": ("evaluate.py", "metrics.py", "mixture.py", "generation.py", *ROUTING, *LAYER, *MODEL),

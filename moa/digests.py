@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 CHUNK = 1 << 20
+_canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
 
 
 def of_bytes(data: bytes) -> str:
@@ -30,4 +31,4 @@ def of_files(files: Iterable[Path], root: Path) -> str:
 
 def of_json(value: Any) -> str:
     """Digest of a JSON value: key order and white space do not count."""
-    return of_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode())
+    return of_bytes(_canonical(value).encode())

@@ -6,6 +6,7 @@ in process; stages run in processes of their own, which end when we do.
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moa import code
+from moa import change, code
 from moa.commands import QUIET, OnLine, execute, sentence
 from moa.errors import PipelineError, UsageError
 from moa.graph import CHANGED, NEW, RESTORE, Graph, Reason, Snapshot, Stage
@@ -50,6 +51,7 @@ class Pipeline:
         try:
             write_json(owner, {"pid": os.getpid(), "since": datetime.now().astimezone().isoformat(timespec="seconds")})
             self._clear_stale_locks()
+            change.undo(self.workspace)
             self._heal()
             yield
         finally:
@@ -112,6 +114,14 @@ class Pipeline:
             command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "-q", "--force", *names]
             execute(self.workspace, f"record {names[0].split('@')[0]}", command, lambda _: None)
 
+    def recorded(self) -> dict[str, Any]:
+        """What dvc.lock says of each stage: command, inputs, parameters, outputs."""
+        from ruamel.yaml import YAML
+
+        if not self._lock_file.exists():
+            return {}
+        return (YAML(typ="safe").load(self._lock_file) or {}).get("stages") or {}
+
     @contextlib.contextmanager
     def _stages(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         """DVC's repository, locked, and its stages by name."""
@@ -120,8 +130,9 @@ class Pipeline:
         from dvc.repo import Repo, lock_repo
 
         code.write(self.workspace)
+
         try:
-            with Repo(str(self.workspace.root), _wait_for_lock=True) as repo, lock_repo(repo):
+            with hushed(), Repo(str(self.workspace.root), _wait_for_lock=True) as repo, lock_repo(repo):
                 yield repo, {self._name(stage): stage for stage in repo.index.graph.nodes}
         except DvcException as error:
             raise PipelineError(f"DVC cannot read this workspace's pipeline: {sentence(str(error))}") from error
@@ -189,6 +200,18 @@ class Pipeline:
         owners += [info["pid"] for infos in held.get("read", {}).values() for info in infos]
         if not any(_is_dvc(pid) for pid in owners):
             rwlock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """No warnings: of locks left by killed processes, and of outputs that are not there yet."""
+    logger = logging.getLogger("dvc")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _owner(path: Path) -> str:

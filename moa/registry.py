@@ -9,6 +9,7 @@ and continued. With `moa.tracking` and `moa.pyfunc`, the only room that talks to
 """
 
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -112,6 +113,16 @@ class Registry:
             return found
         known = ", ".join(str(each.version) for each in self.versions()) or "none yet: run `moa run`"
         raise RegistryError(f"{self.mixture_name} has no version {version}; its versions: {known}.")
+
+    def exists(self) -> bool:
+        """Whether anything may have been registered; asking any other way makes a new database."""
+        return self.workspace.mlflow.exists() or bool(os.environ.get("MLFLOW_TRACKING_URI"))
+
+    def corpora(self, version: MixtureVersion) -> dict[str, dict[str, str]]:
+        """What each domain's expert of a release learned from: `moa.digest` and, if DVC knew it, `dvc.md5`."""
+        with tracking.talking(self.address):
+            inputs = self.client.get_run(version.run_id).inputs.dataset_inputs
+        return {each.dataset.name: {tag.key: tag.value for tag in each.tags} for each in inputs}
 
     def _by_alias(self, alias: str) -> MixtureVersion | None:
         with tracking.talking(self.address):

@@ -1,9 +1,11 @@
 """Figures to text, for terminals and Markdown. Measures nothing itself."""
 
 import os
+import shlex
 from collections import defaultdict
 from typing import Any
 
+from moa import rows
 from moa.config import Config
 from moa.workspace import Workspace, read_json
 
@@ -81,6 +83,7 @@ def summary(workspace: Workspace, config: Config, release: Any) -> str:
     """What `moa run` ends with: the table, where things are, what to try next."""
     table = read_json(workspace.reports / "summary.json")
     domain = next(iter(config.domains))
+    question = shlex.quote(_question(workspace, domain))
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.relative(workspace.mlflow)}/mlflow.db"
     champion = release.get("champion") if isinstance(release, dict) else None
     verdict = release["decision"]["reason"] if isinstance(release, dict) and release.get("decision") else ""
@@ -92,6 +95,12 @@ def summary(workspace: Workspace, config: Config, release: Any) -> str:
         f"MLflow    mlflow ui --backend-store-uri {tracking}",
         f"Prefect   PREFECT_HOME={workspace.relative(workspace.prefect)} prefect server start",
         "", "Try next:",
-        '  moa ask "A box holds 6 pens. Mia buys 4 boxes and gives away 5 pens. How many pens are left?"',
-        f"  moa ask --domain {domain} --json \"...\"",
+        f"  moa ask {question}",
+        f"  moa ask --domain {domain} --json {question}",
         "  moa plan"])
+
+
+def _question(workspace: Workspace, domain: str) -> str:
+    """The shortest question among the domain's test rows, which the expert has not learned."""
+    found = [" ".join(row.question.split()) for row in rows.read(workspace.corpus(domain), "test")]
+    return min(found, key=len, default="...")

@@ -1,10 +1,13 @@
 """A corpus on disk: what prepare writes and every later step reads. Knows nothing of validation or splits."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+
+from moa import digests
 from moa.errors import ArtifactError
 
 Split = Literal["train", "validation", "test"]
@@ -40,17 +43,33 @@ class Row:
         return self.messages[-1]["content"]
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """Write one split as Parquet, in the order given."""
+def identity(messages: Sequence[Message]) -> str:
+    """The id of the row that these messages are."""
+    return digests.of_json(list(messages))[:32]
+
+
+def schema() -> Any:
+    """Columns of a split's Parquet file."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    schema = pa.schema([("id", pa.string()), ("messages", pa.list_(message)),
-                        ("prompt_tokens", pa.int32()), ("completion_tokens", pa.int32())])
-    records = [{"id": row.id, "messages": list(row.messages), "prompt_tokens": row.prompt_tokens,
-                "completion_tokens": row.completion_tokens} for row in rows]
-    pq.write_table(pa.Table.from_pylist(records, schema=schema), path)
+    return pa.schema([("id", pa.string()), ("messages", pa.list_(message)),
+                      ("prompt_tokens", pa.int32()), ("completion_tokens", pa.int32())])
+
+
+def table(rows: Sequence[Row]) -> Any:
+    """Rows as an Arrow table."""
+    import pyarrow as pa
+
+    columns = schema()
+    messages = [message for row in rows for message in row.messages]
+    places = np.cumsum([0, *(len(row.messages) for row in rows)]).astype(np.int32)
+    turns = pa.StructArray.from_arrays([pa.array([message[part] for message in messages], pa.string())
+                                        for part in ("role", "content")], ["role", "content"])
+    return pa.Table.from_arrays(
+        [pa.array([row.id for row in rows], pa.string()), pa.ListArray.from_arrays(pa.array(places), turns),
+         pa.array([row.prompt_tokens for row in rows], pa.int32()),
+         pa.array([row.completion_tokens for row in rows], pa.int32())], schema=columns)
 
 
 def read(corpus: Path, split: Split) -> list[Row]:

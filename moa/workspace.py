@@ -34,7 +34,7 @@ class Workspace:
                 return cls(folder)
         raise UsageError(
             f"No workspace at {here} or above it: a workspace is a folder with params.yaml and dvc.yaml. "
-            "Change into one, or name it with --workspace DIR."
+            "Change into one, name it with --workspace DIR, or make one with `moa init`."
         )
 
     @property
@@ -58,6 +58,10 @@ class Workspace:
 
     def raw(self, domain: str) -> Path:
         return self.data / "raw" / domain
+
+    def tracked(self, domain: str) -> Path:
+        """DVC's own file for rows that were added, in git."""
+        return self.data / "raw" / f"{domain}.dvc"
 
     def corpus(self, domain: str) -> Path:
         return self.data / "corpora" / domain
@@ -88,6 +92,20 @@ class Workspace:
     def lock(self) -> Path:
         """Held by the one process that builds in this workspace."""
         return self.local / "build.lock"
+
+    @property
+    def journal(self) -> Path:
+        """Names the paths of a change that is being made, or was interrupted: see moa/change.py."""
+        return self.local / "change.json"
+
+    def removed(self, domain: str) -> Path:
+        """Digests of what a removed domain had, for deleting it from DVC's cache later."""
+        return self.local / "removed" / f"{domain}.json"
+
+    @property
+    def kept(self) -> Path:
+        """What somebody put in the way of undoing an interrupted change."""
+        return self.local / "kept"
 
     @property
     def mlflow(self) -> Path:
@@ -123,6 +141,26 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file of people's, or of git's: a reader sees the old one or the new, and its permissions stay."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with part(path).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, part(path))
+        part(path).replace(path)
+    finally:
+        part(path).unlink(missing_ok=True)
+
+
+def part(path: Path) -> Path:
+    """Where `write_whole` writes first."""
+    return path.with_name(f".{path.name}.part.tmp")
 
 
 def read_json(path: Path) -> Any:

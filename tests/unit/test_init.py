@@ -1,0 +1,155 @@
+"""`moa init`: what a new workspace holds, what it leaves alone, and that it may be interrupted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from moa import config, init, workspace
+from moa.errors import BaseModelError, PipelineError, UsageError
+from moa.pipeline import Pipeline
+from moa.workspace import Workspace
+
+REPOSITORY = Path(__file__).parents[2]
+FILES = {".dvc/.gitignore", ".dvc/config", ".dvcignore", ".gitignore", "data/.gitignore", "data/README.md", "dvc.yaml",
+         "params.yaml"}
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """What git could keep."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z", "."], cwd=root, check=True,
+                            capture_output=True, text=True).stdout
+    return {name: (root / name).read_bytes() for name in listed.split("\0") if name}
+
+
+def test_the_pipeline_is_this_repositorys() -> None:
+    assert (init.SCAFFOLD / "dvc.yaml").read_bytes() == (REPOSITORY / "dvc.yaml").read_bytes()
+    assert (init.SCAFFOLD / "data" / "gitignore").read_bytes() == (REPOSITORY / "data" / ".gitignore").read_bytes()
+
+
+def test_the_parameters_are_valid_and_name_what_is_watched() -> None:
+    content = config.load(init.SCAFFOLD / "params.yaml")
+    assert content.domains == {} and content.quickstart == [] and content.base.source == init.DEFAULT_BASE
+    written = YAML(typ="safe").load(init.SCAFFOLD / "params.yaml")
+    assert set(config.WATCHED) <= written.keys()
+
+
+def test_what_is_made(tmp_path: Path) -> None:
+    root = tmp_path / "deep" / "er"
+    done = init.init(root, None, tmp_path)
+    assert contents(root).keys() == FILES and done["git"] and done["dvc"]
+    assert Workspace.find(root) == Workspace(root)
+    snapshot = Pipeline(Workspace(root)).snapshot()
+    assert set(snapshot.graph.stages) == {"base", "assemble", "evaluate"}
+    assert "cd deep/er" in init.text(done, tmp_path) and "moa domain add NAME FILE" in init.text(done, tmp_path)
+    (root / ".moa" / "x").write_text("")
+    (root / "data" / "x.tmp").write_text("")
+    assert contents(root).keys() == FILES
+
+
+def test_below_a_git_repository_with_files_of_its_own(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    root = tmp_path / "part"
+    (root / "data").mkdir(parents=True)
+    (root / ".gitignore").write_text("*.log\n.moa/")
+    (root / "data" / "README.md").write_text("ours")
+    done = init.init(root, None, tmp_path)
+    assert not done["git"] and not (root / ".git").exists() and done["dvc"]
+    assert (root / ".gitignore").read_text() == "*.log\n.moa/\n*.tmp\n"
+    assert (root / "data" / "README.md").read_text() == "ours" and "data/README.md" not in done["files"]
+    assert Pipeline(Workspace(root)).snapshot().graph.stages
+
+
+@pytest.mark.parametrize("name", ["params.yaml", "dvc.yaml"])
+def test_nothing_is_overwritten(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("stages: {}\n")
+    with pytest.raises(UsageError, match=f"has a {name} of its own, and `moa init` overwrites nothing"):
+        init.init(tmp_path, None, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_workspace_is_left_alone(tmp_path: Path) -> None:
+    init.init(tmp_path, None, tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="is a workspace already"):
+        init.init(tmp_path, None, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file; name a folder"):
+        init.init(tmp_path / "file", None, tmp_path)
+    assert contents(tmp_path) == before | {"file": b""}
+
+
+@pytest.mark.parametrize(("source", "written"), [
+    ("hub:own/model@main", "hub:own/model@main"), ("wheel:llm-x==1.0", "wheel:llm-x==1.0"),
+    ("path:bases/ my # one", "path:../bases/ my # one")])
+def test_another_base(source: str, written: str, tmp_path: Path) -> None:
+    (tmp_path / "bases" / " my # one").mkdir(parents=True)
+    init.init(tmp_path / "w", source, tmp_path)
+    text = (tmp_path / "w" / "params.yaml").read_text()
+    assert config.load(tmp_path / "w" / "params.yaml").base.source == written and "# or hub:NAME@REVISION" in text
+
+
+@pytest.mark.parametrize(("source", "sentence"), [
+    ("smollm", "base.source 'smollm' is not understood"), ("path:nowhere", "there is no folder nowhere")])
+def test_a_base_that_is_none(source: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match=sentence):
+        init.init(tmp_path / "w", source, tmp_path)
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_interrupted_init_is_run_again(tmp_path: Path) -> None:
+    init.init(tmp_path / "whole", None, tmp_path)
+    wanted = contents(tmp_path / "whole")
+    write = workspace.write_whole
+    for number in range(6):
+        root, calls = tmp_path / f"w{number}", []
+
+        def stop(path: Path, data: bytes, last: int = number, calls: list[Any] = calls) -> None:
+            if len(calls) == last:
+                raise KeyboardInterrupt
+            calls.append(path)
+            write(path, data)
+
+        with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(init, "write_whole", stop)
+            init.init(root, None, tmp_path)
+        assert not ((root / "params.yaml").exists() and (root / "dvc.yaml").exists())
+        init.init(root, None, tmp_path)
+        assert contents(root) == wanted
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cannot become a workspace: Not a directory; mend that and run `moa init`"):
+        init.init(tmp_path / "file" / "w", None, tmp_path)
+
+
+def test_dvc_that_had_hardly_begun(tmp_path: Path) -> None:
+    (tmp_path / ".dvc" / "tmp").mkdir(parents=True)
+    assert init.init(tmp_path, None, tmp_path)["dvc"]
+    other = tmp_path / "ignored"
+    other.mkdir()
+    (other / ".gitignore").write_text(".dvc\n")
+    with pytest.raises(PipelineError, match="DVC cannot be set up"):
+        init.init(other, None, tmp_path)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    def moa(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "moa", *words], cwd=tmp_path, capture_output=True, text=True,
+                              timeout=60, env={**os.environ, "COLUMNS": "100"})
+
+    done = moa("init", "w", "--json")
+    assert done.returncode == 0 and set(json.loads(done.stdout)["files"]) == FILES - {".dvc/.gitignore", ".dvc/config"}
+    again = moa("init", "w")
+    assert again.returncode == 2 and again.stderr.startswith(f"moa: {tmp_path / 'w'} is a workspace already")
+    for words in (["status", "--workspace", "w"], ["--workspace", "w", "status"],
+                  ["domain", "list", "--workspace", "w"], ["domain", "--workspace", "w", "list"]):
+        assert moa(*words).returncode == 0, words
+    for words in (["plan"], ["domain"], ["domain", "add"], ["train"], []):
+        assert "--workspace" in moa(*words, "--help").stdout, words
