@@ -8,6 +8,7 @@ only the one that is not for training stays. Knows nothing of training.
                           quality.json, manifest.json (last)
 """
 
+import gc
 import json
 import re
 import shutil
@@ -50,7 +51,8 @@ def prepare(workspace: Workspace, config: Config, domain: str, encoder: Encoder 
     with _scratch(workspace, domain) as scratch, replace_directory(workspace.corpus(domain)) as folder:
         staging = Staging(scratch, params.near_duplicate)
         intake = Intake(config, domain, encoder, staging)
-        with (folder / "rejected.jsonl").open("wb") as file, track(f"prepare {domain}", unit="rows") as bar:
+        with (_acyclic(), (folder / "rejected.jsonl").open("wb") as file,
+              track(f"prepare {domain}", unit="rows") as bar):
             for batch in _batches(read(workspace.raw(domain), domain)):
                 intake.take(batch, file)
                 bar.advance(len(batch))
@@ -162,6 +164,19 @@ def _batches(rows: Iterable[Raw]) -> Iterator[list[Raw]]:
     source = iter(rows)
     while batch := list(islice(source, BATCH)):
         yield batch
+
+
+@contextmanager
+def _acyclic() -> Iterator[None]:
+    """Millions of small objects pass and form no cycles: looking for those took a quarter of the time."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import shlex
 from collections import defaultdict
 from typing import Any
 
-from moa import rows
+from moa import rows as corpora
 from moa.config import Config
 from moa.workspace import Workspace, read_json
 
@@ -102,5 +102,5 @@ def summary(workspace: Workspace, config: Config, release: Any) -> str:
 
 def _question(workspace: Workspace, domain: str) -> str:
     """The shortest question among the domain's test rows, which the expert has not learned."""
-    found = [" ".join(row.question.split()) for row in rows.read(workspace.corpus(domain), "test")]
+    found = [" ".join(row.question.split()) for row in corpora.read(workspace.corpus(domain), "test")]
     return min(found, key=len, default="...")

@@ -8,6 +8,7 @@ these two texts alone, but for crowded bands, see WINDOW. Knows nothing of rows,
 
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ class Sketches:
             return
         hashes, starts = shingles(texts)
         matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, starts.astype(np.uint64), PERMUTATIONS, 1)
-        values = np.array(matrix.to_rows(), np.uint64)
+        values = np.fromiter(chain.from_iterable(matrix.to_rows()), np.uint32, len(texts) * PERMUTATIONS)
+        values = values.reshape(-1, PERMUTATIONS).astype(np.uint64)
         bands = np.zeros((len(texts), PERMUTATIONS // self.width), np.uint64)
         for place in range(self.width):   # hash of the band's values
             bands = (bands ^ values[:, place :: self.width][:, : bands.shape[1]]) * np.uint64(0x9FB21C651E98DF25)

@@ -16,7 +16,7 @@ from moa.rows import Message, Split
 ANSWER_WORDS = 4     # fewest words of an answer that make rows a group
 TEMPLATE_WORDS = 8   # fewest words of an answer, its values aside, that do
 ORDER: tuple[Split, ...] = ("test", "validation", "train")   # of two near-duplicates the one further ahead stays
-_WORD = re.compile(r"\w+")
+_WORDS = {count: re.compile(rf"\w+(?:\W+\w+){{{count - 1}}}") for count in (ANSWER_WORDS, TEMPLATE_WORDS)}
 _VALUE = re.compile(r"\"[^\"]*\"|'[^']*'|\d+(?:[.,]\d+)*")
 
 
@@ -36,9 +36,9 @@ def _answer(messages: Sequence[Message]) -> str | None:
     text = " ".join([message["content"] for message in messages if message["role"] == "assistant"]).lower()
     text = " ".join(text.split())
     template = _VALUE.sub("#", text)
-    if len(_WORD.findall(template)) >= TEMPLATE_WORDS:
+    if _WORDS[TEMPLATE_WORDS].search(template):
         return template
-    return text if len(_WORD.findall(text)) >= ANSWER_WORDS else None
+    return text if _WORDS[ANSWER_WORDS].search(text) else None
 
 
 def bounds(params: PrepareParams) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 
-from moa import corpus, digests, rows, staging
+from moa import corpus, rows, staging
 from moa.base import BasePin
 from moa.config import BaseParams, Config, Domain, PrepareParams
 from moa.errors import DataError
@@ -162,8 +162,8 @@ def prepared(root: Path, content: list[Any], domain: Domain | None = None, **pre
 
 
 def identity(item: dict[str, str]) -> str:
-    return digests.of_json([{"role": "user", "content": item["instruction"]},
-                            {"role": "assistant", "content": item["output"]}])[:32]
+    return rows.identity([{"role": "user", "content": item["instruction"]},
+                          {"role": "assistant", "content": item["output"]}])
 
 
 def test_rows_of_one_answer_share_a_side_and_labels_do_not(tmp_path: Path) -> None:
