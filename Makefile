@@ -21,7 +21,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 
 clean:
 	rm -rf .venv .moa .mypy_cache .ruff_cache .pytest_cache build *.egg-info
