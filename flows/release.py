@@ -9,19 +9,20 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from moa import digests, gate
 from moa.commands import environment, last_error
 from moa.config import Config
-from moa.errors import PipelineError
-from moa.history import Entry
-from moa.registry import ExpertVersion, MixtureVersion, Registry
+from moa.errors import PipelineError, RegistryError, UsageError
+from moa.history import Entry, before
+from moa.registry import ANYONE, ExpertVersion, MixtureVersion, Registry
 from moa.workspace import MANIFEST, Workspace, read_json
 
 FIRST = "first release"
 ALREADY = "already champion"
+RESTORED = "restored: the alias was missing"
 
 
 def register_experts(workspace: Workspace, config: Config) -> dict[str, ExpertVersion]:
@@ -37,33 +38,106 @@ def register_mixture(workspace: Workspace, config: Config, experts: dict[str, Ex
 def decide(workspace: Workspace, config: Config, challenger: int) -> dict[str, Any]:
     """Whether version `challenger` should become champion, and why; kept with the version.
 
-    Who was champion before does not come back by itself: a run after a rollback must not undo it. The same question,
-    down to the test rows, is not asked twice.
+    Who was champion before does not come back by itself: a run after a rollback must not undo it.
     """
     registry = Registry(workspace, config)
     served = [entry for entry in registry.history() if entry.effective]
     wanted, incumbent = registry.get(challenger), _incumbent(registry, served)
-    question = _question(workspace, config, wanted, incumbent)
-    if incumbent is not None and incumbent.digest == wanted.digest:
-        return {**question, **gate.Decision(False, ALREADY).as_dict()}
-    if any(entry.version == wanted.version for entry in served):
-        return {**question, **gate.Decision(False, f"version {wanted.version} was champion before and was replaced "
-                                                   f"({served[-1].reason}): it returns only by hand").as_dict()}
-    if wanted.gate is not None and question.items() <= wanted.gate.items():
-        return wanted.gate
-    decision = gate.Decision(True, FIRST) if incumbent is None else _compared(workspace, config, incumbent, wanted)
+    returning = any(entry.version == wanted.version for entry in served)
+    if returning and not (incumbent is not None and incumbent.digest == wanted.digest):
+        return {**_question(workspace, config, wanted, incumbent),
+                **gate.Decision(False, f"version {wanted.version} was champion before and was replaced "
+                                       f"({served[-1].reason}): it returns only by hand").as_dict()}
+    return examine(workspace, config, challenger)
+
+
+def examine(workspace: Workspace, config: Config, challenger: int, against: int | None = None) -> dict[str, Any]:
+    """The gate's own answer about version `challenger`, against the champion or another release.
+
+    Kept with the version: the same question, down to the test rows, is not asked twice. One about another release than
+    the champion is kept beside, and decides nothing.
+    """
+    registry = Registry(workspace, config)
+    wanted = registry.get(challenger)
+    incumbent = _incumbent(registry, [entry for entry in registry.history() if entry.effective])
+    aside = against if against is not None and (incumbent is None or incumbent.version != against) else None
+    other = registry.get(aside) if aside is not None else incumbent
+    question = _question(workspace, config, wanted, other)
+    if other is not None and other.digest == wanted.digest:
+        same = ALREADY if aside is None else f"versions {other.version} and {wanted.version} are the same release"
+        return {**question, **gate.Decision(False, same).as_dict()}
+    known = wanted.gate if aside is None else wanted.gate_against(aside)
+    if known is not None and question.items() <= known.items():
+        return known
+    decision = gate.Decision(True, FIRST) if other is None else _compared(workspace, config, other, wanted)
     record = {**question, **decision.as_dict()}
-    registry.record_gate(wanted.version, record)
+    registry.record_gate(wanted.version, record, aside)
     return record
 
 
-def promote(workspace: Workspace, config: Config, version: int, reason: str, by: str | None = None) -> dict[str, Any]:
-    """Make `version` champion."""
-    return asdict(Registry(workspace, config).set_champion(version, reason, by or _user()))
+def promote(workspace: Workspace, config: Config, version: int, reason: str, by: str | None = None,
+            instead_of: int | None = ANYONE) -> dict[str, Any]:
+    """Make `version` champion, if the champion is still `instead_of`."""
+    return asdict(Registry(workspace, config).set_champion(version, reason, by or _user(), instead_of=instead_of))
+
+
+def approve(workspace: Workspace, config: Config, version: int, *, force: bool = False,
+            note: str | None = None) -> dict[str, Any]:
+    """Make `version` champion by hand: once the gate passes it, or by force and for the reason in `note`.
+
+    Raises UsageError for force without a reason, RegistryError with the gate's reason when it does not pass.
+    """
+    note = (note or "").strip()
+    if force and not note:
+        raise UsageError("--force needs --reason TEXT: the history must say why the gate was overruled.")
+    registry = Registry(workspace, config)
+    wanted, champion = registry.get(version), registry.champion()
+    if champion is not None and champion.version == wanted.version:
+        return {"version": wanted.version, "previous": wanted.version, "changed": False, "reason": ALREADY}
+    compared: int | None = ANYONE
+    if force:
+        reason = f"forced: {note}"
+    else:
+        decision = examine(workspace, config, wanted.version)
+        restored = champion is None and decision["reason"] == ALREADY
+        if not (decision["promote"] or restored):
+            raise RegistryError(f"The gate refuses version {wanted.version}: {decision['reason'].rstrip('.')}. See "
+                                f"`moa gate {wanted.version}`; `--force --reason TEXT` overrules it.")
+        reason = "; ".join(filter(None, [RESTORED if restored else decision["reason"].rstrip("."), note]))
+        compared = decision["against"]
+    entry = promote(workspace, config, wanted.version, reason, instead_of=compared)
+    return {**entry, "previous": champion.version if champion else None, "changed": True}
+
+
+def roll_back(workspace: Workspace, config: Config, to: int | None = None, note: str | None = None) -> dict[str, Any]:
+    """Make the champion before the present one champion again, or version `to`, which must have been it once.
+
+    Raises RegistryError when there is none. What it answers is what it answered: a release never changes.
+    """
+    registry = Registry(workspace, config)
+    served = [entry for entry in registry.history() if entry.effective]
+    if to is not None:
+        target: int | None = registry.get(to).version
+        if all(entry.version != target for entry in served):
+            raise RegistryError(f"Version {to} was never champion, so there is nothing to go back to: `moa release "
+                                f"promote {to}` asks the gate.")
+    else:
+        found = before(served)
+        target = found.version if found else None
+    current = _incumbent(registry, served)
+    if current is None or target is None:
+        raise RegistryError("No other champion came before: there is nothing to roll back to.")
+    if current.version == target and registry.champion() is not None:
+        raise RegistryError(f"Version {target} is champion already: there is nothing to roll back.")
+    reason = f"rollback from version {current.version}" + (f": {note.strip()}" if note and note.strip() else "")
+    return {**promote(workspace, config, target, reason), "previous": current.version, "changed": True}
 
 
 def release(workspace: Workspace, config: Config, promote: bool = True) -> dict[str, Any]:
-    """Register what is built, gate it, and promote it if it passes. Returns what happened."""
+    """Register what is built, gate it, and promote it if it passes. Returns what happened.
+
+    With `release.approval: manual`, or without `promote`, what passes is left `waiting` for `moa release promote`.
+    """
     result = None
     for _, work in hooks(workspace, config, promote):
         result = work()
@@ -91,20 +165,23 @@ def hooks(workspace: Workspace, config: Config, may_promote: bool = True) -> lis
         decision, version = state["decision"], state["mixture"].version
         # An alias that was deleted is set again, though the gate has nothing to say about equal content.
         restored = decision["reason"] == ALREADY and Registry(workspace, config).champion() is None
-        if may_promote and (decision["promote"] or restored):
-            promote(workspace, config, version, "restored: the alias was missing" if restored else decision["reason"])
+        approved = decision["promote"] and config.release.approval == "auto"
+        if may_promote and (approved or restored):
+            promote(workspace, config, version, RESTORED if restored else decision["reason"],
+                    instead_of=decision["against"])
         champion = Registry(workspace, config).champion()
         return {**_described(state["mixture"]),
                 "experts": {domain: each.version for domain, each in state["experts"].items()},
-                "decision": decision, "champion": champion.version if champion else None}
+                "decision": decision, "champion": champion.version if champion else None,
+                "waiting": decision["promote"] and (champion is None or champion.version != version)}
 
     return [("register experts", experts), ("register mixture", mixture), ("gate", gated), ("promote", promoted)]
 
 
 def compare(workspace: Workspace, incumbent: int, challenger: int) -> dict[str, Any]:
-    """Per-row losses of two releases on the pinned test rows, answered by their exported artifacts in another process.
+    """Per-row losses and scores of two releases on the pinned test rows, answered by their exported artifacts.
 
-    Raises PipelineError with that process's own words.
+    In another process. Raises PipelineError with that process's own words.
     """
     command = [sys.executable, "-m", "moa", "compare", "--incumbent", str(incumbent), "--challenger", str(challenger),
                "--json"]
@@ -128,22 +205,25 @@ def _compared(workspace: Workspace, config: Config, incumbent: MixtureVersion,
 
 def _rules(config: Config) -> gate.Rules:
     params = config.release
-    return gate.Rules(tolerance=params.tolerance, min_gain=params.min_gain, min_rows=params.min_rows,
-                      confidence=params.confidence)
+    return gate.Rules(**{rule.name: getattr(params, rule.name) for rule in fields(gate.Rules)})
 
 
 def _question(workspace: Workspace, config: Config, challenger: MixtureVersion,
               incumbent: MixtureVersion | None) -> dict[str, Any]:
-    """Everything a decision depends on: both releases, the rules, the test rows."""
+    """Everything a decision depends on: both releases, the rules, the test rows and how they are answered."""
     corpora = {domain: read_json(path)["digest"] for domain in sorted(config.domains)
                if (path := workspace.corpus(domain) / MANIFEST).is_file()}
+    asked = {"corpora": corpora, "rows": config.evaluate.rows, "max_new_tokens": config.evaluate.max_new_tokens,
+             "metric_rows": config.release.metric_rows,
+             "metrics": {domain: each.metric for domain, each in config.domains.items()}}
     return {"version": challenger.version, "against": incumbent.version if incumbent else None,
-            "rules": asdict(_rules(config)), "corpora": digests.of_json(corpora)}
+            "rules": asdict(_rules(config)), "corpora": digests.of_json(asked)}
 
 
 def _score(row: Mapping[str, Any]) -> gate.Score:
-    return gate.Score(row["domain"], str(row["row"]), row.get("challenger_loss"), row.get("incumbent_loss"),
-                      row.get("base_loss"))
+    names = ("challenger", "incumbent", "base")
+    return gate.Score(row["domain"], str(row["row"]), *(row.get(f"{name}_loss") for name in names),
+                      *(row.get(f"{name}_score") for name in names))
 
 
 def _incumbent(registry: Registry, served: Sequence[Entry]) -> MixtureVersion | None:

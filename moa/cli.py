@@ -8,6 +8,9 @@ import typer
 
 from moa import __version__
 from moa.cli_domain import domain_app
+from moa.cli_more import expert_app, export, report
+from moa.cli_release import gate, release_app
+from moa.cli_serve import serve
 from moa.cli_shared import App, AsJson, opened, place, print_json
 from moa.errors import ConfigError, MoaError, RegistryError
 
@@ -41,6 +44,8 @@ app = App(name="moa", callback=_global,
           help="Continuous delivery for a Mixture-of-LoRAs: one frozen base model, one LoRA expert per domain, "
                "a router, and a release process that never lets a domain get worse.")
 app.add_typer(domain_app, name="domain", rich_help_panel=DATA)
+app.add_typer(expert_app, name="expert", rich_help_panel=DATA)
+app.add_typer(release_app, name="release", rich_help_panel=USE)
 
 
 @app.command(rich_help_panel=RUN)
@@ -163,6 +168,9 @@ def ask(
             print(f"\n{trace_text(reply['trace'], reply['decision'])}")
 
 
+app.command(rich_help_panel=USE)(serve)
+
+
 @app.command("eval", rich_help_panel=USE)
 def evaluation(
     rerun: Annotated[bool, typer.Option("--rerun", help="Answer the test rows again instead of showing the release's "
@@ -187,7 +195,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Let two releases answer the same test rows; the gate reads the result."""
-    from moa.ask import compare as compare_releases
+    from moa.comparison import compare as compare_releases
     from moa.report import comparison_text
 
     workspace, config = opened()
@@ -196,6 +204,11 @@ def compare(
         print_json(compared)
     else:
         print(comparison_text(compared))
+
+
+app.command(rich_help_panel=USE)(gate)
+app.command(rich_help_panel=USE)(export)
+app.command(rich_help_panel=USE)(report)
 
 
 @app.command(rich_help_panel=STEPS)

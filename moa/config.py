@@ -102,10 +102,19 @@ class EvaluateParams(Group):
 
 class ReleaseParams(Group):
     name: str = Field(default="moa-mixture", description="registered model; experts are NAME's own: moa-expert-DOMAIN")
+    approval: Literal["auto", "manual"] = Field(default="auto", description="manual: a release that passes the gate "
+                                                                            "waits for `moa release promote`")
     tolerance: float = Field(default=0.02, ge=0, description="gate: largest rise of a domain's routed loss, in nats")
     min_gain: float = Field(default=0.001, ge=0, description="gate: least certain fall that counts as better, in nats")
+    metric_rows: int = Field(default=40, ge=0, description="gate: test rows per domain that both releases answer and "
+                                                           "the domain's metric scores; 0 = loss alone")
+    metric_tolerance: float = Field(default=0.05, ge=0, le=1, description="gate: largest fall of a domain's mean score")
     min_rows: int = Field(default=20, ge=2, description="gate: fewest rows for a verdict")
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    accuracy_drop: float = Field(default=0.02, ge=0, le=1, description="gate: routing accuracy may fall by this much")
+    abstention_rise: float = Field(default=0.05, ge=0, le=1, description="gate: abstentions may rise by this share")
+    resamples: int = Field(default=10_000, ge=100, description="gate: of each bootstrap")
+    seed: int = Field(default=0, ge=0, description="gate: of the bootstraps")
 
 
 class ExecutionParams(Group):

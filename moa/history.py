@@ -57,3 +57,16 @@ def parse(tags: Mapping[str, str], champion: int | None) -> list[Entry]:
         effective = then is None or then == entry.version
         found.append(Entry(**{**asdict(entry), "effective": effective}))
     return found
+
+
+def before(entries: Sequence[Entry]) -> Entry | None:
+    """The entry that put the champion before the present one in place; None when there was none.
+
+    Going back to an old champion undoes what followed it: after 1, 2, 3 and back to 2, the one before is 1, not 3.
+    """
+    line: list[Entry] = []
+    for entry in entries:
+        if entry.effective:
+            known = [place for place, one in enumerate(line) if one.version == entry.version]
+            line = [*line[:known[0]], entry] if known else [*line, entry]
+    return line[-2] if len(line) > 1 else None

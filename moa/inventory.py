@@ -34,7 +34,8 @@ def _facts(workspace: Workspace, config: Config, snapshot: Snapshot, name: str) 
             "bytes": sum(path.stat().st_size for path in raw),
             "rows": {key: counted.get(key) for key in (*COUNTS, *SPLITS)} if corpus else None,
             "expert": {"validation_loss": expert.get("best_loss"), "epoch": expert.get("best_epoch"),
-                       "digest": expert.get("digest")} if expert else None,
+                       "digest": expert.get("digest"), "imported": expert.get("source") == "imported"}
+            if expert else None,
             "steps": {step: _state(snapshot, f"{step}@{name}") for step in ("prepare", "train")}}
 
 
@@ -120,8 +121,9 @@ def shown_text(facts: Mapping[str, Any]) -> str:
                                         f"longest {counts['max']}"))
     if expert := facts["expert"]:
         loss = expert["validation_loss"]
-        lines.append(("expert", f"validation loss {'unknown' if loss is None else f'{loss:.3f}'} after epoch "
-                                f"{expert['epoch']}, digest {(expert['digest'] or 'unknown')[:12]}"))
+        learned = f"validation loss {'unknown' if loss is None else f'{loss:.3f}'} after epoch {expert['epoch']}"
+        learned = "imported" if expert["imported"] else learned
+        lines.append(("expert", f"{learned}, digest {(expert['digest'] or 'unknown')[:12]}"))
     if champion := facts["champion"]:
         expert_digest = (expert or {}).get("digest")
         same = "this expert" if champion["expert"]["digest"] == expert_digest else "another expert"

@@ -42,6 +42,7 @@ class Plan:
     estimate: Estimate
     release: str | None            # what would be registered
     left_out: tuple[str, ...] = () # by --domains
+    imported: tuple[str, ...] = () # of `experts`, those that came from outside: training puts its own in their place
 
     @property
     def stale(self) -> tuple[Step, ...]:
@@ -50,7 +51,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """For --json: only the steps that would run, and how many are fresh."""
         return {"stale": [asdict(step) for step in self.stale], "fresh": len(self.steps) - len(self.stale),
-                "experts": list(self.experts), "router": self.router,
+                "experts": list(self.experts), "imported": list(self.imported), "router": self.router,
                 "tokens": self.estimate.tokens, "minutes": self.estimate.minutes, "basis": self.estimate.basis,
                 "release": self.release, "left_out": list(self.left_out)}
 
@@ -67,6 +68,8 @@ class Plan:
             lines.append(f"Left out by --domains: {', '.join(self.left_out)}.")
         lines.append(f"Experts to train: {', '.join(self.experts) or 'none'}. "
                      f"Router: {'trained' if self.router else 'unchanged'}.")
+        if self.imported:
+            lines.append(f"Imported, and replaced if it is trained here: {', '.join(self.imported)}.")
         if self.experts:
             lines.append(f"Training: about {self.estimate.tokens:,} tokens, {self.estimate.minutes:.1f} minutes "
                          f"({self.estimate.basis}).")
@@ -77,10 +80,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What earlier runs measured. `corpora`: manifest of each prepared corpus. `rates`: tokens a second by step."""
+    """What earlier runs left. `corpora`: manifest of each prepared corpus. `rates`: tokens a second by step.
+    `imported`: domains whose expert was trained elsewhere."""
 
     corpora: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
+    imported: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, workspace: Workspace, config: Config) -> "Statistics":
@@ -93,7 +98,9 @@ class Statistics:
             rates = read_json(workspace.cache / "rates.json")
         except (OSError, ValueError):
             rates = {}
-        return cls(corpora, rates)
+        experts = {domain: workspace.expert(domain) / MANIFEST for domain in config.domains}
+        return cls(corpora, rates, frozenset(domain for domain, path in experts.items()
+                                             if path.is_file() and read_json(path).get("source") == "imported"))
 
 
 def make(snapshot: Snapshot, config: Config, statistics: Statistics) -> Plan:
@@ -106,7 +113,8 @@ def make(snapshot: Snapshot, config: Config, statistics: Statistics) -> Plan:
     releases = bool(affected & {"assemble", "evaluate"})
     return Plan(tuple(steps), experts, "assemble" in affected, estimate(experts, config, statistics),
                 f"a new version of {config.release.name}, if its content is new; it becomes champion "
-                "if the gate passes it." if releases else None, tuple(sorted(snapshot.left_out)))
+                "if the gate passes it." if releases else None, tuple(sorted(snapshot.left_out)),
+                tuple(domain for domain in experts if domain in statistics.imported))
 
 
 def _step(snapshot: Snapshot, affected: set[str], name: str) -> Step:

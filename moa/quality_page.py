@@ -9,8 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from moa.errors import UsageError
-from moa.workspace import write_whole
+from moa import page
 
 BAR = 24       # widest bar of the text, in letters
 BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -57,11 +56,6 @@ def _neighbours(report: Mapping[str, Any]) -> tuple[str, list[tuple[str, float]]
             list(found["told_apart"].items()))
 
 
-def _one_line(text: str, longest: int = 100) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= longest else f"{text[:longest - 3]}..."
-
-
 # Text.
 
 def text(report: Mapping[str, Any]) -> str:
@@ -81,7 +75,7 @@ def text(report: Mapping[str, Any]) -> str:
                  f"message\nAnswers: {answers['different']:,} different, the most frequent in "
                  f"{answers['largest_group']:,} rows, {answers['short']:,} of one token or none, "
                  f"{answers['blank']:,} blank")
-    parts += [f"{title}\n" + _table((f"{each['count']:,}", f"{each['share']:.1%}", _one_line(each["text"], 80))
+    parts += [f"{title}\n" + _table((f"{each['count']:,}", f"{each['share']:.1%}", page.one_line(each["text"], 80))
                                     for each in answers[key])
               for key, title in (("most_frequent", "Most frequent answers"), ("openings", "Answers that begin alike"))
               if answers[key]]
@@ -102,7 +96,7 @@ def _across_text(report: Mapping[str, Any]) -> str:
              f"the same ({near['compared']:,} rows compared)", sentence]
     if apart:
         lines.append("Told apart from\n" + _table((name, f"{accuracy:.0%}", "") for name, accuracy in apart))
-    lines += [f"  like {each['looks_like']}: {_one_line(each['text'], 90)}"
+    lines += [f"  like {each['looks_like']}: {page.one_line(each['text'], 90)}"
               for each in (across["neighbours"] or {"examples": []})["examples"]]
     return "\n".join(lines)
 
@@ -132,85 +126,23 @@ def _bar(share: float) -> str:
 
 # HTML.
 
-STYLE = """
-:root{--ink:#1c2430;--soft:#5b6675;--line:#e3e7ec;--fill:#3b6ea8;--warn:#8a4b08;--warnbg:#fff6e8}
-*{box-sizing:border-box}
-body{margin:0;background:#f6f7f9;color:var(--ink);font:15px/1.5 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:1080px;margin:0 auto;padding:32px 24px 64px}
-h1{font-size:26px;margin:0 0 4px}h2{font-size:17px;margin:0 0 12px}h3{font-size:14px;margin:16px 0 6px}
-p{margin:0 0 10px}svg+p{margin-top:6px}.soft{color:var(--soft)}
-section{background:#fff;border:1px solid var(--line);border-radius:8px;padding:18px 20px;margin-top:16px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-top:20px}
-.tile{background:#fff;border:1px solid var(--line);border-radius:8px;padding:12px 16px}
-.tile b{display:block;font-size:24px;font-variant-numeric:tabular-nums}.tile small{color:var(--soft);display:block}
-.three{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:20px}
-.warn{background:var(--warnbg);border-color:#f0d9b5;color:var(--warn)}.warn ul{margin:0;padding-left:20px}
-table{border-collapse:collapse;width:100%;margin-top:10px}
-td,th{padding:5px 10px 5px 0;text-align:left;vertical-align:top;
-border-bottom:1px solid var(--line);overflow-wrap:anywhere}th{color:var(--soft);font-weight:500;font-size:13px}
-td.n,th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-svg{width:100%;height:auto;display:block;overflow:visible}
-svg text{font:11px system-ui,"DejaVu Sans",sans-serif;fill:var(--soft)}
-svg rect{fill:var(--fill)}
-"""
-ICON = "data:,"   # or a browser asks the server for one
-
-
 def html(report: Mapping[str, Any]) -> str:
     """The report as one page."""
-    name = escape(report["domain"])
-    body = "".join([_tiles(report), _warned(report["warnings"]), _length_section(report), _rejection_section(report),
-                    _answer_section(report), _language_section(report), _across_section(report)])
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}: label quality</title>'
-            f'<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="{ICON}">'
-            f'<style>{STYLE}</style></head><body><main><h1>{name}</h1>'
-            f'<p class="soft">Label quality before training</p>{body}</main></body></html>\n')
+    body = "".join([_tiles(report), page.warned(report["warnings"]), _length_section(report),
+                    _rejection_section(report), _answer_section(report), _language_section(report),
+                    _across_section(report)])
+    return page.frame(f"{report['domain']}: label quality", report["domain"], "Label quality before training", body)
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
     """Write the page so that a reader sees the whole of it or the old one. Raises UsageError where it cannot be."""
-    try:
-        write_whole(path, html(report).encode("utf-8", "replace"))
-    except OSError as error:
-        raise UsageError(f"The report cannot be written to {path}: {error.strerror}; name another file.") from None
-
-
-def _section(title: str, *content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{''.join(content)}</section>"
-
-
-def _rows(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; numbers to the right. Every cell is escaped."""
-    rows = [list(row) for row in rows]
-    if not rows:
-        return ""
-    numeric = [all(isinstance(row[column], int | float) for row in rows) for column in range(len(head))]
-
-    def cells(tag: str, values: Iterable[object]) -> str:
-        return "".join(f"<{tag}{' class=n' if number else ''}>{escape(_shown(value))}</{tag}>"
-                       for value, number in zip(values, numeric, strict=True))
-
-    return (f"<table><thead><tr>{cells('th', head)}</tr></thead><tbody>"
-            + "".join(f"<tr>{cells('td', row)}</tr>" for row in rows) + "</tbody></table>")
-
-
-def _shown(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.1%}" if isinstance(value, float) else str(value)
+    page.write(path, html(report))
 
 
 def _tiles(report: Mapping[str, Any]) -> str:
     tiles = [*_counts(report), *([("redacted", sum(report["redacted"].values()), ", ".join(
         f"{kind} {count:,}" for kind, count in report["redacted"].items()))] if report["redacted"] else [])]
-    return '<div class="tiles">' + "".join(
-        f'<div class="tile"><small>{escape(name)}</small><b>{count:,}</b><small>{escape(remark)}</small></div>'
-        for name, count, remark in tiles) + "</div>"
-
-
-def _warned(warnings: Sequence[str]) -> str:
-    if not warnings:
-        return _section("What deserves a look", '<p class="soft">Nothing stands out.</p>')
-    items = "".join(f"<li>{escape(each)}</li>" for each in warnings)
-    return f'<section class="warn"><h2>What deserves a look</h2><ul>{items}</ul></section>'
+    return page.tiles((name, f"{count:,}", remark) for name, count, remark in tiles)
 
 
 def _length_section(report: Mapping[str, Any]) -> str:
@@ -224,19 +156,19 @@ def _length_section(report: Mapping[str, Any]) -> str:
     turns = report["turns"]
     said = (f"{turns['several']:.1%} of the conversations have several turns; {turns['system']:.1%} bring a system "
             "message.")
-    return _section("Lengths in tokens", f'<div class="three">{"".join(plots)}</div><p>{escape(said)}</p>')
+    return page.section("Lengths in tokens", f'<div class="three">{"".join(plots)}</div><p>{escape(said)}</p>')
 
 
 def _rejection_section(report: Mapping[str, Any]) -> str:
     found, near = _rejections(report), report["near_duplicates"]["examples"]
     examples = [(each["example"]["reason"], f"{each['example']['file']}:{each['example']['line']}",
-                 _one_line(each["example"]["text"])) for each in report["rejected"] if each["example"]]
-    parts = [_bars([(reason, count) for reason, count, _ in found]) if found
-             else '<p class="soft">No row was rejected.</p>', _rows(("reason", "first at", "text"), examples)]
+                 page.one_line(each["example"]["text"])) for each in report["rejected"] if each["example"]]
+    parts = [page.bars([(reason, count) for reason, count, _ in found]) if found
+             else '<p class="soft">No row was rejected.</p>', page.table(("reason", "first at", "text"), examples)]
     if near:
-        parts += ["<h3>Near-duplicates</h3>", _rows(("left out, from", "like a row of", "text"), (
-            (each["split"], each.get("of_split", each["split"]), _one_line(each["text"])) for each in near))]
-    return _section("Rejected and repeated", *parts)
+        parts += ["<h3>Near-duplicates</h3>", page.table(("left out, from", "like a row of", "text"), (
+            (each["split"], each.get("of_split", each["split"]), page.one_line(each["text"])) for each in near))]
+    return page.section("Rejected and repeated", *parts)
 
 
 def _answer_section(report: Mapping[str, Any]) -> str:
@@ -246,15 +178,15 @@ def _answer_section(report: Mapping[str, Any]) -> str:
     parts = [f"<p>{escape(said)}</p>"]
     for key, title in (("most_frequent", "Most frequent"), ("openings", "Beginning alike")):
         if answers[key]:
-            bars = _bars([(_one_line(each["text"], 44), each["count"]) for each in answers[key]])
+            bars = page.bars([(page.one_line(each["text"], 44), each["count"]) for each in answers[key]])
             parts += [f"<h3>{title}</h3>", bars]
-    return _section("Answers", *parts)
+    return page.section("Answers", *parts)
 
 
 def _language_section(report: Mapping[str, Any]) -> str:
     languages = report["languages"]
-    return _section("Languages", f'<p class="soft">Of {languages["sampled"]:,} sampled questions.</p>',
-                    _bars([(LANGUAGES.get(name, name), share) for name, share in languages["shares"].items()]))
+    return page.section("Languages", f'<p class="soft">Of {languages["sampled"]:,} sampled questions.</p>',
+                    page.bars([(LANGUAGES.get(name, name), share) for name, share in languages["shares"].items()]))
 
 
 def _across_section(report: Mapping[str, Any]) -> str:
@@ -264,18 +196,19 @@ def _across_section(report: Mapping[str, Any]) -> str:
     near, looks = across["near_duplicates"], (across["neighbours"] or {"examples": []})["examples"]
     parts = [f"<p>{escape(sentence)}</p>"]
     if apart:
-        parts += ["<h3>How well the neighbours tell them apart (50% is chance)</h3>", _bars(apart, most=1.0)]
-    parts.append(_rows(("looks like", "text"), ((each["looks_like"], _one_line(each["text"])) for each in looks)))
-    shared = _rows(("also in", "split here / there", "text"), (
-        (each["domain"], f"{each['split']} / {each['other_split']}", _one_line(each["text"]))
+        parts += ["<h3>How well the neighbours tell them apart (50% is chance)</h3>", page.bars(apart, most=1.0)]
+    parts.append(page.table(("looks like", "text"),
+                            ((each["looks_like"], page.one_line(each["text"])) for each in looks)))
+    shared = page.table(("also in", "split here / there", "text"), (
+        (each["domain"], f"{each['split']} / {each['other_split']}", page.one_line(each["text"]))
         for each in across["duplicates"]["examples"]))
-    alike = _rows(("nearly the same in", "similarity", "here", "there"), (
-        (f"{each['domain']} {each['other_split']}", each["similarity"], _one_line(each["text"]),
-         _one_line(each["other_text"]))
+    alike = page.table(("nearly the same in", "similarity", "here", "there"), (
+        (f"{each['domain']} {each['other_split']}", each["similarity"], page.one_line(each["text"]),
+         page.one_line(each["other_text"]))
         for kind in ("across_domains", "across_splits") for each in near[kind]["examples"]))
     if shared or alike:
         parts += ["<h3>Rows in common</h3>", shared, alike]
-    return _section("Beside the other domains", *parts)
+    return page.section("Beside the other domains", *parts)
 
 
 def _columns(bins: Sequence[tuple[str, int]]) -> str:
@@ -294,15 +227,3 @@ def _columns(bins: Sequence[tuple[str, int]]) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}</svg>'
 
 
-def _bars(items: Sequence[tuple[str, int | float]], most: float = 0.0) -> str:
-    """Horizontal bars as SVG: label, bar, value."""
-    width, row, label_width, value_width = 1000, 24, 340, 70
-    most = most or max((value for _, value in items), default=0) or 1
-    shapes = []
-    for place, (label, value) in enumerate(items):
-        middle, long = place * row + row / 2, (width - label_width - value_width) * value / most
-        shapes.append(
-            f'<text x="{label_width - 10}" y="{middle + 4:.0f}" text-anchor="end">{escape(_one_line(label, 48))}</text>'
-            f'<rect x="{label_width}" y="{middle - 7:.0f}" width="{max(long, 1):.1f}" height="14" rx="2"></rect>'
-            f'<text x="{label_width + long + 8:.1f}" y="{middle + 4:.0f}">{escape(_shown(value))}</text>')
-    return f'<svg viewBox="0 0 {width} {row * len(items)}" role="img">{"".join(shapes)}</svg>'

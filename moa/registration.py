@@ -41,6 +41,7 @@ class Entry:
     points: list[Point]
     corpora: dict[str, str]      # digest by domain
     description: str = ""
+    page: str = ""               # HTML, kept with the run
     all_tags: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,22 +59,25 @@ def register_expert(registry: "Registry", domain: str) -> tuple[Any, bool]:
         if (found := _version(registry, name, manifest["digest"])) is not None:
             return found, False
         base = manifest["base"]
-        parent = manifest.get("parent")
+        parent, imported = manifest.get("parent"), manifest.get("source") == "imported"
         entry = Entry(
             name, f"expert {domain}", "expert", manifest["digest"],
             {"moa.domain": domain, "moa.corpus": manifest["corpus"], "moa.base": base["digest"],
              "moa.base.source": base["source"], **({"moa.parent": str(parent)} if parent else {}),
-             **lineage.of_workspace(registry.workspace)},
+             **({"moa.source": "imported"} if imported else {}), **lineage.of_workspace(registry.workspace)},
             {"moa.files": json.dumps(files(folder))},
             {**manifest["train"], "rank": manifest["rank"], "alpha": manifest["alpha"],
-             "targets": ",".join(manifest["targets"]), "best_epoch": manifest["best_epoch"]},
+             "targets": ",".join(manifest["targets"]),
+             **({} if imported else {"best_epoch": manifest["best_epoch"]})},
             list(curve(manifest["curve"])), {domain: manifest["corpus"]},
-            f"LoRA adapter (PEFT) of domain {domain}, without base weights; trained on {base['source']}.")
+            f"LoRA adapter (PEFT) of domain {domain}, without base weights; "
+            f"{'imported, for' if imported else 'trained on'} {base['source']}.")
         return _register(registry, entry, lambda _: folder), True
 
 
 def register_mixture(registry: "Registry", experts: Mapping[str, "ExpertVersion"]) -> tuple[Any, bool]:
     """MLflow's version of `data/mixture`, and whether it is new."""
+    from moa import report_facts, report_page
     from moa.registry import files
 
     workspace, folder = registry.workspace, registry.workspace.mixture
@@ -95,7 +99,8 @@ def register_mixture(registry: "Registry", experts: Mapping[str, "ExpertVersion"
              **{f"router.{key}": router[key] for key in ("rule", "layer", "temperature", "threshold") if key in router},
              **{f"expert.{domain}": f"{pin['name']}/{pin['version']}" for domain, pin in pins.items()}},
             list(scores(workspace.reports / "summary.json")), dict(_corpora(folder, manifest["labels"])),
-            f"Mixture-of-LoRAs over {base['source']}: {', '.join(manifest['labels'])}.")
+            f"Mixture-of-LoRAs over {base['source']}: {', '.join(manifest['labels'])}.",
+            report_page.html(report_facts.gather(workspace, registry.config)))
         settings = {"base_source": base["source"], "base_digest": base["digest"], "workspace": str(workspace.root)}
         return _register(registry, entry, lambda temporary: _chat_model(workspace, settings, temporary)), True
 
@@ -184,6 +189,8 @@ def _describe(client: Any, run: Any, entry: Entry, workspace: Workspace) -> None
         inputs.append(DatasetInput(Dataset(domain, digest[:36], "dvc", json.dumps({"path": path})),
                                    [InputTag(key, value) for key, value in tags.items()]))
     client.log_inputs(run.info.run_id, inputs)
+    if entry.page:
+        client.log_text(run.info.run_id, entry.page, "report.html")
 
 
 def _model(client: Any, experiment: str, run_id: str, entry: Entry, content: Any) -> Any:

@@ -23,6 +23,8 @@ from moa.history import HISTORY, Entry, following, parse
 from moa.workspace import MANIFEST, Workspace, read_json, replace_directory
 
 CHAMPION = "champion"
+ANYONE = -1         # whoever is champion
+GATE = "moa.gate"   # tag of a version; with a number behind it, against that version
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,13 @@ class MixtureVersion:
 
     @property
     def gate(self) -> dict[str, Any] | None:
-        """The decision about it, if one was made."""
-        return json.loads(self.tags["moa.gate"]) if "moa.gate" in self.tags else None
+        """The decision whether it may follow the champion, if one was made."""
+        return json.loads(self.tags[GATE]) if GATE in self.tags else None
+
+    def gate_against(self, version: int) -> dict[str, Any] | None:
+        """The same against another release, as somebody asked."""
+        found = self.tags.get(f"{GATE}.{version}")
+        return json.loads(found) if found else None
 
 
 class Registry:
@@ -134,10 +141,27 @@ class Registry:
                     return None
                 raise
 
-    def record_gate(self, version: int, decision: dict[str, Any]) -> None:
-        """Keep the decision with the version it is about; the newest one counts."""
+    def record_gate(self, version: int, decision: dict[str, Any], against: int | None = None) -> None:
+        """Keep the decision with the version it is about; the newest one counts. `against` another release than the
+        champion it decides nothing, and is kept beside."""
+        tag = GATE if against is None else f"{GATE}.{against}"
         with tracking.talking(self.address):
-            self.client.set_model_version_tag(self.mixture_name, str(version), "moa.gate", json.dumps(decision))
+            self.client.set_model_version_tag(self.mixture_name, str(version), tag, json.dumps(decision))
+
+    def params(self, version: MixtureVersion) -> dict[str, str]:
+        """Parameters of a release and of its experts' trainings; an expert's are named `DOMAIN.train.KEY`."""
+        with tracking.talking(self.address):
+            found = dict(self.client.get_run(version.run_id).data.params)
+            for domain, pin in version.experts.items():
+                expert = self.client.get_model_version(pin["name"], str(pin["version"]))
+                trained = self.client.get_run(expert.run_id).data.params
+                found |= {f"{domain}.train.{key}": value for key, value in trained.items()}
+        return found
+
+    def metrics(self, version: MixtureVersion) -> dict[str, float]:
+        """What `moa evaluate` measured before it was registered, such as `math/routed/loss`."""
+        with tracking.talking(self.address):
+            return dict(self.client.get_run(version.run_id).data.metrics)
 
     def download(self, version: int | str) -> Path:
         """The mixture's directory as it was released, `reports` beside it. Raises ArtifactError when it was altered.
@@ -159,6 +183,12 @@ class Registry:
                             shutil.move(part, folder / part.name)
         return target / "mixture"
 
+    def check(self, version: MixtureVersion) -> None:
+        """Raise ArtifactError unless MLflow still has every file of a release; what this machine keeps is no proof."""
+        self.workspace.cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.workspace.cache, prefix=".check-") as temporary:
+            verify(self._fetch(version, Path(temporary)) / "mixture", version)
+
     def _fetch(self, version: MixtureVersion, folder: Path) -> Path:
         self.open()   # quiet before the import
         with tracking.talking(self.address), tracking.everywhere(self.address):
@@ -174,14 +204,21 @@ class Registry:
         """The release that serves; None before the first, or when somebody deleted the alias."""
         return self._by_alias(CHAMPION)
 
-    def set_champion(self, version: int, reason: str, by: str) -> Entry:
+    def set_champion(self, version: int, reason: str, by: str, *, instead_of: int | None = ANYONE) -> Entry:
         """Move the alias and record the move. Repeated after a crash, it completes what was begun.
+
+        Raises, before anything changes, ArtifactError when the version's files are no longer what was registered, and
+        RegistryError when the champion is not `instead_of`, with whom the gate compared it, any more.
 
         The record comes first: a move without a record would hide who did it and why, while a record without its move
         shows as not effective, because its successor (or the alias) names another predecessor.
         """
         with self._alone():
             wanted, current = self.get(version), self.champion()
+            if instead_of != ANYONE and current is not None and current.version not in (instead_of, wanted.version):
+                raise RegistryError(f"Version {current.version} became champion meanwhile, and the gate has not "
+                                    f"compared version {wanted.version} with it: run the same command again.")
+            self.check(wanted)
             entry, new = following(self.history(), wanted.version, wanted.digest,
                                    current.version if current else None, reason, by)
             with tracking.talking(self.address):

@@ -85,12 +85,16 @@ def summary(workspace: Workspace, config: Config, release: Any) -> str:
     domain = next(iter(config.domains))
     question = shlex.quote(_question(workspace, domain))
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.relative(workspace.mlflow)}/mlflow.db"
-    champion = release.get("champion") if isinstance(release, dict) else None
-    verdict = release["decision"]["reason"] if isinstance(release, dict) and release.get("decision") else ""
+    release = release if isinstance(release, dict) else {}
+    version, champion = release.get("version", "?"), release.get("champion")
+    verdict = release["decision"]["reason"] if release.get("decision") else ""
+    serving = f"champion is version {champion}" if champion else "there is no champion yet"
+    waiting = ([f"waiting   version {version} passed the gate: `moa release promote {version}` makes it champion"]
+               if release.get("waiting") else [])
     return "\n".join([
         "", text(table), "",
-        f"release   version {release['version'] if isinstance(release, dict) else '?'} of {config.release.name} "
-        f"({verdict}); champion is version {champion}",
+        f"release   version {version} of {config.release.name} ({verdict}); {serving}",
+        *waiting,
         f"report    {workspace.relative(workspace.reports)}/report.md, rows.parquet, summary.json",
         f"MLflow    mlflow ui --backend-store-uri {tracking}",
         f"Prefect   PREFECT_HOME={workspace.relative(workspace.prefect)} prefect server start",

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", DO_NOT_TRACK="1", DVC_NO_ANALYTICS="1", MLFLOW_DISABLE_TELEMETRY="true",
@@ -25,6 +26,14 @@ settings.register_profile("moa", deadline=None, suppress_health_check=[HealthChe
 settings.load_profile("moa")
 
 torch.set_num_threads(1)   # toy tensors: a second thread only waits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_database_of_another_module() -> Iterator[None]:
+    """MLflow leaves its address in the environment, where the next workspace's commands would find it."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,9 @@ from moa.workspace import Workspace
 from tests import tiny
 from tests.unit.test_readme import FENCE, named
 
-COMMANDS = [words for document, words in named("moa") if document == "README.md" and not words[0].startswith("-")]
+# All but the one that does not end, and those whose words are placeholders.
+COMMANDS = [words for document, words in named("moa") if document == "README.md" and not words[0].startswith("-")
+            and words[0] != "serve" and "NAME" not in words]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def python(workspace: Workspace, *words: str) -> str:
     done = subprocess.run([sys.executable, *words], cwd=workspace.root, text=True, capture_output=True, check=False,
                           env={**os.environ, "MOA_DTYPE": "float32"})
-    assert done.returncode == 0, f"python {shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    judged = words[2:3] == ("gate",)   # a verdict is an answer, whatever it is
+    assert done.returncode == 0 or (judged and done.returncode == 1), (
+        f"python {shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
     return done.stdout
 
 
@@ -52,7 +56,7 @@ def test_the_readme_has_commands() -> None:
     assert {words[0] for words in COMMANDS} >= {"plan", "run", "ask", "eval", "status", "compare", "train"}
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_every_command_of_the_readme_runs(workspace: Workspace) -> None:
     ran = []
     for words in COMMANDS:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moa.gate import Decision, DomainVerdict, Rules, Score, decide, judge
+from moa.gate import Decision, Rules, Score, decide, judge
 
 DOMAINS = ("math", "python", "sql")
 QUICK = Rules(resamples=2_000)
@@ -57,7 +57,7 @@ def test_one_better_domain_promotes() -> None:
     decision = gate(simulated({"math": 0, "python": -0.05, "sql": 0}))
     assert decision.promote
     assert decision.improved == ["python"]
-    verdict = decision.domains["python"]
+    verdict = decision.domains["python"].loss
     assert verdict.interval is not None and verdict.point is not None
     assert verdict.interval[0] < verdict.point < verdict.interval[1] < 0
 
@@ -83,9 +83,9 @@ def test_the_order_of_rows_does_not_matter(order: random.Random) -> None:
 def test_rows_without_a_partner_are_counted_and_left_out() -> None:
     scores = simulated({"math": 0}, 30)
     lone = [Score("math", "new", 9.0, None), Score("math", "gone", None, 9.0), Score("math", "nan", 1.0, float("nan"))]
-    verdict = judge("math", scores + lone, QUICK)
+    verdict = judge("math", scores + lone, QUICK).loss
     assert (verdict.rows, verdict.unmatched) == (30, 3)
-    assert verdict.point == judge("math", scores, QUICK).point
+    assert verdict.point == judge("math", scores, QUICK).loss.point
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
@@ -147,8 +147,8 @@ def test_the_interval_covers_the_true_difference() -> None:
     hits = 0
     for _ in range(300):
         values = rng.exponential(0.1, 20) - 0.1
-        verdict: DomainVerdict = judge("d", [Score("d", str(i), 1 + float(v), 1.0) for i, v in enumerate(values)],
-                                       Rules(resamples=2_000, tolerance=10))
+        verdict = judge("d", [Score("d", str(i), 1 + float(v), 1.0) for i, v in enumerate(values)],
+                        Rules(resamples=2_000, tolerance=10)).loss
         assert verdict.interval is not None
         hits += verdict.interval[0] <= 0 <= verdict.interval[1]
     assert hits >= 0.90 * 300
@@ -159,3 +159,80 @@ def test_a_decision_becomes_json() -> None:
 
     decision = gate(simulated({"math": -0.1, "python": 0, "sql": 0}))
     assert json.loads(json.dumps(decision.as_dict()))["improved"] == ["math"]
+
+
+# The domain's own metric.
+
+def answered(shifts: dict[str, float], rows: int = 60, seed: int = 0, loss: float = -0.05) -> list[Score]:
+    """Releases whose losses differ by `loss`, and whose right answers differ by these shares."""
+    rng = np.random.default_rng(seed)
+    scores = []
+    for score in simulated(dict.fromkeys(shifts, loss), rows, seed=seed):
+        before = float(rng.random() < 0.5)
+        turned = rng.random() < abs(shifts[score.domain])
+        after = float(shifts[score.domain] > 0) if turned else before
+        scores.append(Score(score.domain, score.row, score.challenger, score.incumbent, score.base, after, before, 0.0))
+    return scores
+
+
+def test_a_worse_metric_refuses_although_the_loss_is_better() -> None:
+    decision = gate(answered({"math": 0, "python": -0.6, "sql": 0}))
+    python = decision.domains["python"]
+    assert not decision.promote and "python: worse than the tolerance of 0.05" in decision.reason
+    assert (python.verdict, python.loss.verdict, python.improved) == ("fail", "pass", False)
+    assert python.metric is not None and python.metric.interval is not None
+    assert python.metric.interval[0] < (python.metric.point or 0) < python.metric.interval[1] < 0
+
+
+def test_a_better_metric_promotes_where_the_loss_is_equal() -> None:
+    decision = gate(answered({"math": 0.6, "python": 0, "sql": 0}, loss=0))
+    assert decision.promote and decision.improved == ["math"]
+    math = decision.domains["math"]
+    assert math.metric is not None and math.metric.improved and not math.loss.improved
+
+
+def test_equal_answers_pass_and_promote_nobody() -> None:
+    decision = gate([Score(s.domain, s.row, s.incumbent, s.incumbent, s.base, 1.0, 1.0)
+                     for s in simulated(dict.fromkeys(DOMAINS, 0.0))])
+    assert not decision.promote and decision.improved == []
+    assert all(each.metric is not None and each.metric.verdict == "pass" for each in decision.domains.values())
+
+
+@pytest.mark.parametrize(("rows", "shift", "said"), [(19, 0.0, "19 answers to compare, 20 are needed"),
+                                                     (24, -0.1, "cannot tell whether within 0.05")])
+def test_a_metric_that_cannot_tell_says_so_and_is_no_bar(rows: int, shift: float, said: str) -> None:
+    few = {score.row for score in simulated({"sql": 0})[:rows]}
+    scores = [s if s.row in few else Score(s.domain, s.row, s.challenger, s.incumbent)
+              for s in answered(dict.fromkeys(DOMAINS, shift), seed=2)]
+    decision = gate(scores)
+    assert decision.promote
+    for each in decision.domains.values():
+        assert each.metric is not None and each.metric.verdict == "not enough data" and said in each.metric.reason
+        assert each.verdict == each.loss.verdict == "pass"
+
+
+def test_a_new_domains_answers_are_compared_with_the_bases() -> None:
+    decision = gate(answered({"math": 0, "python": 0, "sql": 0}), incumbent=("math", "python"))
+    sql = decision.domains["sql"]
+    assert sql.against == "base" and sql.metric is not None and sql.metric.improved
+    assert decision.domains["math"].metric is not None and not decision.domains["math"].metric.improved
+
+
+def test_the_seed_decides_and_the_same_seed_decides_the_same() -> None:
+    scores = answered({"math": -0.1, "python": 0.1, "sql": 0})
+    assert gate(scores) == gate(scores)
+    other = gate(scores, Rules(resamples=2_000, seed=1))
+    assert other.domains["math"].loss.interval != gate(scores).domains["math"].loss.interval
+
+
+def test_few_rows_that_lose_much_are_not_overlooked() -> None:
+    """Most rows gain a little and a few lose much: no true gain. The percentile interval alone promotes one in
+    eight such draws."""
+    rng = np.random.default_rng(4)
+    promoted = 0
+    for _ in range(200):
+        drawn = rng.exponential(0.1, (len(DOMAINS), 20)) - 0.1
+        promoted += gate([Score(domain, str(row), 2 + float(value), 2.0)
+                          for domain, values in zip(DOMAINS, drawn, strict=True) for row, value in enumerate(values)],
+                         Rules(resamples=2_000, tolerance=10)).promote
+    assert promoted <= 0.1 * 200

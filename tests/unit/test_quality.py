@@ -202,7 +202,7 @@ def test_rows_cannot_write_into_the_page(tmp_path: Path) -> None:
     page.feed(quality_page.html(beside({**report, "redacted": {"email": 3}}, evil)))
     assert not page.open
     assert not page.tags.keys() & {"script", "img", "iframe", "object"}
-    assert page.links == [quality_page.ICON]
+    assert page.links == ["data:,"]   # an empty icon, or a browser asks the server for one
     assert page.tags["svg"] >= 6
     assert evil in page.text
     assert "redacted" in page.text

@@ -1,0 +1,205 @@
+"""OpenAI's chat protocol: a body in, a completion or its chunks out. Knows nothing of HTTP, of batches or of models.
+
+What a body may say is `moa.pyfunc`'s to decide, so that both servers take the same; this adds what a server that
+strangers reach must refuse.
+"""
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moa.errors import UsageError
+from moa.pyfunc import BodyError, parse
+
+MESSAGES = 256   # a template is rendered once a turn, so that its cost grows with the square of the turns
+# What a text cannot hold: control characters but tab and line ends, and halves of characters, which no encoder takes.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+# Options that would change the answer's form, and the values that do not. Silence about them would be a wrong answer.
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+    "logprobs": (False,), "top_logprobs": (0,), "response_format": ({"type": "text"},), "logit_bias": ({},),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "modalities": (["text"],), "audio": (), "prediction": (),
+}
+
+
+class ChatError(Exception):
+    """A refusal: `status` is HTTP's, `code` is for programs, the message for people."""
+
+    def __init__(self, status: int, message: str, code: str, kind: str = "invalid_request_error") -> None:
+        super().__init__(message)
+        self.status, self.code, self.kind = status, code, kind
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A chat body that makes sense; the domain is one that was offered."""
+
+    messages: list[dict[str, str]]
+    domain: str | None
+    options: dict[str, Any]
+    stream: bool
+    usage: bool        # a stream ends with its token counts
+
+
+def models(labels: Sequence[str]) -> list[str]:
+    return ["moa", *(f"moa/{label}" for label in labels), "base"]
+
+
+def read(data: bytes, labels: Sequence[str], most_tokens: int) -> Question:
+    """The question in a request's bytes. Raises ChatError."""
+    body = _json(data)
+    if isinstance(body, dict):
+        _check_model(body.get("model", "moa"), labels)
+        for name, harmless in WITHOUT_EFFECT.items():
+            if body.get(name) is not None and body[name] not in harmless:
+                raise ChatError(400, f"`{name}` is not supported: leave it out.", "unsupported_parameter")
+        body = {**body, "messages": _flat(body.get("messages"))}
+    try:
+        messages, domain, options = parse(body)
+    except (BodyError, UsageError) as error:
+        raise ChatError(400, str(error), "invalid_body") from None
+    stream, usage = _streaming(body)
+    return Question(messages, domain, _bounded(options, most_tokens), stream, usage)
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        what = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise ChatError(400, f"The body is not JSON: {what}.", "invalid_json") from None
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _check_model(model: Any, labels: Sequence[str]) -> None:
+    if isinstance(model, str) and model not in (known := models(labels)):
+        raise ChatError(404, f"There is no model {_short(model)}; there are {', '.join(known)}.", "model_not_found")
+
+
+def _flat(messages: Any) -> Any:
+    """Contents in several parts, all text, as one text; whatever else is wrong, `parse` finds."""
+    if not isinstance(messages, list):
+        return messages
+    if len(messages) > MESSAGES:
+        raise ChatError(400, f"There are {len(messages)} messages, and at most {MESSAGES} are read.",
+                        "too_many_messages")
+    return [{**each, "content": _content(place, each["content"])}
+            if isinstance(each, dict) and "content" in each else each for place, each in enumerate(messages)]
+
+
+def _content(place: int, content: Any) -> Any:
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+                 for part in content]
+        if not content or not all(isinstance(part, str) for part in parts):
+            raise ChatError(400, f"`messages[{place}].content` may have parts of type text only.", "invalid_body")
+        content = "".join(map(str, parts))
+    if isinstance(content, str) and (found := UNPRINTABLE.search(content)):
+        raise ChatError(400, f"`messages[{place}].content` holds the character U+{ord(found[0]):04X}, which no text "
+                             "has: remove it.", "invalid_character")
+    return content
+
+
+def _streaming(body: dict[str, Any]) -> tuple[bool, bool]:
+    stream, wishes = body.get("stream"), body.get("stream_options")
+    if stream is not None and not isinstance(stream, bool):
+        raise ChatError(400, "`stream` must be true or false.", "invalid_body")
+    if wishes is not None and not (stream and isinstance(wishes, dict)):
+        raise ChatError(400, "`stream_options` must be an object, and has no effect without `stream`.", "invalid_body")
+    return bool(stream), bool((wishes or {}).get("include_usage"))
+
+
+def _bounded(options: dict[str, Any], most_tokens: int) -> dict[str, Any]:
+    """The options with a number of tokens, within what the server allows."""
+    from moa.generation import Options
+
+    asked = options.get("max_new_tokens", min(Options().max_new_tokens, most_tokens))
+    if asked > most_tokens:
+        raise ChatError(400, f"`max_tokens` is {_short(asked)}; this server writes {most_tokens} at most.",
+                        "max_tokens_too_large")
+    stop = options.get("stop", ())
+    if len((stop,) if isinstance(stop, str) else stop) > 16:
+        raise ChatError(400, "`stop` has more than 16 texts.", "invalid_body")
+    return {**options, "max_new_tokens": asked}
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# Answers.
+
+@dataclass(frozen=True)
+class Voice:
+    """What every message of one answer says of itself."""
+
+    fingerprint: str
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def completion(self, answer: Any) -> dict[str, Any]:
+        message = {"role": "assistant", "content": answer.answer, "refusal": None}
+        return {**self._head("chat.completion", answerer(answer)),
+                "choices": [{"index": 0, "message": message, "finish_reason": answer.finish, "logprobs": None}],
+                "usage": usage(answer), "moa": _routing(answer)}
+
+    def chunk(self, model: str, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
+        return {**self._head("chat.completion.chunk", model),
+                "choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]}
+
+    def endings(self, answer: Any, with_usage: bool) -> Iterator[dict[str, Any]]:
+        """The last chunks of a stream."""
+        model = answerer(answer)
+        yield {**self.chunk(model, {}, answer.finish), "moa": _routing(answer)}
+        if with_usage:
+            yield {**self._head("chat.completion.chunk", model), "choices": [], "usage": usage(answer)}
+
+    def _head(self, kind: str, model: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": model,
+                "system_fingerprint": self.fingerprint}
+
+
+def answerer(answer: Any) -> str:
+    """The model that answered: moa/NAME, or base."""
+    return model_of("base" if answer.abstained else answer.domain)
+
+
+def model_of(label: str) -> str:
+    return "base" if label == "base" else f"moa/{label}"
+
+
+def usage(answer: Any) -> dict[str, int]:
+    return {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens,
+            "total_tokens": answer.prompt_tokens + answer.tokens}
+
+
+def _routing(answer: Any) -> dict[str, Any]:
+    return {"domain": answer.domain, "confidence": answer.confidence, "abstained": answer.abstained}
+
+
+class Trimmed:
+    """Pieces of a text without the white space at its two ends, as `generate` gives it."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._begun = False
+
+    def add(self, piece: str) -> str:
+        text = self._held + piece
+        if not self._begun:
+            text = text.lstrip()
+        sure = text.rstrip()
+        self._held = text[len(sure):]
+        self._begun = self._begun or bool(sure)
+        return sure

@@ -1,0 +1,68 @@
+"""`moa export`, `moa expert import`, `moa report`: argv to the rooms behind them; nothing else. Light to import."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moa.cli_shared import App, AsJson, opened, place, print_json
+
+expert_app = App(name="expert", help="Bring experts in that were trained elsewhere.")
+
+
+@expert_app.command("import")
+def import_(
+    directory: Annotated[Path, typer.Argument(help="A LoRA adapter as PEFT saves it: adapter_config.json and "
+                                                   "adapter_model.safetensors.", metavar="DIR")],
+    domain: Annotated[str, typer.Option("--domain", help="The domain it answers for.", metavar="NAME")],
+    as_json: AsJson = False,
+) -> None:
+    """Take an adapter that was trained with plain PEFT as a domain's expert. All checks first, then all of it."""
+    from moa import admission
+
+    source = directory.absolute()
+    done = admission.admit(place.workspace(), source, domain)
+    if as_json:
+        print_json(done)
+    else:
+        print(admission.text(done))
+
+
+def export(
+    directory: Annotated[Path, typer.Argument(help="A new or empty folder.", metavar="DIR")],
+    form: Annotated[str, typer.Option("--format", help="peft, or vllm: the same with the command that serves it.",
+                                      metavar="peft|vllm")] = "peft",
+    version: Annotated[int | None, typer.Option(help="A release instead of the champion.", metavar="N")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a release's experts as plain PEFT directories, with its router. For vllm, print how to serve them."""
+    from moa import export as exporting
+
+    target = directory.absolute()
+    done = exporting.export(*opened(), target, form, version)
+    if as_json:
+        print_json(done)
+        return
+    print(exporting.text(done), file=sys.stderr)
+    if done["command"]:
+        print(done["command"])
+
+
+def report(
+    page: Annotated[Path | None, typer.Option("--html", help="Where the page goes; .moa/report.html by default.",
+                                              metavar="FILE", dir_okay=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One HTML page on the workspace: scores, routing, learning curves, data quality and what came from what."""
+    from moa import report_facts, report_page
+
+    page = page and page.absolute()
+    workspace, config = opened()
+    facts = report_facts.gather(workspace, config)
+    target = page or workspace.local / "report.html"
+    report_page.write(target, facts)
+    if as_json:
+        print_json(facts)
+    else:
+        print(target)

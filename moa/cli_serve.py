@@ -1,0 +1,54 @@
+"""`moa serve`: argv to the server; nothing else. Light to import, as moa/cli.py is."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moa.cli_shared import opened
+from moa.errors import ConfigError, RegistryError, UsageError
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen at; any but this machine's own needs a key.",
+                                      metavar="ADDRESS")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = a free one, which is printed.")] = 8000,
+    key_file: Annotated[Path | None, typer.Option(
+        help="File with the key that callers must send as a bearer; MOA_API_KEY is read without it.", metavar="FILE",
+        exists=True, dir_okay=False)] = None,
+    poll: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the champion.")] = 5.0,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most requests decoded together.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Most requests that wait; more are refused with 429.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 1024,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
+    max_body: Annotated[int, typer.Option(min=1024, help="Largest request, in bytes.")] = 262_144,
+) -> None:
+    """Serve the champion as an OpenAI server, and every champion after it, until Ctrl-C."""
+    key = _key(key_file)   # before the workspace's folder becomes the current one
+    workspace, config = opened()
+    from moa.batching import Limits
+    from moa.config import NO_DOMAIN
+    from moa.serve import Settings
+    from moa.serve import serve as run
+
+    settings = Settings(host=host, port=port, key=key, poll=poll, body_bytes=max_body, prompt_tokens=max_prompt_tokens,
+                        max_tokens=max_tokens, limits=Limits(rows=max_batch, waiting=max_waiting))
+    try:
+        run(workspace, config, settings)
+    except RegistryError:
+        if not config.domains:   # then nothing can have been released either
+            raise ConfigError(NO_DOMAIN) from None
+        raise
+
+
+def _key(file: Path | None) -> str | None:
+    """The key of the file, else of MOA_API_KEY, else None. Raises UsageError for one that protects nothing."""
+    name = "MOA_API_KEY" if file is None else str(file)
+    try:
+        key = os.environ.get("MOA_API_KEY") if file is None else file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        raise UsageError(f"{name} cannot be read as text.") from None
+    if key is not None and (not key or not key.isprintable() or not key.isascii() or " " in key):
+        raise UsageError(f"{name} holds no key: a key is one word of printable ASCII.")
+    return key

@@ -1,0 +1,180 @@
+"""One request for a chat completion: its body, its limits, its job, and the answer, whole or as a stream.
+
+Knows nothing of how the server was started, or of what a batch is made of.
+"""
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import CancelledError, Future
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from moa import chat
+from moa.batching import Closed, Full, Job
+from moa.chat import ChatError, Question, Trimmed, Voice
+from moa.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from moa.serve import Server
+    from moa.serving import Answer, Listener, Release
+
+BODY_SECONDS = 30       # for a request to arrive
+
+
+async def complete(server: "Server", request: Request) -> Response:
+    """Raises ChatError."""
+    release = server.champions.now   # an answer is this one's, whoever becomes champion meanwhile
+    settings = server.settings
+    data = await _body(request, settings.body_bytes)
+    question = await run_in_threadpool(chat.read, data, release.mixture.labels, settings.max_tokens)
+    tokens = await run_in_threadpool(_prompt_tokens, release, question, settings.prompt_tokens)
+    headers = {"X-Moa-Release": release.label}
+    voice = Voice(release.fingerprint)
+    if question.stream:
+        events, listener = _listener()
+        job = _submit(server, release, question, tokens, listener)
+        job.done.add_done_callback(events.put)
+        return StreamingResponse(_chunks(server, job, events, voice, question.usage), media_type="text/event-stream",
+                                 headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    job = _submit(server, release, question, tokens, None)
+    answer = await _finished(request, job)
+    if answer is None:
+        return Response(status_code=499)
+    server.metrics.answer(answer)
+    return JSONResponse(voice.completion(answer), headers={**headers, "X-Moa-Model": chat.answerer(answer)})
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The body, no byte more of it than allowed."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        # Any web page may send other types to a server on this machine, unasked.
+        raise ChatError(415, "The Content-Type must be application/json.", "unsupported_media_type")
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            if int(request.headers.get("content-length", 0)) > most:
+                raise _too_large(most)
+            async for piece in request.stream():
+                data += piece
+                if len(data) > most:
+                    raise _too_large(most)
+    except TimeoutError:
+        raise ChatError(408, f"The body did not arrive within {BODY_SECONDS} seconds.", "timeout") from None
+    except ClientDisconnect:
+        raise ChatError(400, "The body ended early.", "invalid_json") from None
+    return bytes(data)
+
+
+def _too_large(most: int) -> ChatError:
+    return ChatError(413, f"The body is larger than the {most} bytes that this server takes.", "request_too_large")
+
+
+def _prompt_tokens(release: "Release", question: Question, most: int) -> int:
+    """Length of the prompt. Raises ChatError when it may not be asked."""
+    from jinja2 import TemplateError
+
+    from moa.serving import room, special_in
+
+    for place, message in enumerate(question.messages):
+        if found := special_in(release, message["content"]):
+            raise ChatError(400, f"`messages[{place}].content` holds {found!r}, a marker of the base's own: a message "
+                                 "cannot begin or end a turn.", "special_token")
+    try:
+        tokens = room(release, question.messages, question.options["max_new_tokens"])
+    except UsageError as error:
+        raise ChatError(400, str(error), "context_length_exceeded") from None
+    except (DataError, TemplateError) as error:
+        raise ChatError(400, f"The base's chat template does not take these messages: {error}", "invalid_body"
+                        ) from None
+    if tokens > most:
+        raise ChatError(400, f"The prompt is {tokens} tokens long; this server reads {most} at most.",
+                        "context_length_exceeded")
+    return tokens
+
+
+def _submit(server: "Server", release: "Release", question: Question, tokens: int,
+            listener: "Listener | None") -> Job:
+    from moa.serving import Ask
+
+    job = Ask(release, question.messages, question.domain, question.options, tokens, listener).job()
+    try:
+        server.batcher.submit(job)
+    except Full:
+        raise ChatError(429, "Too many requests wait already: try again in a moment.", "queue_full",
+                        "rate_limit_error") from None
+    except Closed:
+        raise ChatError(503, "The server is ending.", "shutting_down", "server_error") from None
+    return job
+
+
+async def _finished(request: Request, job: Job) -> "Answer | None":
+    """The job's answer; None when the client left, and the job is cancelled if it has not begun."""
+    result = asyncio.wrap_future(job.done)
+    gone = asyncio.ensure_future(_gone(request))
+    await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+    gone.cancel()
+    if result.done():
+        return result.result()
+    job.done.cancel()
+    return None
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# A stream.
+
+class _Events:
+    """A queue from the worker's thread to the event loop."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+
+    def put(self, event: Any) -> None:
+        with contextlib.suppress(RuntimeError):   # the loop has ended: nobody listens
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
+
+
+def _listener() -> tuple[_Events, "Listener"]:
+    from moa.serving import Listener
+
+    events = _Events()
+    return events, Listener(lambda by: events.put({"by": by}), events.put, threading.Event())
+
+
+async def _chunks(server: "Server", job: Job, events: _Events, voice: Voice, usage: bool) -> AsyncIterator[str]:
+    """Server-sent events: who answers, the text as it becomes certain, how it ended."""
+    model, text = "moa", Trimmed()
+    try:
+        while not isinstance(event := await events.queue.get(), Future):
+            if isinstance(event, dict):
+                model = chat.model_of(event["by"])
+                yield _event(voice.chunk(model, {"role": "assistant", "content": ""}))
+            elif sure := text.add(event):
+                yield _event(voice.chunk(model, {"content": sure}))
+        try:
+            answer = event.result()
+        except (Exception, CancelledError):
+            yield _event(ChatError(500, "The server could not finish.", "internal_error", "server_error").as_dict())
+            return
+        server.metrics.answer(answer)
+        for chunk in voice.endings(answer, usage):
+            yield _event(chunk)
+        yield "data: [DONE]\n\n"
+    finally:   # the client may have left
+        job.work.listener.cancelled.set()
+        job.done.cancel()
+
+
+def _event(content: Any) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

@@ -1,0 +1,53 @@
+"""What a server counts, as Prometheus reads it. Knows nothing of HTTP or of models; holds no text of anybody's."""
+
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+PATHS = ("/v1/chat/completions", "/v1/models", "/healthz", "/metrics")   # any other is "other": names cost memory
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """One server's counters, apart from any other's in this process."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self._requests = Counter("moa_requests", "Requests by path and HTTP status.", ["path", "status"],
+                                 registry=registry)
+        self._seconds = Histogram("moa_request_seconds", "Time to the last byte of a chat request.", buckets=SECONDS,
+                                  registry=registry)
+        self._tokens = Counter("moa_tokens", "Tokens read (prompt) and written (completion).", ["kind"],
+                               registry=registry)
+        self._routes = Counter("moa_routes", "Answers by who gave them.", ["domain", "chosen"], registry=registry)
+        self._abstentions = Counter("moa_abstentions", "Answers of the base because the router abstained.",
+                                    registry=registry)
+        self.rows = Histogram("moa_batch_rows", "Rows decoded together.", buckets=ROWS, registry=registry)
+
+    def watch(self, *, waiting: Callable[[], float], running: Callable[[], float], release: Callable[[], float],
+              failures: Callable[[], float]) -> None:
+        """Values that are looked up when somebody asks."""
+        for name, what, value in (
+                ("moa_waiting", "Requests that wait for a batch.", waiting),
+                ("moa_running", "Requests being decoded.", running),
+                ("moa_release", "Version of the release that serves.", release),
+                ("moa_swap_failures", "Champions that could not be loaded.", failures)):
+            Gauge(name, what, registry=self.registry).set_function(value)
+
+    def request(self, path: str, status: int, seconds: float) -> None:
+        self._requests.labels(path if path in PATHS else "other", str(status)).inc()
+        if path == PATHS[0]:
+            self._seconds.observe(seconds)
+
+    def answer(self, answer: Any) -> None:
+        self._tokens.labels("prompt").inc(answer.prompt_tokens)
+        self._tokens.labels("completion").inc(answer.tokens)
+        by = "base" if answer.abstained else answer.domain
+        self._routes.labels(by, "caller" if answer.confidence is None else "router").inc()
+        if answer.abstained:
+            self._abstentions.inc()
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,214 @@
+"""Releases that serve: the champion on its base, followed as it changes, answering batches.
+
+Knows nothing of HTTP. A release that another one follows finishes what was asked of it, and is then forgotten.
+"""
+
+import copy
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moa import base, generation
+from moa.ask import champion
+from moa.base import Base
+from moa.batching import Job
+from moa.config import Config
+from moa.errors import MoaError
+from moa.generation import Options, Writing
+from moa.mixture import Answer, Conversation, Mixture, answering
+from moa.registry import Registry
+from moa.router import Decision
+from moa.workspace import Workspace
+
+RETRY_SECONDS = 60   # before a release that could not be loaded is tried again
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who hears of one row while it is written: first who answers, then pieces of text."""
+
+    begun: Tell
+    piece: Tell
+    cancelled: threading.Event
+
+
+class Heard(Mixture):
+    """A mixture that a listener can follow through `generate` of a single prompt."""
+
+    listener: Listener | None = None
+
+    @contextmanager
+    def heard_by(self, listener: Listener) -> Iterator[None]:
+        with self._turn:
+            self.listener = listener
+            try:
+                yield
+            finally:
+                self.listener = None
+
+    def _decode(self, prompts: list[list[int]], decisions: Sequence[Decision | str], limit: int, options: Options,
+                **streaming: Any) -> list[Writing]:
+        if self.listener is not None:
+            (one,) = decisions
+            self.listener.begun(answering(one) if isinstance(one, Decision) else one)
+            streaming = {"tell": self.listener.piece, "cancelled": self.listener.cancelled}
+        return super()._decode(prompts, decisions, limit, options, **streaming)
+
+
+@dataclass(frozen=True, eq=False)
+class Release:
+    """One version at work."""
+
+    name: str
+    version: int
+    digest: str
+    mixture: Heard
+    created: int              # seconds since 1970
+    special: dict[int, str]   # the base's markers of turns and ends, by id
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}/{self.version}"
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.name}-{self.version}-{self.digest[:12]}"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One conversation for one release. The options are checked, the domain is one that the release has."""
+
+    release: Release
+    messages: Conversation
+    domain: str | None
+    options: dict[str, Any]
+    prompt_tokens: int
+    listener: Listener | None = None
+
+    def job(self) -> Job:
+        """A heard row is decoded alone; the others side by side where release and options are the same."""
+        key: Any = object() if self.listener else (self.release, Options(**self.options))
+        return Job(key, self.prompt_tokens + Options(**self.options).max_new_tokens, self)
+
+
+def answer(jobs: Sequence[Job]) -> list[Answer]:
+    """Answer a batch as one: what a Batcher works with."""
+    asks: list[Ask] = [job.work for job in jobs]
+    first = asks[0]
+    mixture = first.release.mixture
+    if first.listener is None:
+        return mixture.generate([ask.messages for ask in asks], [ask.domain for ask in asks], **first.options)
+    with mixture.heard_by(first.listener):
+        return mixture.generate([first.messages], [first.domain], **first.options)
+
+
+class Champions:
+    """The release that serves now, replaced when the champion changes."""
+
+    def __init__(self, workspace: Workspace, config: Config) -> None:
+        """Load the champion. Raises MoaError when there is none, or it cannot be loaded."""
+        self.workspace, self.config = workspace, config
+        self.registry = Registry(workspace, config)
+        self._base: Base | None = None
+        version, folder = champion(workspace, config)
+        self.now = self._load(version, folder)
+        self.failures = 0
+        self._refused: tuple[int, float] | None = None   # version that could not be loaded, and when
+        self._lost = False
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def follow(self, seconds: float) -> None:
+        """Look for another champion every so often, until `close`."""
+        def run() -> None:
+            while not self._stop.wait(seconds):
+                self.look()
+
+        self._thread = threading.Thread(target=run, name="moa-champion", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(5)   # a load may take long, and nobody waits for its result
+
+    def look(self) -> None:
+        """Serve the champion if it is another one. Whatever goes wrong, what serves now goes on."""
+        try:
+            version = self.registry.champion()
+            self._lost = False
+        except Exception as error:   # of any kind: whoever follows must not stop following
+            if not self._lost:   # once, not every few seconds
+                _log(f"the champion cannot be looked up, {self.now.label} goes on: {error}")
+            self._lost = True
+            return
+        if version is None or version.version == self.now.version or self._refused_lately(version.version):
+            return
+        try:
+            self.now = self._load(version, self.registry.download(version.version))
+        except Exception as error:   # nor does a server end because a release is broken
+            self.failures += 1
+            self._refused = version.version, time.monotonic()
+            what = error if isinstance(error, MoaError) else f"{type(error).__name__}: {error}"
+            _log(f"{version.name}/{version.version} cannot be loaded, {self.now.label} goes on: {what}")
+            return
+        _log(f"{self.now.label} serves from now on")
+
+    def _refused_lately(self, version: int) -> bool:
+        return (self._refused is not None and self._refused[0] == version
+                and time.monotonic() - self._refused[1] < RETRY_SECONDS)
+
+    def _load(self, version: Any, folder: Path) -> Release:
+        mixture = Heard.load(folder, self._own_base())
+        return Release(version.name, version.version, version.digest, mixture, version.created_at // 1000,
+                       _special(mixture.base.tokenizer))
+
+    def _own_base(self) -> Base:
+        """Modules of its own over shared weights: the release before may still be answering on its own."""
+        if self._base is None or self._base.pin != base.pin(self.workspace):
+            device = base.pick_device(self.config.execution.devices)
+            self._base = base.load(self.workspace, self._config_now().base, device)
+        model = self._base.model
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        return replace(self._base, model=copy.deepcopy(model, shared))
+
+    def _config_now(self) -> Config:
+        """params.yaml may name another base than when the server began."""
+        from moa.config import load
+
+        return load(self.workspace.params)
+
+
+def room(release: Release, messages: Conversation, max_new_tokens: int) -> int:
+    """Tokens of the prompt. Raises UsageError when the base's context leaves no room for an answer."""
+    mixture = release.mixture
+    encoded = mixture.encoder.prompt(messages)
+    generation.rooms(mixture.base.model, [encoded], max_new_tokens)
+    return len(encoded)
+
+
+def special_in(release: Release, text: str) -> str | None:
+    """A marker of the base that `text` would forge: its letters would become a token of the conversation's structure.
+    """
+    if (found := next((word for word in release.special.values() if word in text), None)) is not None:
+        return found
+    tokenizer = release.mixture.base.tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]   # a normalizer may make a marker of other letters
+    unknown = tokenizer.unk_token_id                               # what any rare character may become
+    return next((release.special[number] for number in ids if number in release.special and number != unknown), None)
+
+
+def _special(tokenizer: Any) -> dict[int, str]:
+    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | {number: tokenizer.convert_ids_to_tokens(number) for number in tokenizer.all_special_ids}
+
+
+def _log(line: str) -> None:
+    print(f"moa: {line}", file=sys.stderr, flush=True)

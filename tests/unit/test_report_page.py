@@ -1,0 +1,194 @@
+"""The report page: its figures against the rows they come from, what it leaves out, and that nothing writes into it."""
+
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moa import report_facts, report_page
+from moa.config import Config
+from moa.errors import UsageError
+from moa.workspace import MANIFEST, Workspace, write_json
+
+EVIL = "</td></table></svg><script>alert(1)</script><img src=x onerror='alert(2)'>&amp;\"'"
+CONFIG = Config.model_validate({"base": {"source": "path:toy"}, "domains": {
+    name: {"metric": "rouge_l"} for name in ("law", "sql", "new")}})
+
+
+class Page(HTMLParser):
+    """Tags, links and text of a page, and what was left open."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: Counter[str] = Counter()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.parts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.addresses += [value or "" for name, value in attrs if name in ("href", "src", "action", "data")]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.parts)
+
+
+def rows(domain: str, shift: float) -> list[dict[str, Any]]:
+    """Twenty rows of one domain; the router gets every fifth wrong, and the base then answers as well as it can."""
+    found = []
+    for number in range(20):
+        forced = 1.0 + number / 50
+        losses = {"base": forced + 0.5, "forced": forced, "routed": forced + (shift if number % 5 == 0 else 0.0)}
+        found += [{"domain": domain, "row": f"{domain}{number}", "system": system, "loss": loss, "tokens": 5 + number,
+                   "score": None if number >= 6 else float(number % 2 or system == "forced")}
+                  for system, loss in losses.items()]
+    return found
+
+
+def evaluated(workspace: Workspace, domains: dict[str, float]) -> list[dict[str, Any]]:
+    """`data/reports` as the stage evaluate leaves it."""
+    every = [row for domain, shift in domains.items() for row in rows(domain, shift)]
+    workspace.reports.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(every), workspace.reports / "rows.parquet")
+    summary: dict[str, Any] = {"domains": {}, "routing": {"accuracy": 0.9, "abstention": 0.05, "ece": 0.02,
+                                                          "confusion": {}}}
+    for domain in domains:
+        summary["routing"]["confusion"][domain] = {guess: 16 if guess == domain else 4 for guess in domains}
+        summary["domains"][domain] = {}
+        for system in ("base", "forced", "routed"):
+            mine = [row for row in every if (row["domain"], row["system"]) == (domain, system)]
+            loss = sum(row["loss"] * row["tokens"] for row in mine) / sum(row["tokens"] for row in mine)
+            summary["domains"][domain][system] = {"loss": loss, "score": 0.5, "rows": 20, "answered": 6}
+    write_json(workspace.reports / "summary.json", summary)
+    return every
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """Built and never released: law learned here, sql imported, new not even prepared."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    made = Workspace(tmp_path / "workspace")
+    write_json(made.base_manifest, {"source": "path:toy", "digest": "b" * 64, "architecture": "Toy",
+                                    "parameters": 12_000_000})
+    for name in ("law", "sql"):
+        counts = {"read": 50, "kept": 45, "rejected": 3, "duplicates": 2, "train": 30, "validation": 5, "test": 10}
+        write_json(made.corpus(name) / MANIFEST, {"digest": name[0] * 64, "rows": counts})
+        write_json(made.corpus(name) / "quality.json", {"rows": counts, "warnings": [f"{name} repeats itself"]})
+    write_json(made.expert("law") / MANIFEST, {
+        "digest": "1" * 64, "corpus": "0" * 64, "rank": 8, "best_epoch": 2, "best_loss": 1.25, "curve": [
+            {"step": 10, "train_loss": 1.5, "validation_loss": 1.5}, {"step": 20, "train_loss": 1.0,
+                                                                      "validation_loss": 1.25}]})
+    write_json(made.expert("sql") / MANIFEST, {"digest": "2" * 64, "corpus": "s" * 64, "rank": 4, "source": "imported",
+                                               "best_epoch": None, "best_loss": None, "curve": []})
+    write_json(made.mixture / MANIFEST, {
+        "digest": "9" * 64, "labels": ["law", "sql"], "router": {"rule": "early", "layer": 4},
+        "experts": {"law": {"digest": "1" * 64}, "sql": {"digest": "7" * 64, "parent": "2" * 64}}})
+    evaluated(made, {"law": 0.4, "sql": 0.0})
+    return made
+
+
+def test_figures_are_those_of_the_rows(workspace: Workspace) -> None:
+    facts = report_facts.gather(workspace, CONFIG)
+    assert facts["champion"] is None and facts["registry_trouble"] is None and not workspace.mlflow.exists()
+    found = facts["challenger"]
+    law = [row for row in rows("law", 0.4) if row["system"] == "forced"]
+    losses, tokens = np.array([row["loss"] for row in law]), np.array([row["tokens"] for row in law])
+    drawn = np.random.default_rng(7).integers(20, size=(20_000, 20))   # the same bootstrap, of other draws
+    means = (losses[drawn] * tokens[drawn]).sum(1) / tokens[drawn].sum(1)
+    forced = found["scores"]["law"]["forced"]
+    assert forced["loss_interval"] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+    assert forced["loss_interval"][0] < forced["loss"] < forced["loss_interval"][1]
+    assert forced["score_interval"] == (1.0, 1.0) and found["scores"]["law"]["base"]["score_interval"][0] < 0.5
+    paid = [0, 5, 10, 15]   # rows that the router sends elsewhere
+    cost = found["tax"]["law"]
+    assert cost["loss"] == pytest.approx(0.4 * sum(5 + number for number in paid) / sum(5 + n for n in range(20)))
+    assert cost["score"] == pytest.approx(0.5) and (cost["rows"], cost["answered"]) == (20, 6)
+    assert 0 <= cost["loss_interval"][0] < cost["loss"] < cost["loss_interval"][1]
+    assert found["tax"]["sql"]["loss"] == 0.0 and found["tax"]["sql"]["loss_interval"] == (0.0, 0.0)
+
+
+def test_intervals_need_rows_and_finite_values() -> None:
+    assert report_facts.interval([]) is None and report_facts.interval([(1.0, 1.0)]) is None
+    assert report_facts.interval([(1.0, 1.0), (float("nan"), 1.0)]) is None
+    low, high = report_facts.interval([(float(number), 1.0) for number in range(5_000)]) or (0.0, 0.0)
+    assert 2_440 < low < 2_499.5 < high < 2_560   # mean and 1.96 standard errors: 2499.5 +- 40
+
+
+def test_the_page_says_what_there_is(workspace: Workspace) -> None:
+    html = report_page.html(report_facts.gather(workspace, CONFIG))
+    page = Page(html)
+    assert not page.open and not page.tags.keys() & {"script", "img", "iframe", "object"}
+    assert page.addresses == ["data:,"]
+    for words in ("nothing was released", "2 with an expert", "label forced", "routing tax", "90.0%",
+                  "law repeats itself", "imported: it was trained elsewhere", "kept: epoch 2, validation loss 1.250",
+                  "rule early, reading", "law (rank 8)", "sql (imported)", "1" * 12, "path:toy"):
+        assert words in page.text, words
+    assert re.search(r'class="m" style="background:rgba\(59,110,168,0\.80\);color:#fff">16<', html)
+    # law learned from a corpus of before; sql's expert is in the mixture by way of joint training.
+    assert html.count('class="edge old"') == 1 and "A broken line" in page.text
+
+
+def test_a_workspace_with_nothing_built_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    page = Page(report_page.html(report_facts.gather(Workspace(tmp_path), CONFIG)))
+    assert "Nothing was evaluated yet" in page.text and "0 with an expert" in page.text and not page.open
+
+
+def test_no_registry_is_said_and_the_rest_is_shown(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))   # bound and not listening: nobody answers
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        page = Page(report_page.html(report_facts.gather(workspace, CONFIG)))
+    assert "The champion is unknown: No MLflow server answers" in page.text and "routing tax" in page.text
+
+
+def test_nothing_in_a_workspace_can_write_into_the_page(workspace: Workspace) -> None:
+    def spoiled(value: Any) -> Any:
+        """The facts with every text of theirs, and every name, made hostile."""
+        if isinstance(value, dict):
+            return {key if key in known else EVIL + key: spoiled(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(spoiled(each) for each in value)
+        return EVIL + value if isinstance(value, str) else value
+
+    facts = report_facts.gather(workspace, CONFIG)
+    champion = {"name": "m", "version": 3, "since": "2026-01-01", "reason": "better", "experts": {},
+                "router": {"rule": "early", "layer": 4}, **facts["challenger"], "digest": "8" * 64}
+    known = keys({**facts, "champion": champion}) - {"law", "sql", "new"}
+    page = Page(report_page.html(spoiled({**facts, "champion": champion, "registry_trouble": "down"})))
+    assert not page.open and page.tags["svg"] >= 5
+    assert not page.tags.keys() & {"script", "img", "iframe", "object"}
+    assert page.addresses == ["data:,"] and EVIL in page.text
+
+
+def keys(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        return value.keys() | set().union(*map(keys, value.values()))
+    return set().union(*map(keys, value)) if isinstance(value, list | tuple) else set()
+
+
+def test_a_page_is_written_whole_or_not_at_all(workspace: Workspace, tmp_path: Path) -> None:
+    facts = report_facts.gather(workspace, CONFIG)
+    report_page.write(tmp_path / "new" / "page.html", facts)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
+    with pytest.raises(UsageError, match="name another file"):
+        report_page.write(workspace.base_manifest / "page.html", facts)
