@@ -8,7 +8,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,10 +52,12 @@ def models(labels: Sequence[str]) -> list[str]:
     return ["moa", *(f"moa/{label}" for label in labels), "base"]
 
 
-def read(data: bytes, labels: Sequence[str], most_tokens: int) -> Question:
-    """The question in a request's bytes. Raises ChatError."""
+def read(data: bytes, labels: Sequence[str], most_tokens: int, adapters: Mapping[str, str] | None = None) -> Question:
+    """The question in a request's bytes. `adapters` are other names of labels. Raises ChatError."""
     body = _json(data)
     if isinstance(body, dict):
+        if isinstance(model := body.get("model"), str) and model in (adapters or {}):
+            body = {**body, "model": model_of((adapters or {})[model])}
         _check_model(body.get("model", "moa"), labels)
         for name, harmless in WITHOUT_EFFECT.items():
             if body.get(name) is not None and body[name] not in harmless:
@@ -152,7 +154,7 @@ class Voice:
         message = {"role": "assistant", "content": answer.answer, "refusal": None}
         return {**self._head("chat.completion", answerer(answer)),
                 "choices": [{"index": 0, "message": message, "finish_reason": answer.finish, "logprobs": None}],
-                "usage": usage(answer), "moa": _routing(answer)}
+                "usage": usage(answer), "moa": routing(answer)}
 
     def chunk(self, model: str, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
         return {**self._head("chat.completion.chunk", model),
@@ -161,7 +163,7 @@ class Voice:
     def endings(self, answer: Any, with_usage: bool) -> Iterator[dict[str, Any]]:
         """The last chunks of a stream."""
         model = answerer(answer)
-        yield {**self.chunk(model, {}, answer.finish), "moa": _routing(answer)}
+        yield {**self.chunk(model, {}, answer.finish), "moa": routing(answer)}
         if with_usage:
             yield {**self._head("chat.completion.chunk", model), "choices": [], "usage": usage(answer)}
 
@@ -184,7 +186,7 @@ def usage(answer: Any) -> dict[str, int]:
             "total_tokens": answer.prompt_tokens + answer.tokens}
 
 
-def _routing(answer: Any) -> dict[str, Any]:
+def routing(answer: Any) -> dict[str, Any]:
     return {"domain": answer.domain, "confidence": answer.confidence, "abstained": answer.abstained}
 
 

@@ -23,9 +23,19 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 1024,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
     max_body: Annotated[int, typer.Option(min=1024, help="Largest request, in bytes.")] = 262_144,
+    backend: Annotated[str | None, typer.Option(
+        help="OpenAI-compatible server that decodes, with the adapters of `moa export DIR --format vllm`; this one "
+             "then only routes.", metavar="URL")] = None,
+    backend_key_file: Annotated[Path | None, typer.Option(
+        help="File with the key that the backend asks for.", metavar="FILE", exists=True, dir_okay=False)] = None,
+    backend_base: Annotated[str | None, typer.Option(
+        help="The backend's name of the base; without it the backend is asked.", metavar="NAME")] = None,
 ) -> None:
     """Serve the champion as an OpenAI server, and every champion after it, until Ctrl-C."""
+    if backend is None and (backend_key_file or backend_base):
+        raise UsageError("--backend-key-file and --backend-base say something of a --backend: give its URL, too.")
     key = _key(key_file)   # before the workspace's folder becomes the current one
+    backend_key = _key(backend_key_file) if backend_key_file else None
     workspace, config = opened()
     from moa.batching import Limits
     from moa.config import NO_DOMAIN
@@ -33,7 +43,8 @@ def serve(
     from moa.serve import serve as run
 
     settings = Settings(host=host, port=port, key=key, poll=poll, body_bytes=max_body, prompt_tokens=max_prompt_tokens,
-                        max_tokens=max_tokens, limits=Limits(rows=max_batch, waiting=max_waiting))
+                        max_tokens=max_tokens, limits=Limits(rows=max_batch, waiting=max_waiting),
+                        backend=backend, backend_key=backend_key, backend_base=backend_base)
     try:
         run(workspace, config, settings)
     except RegistryError:

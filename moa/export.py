@@ -46,7 +46,7 @@ def export(workspace: Workspace, config: Config, target: Path, form: str, versio
         raise RegistryError("Nothing has been released yet, so there is no champion: run `moa run` first.")
     mixture = registry.download(release.version)
     manifest, router, folders = bundle.read(mixture, pin(workspace))
-    names = {label: f"{label}-{manifest['experts'][label]['digest'][:PREFIX]}" for label in folders}
+    names = {label: adapter_name(label, manifest["experts"][label]["digest"]) for label in folders}
     command = _command(workspace, config, folders, names) if form == "vllm" else None
     try:
         with replace_directory(target) as folder:
@@ -62,6 +62,11 @@ def export(workspace: Workspace, config: Config, target: Path, form: str, versio
         raise UsageError(f"{target} cannot be written ({error.strerror}): name another folder.") from None
     return {"directory": str(target), **written,
             "command": shlex.join(_placed(command, target.resolve())) if command else None}
+
+
+def adapter_name(label: str, digest: str) -> str:
+    """What other servers know an expert by."""
+    return f"{label}-{digest[:PREFIX]}"
 
 
 def text(done: Mapping[str, Any]) -> str:

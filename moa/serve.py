@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from moa import chat
+from moa.backend import Backend
 from moa.batching import Batcher, Limits
 from moa.chat import ChatError
 from moa.config import Config
@@ -45,6 +46,9 @@ class Settings:
     prompt_tokens: int = 2048
     max_tokens: int = 1024         # longest answer that may be asked for
     limits: Limits = field(default_factory=Limits)
+    backend: str | None = None     # address of the server that decodes; None = this one
+    backend_key: str | None = None
+    backend_base: str | None = None   # its name of the base; None = it is asked
 
 
 @dataclass(frozen=True)
@@ -55,18 +59,21 @@ class Server:
     champions: "Champions"
     batcher: Batcher
     metrics: Metrics
+    backend: Backend | None = None
 
 
 def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what is under way. Raises MoaError when it cannot begin."""
+    backend = (Backend(settings.backend, settings.backend_key, settings.backend_base)
+               if settings.backend is not None else None)
     listening = _bind(settings)
-    from moa.serving import Champions, answer
+    from moa.serving import Champions, answer, decide
 
     metrics = Metrics()
 
     def work(jobs: Any) -> Any:
         metrics.rows.observe(len(jobs))
-        return answer(jobs)
+        return answer(jobs) if backend is None else decide(jobs)
 
     champions = Champions(workspace, config)
     batcher = Batcher(work, settings.limits)
@@ -74,7 +81,7 @@ def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
                   release=lambda: champions.now.version, failures=lambda: champions.failures)
     host, port = listening.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    app = build(Server(settings, champions, batcher, metrics))
+    app = build(Server(settings, champions, batcher, metrics, backend))
     running = _Announcing(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", server_header=False,
                                          timeout_graceful_shutdown=GRACE_SECONDS))
     running.announcement = f"{champions.now.label} serves at {where}"

@@ -9,7 +9,8 @@ import json
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import CancelledError, Future
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -17,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from moa import chat
+from moa.backend import Backend, Routed
 from moa.batching import Closed, Full, Job
 from moa.chat import ChatError, Question, Trimmed, Voice
 from moa.errors import DataError, UsageError
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from moa.serving import Answer, Listener, Release
 
 BODY_SECONDS = 30       # for a request to arrive
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+Result = TypeVar("Result")
 
 
 async def complete(server: "Server", request: Request) -> Response:
@@ -33,8 +37,13 @@ async def complete(server: "Server", request: Request) -> Response:
     release = server.champions.now   # an answer is this one's, whoever becomes champion meanwhile
     settings = server.settings
     data = await _body(request, settings.body_bytes)
-    question = await run_in_threadpool(chat.read, data, release.mixture.labels, settings.max_tokens)
+    question = await run_in_threadpool(chat.read, data, release.mixture.labels, settings.max_tokens,
+                                       release.adapters)
     tokens = await run_in_threadpool(_prompt_tokens, release, question, settings.prompt_tokens)
+    if server.backend is not None:
+        found = await _unless_gone(request, asyncio.ensure_future(
+            _forwarded(server, server.backend, release, question, tokens)))
+        return found or Response(status_code=499)
     headers = {"X-Moa-Release": release.label}
     voice = Voice(release.fingerprint)
     if question.stream:
@@ -42,9 +51,9 @@ async def complete(server: "Server", request: Request) -> Response:
         job = _submit(server, release, question, tokens, listener)
         job.done.add_done_callback(events.put)
         return StreamingResponse(_chunks(server, job, events, voice, question.usage), media_type="text/event-stream",
-                                 headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+                                 headers={**headers, **UNBUFFERED})
     job = _submit(server, release, question, tokens, None)
-    answer = await _finished(request, job)
+    answer: Answer | None = await _unless_gone(request, asyncio.wrap_future(job.done))
     if answer is None:
         return Response(status_code=499)
     server.metrics.answer(answer)
@@ -101,9 +110,11 @@ def _prompt_tokens(release: "Release", question: Question, most: int) -> int:
 
 def _submit(server: "Server", release: "Release", question: Question, tokens: int,
             listener: "Listener | None") -> Job:
+    """The question's job: an answer, or only who is to give it where a backend decodes."""
     from moa.serving import Ask
 
-    job = Ask(release, question.messages, question.domain, question.options, tokens, listener).job()
+    ask = Ask(release, question.messages, question.domain, question.options, tokens, listener)
+    job = ask.job() if server.backend is None else ask.routing()
     try:
         server.batcher.submit(job)
     except Full:
@@ -114,21 +125,86 @@ def _submit(server: "Server", release: "Release", question: Question, tokens: in
     return job
 
 
-async def _finished(request: Request, job: Job) -> "Answer | None":
-    """The job's answer; None when the client left, and the job is cancelled if it has not begun."""
-    result = asyncio.wrap_future(job.done)
+async def _unless_gone(request: Request, result: "asyncio.Future[Result]") -> Result | None:
+    """What is awaited; None when the client left, and then it is cancelled if it can be."""
     gone = asyncio.ensure_future(_gone(request))
-    await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+    either: set[asyncio.Future[Any]] = {result, gone}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     gone.cancel()
     if result.done():
         return result.result()
-    job.done.cancel()
+    result.cancel()
     return None
 
 
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+# A backend that decodes.
+
+class _Relayed(StreamingResponse):
+    """A stream that lets go of its source however it ends, even when the client left before the first piece."""
+
+    source: Any
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.source.aclose()
+
+
+async def _forwarded(server: "Server", backend: Backend, release: "Release", question: Question,
+                     tokens: int) -> Response:
+    """The backend's answer under our names. Raises ChatError."""
+    routed = await _routed(server, release, question, tokens)
+    names = {label: name for name, label in release.adapters.items()}
+    reply = await backend.begin(names.get(routed.label) or await backend.base(), question)
+    headers = {"X-Moa-Release": release.label, "X-Moa-Model": chat.answerer(routed)}
+    ours = {"model": chat.answerer(routed), "system_fingerprint": release.fingerprint}
+    if question.stream:
+        stream = _Relayed(_relayed(server, backend, reply, routed, ours, question.usage),
+                          media_type="text/event-stream", headers={**headers, **UNBUFFERED})
+        stream.source = reply
+        return stream
+    completion = await backend.whole(reply)
+    _count(server, routed, completion.get("usage"))
+    return JSONResponse({**completion, **ours, "moa": chat.routing(routed)}, headers=headers)
+
+
+async def _routed(server: "Server", release: "Release", question: Question, tokens: int) -> Routed:
+    if question.domain is not None:
+        return Routed(question.domain, None, False)
+    decision = await asyncio.wrap_future(_submit(server, release, question, tokens, None).done)
+    return Routed(decision.domain, decision.confidence, decision.abstained)
+
+
+async def _relayed(server: "Server", backend: Backend, reply: Any, routed: Routed, ours: dict[str, str],
+                   usage: bool) -> AsyncIterator[str]:
+    try:
+        async for chunk in backend.chunks(reply):
+            if "error" in chunk:
+                yield _event({"error": chunk["error"]})
+                return
+            _count(server, routed, counted := chunk.get("usage"))
+            if not usage:
+                chunk.pop("usage", None)
+                if counted and not chunk.get("choices"):   # a chunk of counts that the caller did not ask for
+                    continue
+            ends = any(choice.get("finish_reason") for choice in chunk.get("choices", []))
+            yield _event({**chunk, **ours, **({"moa": chat.routing(routed)} if ends else {})})
+    except ChatError as error:
+        yield _event(error.as_dict())
+        return
+    yield "data: [DONE]\n\n"
+
+
+def _count(server: "Server", routed: Routed, usage: Any) -> None:
+    if isinstance(usage, dict):
+        server.metrics.answer(replace(routed, prompt_tokens=usage.get("prompt_tokens") or 0,
+                                      tokens=usage.get("completion_tokens") or 0))
 
 
 # A stream.

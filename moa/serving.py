@@ -19,6 +19,7 @@ from moa.base import Base
 from moa.batching import Job
 from moa.config import Config
 from moa.errors import MoaError
+from moa.export import adapter_name
 from moa.generation import Options, Writing
 from moa.mixture import Answer, Conversation, Mixture, answering
 from moa.registry import Registry
@@ -77,6 +78,11 @@ class Release:
         return f"{self.name}/{self.version}"
 
     @property
+    def adapters(self) -> dict[str, str]:
+        """Labels by the names that `moa export` gives their experts."""
+        return {adapter_name(label, self.mixture.experts[label]): label for label in self.mixture.labels}
+
+    @property
     def fingerprint(self) -> str:
         return f"{self.name}-{self.version}-{self.digest[:12]}"
 
@@ -97,6 +103,10 @@ class Ask:
         key: Any = object() if self.listener else (self.release, Options(**self.options))
         return Job(key, self.prompt_tokens + Options(**self.options).max_new_tokens, self)
 
+    def routing(self) -> Job:
+        """Only the router's decision, beside any other of the release."""
+        return Job(self.release, self.prompt_tokens, self)
+
 
 def answer(jobs: Sequence[Job]) -> list[Answer]:
     """Answer a batch as one: what a Batcher works with."""
@@ -107,6 +117,11 @@ def answer(jobs: Sequence[Job]) -> list[Answer]:
         return mixture.generate([ask.messages for ask in asks], [ask.domain for ask in asks], **first.options)
     with mixture.heard_by(first.listener):
         return mixture.generate([first.messages], [first.domain], **first.options)
+
+
+def decide(jobs: Sequence[Job]) -> list[Decision]:
+    """Route a batch as one: what a Batcher works with where another server decodes."""
+    return jobs[0].work.release.mixture.route([job.work.messages for job in jobs])
 
 
 class Champions:
