@@ -29,7 +29,8 @@ def init(root: Path, base: str | None, here: Path) -> dict[str, Any]:
     root = root.resolve()
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file; name a folder.")
-    texts = {"params.yaml": _params(_base(base, here, root)), "dvc.yaml": (SCAFFOLD / "dvc.yaml").read_text("utf-8")}
+    texts = {"params.yaml": _params(_base(base, here, root)),
+             "dvc.yaml": (SCAFFOLD / "pipeline.yaml").read_text("utf-8")}
     _refuse_to_overwrite(root, texts)
     try:
         return _make(root, texts)

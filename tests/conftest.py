@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,10 +31,13 @@ torch.set_num_threads(1)   # toy tensors: a second thread only waits
 
 @pytest.fixture(scope="module", autouse=True)
 def no_database_of_another_module() -> Iterator[None]:
-    """MLflow leaves its address in the environment, where the next workspace's commands would find it."""
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    """MLflow remembers its addresses, also in the environment, where the next workspace's commands would find them."""
     yield
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if (mlflow := sys.modules.get("mlflow")) is not None:
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def test_the_pipeline_is_this_repositorys() -> None:
-    assert (init.SCAFFOLD / "dvc.yaml").read_bytes() == (REPOSITORY / "dvc.yaml").read_bytes()
+    assert (init.SCAFFOLD / "pipeline.yaml").read_bytes() == (REPOSITORY / "dvc.yaml").read_bytes()
     assert (init.SCAFFOLD / "data" / "gitignore").read_bytes() == (REPOSITORY / "data" / ".gitignore").read_bytes()
 
 

@@ -121,6 +121,11 @@ def stages() -> dict[str, dict[str, Any]]:
     return {name: stage.get("do", stage) for name, stage in written.items()}
 
 
+def test_dvc_finds_one_pipeline_here() -> None:
+    rooms = (path for path in REPOSITORY.iterdir() if path.is_dir() and not path.name.startswith("."))
+    assert not [path for room in rooms for path in room.rglob("dvc.yaml")]
+
+
 def paths(entries: list[Any]) -> set[str]:
     """Of `outs` or `deps`, the name of the domain written as NAME."""
     plain = {entry if isinstance(entry, str) else next(iter(entry)) for entry in entries}
