@@ -72,11 +72,10 @@ def float32() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Config]:
-    """Two releases of two domains, of which the first is champion."""
+def first_release(folder: Path) -> tuple[Workspace, Config]:
+    """A tiny workspace of two domains whose first release is champion."""
     workspace = tiny.workspace(
-        tmp_path_factory.mktemp("served"), DOMAINS, rows=60,
+        folder, DOMAINS, rows=60,
         train={"rank": 2, "alpha": 4.0, "epochs": 1, "rows_per_epoch": 8, "validation_rows": 4})
     loaded = config.load(workspace.params)
     base.fetch(workspace, loaded.base)
@@ -87,6 +86,13 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Confi
     change_expert(workspace, "beta", 2)
     register(workspace, loaded)
     release.promote(workspace, loaded, 1, "first release")
+    return workspace, loaded
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Config]:
+    """Two releases of two domains, of which the first is champion."""
+    workspace, loaded = first_release(tmp_path_factory.mktemp("served"))
     change_expert(workspace, "alpha", 3)
     register(workspace, loaded)
     return workspace, loaded

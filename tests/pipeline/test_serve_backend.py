@@ -17,20 +17,19 @@ import httpx
 import pytest
 
 from flows import release
-from moa import base, config, corpus, experts
 from moa.backend import Backend
 from moa.chat import ChatError, Question
 from moa.config import Config
 from moa.errors import UsageError
 from moa.export import export
 from moa.workspace import Workspace
-from tests import tiny
 from tests.pipeline.test_serve import (
     CHAT,
     DOMAINS,
     Served,
     ask,
     change_expert,
+    first_release,
     pieces,
     refusal,
     register,
@@ -48,18 +47,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspa
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOA_DTYPE", "float32")
         patch.delenv("MOA_API_KEY", raising=False)
-        workspace = tiny.workspace(
-            tmp_path_factory.mktemp("behind"), DOMAINS, rows=60,
-            train={"rank": 2, "alpha": 4.0, "epochs": 1, "rows_per_epoch": 8, "validation_rows": 4})
-        loaded = config.load(workspace.params)
-        base.fetch(workspace, loaded.base)
-        for domain in DOMAINS:
-            corpus.prepare(workspace, loaded, domain)
-        experts.train(workspace, loaded, DOMAINS)
-        change_expert(workspace, "alpha", 1)
-        change_expert(workspace, "beta", 2)
-        register(workspace, loaded)
-        release.promote(workspace, loaded, 1, "first release")
+        workspace, loaded = first_release(tmp_path_factory.mktemp("behind"))
         change_expert(workspace, "alpha", 3)
         register(workspace, loaded)
         yield workspace, loaded
