@@ -6,7 +6,7 @@ export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-adapt test lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,9 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
 demo: .venv/installed
 	$(BIN)/moa run
+
+demo-adapt: .venv/installed
+	$(BIN)/python -m flows.demo
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled, Completed, Crashed
 
+from flows import artifacts
 from flows.runner import Call, Outcome, attempt
 from flows.session import Options, opened
 from flows.stages import build as build_stages
@@ -23,14 +24,17 @@ from moa.workspace import Workspace
 class PrefectRunner:
     """Each call is a task run of the flow that is running."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int = 1_000_000) -> None:
+        """`workers` bounds the calls side by side, where nobody has set the flow's task runner."""
         self.interrupted = threading.Event()
+        self.free = threading.BoundedSemaphore(workers)
 
     def run_all(self, calls: Sequence[Call]) -> list[Outcome]:
         outcomes: dict[str, Outcome] = {}
 
         def body(call: Call) -> Any:
-            outcome = outcomes[call.name] = attempt(call, self.interrupted)
+            with self.free:
+                outcome = outcomes[call.name] = attempt(call, self.interrupted)
             if outcome.error is not None:
                 raise outcome.error
             if outcome.state == "cached":
@@ -76,6 +80,7 @@ def build(root: str = ".", domains: list[str] | None = None, force: list[str] | 
     options = Options(tuple(domains) if domains is not None else None, tuple(force or ()), promote)
     with opened(Workspace.find(Path(root)), options) as session:
         result = build_stages(session, PrefectRunner())
+        artifacts.store(session, result)
     if failure := result.failure():
         raise failure
     return result.as_dict()

@@ -9,6 +9,7 @@ from typing import Any
 from flows.runner import LocalRunner
 from flows.session import Options, Result, configuration, opened
 from flows.stages import build as build_stages
+from moa.config import load
 from moa.errors import PipelineError
 from moa.leash import stop_all
 from moa.workspace import Workspace
@@ -46,6 +47,25 @@ def _under_prefect(workspace: Workspace, options: Options, verbose: bool) -> Res
                 raise
         assert session.result is not None
         return session.result
+
+
+def learn(workspace: Workspace, what: str, *, local: bool = False, verbose: bool = False,
+          **how: Any) -> dict[str, Any]:
+    """One adaptation or retraining (`what`: adapt, retrain) from a command line; `how` goes to it."""
+    from flows import learning, server
+
+    workers = load(workspace.params).execution.workers
+    with _terminated_as_interrupted():
+        if local:
+            work: Any = getattr(learning, what)
+            found: dict[str, Any] = work(workspace, LocalRunner(workers), "by hand", verbose=verbose, **how)
+            return found
+        with server.running(workspace, verbose=verbose) as prefect:
+            prefect.ready()
+            from flows import adapt
+
+            done: dict[str, Any] = getattr(adapt, what)(root=str(workspace.root), trigger="by hand", **how)
+            return done
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from moa import digests, gate
+from moa import cause, digests, gate
 from moa.commands import environment, last_error
 from moa.config import Config
 from moa.errors import PipelineError, RegistryError, UsageError
@@ -183,24 +183,50 @@ def compare(workspace: Workspace, incumbent: int, challenger: int) -> dict[str, 
 
     In another process. Raises PipelineError with that process's own words.
     """
-    command = [sys.executable, "-m", "moa", "compare", "--incumbent", str(incumbent), "--challenger", str(challenger),
-               "--json"]
-    done = subprocess.run(command, cwd=workspace.root, env=environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = last_error((done.stdout + done.stderr).splitlines(), done.returncode)
-        raise PipelineError(f"Versions {incumbent} and {challenger} could not be compared: {reason}")
-    try:
-        compared: dict[str, Any] = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        raise PipelineError(f"`{' '.join(command[1:])}` did not print JSON.") from None
+    compared, problem = _printed(workspace, "compare", "--incumbent", incumbent, "--challenger", challenger)
+    if problem:
+        raise PipelineError(f"Versions {incumbent} and {challenger} could not be compared: {problem}")
     return compared
+
+
+def forgetting(workspace: Workspace, old: int, new: int) -> dict[str, Any]:
+    """What version `new` has not forgotten of version `old`: the facts of `moa release forgetting`.
+
+    In another process. Where an unchanged expert answers otherwise, `equal` is False: that is for the caller to judge.
+    Raises PipelineError when there are no facts, with that process's own words.
+    """
+    facts, problem = _printed(workspace, "release", "forgetting", "--old", old, "--new", new)
+    if not facts:
+        raise PipelineError(f"What version {new} forgot of version {old} could not be told: {problem}")
+    return facts
+
+
+def _printed(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], str | None]:
+    """What a command of another process prints as JSON, empty where that is none; and why it failed, if it did."""
+    command = [sys.executable, "-m", "moa", *map(str, words), "--json"]
+    done = subprocess.run(command, cwd=workspace.root, env=environment(), capture_output=True, text=True, check=False)
+    try:
+        printed: dict[str, Any] = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        printed = {}
+    if not done.returncode:
+        return printed, None if printed else f"`{' '.join(command[1:])}` did not print JSON."
+    # On one stream or the other, and not both where the facts themselves are on one.
+    said = done.stderr if printed else done.stdout + done.stderr
+    return printed, last_error(said.splitlines(), done.returncode)
 
 
 def _compared(workspace: Workspace, config: Config, incumbent: MixtureVersion,
               challenger: MixtureVersion) -> gate.Decision:
     compared = compare(workspace, incumbent.version, challenger.version)
     return gate.decide(map(_score, compared["rows"]), _rules(config), incumbent=incumbent.experts,
-                       challenger=challenger.experts, routing=compared.get("routing"))
+                       challenger=challenger.experts, routing=compared.get("routing"),
+                       tested_by=f"version {incumbent.version}", causes=_causes(compared))
+
+
+def _causes(compared: Mapping[str, Any]) -> dict[str, str]:
+    parts = compared.get("parts")
+    return cause.causes(compared["rows"], parts["incumbent"], parts["challenger"]) if parts else {}
 
 
 def _rules(config: Config) -> gate.Rules:
@@ -222,8 +248,9 @@ def _question(workspace: Workspace, config: Config, challenger: MixtureVersion,
 
 def _score(row: Mapping[str, Any]) -> gate.Score:
     names = ("challenger", "incumbent", "base")
-    return gate.Score(row["domain"], str(row["row"]), *(row.get(f"{name}_loss") for name in names),
-                      *(row.get(f"{name}_score") for name in names))
+    values: dict[str, Any] = {name: row.get(f"{name}_loss") for name in names}
+    values |= {key: row.get(key) for name in names for key in (f"{name}_score", f"{name}_routed") if key in row}
+    return gate.Score(domain=row["domain"], row=str(row["row"]), known=row.get("known", True), **values)
 
 
 def _incumbent(registry: Registry, served: Sequence[Entry]) -> MixtureVersion | None:

@@ -4,6 +4,7 @@ Must be asked before the first `import prefect`, which reads its settings once. 
 the workspace, listens on the loopback interface only, and ends with us, whatever ends us.
 """
 
+import base64
 import os
 import socket
 import sys
@@ -60,11 +61,18 @@ class Server:
             self._leash.stop()
 
 
+def headers() -> dict[str, str]:
+    """What an API with a key, or behind a password, asks for."""
+    if key := os.environ.get("PREFECT_API_KEY"):
+        return {"Authorization": f"Bearer {key}"}
+    if words := os.environ.get("PREFECT_API_AUTH_STRING"):
+        return {"Authorization": f"Basic {base64.b64encode(words.encode()).decode()}"}
+    return {}
+
+
 def answers(url: str) -> bool:
     """Whether a Prefect API at `url` is healthy."""
-    request = urllib.request.Request(f"{url.rstrip('/')}/health")   # noqa: S310  (the user's own setting, or ours)
-    if key := os.environ.get("PREFECT_API_KEY"):
-        request.add_header("Authorization", f"Bearer {key}")
+    request = urllib.request.Request(f"{url.rstrip('/')}/health", headers=headers())   # noqa: S310 - own setting, or ours
     with suppress(OSError, ValueError), urllib.request.urlopen(request, timeout=3) as reply:   # noqa: S310
         return bool(reply.status == 200)
     return False
@@ -83,8 +91,11 @@ def configured() -> str | None:
 
 
 @contextmanager
-def running(workspace: Workspace, *, verbose: bool = False) -> Iterator[Server]:
-    """A server for the block. It may still be starting: do other work first, then call `ready`."""
+def running(workspace: Workspace, *, verbose: bool = False, ui: bool = False) -> Iterator[Server]:
+    """A server for the block. It may still be starting: do other work first, then call `ready`.
+
+    One of our own has pages for people if `ui`.
+    """
     os.environ.update(QUIET)
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     if not verbose:   # stages tell their own story; Prefect's is in its history
@@ -94,7 +105,7 @@ def running(workspace: Workspace, *, verbose: bool = False) -> Iterator[Server]:
         yield Server(url)
         return
     before = os.environ.get("PREFECT_API_URL")
-    server = _start(workspace)
+    server = _start(workspace, ui)
     try:
         yield server
     finally:
@@ -106,17 +117,22 @@ def running(workspace: Workspace, *, verbose: bool = False) -> Iterator[Server]:
             os.environ["PREFECT_API_URL"] = before
 
 
-def _start(workspace: Workspace) -> Server:
-    workspace.prefect.mkdir(parents=True, exist_ok=True)
-    os.environ["PREFECT_HOME"] = str(workspace.prefect)
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _start(workspace: Workspace, ui: bool) -> Server:
+    workspace.prefect.mkdir(parents=True, exist_ok=True)
+    os.environ["PREFECT_HOME"] = str(workspace.prefect)
+    port = free_port()
     log = workspace.logs / "prefect-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     env = environment({"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "NOTSET"})
     env.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--host", "127.0.0.1",
+    command = [sys.executable, "-m", "prefect", "server", "start", "--ui" if ui else "--no-ui", "--host", "127.0.0.1",
                "--port", str(port)]
     with log.open("w", encoding="utf-8") as file:
         leash = Leash(command, cwd=workspace.root, env=env, stdout=file, step=False)

@@ -1,7 +1,7 @@
 """What a build works with and what it leaves: options, an open workspace, results. No order and no policy in here."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,19 +88,21 @@ _ambient: ContextVar[Session | None] = ContextVar("session", default=None)
 
 
 @contextmanager
-def opened(workspace: Workspace, options: Options, *, verbose: bool = False) -> Iterator[Session]:
-    """A session; the one that is already open in this context, if there is one."""
+def opened(workspace: Workspace, options: Options, *, verbose: bool = False,
+           held: Pipeline | None = None) -> Iterator[Session]:
+    """A session; the one that is already open in this context, if there is one. `held`: whose lock the caller has."""
     if (ambient := _ambient.get()) is not None:
         yield ambient
         return
-    change.recover(workspace)
+    if held is None:
+        change.recover(workspace)
     config = configuration(workspace)
     for domain in options.domains or ():
         config.require_domain(domain)
     for each in config.domains.values():
         metrics.resolve(each.metric)   # the last stage needs it: say so before the first one runs
-    pipeline = Pipeline(workspace)
-    with pipeline.lock(), Screen(verbose=verbose) as screen:
+    pipeline = held or Pipeline(workspace)
+    with nullcontext() if held else pipeline.lock(), Screen(verbose=verbose) as screen:
         snapshot = pipeline.snapshot().limited(options.domains).forced(options.force)
         session = Session(workspace, config, pipeline, options, screen, snapshot,
                           finished=lambda domain: _finished(workspace, config, domain),

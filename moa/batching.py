@@ -43,8 +43,8 @@ class Limits:
 class Batcher:
     """One thread that takes the oldest job and all that fit beside it, until `close`.
 
-    `work` gets jobs of one key and returns a result for each. When it raises for several, each is tried alone, so that
-    nobody pays for a neighbour.
+    `work` gets jobs of one key and returns a result for each; it may give a job its result before, which then stands.
+    When it raises for several, each that has no result is tried alone, so that nobody pays for a neighbour.
     """
 
     def __init__(self, work: Callable[[Sequence[Job]], Sequence[Any]], limits: Limits) -> None:
@@ -52,7 +52,7 @@ class Batcher:
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self.running = 0             # jobs being worked on
+        self._started: Sequence[Job] = ()
         self._thread = threading.Thread(target=self._run, name="moa-batches", daemon=True)
         self._thread.start()
 
@@ -73,6 +73,11 @@ class Batcher:
         return len(self._waiting)
 
     @property
+    def running(self) -> int:
+        """Jobs being worked on."""
+        return sum(not job.done.done() for job in self._started)
+
+    @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
@@ -88,11 +93,10 @@ class Batcher:
 
     def _run(self) -> None:
         while batch := self._next():
-            started = [job for job in batch if job.done.set_running_or_notify_cancel()]
-            self.running = len(started)
-            if started:
-                self._settle(started)
-            self.running = 0
+            self._started = [job for job in batch if job.done.set_running_or_notify_cancel()]
+            if self._started:
+                self._settle(self._started)
+            self._started = ()
 
     def _next(self) -> list[Job]:
         """The next batch; empty once closed and nothing waits."""
@@ -130,11 +134,13 @@ class Batcher:
         try:
             results = self.work(jobs)
         except BaseException as error:
-            if len(jobs) == 1:
-                jobs[0].done.set_exception(error)
-                return
-            for job in jobs:
-                self._settle([job])
+            left = [job for job in jobs if not job.done.done()]
+            if len(jobs) == 1 and left:
+                left[0].done.set_exception(error)
+            elif len(jobs) > 1:
+                for job in left:
+                    self._settle([job])
             return
         for job, result in zip(jobs, results, strict=True):
-            job.done.set_result(result)
+            if not job.done.done():
+                job.done.set_result(result)

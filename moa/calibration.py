@@ -79,8 +79,22 @@ def calibrate(router: Router, features_NLD: Tensor, targets_N: Tensor, *, rule: 
                       "ece": expected_calibration_error(confidence, correct),
                       "ece_uncalibrated": expected_calibration_error(*before),
                       "abstention": (scores < router.threshold).double().mean().item(),
-                      "validation_rows": len(targets_N)}
+                      "validation_rows": len(targets_N), "levels": by_level(router, features_NLD, targets_N)}
     return router
+
+
+def by_level(router: Router, features_NLD: Tensor, targets_N: Tensor) -> list[dict[str, float]]:
+    """What each level's head makes of the prompts alone, from level 0 on.
+
+    `accuracy` is the share of prompts whose own domain is the head's best guess, `agreement` the share of prompts of
+    which the head's best guess is the router's, right or wrong; both over all prompts, NaN without any. In a jointly
+    trained mixture these are the heads that choose their layers' experts, so `agreement` is how far layers act alike.
+    """
+    best_NL = router.logits(features_NLD).argmax(-1)
+    decided_N = router.probabilities(features_NLD).argmax(-1)
+    shares = ((best_NL == each_N[:, None]).double().mean(0).tolist() for each_N in (targets_N, decided_N))
+    return [{"level": level, "accuracy": accuracy, "agreement": agreement}
+            for level, (accuracy, agreement) in enumerate(zip(*shares, strict=True))]
 
 
 def _confidences(router: Router, features_NLD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from moa.errors import UsageError
 from moa.pyfunc import BodyError, parse
 
 MESSAGES = 256   # a template is rendered once a turn, so that its cost grows with the square of the turns
+STOPS = 16       # stop texts of one answer
 # What a text cannot hold: control characters but tab and line ends, and halves of characters, which no encoder takes.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 # Options that would change the answer's form, and the values that do not. Silence about them would be a wrong answer.
@@ -60,7 +61,7 @@ def read(data: bytes, labels: Sequence[str], most_tokens: int, adapters: Mapping
             body = {**body, "model": model_of((adapters or {})[model])}
         _check_model(body.get("model", "moa"), labels)
         for name, harmless in WITHOUT_EFFECT.items():
-            if body.get(name) is not None and body[name] not in harmless:
+            if body.get(name) is not None and not any(_equal(body[name], one) for one in harmless):
                 raise ChatError(400, f"`{name}` is not supported: leave it out.", "unsupported_parameter")
         body = {**body, "messages": _flat(body.get("messages"))}
     try:
@@ -69,6 +70,11 @@ def read(data: bytes, labels: Sequence[str], most_tokens: int, adapters: Mapping
         raise ChatError(400, str(error), "invalid_body") from None
     stream, usage = _streaming(body)
     return Question(messages, domain, _bounded(options, most_tokens), stream, usage)
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    """As JSON has it, where true is not 1."""
+    return bool(value == wanted) and isinstance(value, bool) == isinstance(wanted, bool)
 
 
 def _json(data: bytes) -> Any:
@@ -130,8 +136,11 @@ def _bounded(options: dict[str, Any], most_tokens: int) -> dict[str, Any]:
         raise ChatError(400, f"`max_tokens` is {_short(asked)}; this server writes {most_tokens} at most.",
                         "max_tokens_too_large")
     stop = options.get("stop", ())
-    if len((stop,) if isinstance(stop, str) else stop) > 16:
-        raise ChatError(400, "`stop` has more than 16 texts.", "invalid_body")
+    stops = (stop,) if isinstance(stop, str) else stop
+    if len(stops) > STOPS:
+        raise ChatError(400, f"`stop` has more than {STOPS} texts.", "invalid_body")
+    if any("\ud800" <= sign <= "\udfff" for one in stops for sign in one):
+        raise ChatError(400, "`stop` holds half of a character, which no text has: remove it.", "invalid_character")
     return {**options, "max_new_tokens": asked}
 
 
@@ -146,7 +155,7 @@ def _short(value: Any) -> str:
 class Voice:
     """What every message of one answer says of itself."""
 
-    fingerprint: str
+    fingerprint: str | None   # None = nobody knows which release it is
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 

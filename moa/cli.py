@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from moa import __version__
+from moa.cli_adapt import history, ingest
 from moa.cli_domain import domain_app
-from moa.cli_more import expert_app, export, report
+from moa.cli_more import drift, expert_app, export, report
 from moa.cli_release import gate, release_app
 from moa.cli_serve import serve
 from moa.cli_shared import App, AsJson, opened, place, print_json
+from moa.cli_up import adapt, retrain, status, up
 from moa.errors import ConfigError, MoaError, RegistryError
 
 RUN, DATA, USE, STEPS = "Build", "Workspace and domains", "Use", "Single steps (what the stages of dvc.yaml run)"
@@ -46,6 +48,7 @@ app = App(name="moa", callback=_global,
 app.add_typer(domain_app, name="domain", rich_help_panel=DATA)
 app.add_typer(expert_app, name="expert", rich_help_panel=DATA)
 app.add_typer(release_app, name="release", rich_help_panel=USE)
+app.command(rich_help_panel=DATA)(ingest)
 
 
 @app.command(rich_help_panel=RUN)
@@ -118,25 +121,8 @@ def plan(domains: Domains = None, force: Force = None, as_json: AsJson = False) 
         print(made.text())
 
 
-@app.command(rich_help_panel=RUN)
-def status(as_json: AsJson = False) -> None:
-    """Show the workspace, its champion and what is pending."""
-    from moa.pipeline import Pipeline
-    from moa.registry import Registry
-
-    workspace, config = opened()
-    snapshot = Pipeline(workspace).snapshot()
-    champion = Registry(workspace, config).champion()
-    facts = {"workspace": str(workspace.root), "domains": list(config.domains),
-             "champion": f"{champion.name} version {champion.version}" if champion else None,
-             "stale": sorted(snapshot.stale), "pending": sorted(snapshot.affected)}
-    if as_json:
-        print_json(facts)
-    else:
-        width = max(len(key) for key in facts)
-        for key, value in facts.items():
-            text = ", ".join(map(str, value)) if isinstance(value, list) else value
-            print(f"{key:<{width}}  {text if text not in (None, '') else 'none'}")
+for command in (status, up, adapt, retrain, history):
+    app.command(rich_help_panel=RUN)(command)
 
 
 @app.command(rich_help_panel=USE)
@@ -209,6 +195,7 @@ def compare(
 app.command(rich_help_panel=USE)(gate)
 app.command(rich_help_panel=USE)(export)
 app.command(rich_help_panel=USE)(report)
+app.command(rich_help_panel=USE)(drift)
 
 
 @app.command(rich_help_panel=STEPS)
@@ -237,6 +224,19 @@ def prepare(domain: OneDomain) -> None:
 
     workspace, config = opened()
     prepare_corpus(workspace, config, config.require_domain(domain))
+
+
+@app.command(rich_help_panel=STEPS)
+def parent(domain: OneDomain, as_json: AsJson = False) -> None:
+    """Say which expert the training of a new domain should begin at, if any. Changes nothing."""
+    from moa.parent import candidates, text
+
+    workspace, config = opened()
+    found = candidates(workspace, config, config.require_domain(domain))
+    if as_json:
+        print_json(found)
+    else:
+        print(text(found))
 
 
 @app.command(rich_help_panel=STEPS)

@@ -1,4 +1,5 @@
-"""`moa export`, `moa expert import`, `moa report`: argv to the rooms behind them; nothing else. Light to import."""
+"""`moa export`, `moa expert import`, `moa report`, `moa drift`: argv to the rooms behind them; nothing else. Light to
+import."""
 
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def report(
                                               metavar="FILE", dir_okay=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One HTML page on the workspace: scores, routing, learning curves, data quality and what came from what."""
+    """One HTML page on the workspace: scores, routing, the gate, learning curves, data and what came from what."""
     from moa import report_facts, report_page
 
     page = page and page.absolute()
@@ -66,3 +67,17 @@ def report(
         print_json(facts)
     else:
         print(target)
+
+
+def drift(as_json: AsJson = False) -> None:
+    """Compare the prompts that `moa serve --keep-prompts MB` kept with what the champion was calibrated on, and look
+    for a domain that it lacks. Exit code 3 when something shifted or a domain may be missing, 0 otherwise."""
+    from moa import drift as looking
+
+    found = looking.check(*opened())
+    if as_json:
+        print_json(found)
+    else:
+        print(looking.text(found))
+    if looking.alarming(found):
+        raise typer.Exit(looking.FOUND)

@@ -96,6 +96,26 @@ def diff(
     _show(facts, releases.diff_text(facts), as_json)
 
 
+@release_app.command()
+def forgetting(
+    old: Annotated[int | None, typer.Option(help="The champion before by default.", metavar="VERSION", min=1)] = None,
+    new: Annotated[int | None, typer.Option(help="The champion by default.", metavar="VERSION", min=1)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a release kept of another: experts, their answers word for word, scores, routing.
+
+    Exit code 1 when an expert that did not change answers otherwise.
+    """
+    from moa import forgetting as proof
+    from moa.errors import ArtifactError
+
+    workspace, config = opened()
+    facts = proof.forgetting(workspace, config, *proof.between(workspace, config, old, new))
+    _show(facts, proof.text(facts), as_json)
+    if not facts["equal"]:
+        raise ArtifactError(proof.complaint(facts))
+
+
 def _moved(done: dict[str, Any], as_json: bool) -> None:
     version, before = done["version"], done["previous"]
     text = (f"version {version} is champion" + (f" instead of version {before}" if before else "")

@@ -30,6 +30,9 @@ def serve(
         help="File with the key that the backend asks for.", metavar="FILE", exists=True, dir_okay=False)] = None,
     backend_base: Annotated[str | None, typer.Option(
         help="The backend's name of the base; without it the backend is asked.", metavar="NAME")] = None,
+    keep_prompts: Annotated[int | None, typer.Option(
+        min=0, help="Megabytes of prompts that are kept for `moa drift` in .moa/evidence, personal data replaced; 0 = "
+                    "none. drift.keep of params.yaml without it.", metavar="MB")] = None,
 ) -> None:
     """Serve the champion as an OpenAI server, and every champion after it, until Ctrl-C."""
     if backend is None and (backend_key_file or backend_base):
@@ -44,7 +47,8 @@ def serve(
 
     settings = Settings(host=host, port=port, key=key, poll=poll, body_bytes=max_body, prompt_tokens=max_prompt_tokens,
                         max_tokens=max_tokens, limits=Limits(rows=max_batch, waiting=max_waiting),
-                        backend=backend, backend_key=backend_key, backend_base=backend_base)
+                        backend=backend, backend_key=backend_key, backend_base=backend_base,
+                        keep=config.drift.keep if keep_prompts is None else keep_prompts)
     try:
         run(workspace, config, settings)
     except RegistryError:

@@ -20,9 +20,9 @@ MODULES: dict[str, tuple[str, ...]] = {
     "quickstart": ("quickstart",),
     "prepare": ("corpus.py", "reading.py", "conversation.py", "redact.py", "splits.py", "staging.py", "similar.py",
                 "quality.py", "concerns.py", *MODEL),
-    "train": ("experts.py", "training.py", *LAYER, *MODEL),
+    "train": ("experts.py", "training.py", "warm.py", *LAYER, *MODEL),
     "assemble": ("assemble.py", "joint.py", "training.py", *ROUTING, *LAYER, *MODEL),
-    "evaluate": ("evaluate.py", "metrics.py", "mixture.py", "generation.py", *ROUTING, *LAYER, *MODEL),
+    "evaluate": ("evaluate.py", "metrics.py", "mixture.py", "generation.py", "sampling.py", *ROUTING, *LAYER, *MODEL),
 }
 
 

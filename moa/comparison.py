@@ -5,18 +5,21 @@ an expert of the same digest, it is computed once, and the two are equal to the 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 from moa import metrics
 from moa.base import load, pick_device
+from moa.bundle import EXPERTS
 from moa.config import Config
-from moa.evaluate import SPARE_TOKENS, test_rows
+from moa.evaluate import SPARE_TOKENS
 from moa.registry import Registry
-from moa.rows import Row
+from moa.rows import Row, read
 from moa.workspace import MANIFEST, Workspace, read_json
 
 Content = Sequence[tuple[str, Row]]   # (domain, test row)
+Tested = Mapping[str, Set[str]]       # ids of the test rows of a domain
 Asked = Sequence[tuple[int, str]]     # (index of the row, who answers it)
 Key = tuple[int, str, str]            # (index of the row, digest of who answers it, encoding)
 
@@ -24,16 +27,17 @@ Key = tuple[int, str, str]            # (index of the row, digest of who answers
 class _Answers:
     """Losses and scores of rows, each computed once for every expert that was asked."""
 
-    def __init__(self, workspace: Workspace, config: Config, content: Content) -> None:
+    def __init__(self, workspace: Workspace, config: Config, content: Content, tested: Tested) -> None:
         self.workspace, self.config, self.content = workspace, config, content
         self.losses: dict[Key, float] = {}
         self.scores: dict[Key, float] = {}
-        seen: dict[str, int] = defaultdict(int)
-        self.scored: set[int] = set()   # indices of the rows that are answered, the first of each domain
-        for index, (domain, _) in enumerate(content):
-            if seen[domain] < config.release.metric_rows:
-                self.scored.add(index)
-            seen[domain] += 1
+        seen: dict[tuple[str, bool], int] = defaultdict(int)
+        self.scored: set[int] = set()   # rows that are answered: the first of each domain, and of those once tested
+        for index, (domain, row) in enumerate(content):
+            for part in [(domain, False), (domain, True)][:1 + (row.id in tested.get(domain, ()))]:
+                if seen[part] < config.release.metric_rows:
+                    self.scored.add(index)
+                seen[part] += 1
 
     def of(self, mixture: Any, asked: Asked) -> list[tuple[int, float, float | None]]:
         """(index, loss, score) of what is asked; the score of a row that is not answered is None."""
@@ -53,8 +57,7 @@ class _Answers:
     def _score(self, mixture: Any, domain: str, pairs: Asked) -> list[float]:
         """The domain's own metric of greedy answers, as long as `moa evaluate` lets them be."""
         params, judge = self.config.evaluate, metrics.resolve(self.config.domains[domain].metric)
-        longest = int(read_json(self.workspace.corpus(domain) / MANIFEST)["tokens"]["completion"]["max"])
-        limit = min(params.max_new_tokens, longest + SPARE_TOKENS)
+        limit = answer_limit(self.workspace, self.config, domain)
         found = []
         for start in range(0, len(pairs), params.batch_rows):
             batch = pairs[start:start + params.batch_rows]
@@ -64,21 +67,51 @@ class _Answers:
         return found
 
 
+def answer_limit(workspace: Workspace, config: Config, domain: str) -> int:
+    """Most tokens of an answer: as many as `moa evaluate` allows."""
+    longest = int(read_json(workspace.corpus(domain) / MANIFEST)["tokens"]["completion"]["max"])
+    return min(config.evaluate.max_new_tokens, longest + SPARE_TOKENS)
+
+
+def tested(release: Path) -> dict[str, set[str]] | None:
+    """Ids of the test rows, by domain, that a downloaded release was evaluated on when it was registered; None where it
+    does not say."""
+    import pyarrow.parquet as pq
+
+    path = release.parent / "reports" / "rows.parquet"
+    if not path.is_file():
+        return None
+    found: dict[str, set[str]] = defaultdict(set)
+    for row in pq.read_table(path, columns=["domain", "row"]).to_pylist():
+        found[row["domain"]].add(row["row"])
+    return dict(found)
+
+
+def _rows(workspace: Workspace, config: Config, before: Tested) -> list[tuple[str, Row]]:
+    """The pinned test rows, and those tested before that new rows pushed beyond `evaluate.rows`."""
+    limit = config.evaluate.rows
+    return [(domain, row) for domain in sorted(config.domains)
+            for place, row in enumerate(read(workspace.corpus(domain), "test"))
+            if limit is None or place < limit or row.id in before.get(domain, ())]
+
+
 def compare(workspace: Workspace, config: Config, incumbent: int, challenger: int) -> dict[str, Any]:
     """Loss of every test row under both releases, routed as each would route it, in nats per completion token; of the
     first `release.metric_rows` of each domain also the score of what they answer.
 
     A domain that only one of them knows counts for that one, and one that the incumbent does not know is answered by
-    the base too.
+    the base too. `known` is whether the incumbent's release was tested on the row: of a release that does not say on
+    which, all rows of its domains are.
     """
     from moa.mixture import BASE, Mixture, answering
 
     registry = Registry(workspace, config)
     base = load(workspace, config.base, pick_device(config.execution.devices))
-    content = test_rows(workspace, config, sorted(config.domains))
+    before = tested(registry.download(incumbent)) or {}
+    content = _rows(workspace, config, before)
     rows: list[dict[str, Any]] = [{"domain": domain, "row": row.id} for domain, row in content]
     routing: dict[str, dict[str, float]] = {}
-    answers = _Answers(workspace, config, content)
+    answers = _Answers(workspace, config, content, before)
 
     def ask(mixture: Mixture, name: str, asked: Asked) -> None:
         for index, loss, score in answers.of(mixture, asked):
@@ -87,17 +120,32 @@ def compare(workspace: Workspace, config: Config, incumbent: int, challenger: in
                 rows[index][f"{name}_score"] = score
 
     incumbents: list[str] = []
+    parts: dict[str, dict[str, Any]] = {}
     for name, version in (("incumbent", incumbent), ("challenger", challenger)):
-        mixture = Mixture.load(registry.download(version), base)
-        known = [index for index, (domain, _) in enumerate(content) if domain in mixture.labels]
-        decisions = mixture.route([content[index][1].prompt for index in known])
-        ask(mixture, name, [(index, answering(one)) for index, one in zip(known, decisions, strict=True)])
-        right = [content[index][0] == one.domain for index, one in zip(known, decisions, strict=True)]
+        folder = registry.download(version)
+        mixture, parts[name] = Mixture.load(folder, base), _parts(folder)
+        its = [index for index, (domain, _) in enumerate(content) if domain in mixture.labels]
+        decisions = mixture.route([content[index][1].prompt for index in its])
+        ask(mixture, name, [(index, answering(one)) for index, one in zip(its, decisions, strict=True)])
+        for index, one in zip(its, decisions, strict=True):
+            rows[index] |= {f"{name}_routed": one.domain, f"{name}_by": answering(one)}
+        right = [content[index][0] == one.domain for index, one in zip(its, decisions, strict=True)]
         routing[name] = {"accuracy": sum(right) / max(len(right), 1),
                          "abstention": sum(one.abstained for one in decisions) / max(len(right), 1)}
         if name == "incumbent":
             incumbents = mixture.labels
         else:
-            ask(mixture, "base", [(index, BASE) for index in known if content[index][0] not in incumbents])
+            ask(mixture, "base", [(index, BASE) for index in its if content[index][0] not in incumbents])
         mixture.unload()
-    return {"incumbent": incumbent, "challenger": challenger, "rows": rows, "routing": routing}
+    for made, (domain, row) in zip(rows, content, strict=True):
+        made["known"] = domain in incumbents and row.id in before.get(domain, {row.id})
+    return {"incumbent": incumbent, "challenger": challenger, "rows": rows, "routing": routing, "parts": parts}
+
+
+def _parts(mixture: Path) -> dict[str, Any]:
+    """What may make two releases answer differently, but for the router: that shows in who answers."""
+    manifest = read_json(mixture / MANIFEST)
+    return {"prompt": manifest["prompt"],
+            "experts": {label: {"digest": expert["digest"],
+                                "corpus": read_json(mixture / EXPERTS / label / MANIFEST).get("corpus")}
+                        for label, expert in manifest["experts"].items()}}

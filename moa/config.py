@@ -75,6 +75,7 @@ class TrainParams(Group):
     max_grad_norm: float = Field(default=1.0, gt=0)
     validation_rows: int = Field(default=32, ge=1, description="rows of the validation split used after each epoch")
     patience: int = Field(default=0, ge=0, description="epochs without improvement before stopping; 0 = off")
+    warm_patience: int = Field(default=1, ge=0, description="the same for an expert that starts from another one")
     batch_tokens: int = Field(default=768, ge=16, description="padded tokens in one forward: memory, not mathematics")
     recompute: bool = Field(default=False, description="gradient checkpointing: a third slower, much less memory")
     seed: int = 0
@@ -117,6 +118,43 @@ class ReleaseParams(Group):
     seed: int = Field(default=0, ge=0, description="gate: of the bootstraps")
 
 
+class AdaptParams(Group):
+    """When and how what arrives in data/incoming is learned. Not a dependency of any stage."""
+
+    min_rows: int = Field(default=1, ge=1, description="fewest new rows, all domains together, that start a run")
+    debounce: float = Field(default=10.0, ge=0, description="seconds without a newcomer before a run starts")
+    cooldown: float = Field(default=0.0, ge=0, description="seconds between the end of one run and the next")
+    settle: float = Field(default=2.0, ge=0, description="seconds that a file must lie unchanged: half a copy waits")
+    poll: float = Field(default=2.0, gt=0, description="seconds between two looks at data/incoming")
+    candidates: int = Field(default=3, ge=0, description="experts tried as the start of a new domain's; 0 = none")
+    candidate_rows: int = Field(default=8, ge=1, description="validation rows that each candidate is tried on")
+    candidate_gain: float = Field(default=0.1, ge=0, lt=1, description="share of the base's loss that a candidate must "
+                                                                       "save to be preferred to a fresh start")
+    golden: int = Field(default=4, ge=0, description="test prompts per domain whose answers are compared word for word")
+    commit: bool = Field(default=False, description="commit what a release was made of to git")
+
+
+class RetrainParams(Group):
+    """The scheduled retraining of what is stale by data, parameters, code or base."""
+
+    cron: str | None = Field(default="0 3 * * 0", description="when; null = never by itself")
+    timezone: str = Field(default="UTC", description="of `cron`")
+    interval: float | None = Field(default=None, gt=0, description="seconds between two, besides `cron`; null = none")
+    from_scratch: bool = Field(default=False, description="train every expert anew instead of continuing it")
+
+
+class DriftParams(Group):
+    """Prompts that `moa serve` keeps, and the scheduled look at them."""
+
+    keep: int = Field(default=0, ge=0, description="megabytes of prompts that `moa serve` keeps; 0 = none")
+    redact: list[Literal["email", "phone", "card", "account"]] = Field(
+        default=["email", "phone", "card", "account"], description="personal data replaced before a prompt is kept")
+    cron: str | None = Field(default="0 * * * *", description="when the kept prompts are looked at; null = never")
+    min_prompts: int = Field(default=100, ge=10, description="fewest kept prompts for a verdict")
+    psi: float = Field(default=0.25, gt=0, description="population stability index from which a shift is reported")
+    cluster: int = Field(default=10, ge=2, description="fewest abstained prompts that may be a missing domain")
+
+
 class ExecutionParams(Group):
     """Where steps run. Not a dependency of any stage: it must not change a result."""
 
@@ -144,6 +182,9 @@ class Config(Group):
     assemble: AssembleParams = AssembleParams()
     evaluate: EvaluateParams = EvaluateParams()
     release: ReleaseParams = ReleaseParams()
+    adapt: AdaptParams = AdaptParams()
+    retrain: RetrainParams = RetrainParams()
+    drift: DriftParams = DriftParams()
     execution: ExecutionParams = ExecutionParams()
 
     def require_domain(self, name: str) -> str:

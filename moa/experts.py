@@ -5,6 +5,7 @@
 """
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moa import code, digests, rows
+from moa import code, digests, rows, warm
 from moa.base import BasePin, load, pick_device, pin
-from moa.config import Config
+from moa.config import Config, TrainParams
 from moa.errors import TrainingError
 from moa.tokens import Encoder
 from moa.workspace import MANIFEST, Workspace, read_json, replace_directory, write_json
@@ -24,10 +25,11 @@ CHECKPOINT_SECONDS = 20.0
 
 def fingerprint(workspace: Workspace, config: Config, domain: str) -> str:
     """Digest of everything that decides what the expert of `domain` will be."""
+    start = warm.read(workspace).get(domain)
     return digests.of_json({
-        "domain": domain, "base": pin(workspace).digest, "corpus": corpus_digest(workspace, domain),
-        "prompt": config.prompt.model_dump(), "train": config.train.model_dump(),
-        "code": code.digest("train")})
+        "domain": domain, "start": asdict(start) if start else None, "base": pin(workspace).digest,
+        "corpus": corpus_digest(workspace, domain), "prompt": config.prompt.model_dump(),
+        "train": config.train.model_dump(), "code": code.digest("train")})
 
 
 def corpus_digest(workspace: Workspace, domain: str) -> str:
@@ -56,9 +58,12 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
     todo = [domain for domain in domains if fresh or not finished(workspace, config, domain)]
     if not todo:
         return
+    starts = {domain: start for domain, start in warm.read(workspace).items() if domain in todo}
+    for start in starts.values():
+        warm.folder(workspace, start)   # before anything that takes long
     from moa.lora import ExpertStack, LoraSpec
     from moa.progress import track
-    from moa.training import Learner, cotrain, recomputing, seed_for
+    from moa.training import cotrain, recomputing
 
     device = pick_device(config.execution.devices)
     base = load(workspace, config.base, device)
@@ -66,12 +71,10 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
     params = config.train
     specs = [LoraSpec(params.rank, params.alpha, params.rslora)] * len(todo)
     stack = ExpertStack(base.model, specs, params.targets).trainable(True)
-    learners = []
-    for expert, domain in enumerate(todo):
-        stack.initialise(expert, seed_for(domain, params.seed))
-        encoded = {split: [encoder.row(row.messages) for row in rows.read(workspace.corpus(domain), split)]
-                   for split in ("train", "validation")}
-        learners.append(Learner(domain, expert, stack, encoded["train"], encoded["validation"], params))
+    parents = {domain: _begin(workspace, stack, expert, domain, starts.get(domain), config, base.pin)
+               for expert, domain in enumerate(todo)}
+    learners = [_learner(workspace, stack, expert, domain, encoder, params, bool(parents[domain]["parent"]))
+                for expert, domain in enumerate(todo)]
     checkpoint = Checkpoint(workspace, prints)
     if not fresh:
         checkpoint.restore(learners)
@@ -82,7 +85,7 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
     with track("train " + ", ".join(todo), total=total, unit="steps") as bar:
         bar.advance(done)
 
-        def after_step(active: Sequence[Learner]) -> None:
+        def after_step(active: Sequence[Any]) -> None:
             bar.advance(len(active), note=_note(active))
             checkpoint.save_now_and_then(learners)
 
@@ -93,12 +96,43 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
                  time.monotonic() - began)
     for learner in learners:
         if learner.progress.failure is None:
-            _write(workspace, config, learner, stack, base.pin, prints[learner.name])
+            _write(workspace, config, learner, stack, base.pin,
+                   {**parents[learner.name], "fingerprint": prints[learner.name]})
     checkpoint.clear()
     if failed := {learner.name: learner.progress.failure for learner in learners if learner.progress.failure}:
         detail = "; ".join(f"{name}: {failure}" for name, failure in failed.items())
         raise TrainingError(f"No expert for {', '.join(failed)} ({detail}). Lower train.learning_rate, or look at its "
                             "longest and strangest rows; the other experts are done.")
+
+
+def _begin(workspace: Workspace, stack: Any, expert: int, domain: str, start: warm.Start | None, config: Config,
+           base: BasePin) -> dict[str, Any]:
+    """Give an expert the weights that it begins with; what its manifest says of them."""
+    from moa import adapters
+    from moa.training import seed_for
+
+    reason = None
+    if start is not None:
+        folder = warm.folder(workspace, start)
+        reason = warm.misfit(folder, stack, stack.specs[expert], base)
+        if reason is None:
+            adapters.load(stack, expert, folder)
+            return {"parent": asdict(start)}
+        print(f"train {domain}: afresh, not from the expert of {start.domain} ({start.digest[:12]}): {reason}.",
+              file=sys.stderr)
+    stack.initialise(expert, seed_for(domain, config.train.seed))
+    return {"parent": None, **({"parent_refused": reason} if reason else {})}
+
+
+def _learner(workspace: Workspace, stack: Any, expert: int, domain: str, encoder: Encoder, params: TrainParams,
+             warmly: bool) -> Any:
+    from moa.training import Learner
+
+    encoded = {split: [encoder.row(row.messages) for row in rows.read(workspace.corpus(domain), split)]
+               for split in ("train", "validation")}
+    if warmly:
+        params = params.model_copy(update={"patience": params.warm_patience})
+    return Learner(domain, expert, stack, encoded["train"], encoded["validation"], params, warm=warmly)
 
 
 def _note(active: Sequence[Any]) -> str:
@@ -107,7 +141,8 @@ def _note(active: Sequence[Any]) -> str:
                     for learner in active if learner.progress.epoch_tokens)
 
 
-def _write(workspace: Workspace, config: Config, learner: Any, stack: Any, base: BasePin, print_: str) -> None:
+def _write(workspace: Workspace, config: Config, learner: Any, stack: Any, base: BasePin,
+           more: dict[str, Any]) -> None:
     from moa import adapters
 
     at = learner.progress
@@ -120,7 +155,7 @@ def _write(workspace: Workspace, config: Config, learner: Any, stack: Any, base:
             "rank": config.train.rank, "alpha": config.train.alpha,
             "targets": sorted({name.rsplit(".", 1)[-1] for name in stack.layers}),
             "train": config.train.model_dump(), "prompt": config.prompt.model_dump(),
-            "best_epoch": at.best_epoch, "best_loss": at.best_loss, "curve": at.curve, "fingerprint": print_})
+            "best_epoch": at.best_epoch, "best_loss": at.best_loss, "curve": at.curve, **more})
 
 
 def _record_rate(workspace: Workspace, tokens: int, seconds: float) -> None:

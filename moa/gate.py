@@ -1,28 +1,35 @@
 """Two releases on the same rows, to a verdict per domain and one decision. Pure: no files, no MLflow.
 
 A domain is compared by the mean of its paired differences, challenger minus incumbent, twice: `loss`, in nats per
-completion token, and `metric`, the domain's own score (0 to 1) of the rows that both answered. Each end of an interval
-is the further one of two bootstraps (Hesterberg 2015, "What Teachers Should Know About the Bootstrap"): the percentile
-interval, expanded because it is too short on few rows (section 5.3), and bootstrap t, which knows of skew (5.5).
+completion token, and `metric`, the domain's own score (0 to 1) of the rows that both answered. The intervals are
+bootstrapped (moa/intervals.py).
 
 Loss is the sharper measure, so it must show that a domain is no worse. Scores, most of them 0 or 1 on few rows, seldom
 could: they refuse where they show that a domain is worse, and where they cannot tell they say so.
+
+New data of an old domain brings test rows of its own, and if it is poisoned they are too: who learned the poison looks
+better on them. So the rows that the incumbent's release was tested on (`Score.known`) are judged by themselves as well,
+and a domain that fails on them fails, whatever all its rows say. They can only refuse: that a domain is better is for
+all its rows to show. Where a domain's known prompts go is judged too, by the sign test; and new rows that mostly go to
+another domain, as the known ones do not, are refused as that one's.
 
 Not covered: rows that depend on each other, and the choice of a challenger after many were gated on the same rows.
 """
 
 import math
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from statistics import NormalDist
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from moa.intervals import interval, resampled
+from moa.routes import Moves, exact_test, moves, sign_test
+
 Verdict = Literal["pass", "fail", "not enough data"]
 Against = Literal["incumbent", "base"]
-CHUNK = 1 << 22   # resampled values held at once
+Pairs = Sequence[tuple[float | None, float | None]]   # challenger, other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,8 @@ class Rules:
 
 @dataclass(frozen=True)
 class Score:
-    """One test row: mean loss per completion token, and score of the answer; None where a system has none."""
+    """One test row: mean loss per completion token, score of the answer, and the router's best guess; None where a
+    system has none."""
 
     domain: str
     row: str
@@ -52,6 +60,9 @@ class Score:
     challenger_score: float | None = None
     incumbent_score: float | None = None
     base_score: float | None = None
+    known: bool = True   # the incumbent's release was tested on it
+    challenger_routed: str | None = None
+    incumbent_routed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +79,17 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Known:
+    """The comparisons of a domain on the rows that the incumbent was tested on."""
+
+    loss: Comparison
+    metric: Comparison | None = None
+
+
+@dataclass(frozen=True)
 class DomainVerdict:
-    """What the two comparisons of a domain come to; `metric` is None where nobody scored an answer."""
+    """What the comparisons of a domain come to; `metric` is None where nobody scored an answer, `known` where there are
+    only known rows, or none of them counts because the domain is new."""
 
     verdict: Verdict
     reason: str
@@ -77,6 +97,8 @@ class DomainVerdict:
     improved: bool
     loss: Comparison
     metric: Comparison | None = None
+    known: Known | None = None
+    cause: str | None = None   # of a failure, where somebody knows
 
 
 @dataclass(frozen=True)
@@ -87,31 +109,43 @@ class Decision:
     improved: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)      # domains of the incumbent that the challenger lacks
     routing: dict[str, Any] = field(default_factory=dict)
+    worse: list[str] = field(default_factory=list)        # domains that fail, or whose prompts go astray
+    harm: bool = False                                    # refused as worse, not for want of rows or of a gain
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def decide(scores: Iterable[Score], rules: Rules, *, incumbent: Collection[str], challenger: Collection[str],
-           routing: Mapping[str, Mapping[str, float]] | None = None) -> Decision:
+           routing: Mapping[str, Mapping[str, float]] | None = None, tested_by: str = "the incumbent",
+           causes: Mapping[str, str] | None = None) -> Decision:
     """Whether the challenger may take the incumbent's place.
 
     `incumbent` and `challenger` are the domains each release has an expert for: a domain the incumbent lacks is
     compared with the base. `routing` holds `accuracy` and `abstention` of both, under "incumbent" and "challenger".
-    Promoted is only who is worse in no domain, has rows enough to show it in each, routes within the bounds, and is
-    really better in at least one domain.
+    `tested_by` is what reasons call the incumbent's release, `causes` why a domain would be worse. Promoted is only
+    who is worse in no domain, has rows enough to show it in each, routes within the bounds, and is really better in at
+    least one domain.
     """
     rows: dict[str, dict[str, Score]] = {domain: {} for domain in challenger}
     for score in scores:
         if score.domain in rows:
             rows[score.domain][score.row] = score
     chances = len(rows) + sum(any(one.challenger_score is not None for one in each.values()) for each in rows.values())
-    verdicts = {domain: judge(domain, rows[domain].values(), rules, chances=chances, new=domain not in incumbent)
-                for domain in sorted(rows)}
+    verdicts = {domain: judge(domain, rows[domain].values(), rules, chances=chances, new=domain not in incumbent,
+                              tested_by=tested_by) for domain in sorted(rows)}
+    routes = {domain: _routes(domain, rows[domain].values()) for domain in sorted(rows) if domain in incumbent}
+    strangers = {domain: _routes(domain, rows[domain].values(), known=False) for domain in routes}
+    verdicts |= {domain: replace(each, cause=(causes or {}).get(domain)) for domain, each in verdicts.items()
+                 if each.verdict == "fail"}
     improved = [domain for domain, verdict in verdicts.items() if verdict.improved]
     removed = sorted(set(incumbent) - set(challenger))
-    objections = [f"{domain}: {verdict.reason}" for domain, verdict in verdicts.items() if verdict.verdict != "pass"]
-    objections += _routing_objections(routing or {}, rules)
+    objections = [f"{domain}: {verdict.reason}" + (f", because {verdict.cause}" if verdict.cause else "")
+                  for domain, verdict in verdicts.items() if verdict.verdict != "pass"]
+    strayed = {domain: _strayed(found, strangers[domain], rules, tested_by) for domain, found in routes.items()}
+    objections += [each for found in strayed.values() for each in found]
+    objections += (lost := _routing_objections(routing or {}, rules))
+    worse = [domain for domain, verdict in verdicts.items() if verdict.verdict == "fail" or strayed.get(domain)]
     if objections:
         promote, reason = False, "; ".join(objections)
     elif improved:
@@ -121,21 +155,37 @@ def decide(scores: Iterable[Score], rules: Rules, *, incumbent: Collection[str],
     if removed:
         reason += f"; removed: {', '.join(removed)}"
     return Decision(promote, f"{reason}.", verdicts, improved, removed,
-                    {who: dict(values) for who, values in (routing or {}).items()})
+                    {who: dict(values) for who, values in (routing or {}).items()}
+                    | ({"domains": {domain: asdict(found) | {"new": strangers[domain].after}
+                                    for domain, found in routes.items()}}
+                       if any(found.rows for found in routes.values()) else {}), worse, bool(worse or lost))
 
 
-def judge(domain: str, scores: Iterable[Score], rules: Rules, *, chances: int = 1, new: bool = False) -> DomainVerdict:
+def judge(domain: str, scores: Iterable[Score], rules: Rules, *, chances: int = 1, new: bool = False,
+          tested_by: str = "the incumbent") -> DomainVerdict:
     """The verdict on one domain; `chances` is how many comparisons the challenger may look better in by luck.
 
-    The domain fails when either comparison does, and passes when its loss does; a metric that cannot tell is no bar.
+    The domain fails when either comparison does, on all rows or on the known ones, and passes when its loss does; a
+    metric that cannot tell is no bar, and neither are known rows too few to tell.
     """
-    against: Against = "base" if new else "incumbent"
     everything = sorted(scores, key=lambda score: score.row)   # the order of arrival must not matter
-    loss = _loss(domain, [(one.challenger, one.base if new else one.incumbent) for one in everything], rules, chances,
+    verdict = _all_rows(domain, everything, rules, chances, "base" if new else "incumbent")
+    known = [one for one in everything if one.known]
+    if new or len(known) == len(everything):
+        return verdict
+    found = _known_rows(domain, known, rules, tested_by)
+    reasons = [each.reason for each in (found.loss, found.metric) if each is not None and each.verdict == "fail"]
+    if not reasons:
+        return replace(verdict, known=found)
+    return replace(verdict, verdict="fail", reason=", and ".join(reasons), improved=False, known=found)
+
+
+def _all_rows(domain: str, scores: Sequence[Score], rules: Rules, chances: int, against: Against) -> DomainVerdict:
+    new = against == "base"
+    loss = _loss(domain, [(one.challenger, one.base if new else one.incumbent) for one in scores], rules, chances,
                  against)
-    scored = [(one.challenger_score, one.base_score if new else one.incumbent_score) for one in everything]
-    metric = (None if all(mine is None for mine, _ in scored)
-              else _metric(domain, [pair for pair in scored if pair != (None, None)], rules, chances, against))
+    metric = _answers(domain, [(one.challenger_score, one.base_score if new else one.incumbent_score)
+                               for one in scores], rules, chances, against)
     if metric is not None and metric.verdict == "fail":
         reason = metric.reason if loss.verdict == "pass" else f"{loss.reason}, and {metric.reason}"
         return DomainVerdict("fail", reason, against, False, loss, metric)
@@ -143,10 +193,33 @@ def judge(domain: str, scores: Iterable[Score], rules: Rules, *, chances: int = 
     return DomainVerdict(loss.verdict, loss.reason, against, improved, loss, metric)
 
 
-Pairs = Sequence[tuple[float | None, float | None]]   # challenger, other
+def _known_rows(domain: str, known: Sequence[Score], rules: Rules, tested_by: str) -> Known:
+    """Both comparisons on known rows. Of fewer than `min_rows`, the sign test: they fail where most are surely worse by
+    more than the tolerance."""
+    if not known:
+        return Known(Comparison("not enough data", f"none of the test rows that {tested_by} was tested on is left", 0))
+    pairs = [(one.challenger, one.incumbent) for one in known]
+    loss = _loss(domain, pairs, rules, 1, "incumbent", tested_by)
+    if loss.verdict == "not enough data":
+        rises = [mine - other for mine, other in pairs if mine is not None and other is not None]
+        worse = sum(rise > rules.tolerance for rise in rises)
+        if rises and sign_test(worse, len(rises) - worse) <= (1 - rules.confidence) / 2:
+            loss = replace(loss, verdict="fail", reason=f"worse than the tolerance of {rules.tolerance:g} allows in "
+                                                        f"{worse} answers {_on(loss.rows, 'rows', tested_by)}")
+    return Known(loss, _answers(domain, [(one.challenger_score, one.incumbent_score) for one in known], rules, 1,
+                                "incumbent", tested_by))
 
 
-def _loss(domain: str, scores: Pairs, rules: Rules, chances: int, against: Against) -> Comparison:
+def _answers(domain: str, scores: Pairs, rules: Rules, chances: int, against: Against,
+             tested_by: str | None = None) -> Comparison | None:
+    """The metric's comparison of the rows that somebody answered; None where the challenger answered none."""
+    if all(mine is None for mine, _ in scores):
+        return None
+    return _metric(domain, [pair for pair in scores if pair != (None, None)], rules, chances, against, tested_by)
+
+
+def _loss(domain: str, scores: Pairs, rules: Rules, chances: int, against: Against,
+          tested_by: str | None = None) -> Comparison:
     pairs = [(mine, other) for mine, other in scores
              if mine is not None and other is not None and math.isfinite(other)]
     count, unmatched = len(pairs), len(scores) - len(pairs)
@@ -156,7 +229,8 @@ def _loss(domain: str, scores: Pairs, rules: Rules, chances: int, against: Again
         return Comparison("not enough data", f"{count} rows to compare, {rules.min_rows} are needed", count, unmatched)
     point, (low, high), (_, sure) = _intervals(domain, "loss", pairs, rules, chances)
     improved = point < 0 and sure < -rules.min_gain
-    numbers = f"loss {point:+.4f} nats against the {against} on {count} rows, interval {low:+.4f} to {high:+.4f}"
+    numbers = (f"loss {point:+.4f} nats against the {against} {_on(count, 'rows', tested_by)}, interval {low:+.4f} to "
+               f"{high:+.4f}")
     if high <= rules.tolerance:
         return Comparison("pass", numbers, count, unmatched, point, (low, high), improved)
     what = "worse" if low > 0 else "may be worse"
@@ -164,7 +238,8 @@ def _loss(domain: str, scores: Pairs, rules: Rules, chances: int, against: Again
                       count, unmatched, point, (low, high))
 
 
-def _metric(domain: str, scores: Pairs, rules: Rules, chances: int, against: Against) -> Comparison:
+def _metric(domain: str, scores: Pairs, rules: Rules, chances: int, against: Against,
+            tested_by: str | None = None) -> Comparison:
     pairs = [(mine, other) for mine, other in scores if mine is not None and other is not None]
     count, unmatched = len(pairs), len(scores) - len(pairs)
     if count < rules.min_rows:
@@ -174,11 +249,12 @@ def _metric(domain: str, scores: Pairs, rules: Rules, chances: int, against: Aga
     wins, losses = sum(mine > other for mine, other in pairs), sum(mine < other for mine, other in pairs)
     # Where few answers differ the bootstrap is too sure of itself; the sign test is exact there.
     share = (1 - rules.confidence) / 2
-    improved = sure > 0 and _sign_test(wins, losses) <= share / chances
-    numbers = f"score {point:+.3f} against the {against} on {count} answers, interval {low:+.3f} to {high:+.3f}"
+    improved = sure > 0 and sign_test(wins, losses) <= share / chances
+    numbers = (f"score {point:+.3f} against the {against} {_on(count, 'answers', tested_by)}, interval {low:+.3f} to "
+               f"{high:+.3f}")
     if low >= -rules.metric_tolerance:
         return Comparison("pass", numbers, count, unmatched, point, (low, high), improved)
-    if high < 0 and _sign_test(losses, wins) <= share:
+    if high < 0 and sign_test(losses, wins) <= share:
         return Comparison("fail", f"worse than the tolerance of {rules.metric_tolerance:g} allows: {numbers}",
                           count, unmatched, point, (low, high))
     return Comparison("not enough data", f"cannot tell whether within {rules.metric_tolerance:g}: {numbers}",
@@ -189,59 +265,35 @@ def _intervals(domain: str, measure: str, pairs: Pairs, rules: Rules,
                chances: int) -> tuple[float, tuple[float, float], tuple[float, float]]:
     """Mean paired difference, its interval, and the wider one that makes up for `chances` comparisons (Bonferroni)."""
     values = np.array([float(mine or 0) - float(other or 0) for mine, other in pairs])
-    means, spreads = _resampled(values, rules.resamples, [rules.seed, zlib.crc32(f"{domain} {measure}".encode())])
+    means, spreads = resampled(values, rules.resamples, [rules.seed, zlib.crc32(f"{domain} {measure}".encode())])
     share = (1 - rules.confidence) / 2
-    one, all_ = (_interval(values, means, spreads, tail) for tail in (share, share / chances))
+    one, all_ = (interval(values, means, spreads, tail) for tail in (share, share / chances))
     return float(values.mean()), one, all_
 
 
-def _resampled(values: np.ndarray, resamples: int, seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations of `resamples` draws with replacement, (resamples,) each."""
-    rng = np.random.default_rng(seed)
-    step = max(1, CHUNK // len(values))
-    means, spreads = [], []
-    for done in range(0, resamples, step):
-        drawn = values[rng.integers(len(values), size=(min(step, resamples - done), len(values)))]
-        means.append(drawn.mean(axis=1))
-        spreads.append(drawn.std(axis=1))
-    return np.concatenate(means), np.concatenate(spreads)
+def _on(count: int, what: str, tested_by: str | None) -> str:
+    """Which rows a figure is of."""
+    if tested_by is None:
+        return f"on {count} {what}"
+    return f"on the {count} {'test rows' if what == 'rows' else f'{what} to test rows'} that {tested_by} was tested on"
 
 
-def _interval(values: np.ndarray, means: np.ndarray, spreads: np.ndarray, share: float) -> tuple[float, float]:
-    """The interval that leaves `share` out at each end.
-
-    Bootstrap t is left out where too many draws have no spread: most differences are 0 then, as between releases that
-    share an expert.
-    """
-    tail = _tail(share, len(values))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    mean, spread = values.mean(), values.std()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = np.nan_to_num((means - mean) / spreads, nan=0.0, posinf=np.inf, neginf=-np.inf)
-    lowest, highest = (np.quantile(t, end, method="nearest") for end in (share, 1 - share))
-    if np.isfinite(highest):
-        low = min(low, mean - highest * spread)
-    if np.isfinite(lowest):
-        high = max(high, mean - lowest * spread)
-    return float(low), float(high)
+def _routes(domain: str, scores: Iterable[Score], known: bool = True) -> Moves:
+    return moves(domain, [(one.incumbent_routed, one.challenger_routed) for one in scores if one.known == known
+                          and one.incumbent_routed is not None and one.challenger_routed is not None])
 
 
-def _tail(share: float, count: int) -> float:
-    """Tail of the bootstrap distribution that stands for `share`, expanded for few rows.
-
-    Hesterberg 2015: Phi(-sqrt(n / (n - 1)) * t_{share, n - 1}); the t quantile by its expansion in 1 / degrees of
-    freedom (Abramowitz and Stegun 26.7.5), right to three digits from five rows on.
-    """
-    z, v = NormalDist().inv_cdf(1 - share), count - 1
-    t = (z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3))
-    return NormalDist().cdf(-t * math.sqrt(count / v))
-
-
-def _sign_test(for_it: int, against_it: int) -> float:
-    """Chance of at least `for_it` heads among all these tosses of a fair coin."""
-    tosses = for_it + against_it
-    return sum(math.comb(tosses, heads) for heads in range(for_it, tosses + 1)) / 2**tosses
+def _strayed(known: Moves, new: Moves, rules: Rules, tested_by: str) -> Iterator[str]:
+    """What is wrong with where a domain's prompts go. A tolerance of a few per cent could not be shown to hold by a few
+    dozen prompts, so the challenger is refused for what is surely beyond it, and not asked to show more."""
+    share = (1 - rules.confidence) / 2
+    if known.fall > rules.accuracy_drop and known.chance <= share:
+        yield f"{known.domain}: its routing accuracy fell {known.text}, {_on(known.rows, 'rows', tested_by)}"
+    beyond = known.rows and new.rows and new.missed / new.rows - known.missed / known.rows > rules.accuracy_drop
+    if beyond and exact_test(new.missed, new.rows, known.missed, known.rows) <= share:
+        gone = ", ".join(f"{count} go to {guess}" for guess, count in new.after.items() if guess != new.domain)
+        yield (f"{new.domain}: of its {new.rows} new test rows {gone}, as those that {tested_by} was tested on do not: "
+               "they may be another domain's")
 
 
 def _routing_objections(routing: Mapping[str, Mapping[str, float]], rules: Rules) -> list[str]:

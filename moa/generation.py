@@ -13,65 +13,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from moa.errors import UsageError
+from moa.sampling import Options, Sampling, generator
 
 Finish = Literal["stop", "length"]
+Tell = Callable[[str], None]
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"   # how a decoder shows the first bytes of a character
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How to decode. Raises UsageError that names the option whose value means nothing.
-
-    With a `seed`, a row draws from a generator of its own: the same prompt and seed give the same answer, whatever is
-    beside it in the batch, as far as rounding allows. So one prompt twice in a batch gives one answer twice.
-    """
-
-    max_new_tokens: int = 256         # the end marker counts
-    temperature: float = 0.0          # 0 = greedy: the likeliest token, and the other options of sampling do nothing
-    top_p: float = 1.0                # draw from the likeliest tokens that have this share together; 1 = all
-    top_k: int = 0                    # draw from this many likeliest tokens; 0 = all
-    seed: int | None = None           # None = another answer each time
-    stop: str | Sequence[str] = ()    # texts that end an answer and are cut from it
-
-    def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        checks = {
-            "max_new_tokens": (_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "a whole number of 1 or more"),
-            "temperature": (_number(self.temperature) and self.temperature >= 0, "a number of 0 or more"),
-            "top_p": (_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1"),
-            "top_k": (_whole(self.top_k) and self.top_k >= 0, "a whole number of 0 or more"),
-            "seed": (self.seed is None or (_whole(self.seed) and 0 <= self.seed < 1 << 63),
-                     "a whole number of 0 or more, below 2**63"),
-            "stop": (isinstance(stop, Sequence) and all(isinstance(one, str) and one for one in stop),
-                     "a text or several, none empty"),
-        }
-        for name, (right, wanted) in checks.items():
-            if not right:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
-        object.__setattr__(self, "stop", tuple(stop))
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def rooms(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+def rooms(model: Any, prompts: Sequence[Sequence[int]], asked: Sequence[int]) -> list[int]:
     """How many tokens may be written after each prompt: what is asked for, bounded by what the model's context leaves.
 
     Raises UsageError for a prompt that leaves none.
@@ -82,7 +34,7 @@ def rooms(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> 
             which = f"Prompt {number} of {len(prompts)}" if len(prompts) > 1 else "The prompt"
             raise UsageError(f"{which} is {len(prompt)} tokens long, and the base's context is {context} tokens, the "
                              "answer's included: shorten it.")
-    return [int(min(max_new_tokens, context - len(prompt))) for prompt in prompts]
+    return [int(min(most, context - len(prompt))) for prompt, most in zip(prompts, asked, strict=True)]
 
 
 # One row.
@@ -149,36 +101,72 @@ class Writing:
 
 # A batch.
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What is wanted of one row, and who hears of it. Callbacks come from the thread that decodes."""
+
+    prompt: Sequence[int]
+    limit: int                                       # tokens to write at most, no more than `rooms` allows
+    options: Options
+    tell: Tell | None = None                         # gets pieces of text as they become certain
+    ended: Callable[[Writing], None] | None = None   # gets the row when it ends, whoever else is still being written
+    cancelled: threading.Event | None = None         # once set, the row ends where it is
+
+
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """Every token that ends an answer: the tokenizer's, and all those of the base's own generation settings."""
     own = model.generation_config.eos_token_id
     return frozenset({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
 
-def decode(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], limit: int, options: Options, *,
-           tell: Callable[[str], None] | None = None, cancelled: threading.Event | None = None) -> list[Writing]:
-    """Decode the prompts as one batch, left-padded, with a KV cache, up to `limit` tokens each.
+def write(model: Any, tokenizer: Any, orders: Sequence[Order],
+          choose: Callable[[list[int]], None] | None = None) -> list[Writing]:
+    """Decode the orders as one batch, left-padded, with a KV cache, each by its own options and up to its own limit.
 
-    `tell` gets the pieces of text of a single row as they become certain. Decoding ends early once `cancelled` is set.
+    Rows that have ended leave the batch once they are a quarter of it, or when the base's context would end under
+    them; transformers' `generate` is then begun anew on the cache of those that stay. `choose` is told which orders
+    the batch's rows are, at its beginning and whenever some have left; without it none leaves.
     """
     ends = end_tokens(model, tokenizer)
-    rows = [Writing(tokenizer, ends, options.stop, watched=tell is not None) for _ in prompts]
-    longest = max(map(len, prompts))
+    rows = [_Row(order, tokenizer, ends) for order in orders]
+    ids, mask = (tensor.to(model.device) for tensor in _padded([order.prompt for order in orders]))
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    cache = None if choose is None else DynamicCache(config=model.config.get_text_config(decoder=True))
+    here = list(range(len(rows)))
+    with _no_settings_of_its_own(model), torch.inference_mode():
+        while here:
+            if choose is not None:
+                choose(here)
+            batch = [rows[index] for index in here]
+            ids = model.generate(
+                ids, attention_mask=mask, **({} if cache is None else {"past_key_values": cache}),
+                generation_config=GenerationConfig(max_new_tokens=max(row.left for row in batch), do_sample=False),
+                logits_processor=LogitsProcessorList([Sampling([(row.order.options, row.random) for row in batch])]),
+                stopping_criteria=StoppingCriteriaList([_Watch(batch, context if choose is not None else None)]))
+            stay = [b for b, row in enumerate(batch) if not row.writing.done]
+            here = [here[b] for b in stay]
+            if here and cache is not None:
+                kept = torch.tensor(stay, device=ids.device)
+                cache.batch_select_indices(kept)
+                ids = ids[kept]
+                mask = torch.cat([mask[kept], mask.new_ones(len(stay), ids.shape[1] - mask.shape[1])], dim=1)
+    return [row.writing for row in rows]
+
+
+def decode(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], limit: int, options: Options) -> list[Writing]:
+    """`write` for rows that want the same, under whatever experts the caller chose for all of them."""
+    return write(model, tokenizer, [Order(prompt=prompt, limit=limit, options=options) for prompt in prompts])
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids with zeros before the shorter prompts, and the mask of what is prompt; both (B, T)."""
+    longest = max(map(len, prompts), default=0)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for b, prompt in enumerate(prompts):
         ids[b, longest - len(prompt):] = torch.tensor(prompt)
         mask[b, longest - len(prompt):] = 1
-    with _no_settings_of_its_own(model), torch.inference_mode():
-        model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
-                       generation_config=GenerationConfig(max_new_tokens=limit, do_sample=False),
-                       logits_processor=_sampling(options, len(rows)),
-                       stopping_criteria=StoppingCriteriaList([_Watch(rows, tell, cancelled)]))
-    for row in rows:
-        row.end()
-    if tell is not None:
-        tell(rows[0].take())
-    return rows
+    return ids, mask
 
 
 @contextmanager
@@ -192,57 +180,55 @@ def _no_settings_of_its_own(model: Any) -> Iterator[None]:
         model.generation_config = before
 
 
-class _Watch(StoppingCriteria):
-    """Hands every new token to its row, and stops the rows that are done."""
+class _Row:
+    """An order as it is carried out."""
 
-    def __init__(self, rows: list[Writing], tell: Callable[[str], None] | None,
-                 cancelled: threading.Event | None) -> None:
-        self.rows, self.tell, self.cancelled = rows, tell, cancelled
+    def __init__(self, order: Order, tokenizer: Any, ends: frozenset[int]) -> None:
+        self.order, self.place = order, len(order.prompt)   # the position of its next token, written or padding
+        self.writing = Writing(tokenizer, ends, order.options.stop, watched=order.tell is not None)
+        self.random = generator(order.options.seed)
+
+    @property
+    def left(self) -> int:
+        return self.order.limit - len(self.writing.ids)
+
+    def add(self, token: int) -> None:
+        self.place += 1
+        order, writing = self.order, self.writing
+        if writing.done:   # what the batch computes for a row that has ended
+            return
+        writing.add(token)
+        if self.left <= 0 or (order.cancelled is not None and order.cancelled.is_set()):
+            writing.end()
+        if order.tell is not None and (piece := writing.take()):
+            order.tell(piece)
+        if writing.done and order.ended is not None:
+            order.ended(writing)
+
+
+class _Watch(StoppingCriteria):
+    """Hands every new token to its row, and stops the rows that are done, or all when it pays that some leave.
+
+    `context` is the model's; None = nobody leaves before all do.
+    """
+
+    def __init__(self, rows: Sequence[_Row], context: float | None) -> None:
+        self.rows, self.context = rows, context
+        self.over = False
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:   # noqa: ARG002 - (B, T) -> (B,)
-        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
-            if not row.done:
+        if not self.over:   # where transformers looks at the result a step late, that step is not ours
+            for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
                 row.add(token)
-        if self.tell is not None:
-            self.tell(self.rows[0].take())
-        enough = self.cancelled is not None and self.cancelled.is_set()
-        return torch.tensor([enough or row.done for row in self.rows], device=input_ids.device)
-
-
-def _sampling(options: Options, rows: int) -> LogitsProcessorList:
-    """What turns the likeliest token into a drawn one: transformers' own filters, and noise of our own."""
-    if options.temperature == 0:
-        return LogitsProcessorList()
-    filters: list[LogitsProcessor] = [TemperatureLogitsWarper(float(options.temperature))]
-    if options.top_k:
-        filters.append(TopKLogitsWarper(options.top_k))
-    if options.top_p < 1:
-        filters.append(TopPLogitsWarper(float(options.top_p)))
-    return LogitsProcessorList([*filters, _Draw(options.seed, rows)])
-
-
-class _Draw(LogitsProcessor):
-    """Gumbel noise: the likeliest token after it is a draw from the softmax before it (Gumbel 1954; Maddison et al.
-    2014, arXiv 1411.0030). Each row has its own generator, so neither its neighbours nor the rest of the program
-    change its draws, nor the reverse."""
-
-    def __init__(self, seed: int | None, rows: int) -> None:
-        self.generators = [torch.Generator() for _ in range(rows)]
-        for generator in self.generators:
-            if seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(seed)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:   # noqa: ARG002 - scores (B, V) -> (B, V)
-        noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=generator)
-                             for generator in self.generators])
-        return scores - noise.clamp(min=torch.finfo(noise.dtype).tiny).log().to(scores)
+            done = [row for row in self.rows if row.writing.done]
+            self.over = len(done) == len(self.rows) or (self.context is not None and (
+                4 * len(done) >= len(self.rows) or any(row.place >= self.context for row in done)))
+        return torch.tensor([self.over or row.writing.done for row in self.rows], device=input_ids.device)
 
 
 # A stream.
 
-def pieces(work: Callable[[Callable[[str], None], threading.Event], Any]) -> Iterator[str]:
+def pieces(work: Callable[[Tell, threading.Event], Any]) -> Iterator[str]:
     """What `work(tell, cancelled)` tells, as it tells it, from a thread of its own.
 
     Its exceptions are raised here. Closing the iterator, or dropping it, sets `cancelled` and waits for the thread.

@@ -64,15 +64,17 @@ class Gathered:
 def gathered(workspace: Workspace, sources: Sequence[str], here: Path, hub: Hub) -> Iterator[Gathered]:
     """The files behind `sources`, as long as the block lasts. Relative paths start from `here`.
 
-    The caller holds the workspace's lock. Raises UsageError or DataError naming the source that there is not, or that
+    Several processes may do this at once. Raises UsageError or DataError naming the source that there is not, or that
     holds no rows.
     """
     remote = [source for source in sources if source.startswith("hub:")]
     if hub != Hub() and not remote:
         raise UsageError(f"--revision, --split and --subset belong to data sets of a hub; a source of that kind is "
                          f"written {HUB}.")
-    scratch = workspace.local / "intake"
-    shutil.rmtree(scratch, ignore_errors=True)   # of a killed command
+    scratch = workspace.local / f"intake.{os.getpid()}"
+    for other in scratch.parent.glob("intake.*"):
+        if other == scratch or not alive(other.suffix[1:]):   # of a killed command
+            shutil.rmtree(other, ignore_errors=True)
     found: dict[str, Found] = {}
     twice: list[str] = []
     ignored: list[str] = []
@@ -93,6 +95,17 @@ def gathered(workspace: Workspace, sources: Sequence[str], here: Path, hub: Hub)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def alive(pid: str) -> bool:
+    """Whether a process of that id runs."""
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True   # another user's
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
+
+
 # Files and folders.
 
 def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[Found], list[str]]:
@@ -107,7 +120,7 @@ def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[Foun
     if path.is_file():
         if path.suffix.lower() not in FORMATS:
             raise UsageError(f"{source} is not of a known format; files end with {', '.join(FORMATS)}.")
-        return [_found(path, path.name)], []
+        return [look(path, path.name)], []
     if not path.is_dir():
         raise UsageError(f"{source} is neither a file nor a folder.")
     chosen = files(path)
@@ -116,10 +129,11 @@ def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[Foun
     if not chosen:
         raise UsageError(f"The folder {source} holds no {', '.join(FORMATS)} file"
                          f"{f', only {few(others)}' if others else ' and nothing else'}.")
-    return [_found(each, f"{path.name}/{each.relative_to(path).as_posix()}") for each in chosen], others
+    return [look(each, f"{path.name}/{each.relative_to(path).as_posix()}") for each in chosen], others
 
 
-def _found(path: Path, origin: str) -> Found:
+def look(path: Path, origin: str) -> Found:
+    """The file at `path`, called `origin` by people. Raises DataError when it cannot be read."""
     try:
         return Found(path, stem(path.stem), digests.of_file(path), origin, path.stat().st_size)
     except OSError as error:
@@ -250,10 +264,15 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def copy_checked(found: Found, target: Path) -> None:
-    """Copy a file and read it back. Raises DataError when it is another by now."""
+def copy_checked(found: Found, target: Path, *, link: bool = False) -> None:
+    """Copy a file and read it back. Raises DataError when it is another by now.
+
+    With `link`, `target` becomes a second name of it where the disk can, unless it has another one already: whoever
+    knows the file by that may go on writing to it.
+    """
     try:
-        shutil.copyfile(found.path, target)
+        if not (link and _linked(found.path, target)):
+            shutil.copyfile(found.path, target)
         with target.open("rb") as file:
             os.fsync(file.fileno())
         same = digests.of_file(target) == found.digest
@@ -261,3 +280,13 @@ def copy_checked(found: Found, target: Path) -> None:
         raise DataError(f"{found.origin} cannot be copied to {target.parent.name}: {error.strerror}.") from None
     if not same:
         raise DataError(f"{found.origin} changed while it was copied; run the command again.")
+
+
+def _linked(source: Path, target: Path) -> bool:
+    if source.is_symlink() or source.stat().st_nlink != 1:
+        return False
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True

@@ -21,7 +21,7 @@ from moa.config import TrainParams
 from moa.heads import Heads, Use, heads_at_work, prompt_mask
 from moa.lora import ExpertStack
 from moa.router import Router
-from moa.training import Learner, cotrain, validation_losses
+from moa.training import Learner, cotrain, count_starts
 
 HEAD_RATE = 2e-3   # AdamW on standardised features, a few hundred steps: logits move by whole units
 
@@ -65,8 +65,7 @@ def train_jointly(model: nn.Module, stack: ExpertStack, router: Router, learners
         after_step(active)
 
     if keep_start:
-        for name, loss in validation_losses(model, stack, learners, params.batch_tokens, forward).items():
-            next(learner for learner in learners if learner.name == name).progress.best_loss = loss
+        count_starts(model, stack, learners, params.batch_tokens, forward)
     cotrain(model, stack, learners, params.batch_tokens, step, forward)
     heads.into(router)
     router.stream = "experts" if eta else "blend"

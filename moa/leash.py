@@ -85,6 +85,20 @@ def stop_all() -> None:
         leash.stop()
 
 
+def end_with_parent(seconds: float = 1.0) -> None:
+    """From now on, end every step and this process soon after the process that started it is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            threading.Event().wait(seconds)
+        stop_all()
+        os._exit(1)
+
+    if parent != 1:   # then somebody means us to live on
+        threading.Thread(target=watch, name="moa-parent", daemon=True).start()
+
+
 def _supervise(command: Sequence[str]) -> int:
     """The script's part: run `command`; when standard input closes, end the process group (and so ourselves)."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -4,10 +4,9 @@ Knows nothing of releases or corpora. The router that evaluation sees is the one
 """
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +17,7 @@ from moa import adapters, bundle, generation
 from moa.base import Base
 from moa.batches import collate, microbatches, row_losses
 from moa.errors import ArtifactError, UsageError
-from moa.generation import Finish, Options, Writing
+from moa.generation import Finish, Options, Order, Tell, Writing
 from moa.heads import chooser
 from moa.lora import BASE_ONLY, ExpertStack
 from moa.router import Choice, Decision, Router, features
@@ -41,6 +40,26 @@ class Answer:
     finish: Finish             # "length" when the limit or the base's context ended it
     tokens: int                # written, the end marker included
     prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """Who hears of one answer while it is written, in the thread that decodes."""
+
+    begun: Tell | None = None                        # gets who answers, once that is decided
+    piece: Tell | None = None                        # gets text as it becomes certain
+    ended: Callable[[Answer], None] | None = None    # gets the answer, whoever else is still being answered
+    cancelled: threading.Event | None = None         # once set, the answer ends where it is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One conversation to answer. Its `domain` always wins over the router; "base" is the base alone."""
+
+    messages: Conversation
+    domain: str | None = None
+    options: Options = field(default_factory=Options)
+    listener: Listener = field(default_factory=Listener)
 
 
 class Mixture:
@@ -140,30 +159,29 @@ class Mixture:
                  **options: Any) -> list[Answer]:
         """Answer a mixed batch, each row with its own expert; `options` are those of `generation.Options`.
 
-        `domains` has a name for each prompt: it always wins over the router, and "base" is the base alone. Rows with
-        None, or all without `domains`, are routed, in one pass. Everything is decoded side by side, but for rows that
-        the base's context ends early: those are apart, so that no row runs past it. Greedy answers are those of the
-        rows alone, as far as rounding allows. Raises UsageError.
+        `domains` has a name for each prompt; rows with None, or all without `domains`, are routed. Raises UsageError.
         """
         chosen = Options(**options)
         if domains is not None and len(domains) != len(prompts):
             raise UsageError(f"There are {len(prompts)} prompts and {len(domains)} domains.")
-        forced = [None] * len(prompts) if domains is None else list(domains)
-        for domain in set(forced) - {None}:
+        return self.answer([Request(messages=messages, domain=domain, options=chosen) for messages, domain
+                            in zip(prompts, domains or [None] * len(prompts), strict=True)])
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer all side by side, each with its own expert and options, those without a domain routed in one pass.
+
+        Greedy answers are those of the requests alone, as far as rounding allows. Raises UsageError, before anything
+        is written, for a domain that the mixture lacks and for a prompt that the base's context does not hold.
+        """
+        for domain in {request.domain for request in requests} - {None}:
             self.expert_of(str(domain))
-        encoded = [self.encoder.prompt(messages) for messages in prompts]
-        limits = generation.rooms(self.base.model, encoded, chosen.max_new_tokens)
-        asked = iter(self.route([messages for messages, domain in zip(prompts, forced, strict=True) if domain is None]))
-        decisions = [next(asked) if domain is None else domain for domain in forced]
-        groups: dict[int, list[int]] = defaultdict(list)
-        for row, limit in enumerate(limits):
-            groups[limit].append(row)
-        written: dict[int, Writing] = {}
-        for limit, group in groups.items():
-            batch = self._decode([encoded[row] for row in group], [decisions[row] for row in group], limit, chosen)
-            written.update(zip(group, batch, strict=True))
-        return [_answer(decision, len(prompt), written[row])
-                for row, (decision, prompt) in enumerate(zip(decisions, encoded, strict=True))]
+        prompts = [self.encoder.prompt(request.messages) for request in requests]
+        limits = generation.rooms(self.base.model, prompts, [request.options.max_new_tokens for request in requests])
+        routed = iter(self.route([request.messages for request in requests if request.domain is None]))
+        decisions = [request.domain or next(routed) for request in requests]
+        orders = [_order(*row) for row in zip(requests, prompts, limits, decisions, strict=True)]
+        written = self._write(orders, decisions) if orders else []
+        return [_answer(*row) for row in zip(decisions, map(len, prompts), written, strict=True)]
 
     def stream(self, prompt: Conversation, domain: str | None = None, **options: Any) -> Iterator[str]:
         """The answer to one conversation, in pieces of text as they become certain: whole characters, and nothing of
@@ -173,25 +191,39 @@ class Mixture:
         """
         chosen = Options(**options)
         encoded = self.encoder.prompt(prompt)
-        limit, = generation.rooms(self.base.model, [encoded], chosen.max_new_tokens)
+        limit, = generation.rooms(self.base.model, [encoded], [chosen.max_new_tokens])
         if domain is not None:
             self.expert_of(domain)
         decision = self.route([prompt])[0] if domain is None else domain
 
-        def work(tell: Callable[[str], None], cancelled: threading.Event) -> None:
-            self._decode([encoded], [decision], limit, chosen, tell=tell, cancelled=cancelled)
+        def work(tell: Tell, cancelled: threading.Event) -> None:
+            self._write([Order(prompt=encoded, limit=limit, options=chosen, tell=tell, cancelled=cancelled)],
+                        [decision])
 
         return generation.pieces(work)
 
-    def _decode(self, prompts: list[list[int]], decisions: Sequence[Decision | str], limit: int, options: Options,
-                **streaming: Any) -> list[Writing]:
-        experts = [self.expert_of(answering(one) if isinstance(one, Decision) else one) for one in decisions]
-        with self._using(torch.tensor(experts, device=self.base.device.device)):
-            return generation.decode(self.base.model, self.base.tokenizer, prompts, limit, options, **streaming)
+    def _write(self, orders: Sequence[Order], decisions: Sequence[Decision | str]) -> list[Writing]:
+        experts = torch.tensor([self.expert_of(_by(decision)) for decision in decisions],
+                               device=self.base.device.device)
+        with self._using(experts):
+            return generation.write(self.base.model, self.base.tokenizer, orders,
+                                    lambda rows: self.stack.select(experts[rows]))
 
     def chat(self, messages: Conversation, domain: str | None = None, **options: Any) -> Answer:
         """Answer one conversation. A caller's `domain` always wins over the router; "base" is the base alone."""
         return self.generate([messages], [domain], **options)[0]
+
+
+def _order(request: Request, prompt: list[int], limit: int, decision: Decision | str) -> Order:
+    """The request as one for tokens; its listener hears who answers."""
+    listener, ended = request.listener, None
+    if listener.begun is not None:
+        listener.begun(_by(decision))
+    if (told := listener.ended) is not None:
+        def ended(row: Writing) -> None:
+            told(_answer(decision, len(prompt), row))
+    return Order(prompt=prompt, limit=limit, options=request.options, tell=listener.piece, ended=ended,
+                 cancelled=listener.cancelled)
 
 
 def _answer(decision: Decision | str, prompt_tokens: int, row: Writing) -> Answer:
@@ -204,3 +236,8 @@ def _answer(decision: Decision | str, prompt_tokens: int, row: Writing) -> Answe
 def answering(decision: Decision) -> str:
     """Who answers after this decision: the chosen expert, or the base when the router abstained."""
     return BASE if decision.abstained else decision.domain
+
+
+def _by(decision: Decision | str) -> str:
+    """Who answers: the caller's choice, or the router's."""
+    return decision if isinstance(decision, str) else answering(decision)

@@ -11,15 +11,15 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moa import change, code
+from moa import change, code, starts
 from moa.commands import QUIET, OnLine, execute, sentence
 from moa.errors import PipelineError, UsageError
 from moa.graph import CHANGED, NEW, RESTORE, Graph, Reason, Snapshot, Stage
-from moa.workspace import Workspace, write_json
+from moa.owner import Owner
+from moa.workspace import Workspace
 
 
 class Pipeline:
@@ -35,27 +35,30 @@ class Pipeline:
         self.workspace = workspace
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Be the one process that builds in this workspace. The lock goes with its process, however that ends."""
+    def lock(self, wait: float = 0) -> Iterator[dict[str, Any] | None]:
+        """Be the one process that builds in this workspace; `wait` for so many seconds while another one does.
+
+        The lock goes with its process, however that ends. Yields who held it last if that process was killed.
+        """
         from filelock import FileLock, Timeout
 
         path = self.workspace.lock
         path.parent.mkdir(parents=True, exist_ok=True)
-        owner = path.with_suffix(".json")   # beside the lock, because some filelock versions truncate it
-        guard = FileLock(path, timeout=0)
+        owner = Owner.of(self.workspace)
+        guard = FileLock(path, timeout=wait)
         try:
             guard.acquire()
         except Timeout:
-            raise PipelineError(f"Another moa run{_owner(owner)} is working in this workspace; "
+            raise PipelineError(f"Another moa run{owner.described()} is working in this workspace; "
                                 "wait for it, or end it.") from None
         try:
-            write_json(owner, {"pid": os.getpid(), "since": datetime.now().astimezone().isoformat(timespec="seconds")})
-            self._clear_stale_locks()
-            change.undo(self.workspace)
-            self._heal()
-            yield
+            abandoned = owner.read()
+            with owner.seen():
+                self._clear_stale_locks()
+                change.undo(self.workspace)
+                self._heal()
+                yield abandoned
         finally:
-            owner.unlink(missing_ok=True)
             guard.release()
 
     def snapshot(self) -> Snapshot:
@@ -130,6 +133,7 @@ class Pipeline:
         from dvc.repo import Repo, lock_repo
 
         code.write(self.workspace)
+        starts.project(self.workspace)
 
         try:
             with hushed(), Repo(str(self.workspace.root), _wait_for_lock=True) as repo, lock_repo(repo):
@@ -214,14 +218,6 @@ def hushed() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _owner(path: Path) -> str:
-    try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-        return f" (pid {owner['pid']}, since {owner['since']})"
-    except (OSError, ValueError, KeyError):
-        return ""
-
-
 def _is_dvc(pid: int) -> bool:
     import psutil  # comes with DVC
 
@@ -243,7 +239,9 @@ def _explain(change: Any, paths: Mapping[str, str]) -> Iterator[Reason]:
         return
     for path, state in change.get("changed deps", {}).items():
         if isinstance(state, Mapping):
-            yield from (Reason(CHANGED, f"parameter {key} {_state(how)}") for key, how in state.items())
+            begins = path.endswith(".moa/starts.json")
+            yield from (Reason(CHANGED, "where its training begins changed" if begins else
+                               f"parameter {key} {_state(how)}") for key, how in state.items())
         else:
             yield Reason(CHANGED, f"{paths.get(path, path)} {_state(state)}")
     for path, state in change.get("changed outs", {}).items():

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from moa.page import one_line
+from moa.page import COLOURS, one_line
 
-COLOURS = 5
+ROOMY = 20   # letters of a box's title at full size
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Line:
     name: str
     points: Sequence[tuple[float, float]]
     colour: int
+    broad: bool = False   # pale, so that a line which takes the same way is seen on it
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,14 @@ def whiskers(groups: Sequence[tuple[str, Sequence[Dot]]]) -> str:
     return _svg(width, y, shapes)
 
 
-def curves(lines: Sequence[Line]) -> str:
-    """Lines over one another, with the lowest and highest value and the last step written at the axes."""
+def curves(lines: Sequence[Line], unit: str = "step", form: str = ".2f", width: int = 320,
+           mark: float | None = None) -> str:
+    """Lines over one another, a broken upright line at `mark`; at the axes the lowest and highest value, in `form`, and
+    the first and last x, in `unit`s."""
     points = [point for line in lines for point in line.points]
     if not points:
         return '<p class="soft">Nothing was measured.</p>'
-    width, height, left, foot, top = 320, 150, 40, 20, 8
+    height, left, foot, top = 150, 46, 20, 8
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
     low, high = _range([y for _, y in points])
 
@@ -101,21 +104,23 @@ def curves(lines: Sequence[Line]) -> str:
         return left + 6 + (width - left - 14) * across, top + (height - top - foot) * (high - y) / (high - low)
 
     shapes = []
-    for value in (max(y for _, y in points), min(y for _, y in points)):
+    for value in dict.fromkeys((max(y for _, y in points), min(y for _, y in points))):
         y = at(x_low, value)[1]
-        shapes += [_rule(left, width, y),
-                   _text(left - 6, y + 4, f"{value:.2f}", "end")]
-    shapes += [_text(at(x, low)[0], height - 4, f"step {x:g}", anchor)
+        shapes += [_rule(left, width, y), _text(left - 6, y + 4, f"{value:{form}}", "end")]
+    shapes += [_text(at(x, low)[0], height - 4, f"{unit} {x:g}", anchor)
                for x, anchor in {x_low: "start" if x_high > x_low else "middle", x_high: "end" if x_high > x_low
                                  else "middle"}.items()]
+    if mark is not None:
+        x = at(mark, low)[0]
+        shapes.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - foot}" class="mark"></line>')
     for line in lines:
         style, placed = f"s{line.colour % COLOURS}", [at(x, y) for x, y in line.points]
         if len(placed) > 1:
             shapes.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in placed)}" '
-                          f'class="curve {style}" style="fill:none"></polyline>')
+                          f'class="curve{" broad" if line.broad else ""} {style}" style="fill:none"></polyline>')
         shapes += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="{style}"><title>{escape(line.name)} {value:.4f} '
-                   f'at step {step:g}</title></circle>'
-                   for (x, y), (step, value) in zip(placed, line.points, strict=True)]
+                   f'at {escape(unit)} {x_value:g}</title></circle>'
+                   for (x, y), (x_value, value) in zip(placed, line.points, strict=True)]
     return _svg(width, height, shapes)
 
 
@@ -128,13 +133,13 @@ def flow(columns: Sequence[str], nodes: Sequence[Node], edges: Sequence[tuple[st
         by_column[node.column].append(node)
     most = max((len(each) for each in by_column.values()), default=1)
     height = head + most * (tall + gap)
-    step = (width - box) / (len(columns) - 1)
+    step = (width - box - 2) / (len(columns) - 1)   # the outer boxes' strokes stay inside
     places: dict[str, tuple[float, float]] = {}
     for column, each in by_column.items():
         start = head + (height - head - len(each) * (tall + gap)) / 2
         for number, node in enumerate(each):
-            places[node.key] = column * step, start + number * (tall + gap)
-    shapes = [_text(column * step + box / 2, 12, name, "middle") for column, name in enumerate(columns)]
+            places[node.key] = 1 + column * step, start + number * (tall + gap)
+    shapes = [_text(1 + column * step + box / 2, 12, name, "middle") for column, name in enumerate(columns)]
     for first, last, now in edges:
         x, y = places[first][0] + box, places[first][1] + tall / 2
         to_x, to_y = places[last][0], places[last][1] + tall / 2
@@ -146,6 +151,7 @@ def flow(columns: Sequence[str], nodes: Sequence[Node], edges: Sequence[tuple[st
         style = "node now" if node.column >= len(columns) - 2 else "node"
         shapes.append(f'<g class="{style}"><rect x="{x:.1f}" y="{y:.1f}" width="{box}" height="{tall}" rx="6"></rect>'
                       f"<title>{escape(node.title)}</title>"
-                      + _text(x + box / 2, y + 18, one_line(node.title, 24), "middle", "head")
+                      + _text(x + box / 2, y + 18, one_line(node.title, 24), "middle",
+                              "head" if len(node.title) <= ROOMY else '"head tight"')
                       + _text(x + box / 2, y + 33, node.below, "middle") + "</g>")
     return _svg(width, height, shapes)

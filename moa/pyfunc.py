@@ -4,8 +4,6 @@ MLflow stores `SCRIPT`, not a pickle: the model is code that needs `moa` install
 """
 
 import os
-import time
-import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,10 @@ from moa.pyfunc import python_model
 set_model(python_model())
 '''
 ROLES = ("system", "user", "assistant")
+OPENERS = ("system", "user")   # of a conversation: no row of a corpus begins with an answer, and some templates cannot
 OPTIONS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature",
            "top_p": "top_p", "seed": "seed", "stop": "stop"}   # OpenAI's name -> ours
+WHOLE = {"max_tokens", "max_completion_tokens", "seed"}
 
 
 class BodyError(ValueError):
@@ -54,20 +54,14 @@ def python_model() -> Any:
 
 def respond(mixture: Any, body: Any) -> dict[str, Any]:
     """Answer one chat body. Raises BodyError."""
+    from moa.chat import Voice  # which stands on this module
+
     messages, domain, options = parse(body)
     try:
         answer = mixture.chat(messages, domain=domain, **options)
     except UsageError as error:   # no such expert, a prompt that is too long, an option out of its range
         raise BodyError(str(error)) from None
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time()),
-        "model": "base" if answer.abstained or answer.domain == "base" else f"moa/{answer.domain}",
-        "choices": [{"index": 0, "finish_reason": answer.finish,
-                     "message": {"role": "assistant", "content": answer.answer}}],
-        "usage": {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens,
-                  "total_tokens": answer.prompt_tokens + answer.tokens},
-        "moa": {"domain": answer.domain, "confidence": answer.confidence, "abstained": answer.abstained},
-    }
+    return Voice(None).completion(answer)
 
 
 def parse(body: Any) -> tuple[list[dict[str, str]], str | None, dict[str, Any]]:
@@ -84,6 +78,9 @@ def parse(body: Any) -> tuple[list[dict[str, str]], str | None, dict[str, Any]]:
         if (not isinstance(message, dict) or message.get("role") not in ROLES
                 or not isinstance(message.get("content"), str)):
             raise BodyError(f"`messages[{place}]` must have a role ({', '.join(ROLES)}) and a text as content.")
+    if messages[0]["role"] not in OPENERS:
+        raise BodyError(f"`messages[0]` is the {messages[0]['role']}'s; a conversation begins with the "
+                        f"{' or the '.join(OPENERS)}.")
     model = body.get("model", "moa")
     if not isinstance(model, str) or not (model in ("moa", "base") or model.removeprefix("moa/") not in ("", model)):
         raise BodyError("`model` must be moa (the router decides), moa/NAME (that expert) or base.")
@@ -97,9 +94,11 @@ def _options(body: dict[str, Any]) -> dict[str, Any]:
 
     options: dict[str, Any] = {}
     for key, ours in OPTIONS.items():
-        value = body.get(key)
+        value: Any = body.get(key)
         if value is None:
             continue
+        if key in WHOLE and isinstance(value, float) and value.is_integer():   # JSON has 4.0 where it has 4
+            value = int(value)
         try:
             Options(**{ours: value})
         except UsageError as error:

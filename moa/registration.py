@@ -7,7 +7,6 @@ any two steps costs nothing and leaves nothing twice. Part of `moa.registry`, wh
 """
 
 import json
-import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,8 +22,11 @@ from moa.workspace import MANIFEST, Workspace, read_json
 if TYPE_CHECKING:
     from moa.registry import ExpertVersion, Registry
 
+ABOUT = {"expert": "LoRA experts of one domain: a version for every content, without base weights.",
+         "mixture": "Releases: each version is a base, its experts and a router, pinned. The one with the alias "
+                    "`champion` serves; tags `moa.champion.*` say who did, when and why."}
 RUNTIME = ("mlflow", "numpy", "pydantic", "ruamel.yaml", "safetensors", "torch", "transformers")
-Point = tuple[str, float, int]   # metric, value, step
+VERSIONS = "mlflow.modelVersions"   # MLflow's own tag
 
 
 @dataclass
@@ -38,9 +40,10 @@ class Entry:
     tags: dict[str, str]         # of run, logged model and version
     pins: dict[str, str]         # tags of the version alone, which may be longer than a run's
     params: dict[str, Any]
-    points: list[Point]
+    points: list[lineage.Point]
     corpora: dict[str, str]      # digest by domain
-    description: str = ""
+    sources: list[Any]           # versions that it is made of, or continues
+    description: str = ""        # Markdown, for MLflow's pages
     page: str = ""               # HTML, kept with the run
     all_tags: dict[str, str] = field(init=False)
 
@@ -57,21 +60,23 @@ def register_expert(registry: "Registry", domain: str) -> tuple[Any, bool]:
     name = f"moa-expert-{domain}"
     with tracking.talking(registry.address):
         if (found := _version(registry, name, manifest["digest"])) is not None:
-            return found, False
-        base = manifest["base"]
-        parent, imported = manifest.get("parent"), manifest.get("source") == "imported"
+            return _linked(registry, found), False
+        base, imported = manifest["base"], manifest.get("source") == "imported"
+        parent = _digest(manifest["parent"]) if manifest.get("parent") else None
+        parents = _anywhere(registry, parent) if parent else []
         entry = Entry(
             name, f"expert {domain}", "expert", manifest["digest"],
             {"moa.domain": domain, "moa.corpus": manifest["corpus"], "moa.base": base["digest"],
-             "moa.base.source": base["source"], **({"moa.parent": str(parent)} if parent else {}),
+             "moa.base.source": base["source"], **({"moa.parent": parent} if parent else {}),
              **({"moa.source": "imported"} if imported else {}), **lineage.of_workspace(registry.workspace)},
             {"moa.files": json.dumps(files(folder))},
             {**manifest["train"], "rank": manifest["rank"], "alpha": manifest["alpha"],
              "targets": ",".join(manifest["targets"]),
              **({} if imported else {"best_epoch": manifest["best_epoch"]})},
-            list(curve(manifest["curve"])), {domain: manifest["corpus"]},
+            list(lineage.curve(manifest["curve"])), {domain: manifest["corpus"]}, parents,
             f"LoRA adapter (PEFT) of domain {domain}, without base weights; "
-            f"{'imported, for' if imported else 'trained on'} {base['source']}.")
+            f"{'imported, for' if imported else 'trained on'} {base['source']}."
+            + "".join(f" It continues {_link(each)}." for each in parents))
         return _register(registry, entry, lambda _: folder), True
 
 
@@ -85,11 +90,14 @@ def register_mixture(registry: "Registry", experts: Mapping[str, "ExpertVersion"
     _check_experts(manifest, experts)
     with tracking.talking(registry.address):
         if (found := _version(registry, registry.mixture_name, manifest["digest"])) is not None:
-            return found, False
+            return _named(registry, _linked(registry, found)), False
         router = manifest["router"]
         base = {"digest": _digest(manifest["base"]), "source": _source(manifest)}
         pins = {domain: {"name": each.name, "version": each.version, "digest": each.digest}
                 for domain, each in sorted(experts.items())}
+        made_of = [registry.client.get_model_version(pin["name"], str(pin["version"])) for pin in pins.values()]
+        table = "".join(f"\n| {domain} | {_link(each)} | `{each.tags['moa.corpus'][:12]}` |"
+                        for domain, each in zip(pins, made_of, strict=True))
         entry = Entry(
             registry.mixture_name, "mixture", "mixture", manifest["digest"],
             {"moa.base": base["digest"], "moa.base.source": base["source"], "moa.router": _digest(router),
@@ -98,38 +106,25 @@ def register_mixture(registry: "Registry", experts: Mapping[str, "ExpertVersion"
             {"base": base["source"], "labels": ",".join(manifest["labels"]),
              **{f"router.{key}": router[key] for key in ("rule", "layer", "temperature", "threshold") if key in router},
              **{f"expert.{domain}": f"{pin['name']}/{pin['version']}" for domain, pin in pins.items()}},
-            list(scores(workspace.reports / "summary.json")), dict(_corpora(folder, manifest["labels"])),
-            f"Mixture-of-LoRAs over {base['source']}: {', '.join(manifest['labels'])}.",
+            [*lineage.scores(workspace.reports / "summary.json"),
+             *((f"router/level_{key}", each[key], each["level"]) for each in router.get("levels", ())
+               for key in ("accuracy", "agreement"))],   # a layer is a step, so that MLflow draws the curve
+            dict(_corpora(folder, manifest["labels"])),
+            made_of,
+            f"Mixture-of-LoRAs over {base['source']}.\n\n| domain | expert | corpus |\n|---|---|---|{table}",
             report_page.html(report_facts.gather(workspace, registry.config)))
         settings = {"base_source": base["source"], "base_digest": base["digest"], "workspace": str(workspace.root)}
-        return _register(registry, entry, lambda temporary: _chat_model(workspace, settings, temporary)), True
-
-
-def curve(epochs: Iterable[Mapping[str, float]]) -> Iterator[Point]:
-    """A learning curve as metrics; the optimizer step is MLflow's step."""
-    for epoch in epochs:
-        for key, value in epoch.items():
-            if key != "step" and value is not None:
-                yield key, float(value), int(epoch["step"])
-
-
-def scores(summary: Path) -> Iterator[Point]:
-    """Metrics `math/routed/loss`, `routing/accuracy` and so on; none where nothing was evaluated."""
-    if not summary.is_file():
-        return
-    content = read_json(summary)
-    for domain, systems in content.get("domains", {}).items():
-        for system, values in systems.items():
-            if isinstance(values, dict):
-                for key, value in values.items():
-                    if isinstance(value, int | float) and math.isfinite(value):
-                        yield f"{domain}/{system}/{key}", float(value), 0
-    for key, value in content.get("routing", {}).items():
-        if isinstance(value, int | float) and math.isfinite(value):
-            yield f"routing/{key}", float(value), 0
+        made = _register(registry, entry, lambda temporary: _chat_model(workspace, settings, temporary))
+        return _named(registry, made), True
 
 
 # The steps of a registration. Each finds what an interrupted one left.
+
+def _anywhere(registry: "Registry", digest: str) -> list[Any]:
+    """The oldest version with this content, whatever its name; empty when there is none."""
+    found = registry.client.search_model_versions(f"tags.`moa.digest`='{digest}'")
+    return sorted(found, key=lambda version: int(version.creation_timestamp))[:1]
+
 
 def _version(registry: "Registry", name: str, digest: str) -> Any:
     """The oldest version with this content, or None."""
@@ -150,21 +145,40 @@ def _register(registry: "Registry", entry: Entry, content: Any) -> Any:
         client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
     client.set_terminated(run.info.run_id)
     try:
-        client.create_registered_model(entry.name)
+        client.create_registered_model(entry.name, description=ABOUT[entry.kind])
     except Exception as error:
         if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
             raise
     with tracking.everywhere(registry.address):
-        return client.create_model_version(entry.name, f"models:/{model.model_id}", run.info.run_id,
-                                           tags={**entry.all_tags, **entry.pins}, description=entry.description,
-                                           model_id=model.model_id)
+        return _linked(registry, client.create_model_version(
+            entry.name, f"models:/{model.model_id}", run.info.run_id, tags={**entry.all_tags, **entry.pins},
+            description=entry.description, model_id=model.model_id))
+
+
+def _linked(registry: "Registry", version: Any) -> Any:
+    """The version, its logged model naming it, which MLflow's pages want and nothing here reads."""
+    model = registry.client.get_logged_model(version.source.rpartition("/")[2])
+    if VERSIONS not in model.tags:
+        named = json.dumps([{"name": version.name, "version": int(version.version)}])
+        registry.client.set_logged_model_tags(model.model_id, {VERSIONS: named})
+    return version
+
+
+def _named(registry: "Registry", mixture: Any) -> Any:
+    """The mixture, each of its experts' versions naming the newest mixture that pins it: for people, too."""
+    tag, client = f"moa.in.{mixture.name}", registry.client
+    for pin in json.loads(mixture.tags["moa.experts"]).values():
+        expert = client.get_model_version(pin["name"], str(pin["version"]))
+        if int(expert.tags.get(tag, 0)) < int(mixture.version):
+            client.set_model_version_tag(expert.name, str(expert.version), tag, str(mixture.version))
+    return mixture
 
 
 def _run(client: Any, experiment: str, entry: Entry) -> Any:
     mine = f"tags.`moa.digest`='{entry.digest}' and tags.`moa.model`='{entry.name}'"
     if left := client.search_runs([experiment], mine, max_results=1):
         return left[0]
-    shown = {"mlflow.source.name": "moa", "mlflow.source.type": "LOCAL"}
+    shown = {"mlflow.source.name": "moa", "mlflow.source.type": "LOCAL", "mlflow.note.content": entry.description}
     if "moa.git.commit" in entry.tags:
         shown["mlflow.source.git.commit"] = entry.tags["moa.git.commit"]
     return client.create_run(experiment, tags={**entry.all_tags, **shown}, run_name=entry.run_name)
@@ -172,23 +186,26 @@ def _run(client: Any, experiment: str, entry: Entry) -> Any:
 
 def _describe(client: Any, run: Any, entry: Entry, workspace: Workspace) -> None:
     """Params, metrics and inputs. MLflow keeps the same metric at the same time once: hence the run's own clock."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+    from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param
 
     params = [Param(key, str(value)) for key, value in entry.params.items() if key not in run.data.params]
     metrics = [Metric(key, value, run.info.start_time + step, step) for key, value, step in entry.points]
     for start in range(0, max(len(params), len(metrics)), 100):
         client.log_batch(run.info.run_id, metrics[start:start + 100], params[start:start + 100])
-    outputs = lineage.dvc_outputs(workspace)
+    known = lineage.dvc_corpora(workspace, entry.corpora)
     inputs = []
     for domain, digest in entry.corpora.items():
-        path = workspace.relative(workspace.corpus(domain))
         tags = {"mlflow.data.context": "training", "moa.digest": digest}
-        if path in outputs:
-            tags["dvc.md5"] = outputs[path]
-        # MLflow's column holds 36 characters; the whole digest is in the tag.
-        inputs.append(DatasetInput(Dataset(domain, digest[:36], "dvc", json.dumps({"path": path})),
+        if domain in known:
+            tags["dvc.md5"] = known[domain]
+        # MLflow's column holds 36 characters, as many as DVC's digest of a folder has; ours is whole in the tag.
+        source = json.dumps({"path": workspace.relative(workspace.corpus(domain))})
+        inputs.append(DatasetInput(Dataset(domain, known.get(domain, digest)[:36], "dvc", source),
                                    [InputTag(key, value) for key, value in tags.items()]))
-    client.log_inputs(run.info.run_id, inputs)
+    used = {each.model_id for each in client.get_run(run.info.run_id).inputs.model_inputs}   # a search leaves them out
+    made_of = {each.model_id for source in entry.sources
+               for each in client.get_run(source.run_id).outputs.model_outputs}
+    client.log_inputs(run.info.run_id, inputs, [LoggedModelInput(model) for model in sorted(made_of - used)])
     if entry.page:
         client.log_text(run.info.run_id, entry.page, "report.html")
 
@@ -256,6 +273,11 @@ def _corpora(mixture: Path, labels: Iterable[str]) -> Iterator[tuple[str, str]]:
         path = mixture / "experts" / domain / MANIFEST
         if path.is_file():
             yield domain, read_json(path)["corpus"]
+
+
+def _link(version: Any) -> str:
+    """To the page of a version, for a reader of MLflow's pages."""
+    return f"[{version.name} version {version.version}](#/models/{version.name}/versions/{version.version})"
 
 
 def _digest(pin: Any) -> str:

@@ -185,9 +185,12 @@ def gate_text(decision: Mapping[str, Any]) -> str:
              f"{'pass' if decision['promote'] else 'refused'}"]
     if domains := decision.get("domains"):
         width = max(map(len, [*domains, "domain"]))
-        lines.append(f"  {'domain':<{width}}  measure  {'verdict':<15}  {'difference':>10}  {'interval':>18}   rows")
+        lines.append(f"  {'domain':<{width}}  {'measure':<13}  {'verdict':<15}  {'difference':>10}  {'interval':>18}   "
+                     "rows")
         for domain, verdict in domains.items():
-            measures = [("loss", verdict.get("loss", verdict)), ("metric", verdict.get("metric"))]
+            known = verdict.get("known") or {}   # the same on the rows that the incumbent was tested on
+            measures = [("loss", verdict.get("loss", verdict)), ("loss, known", known.get("loss")),
+                        ("metric", verdict.get("metric")), ("metric, known", known.get("metric"))]
             lines += [f"  {domain:<{width}}  {_measure(name, each)}" for name, each in measures if each]
     if (before := decision.get("routing", {}).get("incumbent")) and (after := decision["routing"].get("challenger")):
         lines.append(f"  routing accuracy {before['accuracy']:.1%} -> {after['accuracy']:.1%}, "
@@ -201,7 +204,7 @@ def _measure(name: str, each: Mapping[str, Any]) -> str:
     interval = f"{each['interval'][0]:+.4f} to {each['interval'][1]:+.4f}" if known else "-"
     remark = ("  better" if each["improved"] else
               f"  {each['reason']}" if each["verdict"] == "not enough data" else "")
-    return f"{name:<7}  {each['verdict']:<15}  {point:>10}  {interval:>18}  {each['rows']:>5}{remark}"
+    return f"{name:<13}  {each['verdict']:<15}  {point:>10}  {interval:>18}  {each['rows']:>5}{remark}"
 
 
 def _arrow(change: str, old: str, new: str) -> str:

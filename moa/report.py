@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moa import rows as corpora
@@ -108,3 +109,63 @@ def _question(workspace: Workspace, domain: str) -> str:
     """The shortest question among the domain's test rows, which the expert has not learned."""
     found = [" ".join(row.question.split()) for row in corpora.read(workspace.corpus(domain), "test")]
     return min(found, key=len, default="...")
+
+
+# Markdown.
+
+def markdown(evaluation: Mapping[str, Any] | None, router: Mapping[str, Any], release: Mapping[str, Any] | None) -> str:
+    """What a build came to, for a page that shows Markdown: the decision, scores with intervals, routing.
+
+    `evaluation` is of `moa.report_facts`, `router` a mixture's manifest's, `release` of `flows.release`; any may lack.
+    """
+    parts = [f"**Release** {released_line(release)}"] if release else []
+    if evaluation:
+        parts.append("### Scores\n\n" + _grid(
+            ("domain", "system", "loss", "metric", "rows / answered"),
+            ((domain, NAMES[system], _bounded(each["loss"], each["loss_interval"]),
+              _bounded(each["score"], each["score_interval"]), f"{each['rows']} / {each['answered']}")
+             for domain, systems in evaluation["scores"].items() for system, each in systems.items())))
+        parts += _routing(evaluation, router)
+    return "\n\n".join(parts) + "\n"
+
+
+def released_line(release: Mapping[str, Any]) -> str:
+    """Which version was registered, what the gate said of it, and who is champion."""
+    decision, champion = release.get("decision") or {}, release.get("champion")
+    said = str(decision.get("reason", "")).rstrip(".")
+    serving = f"champion is version {champion}" if champion else "there is no champion yet"
+    waiting = "; it waits for approval" if release.get("waiting") else ""
+    return (f"version {release.get('version', '?')} of {release.get('name', '?')}"
+            f"{f': {said}' if said else ''}; {serving}{waiting}.")
+
+
+def _routing(evaluation: Mapping[str, Any], router: Mapping[str, Any]) -> list[str]:
+    routing = evaluation["routing"]
+    said = ", ".join(f"{what} {routing[key]:.1%}" for what, key in (
+        ("accuracy", "accuracy"), ("abstention", "abstention"), ("calibration error", "ece")) if key in routing)
+    parts = [f"### Routing\n\n{said}"]
+    if confusion := routing.get("confusion"):
+        parts.append(_grid(("rows of / best guess", *confusion),
+                           ((domain, *(counts.get(guess, 0) for guess in confusion))
+                            for domain, counts in confusion.items())))
+    if tax := evaluation.get("tax"):
+        parts.append(_grid(("routing tax", "loss, routed - forced", "metric, forced - routed"), (
+            (domain, _bounded(each["loss"], each["loss_interval"]), _bounded(each["score"], each["score_interval"]))
+            for domain, each in tax.items())))
+    if levels := router.get("levels"):
+        parts.append("### Layer agreement\n\n" + _grid(("level", "accuracy", "agreement"), (
+            (each["level"], f"{each['accuracy']:.1%}", f"{each['agreement']:.1%}") for each in levels)))
+    return parts
+
+
+def _bounded(value: float | None, bounds: Sequence[float] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+
+
+def _grid(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; what a cell says cannot end it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(' '.join(str(cell).replace('|', '/').split()) for cell in line)} |"
+                     for line in lines)

@@ -26,14 +26,15 @@ Row = Mapping[str, Any]
 def gather(workspace: Workspace, config: Config) -> dict[str, Any]:
     """Everything for `moa.report_page`."""
     mixture = _json(workspace.mixture / MANIFEST)
-    release, trouble = _champion(workspace, config)
-    here = _scores(workspace.reports)
+    release, own, trouble = _released(workspace, config, mixture.get("digest"))
+    here = evaluation(workspace.reports)
     # The mixture here may be the champion itself, and then it is shown once.
     challenger = here if here and mixture.get("digest") != (release or {}).get("digest") else None
     return {
         "name": workspace.root.name, "made_at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "base": _base(_json(workspace.base_manifest)), "registry_trouble": trouble,
-        "champion": release, "challenger": {"digest": mixture.get("digest"), **challenger} if challenger else None,
+        "champion": release,
+        "challenger": {"digest": mixture.get("digest"), **own, **challenger} if challenger else None,
         "domains": {name: _domain(workspace, name) for name in config.domains},
         "mixture": {"digest": mixture.get("digest"), "labels": mixture.get("labels", []),
                     "experts": {label: _digest(pin) for label, pin in mixture.get("experts", {}).items()},
@@ -42,25 +43,28 @@ def gather(workspace: Workspace, config: Config) -> dict[str, Any]:
                     "router": mixture.get("router", {})}}
 
 
-def _champion(workspace: Workspace, config: Config) -> tuple[dict[str, Any] | None, str | None]:
-    """The champion with its own report, and what kept us from it."""
+def _released(workspace: Workspace, config: Config, digest: str | None) -> tuple[
+        dict[str, Any] | None, dict[str, Any], str | None]:
+    """The champion with its own report, the version and gate of the mixture here, and what kept us from them."""
     from moa.registry import Registry
 
     registry = Registry(workspace, config)
     if not registry.exists():
-        return None, None
+        return None, {}, None
     try:
+        here = next((each for each in registry.versions() if each.digest == digest), None)
+        own = {"version": here.version, "gate": here.gate} if here else {}
         if (version := registry.champion()) is None:
-            return None, None
+            return None, own, None
         folder = registry.download(version.version)
         last = next((entry for entry in reversed(registry.history()) if entry.version == version.version), None)
     except (RegistryError, ArtifactError) as error:   # gone, or altered since
-        return None, str(error)
+        return None, {}, str(error)
     manifest = _json(folder / MANIFEST)
-    return {"name": version.name, "version": version.version, "digest": version.digest,
+    return {"name": version.name, "version": version.version, "digest": version.digest, "gate": version.gate,
             "since": last.at if last else None, "reason": last.reason if last else None,
             "experts": {domain: pin["digest"] for domain, pin in version.experts.items()},
-            "router": manifest.get("router", {}), **(_scores(folder.parent / "reports") or {})}, None
+            "router": manifest.get("router", {}), **(evaluation(folder.parent / "reports") or {})}, own, None
 
 
 def _domain(workspace: Workspace, name: str) -> dict[str, Any]:
@@ -70,8 +74,15 @@ def _domain(workspace: Workspace, name: str) -> dict[str, Any]:
             "quality": {"rows": quality.get("rows", {}), "warnings": quality.get("warnings", [])} if quality else None,
             "expert": {"digest": expert["digest"], "corpus": expert.get("corpus"), "rank": expert.get("rank"),
                        "imported": expert.get("source") == "imported", "best_epoch": expert.get("best_epoch"),
-                       "best_loss": expert.get("best_loss"), "parent": expert.get("parent"),
+                       "best_loss": expert.get("best_loss"), "parent": _parent(expert),
                        "curve": expert.get("curve", [])} if "digest" in expert else None}
+
+
+def _parent(expert: Mapping[str, Any]) -> dict[str, str] | None:
+    """The expert that this one's training went on from: whose it was, and which."""
+    if not (found := expert.get("parent")):
+        return None
+    return {"domain": str(found.get("domain", "")) if isinstance(found, Mapping) else "", "digest": _digest(found)}
 
 
 def _base(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -82,7 +93,7 @@ def _base(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
 
 # Scores.
 
-def _scores(reports: Path) -> dict[str, Any] | None:
+def evaluation(reports: Path) -> dict[str, Any] | None:
     """Of one evaluation: figures with intervals, tax and confusion; None where there was none."""
     summary = _json(reports / "summary.json")
     if "domains" not in summary:
@@ -146,6 +157,24 @@ def interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None
         means.append(values[drawn].sum(1) / weights[drawn].sum(1))
     low, high = np.quantile(np.concatenate(means), [TAIL, 1 - TAIL])
     return float(low), float(high)
+
+
+def verdicts(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the gate compared, a line for each domain and measure; none for a release that had nobody to beat.
+
+    `known rows` are those that the incumbent was tested on, where a domain has others, too.
+    """
+    found = []
+    for domain, verdict in decision.get("domains", {}).items():
+        known = verdict.get("known") or {}
+        for measure, each in (("loss", verdict.get("loss", verdict)), ("metric", verdict.get("metric")),
+                              ("loss, known rows", known.get("loss")), ("metric, known rows", known.get("metric"))):
+            if each:
+                found.append({"domain": domain, "measure": measure, "verdict": each["verdict"],
+                              "difference": each.get("point"), "interval": each.get("interval"),
+                              "rows": each.get("rows"), "better": bool(each.get("improved")),
+                              "reason": each.get("reason", "")})
+    return found
 
 
 # Reading.

@@ -10,31 +10,41 @@ from typing import Any
 
 from moa import page
 from moa.plots import Dot, Line, Node, curves, flow, whiskers
+from moa.report_facts import verdicts
+from moa.report_routing import routing
 
 Facts = Mapping[str, Any]
 NAMES = {"base": "base", "forced": "label forced", "routed": "routed"}
 COUNTS = ("read", "kept", "rejected", "duplicates", "train", "validation", "test")
 SHORT = 12   # letters of a digest
 STYLE = """
+td,th{overflow-wrap:break-word}
 td.m{text-align:center;font-variant-numeric:tabular-nums;border:1px solid var(--line);padding:6px 10px}
 table.matrix{width:auto}table.matrix th{padding:6px 10px}.matrix th[scope=row]{text-align:right}
-.s0{fill:#8b95a3;stroke:#8b95a3}.s1{fill:#3b6ea8;stroke:#3b6ea8}.s2{fill:#1d7a5f;stroke:#1d7a5f}
-.s3{fill:#b3661b;stroke:#b3661b}.s4{fill:#8a4fa3;stroke:#8a4fa3}
+:root{--c0:#8b95a3;--c1:#3b6ea8;--c2:#1d7a5f;--c3:#b3661b;--c4:#8a4fa3;--box:#f6f8fb;--boxline:#c4cedb;--now:#eaf2fb}
+@media(prefers-color-scheme:dark){:root{--c0:#8d98a7;--c1:#6b9fd8;--c2:#4fb894;--c3:#dd9450;--c4:#bd87d6;
+--box:#202833;--boxline:#445061;--now:#1d3147}}
+.s0{fill:var(--c0);stroke:var(--c0)}.s1{fill:var(--c1);stroke:var(--c1)}.s2{fill:var(--c2);stroke:var(--c2)}
+.s3{fill:var(--c3);stroke:var(--c3)}.s4{fill:var(--c4);stroke:var(--c4)}
 svg .grid{stroke:var(--line)}svg .curve{fill:none;stroke-width:2}svg .head{fill:var(--ink);font-weight:600}
-svg .node rect{fill:#f6f8fb;stroke:#c4cedb}svg .node.now rect{fill:#eaf2fb;stroke:#3b6ea8}
+svg .tight{font-size:9px}svg .broad{stroke-width:7;stroke-opacity:.35;stroke-linecap:round}
+svg .mark{stroke:var(--soft);stroke-dasharray:4 4}
+svg .node rect{fill:var(--box);stroke:var(--boxline)}svg .node.now rect{fill:var(--now);stroke:var(--c1)}
 svg .edge{stroke:#9aa7b6;fill:none}svg .edge.old{stroke-dasharray:4 4;stroke:#c98a3a}
 .key{display:flex;flex-wrap:wrap;gap:4px 16px;color:var(--soft);font-size:13px;margin:0 0 6px}
 .key svg{width:12px;display:inline-block;vertical-align:-1px;margin-right:5px}
-td:first-child,th:first-child,td.n{white-space:nowrap}
-.aside{display:flex;flex-wrap:wrap;gap:12px 40px;align-items:flex-start}.aside>:last-child{flex:1 1 420px}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:24px}
+td:first-child,th:first-child,td.n{white-space:nowrap}summary{cursor:pointer;color:var(--soft);font-size:13px}
+.aside{display:flex;flex-wrap:wrap;gap:12px 40px;align-items:flex-start}
+.aside>*{max-width:100%}.aside>:last-child{flex:1 1 min(420px,100%)}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:24px}
+.plot{overflow-x:auto}.plot svg{min-width:560px}.graph{overflow-x:auto}.graph svg{min-width:900px}
 """
 
 
 def html(facts: Facts) -> str:
     """The report as one page."""
-    body = "".join([_tiles(facts), _trouble(facts), _scores(facts), _routing(facts), _learning(facts), _quality(facts),
-                    _lineage(facts)])
+    body = "".join([_tiles(facts), _trouble(facts), _scores(facts), routing(_measured(facts), facts["mixture"]),
+                    _gates(facts), _learning(facts), _quality(facts), _lineage(facts)])
     return page.frame(f"{facts['name']}: report", facts["name"], f"Mixture-of-LoRAs, {facts['made_at']}", body,
                       STYLE)
 
@@ -51,7 +61,8 @@ def _measured(facts: Facts) -> list[tuple[str, str, Facts]]:
     if champion and "scores" in champion:
         found.append(("champion", f"champion (version {champion['version']})", champion))
     if challenger:
-        found.append(("challenger", "challenger (this workspace)" if champion else "this workspace", challenger))
+        known = f"version {challenger['version']}" if challenger.get("version") else "this workspace"
+        found.append(("challenger", f"challenger ({known})" if champion else known, challenger))
     return found
 
 
@@ -89,7 +100,7 @@ def _scores(facts: Facts) -> str:
                or len(measured) == 1]
     colours = {key: number for number, (key, *_) in enumerate(systems)}
     both = len(measured) > 1
-    legend = _key([(colours[key], NAMES[system] if system == "base" or not both else f"{who}, {NAMES[system]}")
+    legend = page.key([(colours[key], NAMES[system] if system == "base" or not both else f"{who}, {NAMES[system]}")
                    for key, who, _, system in systems])
     plots = []
     for figure, title in (("loss", "Loss, nats per token (lower is better)"),
@@ -120,67 +131,28 @@ def _score_table(systems: Sequence[tuple[str, str, Facts, str]], measured: Seque
             if found := scores.get(domain, {}).get(system):
                 mixture = () if len(measured) == 1 else (who if system != "base" else "",)
                 rows.append(("" if place else domain, *mixture, NAMES[system],
-                             _with_interval(found["loss"], found["loss_interval"]),
-                             _with_interval(found["score"], found["score_interval"]),
+                             page.with_interval(found["loss"], found["loss_interval"]),
+                             page.with_interval(found["score"], found["score_interval"]),
                              f"{found['rows']} / {found['answered']}"))
     return page.table(("domain", *(() if len(measured) == 1 else ("mixture",)), "system", "loss", "metric",
                        "rows / answered"), rows)
 
 
-def _with_interval(value: float | None, bounds: Sequence[float] | None, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    return f"{value:{sign}.3f}" + (f"  [{bounds[0]:{sign}.3f}, {bounds[1]:{sign}.3f}]" if bounds else "")
+# The gate.
 
-
-def _key(items: Sequence[tuple[int, str]]) -> str:
-    return '<p class="key">' + "".join(
-        f'<span><svg viewBox="0 0 12 12"><circle cx="6" cy="6" r="4.5" class="s{colour % 5}"></circle></svg>'
-        f"{escape(name)}</span>" for colour, name in items) + "</p>"
-
-
-# Routing.
-
-def _routing(facts: Facts) -> str:
+def _gates(facts: Facts) -> str:
+    """What the gate said of each release shown: the pairs that it compared, and its decision."""
     parts = []
     for _, name, each in _measured(facts):
-        router = each.get("router") or facts["mixture"]["router"]
-        routing = each["routing"]
-        said = ", ".join(f"{what} {routing[key]:.1%}" for what, key in (
-            ("accuracy", "accuracy"), ("abstention", "abstention"), ("calibration error", "ece")) if key in routing)
-        rule = f"; rule {router['rule']}, reading level {router['layer']}" if {"rule", "layer"} <= router.keys() else ""
-        parts.append(f"<h3>{escape(name)}</h3><p>{escape(said + rule)}</p>"
-                     f'<div class="aside"><div>{_matrix(routing.get("confusion", {}))}</div>'
-                     f"<div>{_tax(each['tax'])}</div></div>")
-    return page.section("Routing", *parts) if parts else ""
-
-
-def _matrix(confusion: Mapping[str, Mapping[str, int]]) -> str:
-    """Rows by domain, columns by the router's best guess; shaded by the share of the row."""
-    if not confusion:
-        return ""
-    guesses = list(dict.fromkeys(guess for counts in confusion.values() for guess in counts))
-    head = "".join(f'<th scope="col">{escape(guess)}</th>' for guess in guesses)
-    lines = []
-    for domain, counts in confusion.items():
-        total = sum(counts.values()) or 1
-        cells = []
-        for guess in guesses:
-            share = counts.get(guess, 0) / total
-            hue = "59,110,168" if guess == domain else "196,88,40"
-            ink = ";color:#fff" if share > 0.6 else ""
-            cells.append(f'<td class="m" style="background:rgba({hue},{share:.2f}){ink}">{counts.get(guess, 0):,}</td>')
-        lines.append(f'<tr><th scope="row">{escape(domain)}</th>{"".join(cells)}</tr>')
-    return (f'<table class="matrix"><thead><tr><th>rows of \\ best guess</th>{head}</tr></thead>'
-            f"<tbody>{''.join(lines)}</tbody></table>")
-
-
-def _tax(found: Mapping[str, Facts]) -> str:
-    """What routing costs against the true label, domain by domain."""
-    table = page.table(("routing tax", "loss, routed - forced", "metric, forced - routed"), (
-        (domain, _with_interval(each["loss"], each["loss_interval"], "+"),
-         _with_interval(each["score"], each["score_interval"], "+")) for domain, each in found.items()))
-    return table and table + '<p class="soft">Above zero, the router&#x27;s choice costs something.</p>'
+        if decision := each.get("gate"):
+            against = f"against version {decision['against']}" if decision.get("against") else "nobody to compare with"
+            verdict = "passed" if decision["promote"] else "refused"
+            parts.append(f"<h3>{escape(f'{name}: {verdict}, {against}')}</h3><p>{escape(decision['reason'])}</p>")
+            parts.append(page.table(("domain", "measure", "verdict", "difference", "pairs"), (
+                (one["domain"], one["measure"], one["verdict"] + (", better" if one["better"] else ""),
+                 page.with_interval(one["difference"], one["interval"], "+"), one["rows"])
+                for one in verdicts(decision))))
+    return page.section("Gate", *parts) if parts else ""
 
 
 # Learning, data, lineage.
@@ -199,11 +171,17 @@ def _learning(facts: Facts) -> str:
                                                         ("validation", "validation_loss", 1))]
         best = f"kept: epoch {expert['best_epoch']}" if expert["best_epoch"] is not None else ""
         loss = f", validation loss {expert['best_loss']:.3f}" if expert["best_loss"] is not None else ""
-        plots.append(f"<div><h3>{escape(domain)}</h3>{curves(lines)}<p class=\"soft\">{escape(best + loss)}</p></div>")
+        before = f"; continues {_expert_of(parent)}" if (parent := expert["parent"]) else ""
+        said = escape(best + loss + before)
+        plots.append(f'<div><h3>{escape(domain)}</h3>{curves(lines)}<p class="soft">{said}</p></div>')
     if not plots:
         return ""
-    return page.section("Learning curves", _key([(0, "training loss"), (1, "validation loss")]),
+    return page.section("Learning curves", page.key([(0, "training loss"), (1, "validation loss")]),
                         f'<div class="three">{"".join(plots)}</div>')
+
+
+def _expert_of(parent: Mapping[str, str]) -> str:
+    return f"the expert{' of ' + parent['domain'] if parent['domain'] else ''} {parent['digest'][:SHORT]}"
 
 
 def _quality(facts: Facts) -> str:
@@ -224,7 +202,8 @@ def _lineage(facts: Facts) -> str:
     nodes, edges = _graph(facts)
     note = "A broken line: what it leads to was made from another one than the one here now."
     old = any(not now for *_, now in edges)
-    return page.section("What came from what", flow(("base", "corpora", "experts", "mixture", "release"), nodes, edges),
+    drawn = flow(("base", "corpora", "experts", "mixture", "release"), nodes, edges)
+    return page.section("What came from what", f'<div class="graph">{drawn}</div>',
                         f'<p class="soft">{note}</p>' if old else "")
 
 
@@ -241,7 +220,8 @@ def _graph(facts: Facts) -> tuple[list[Node], list[tuple[str, str, bool]]]:
             edges.append(("base", f"corpus {domain}", True))
         if expert:
             made = "imported" if expert["imported"] else f"rank {expert['rank']}"
-            nodes.append(Node(f"expert {domain}", 2, f"{domain} ({made})", expert["digest"][:SHORT]))
+            began = f" from {expert['parent']['digest'][:SHORT]}" if expert["parent"] else ""
+            nodes.append(Node(f"expert {domain}", 2, f"{domain} ({made})", expert["digest"][:SHORT] + began))
             learned = corpus is not None and corpus["digest"] == expert["corpus"]
             edges.append((f"corpus {domain}", f"expert {domain}", learned))
             used = {mixture["experts"].get(domain), mixture["parents"].get(domain)}

@@ -24,7 +24,7 @@ Rule = Literal["early", "last", "vote"]
 Score = Literal["max_probability", "energy", "mahalanobis", "nearest"]
 Stream = Literal["base", "experts", "blend"]   # no experts; those each layer chooses; all of them, by probability
 DECIDING = ("rule", "layer", "temperature", "threshold", "score", "stream")   # facts that a decision depends on
-FIGURES = ("accuracy", "best_level_accuracy", "ece", "ece_uncalibrated", "abstention", "validation_rows")
+FIGURES = ("accuracy", "best_level_accuracy", "ece", "ece_uncalibrated", "abstention", "validation_rows", "levels")
 MOST_ODDS = 1e6                        # stands for infinite log-odds, which JSON lacks
 FEATURE_TOKENS = 2048                  # padded tokens in one forward without gradients
 
@@ -135,7 +135,7 @@ class Router:
     centres_CD: Tensor | None = None     # mahalanobis: class means at `reads`, standardised
     precision_DD: Tensor | None = None   # mahalanobis: inverse of the covariance within classes there
     seen_MD: Tensor | None = None        # nearest: the training prompts there, standardised, of length one
-    figures: dict[str, float] = field(default_factory=dict)   # what calibration saw; reported, never read
+    figures: dict[str, Any] = field(default_factory=dict)     # what calibration saw; reported, never read
     train: tuple[Tensor, Tensor] | None = field(default=None, repr=False)   # what `fit` saw, for the three above
 
     @property

@@ -1,7 +1,8 @@
-"""The champion as an OpenAI server: /v1/chat/completions, /v1/models, /healthz, /metrics.
+"""The champion as an OpenAI server: /v1/chat/completions, /v1/models, /healthz, /metrics, /openapi.json.
 
 Knows nothing of what a body means (`moa.chat`), of releases (`moa.serving`) or of what is decoded together
-(`moa.batching`). Prompts and answers are neither kept nor logged.
+(`moa.batching`). Answers are neither kept nor logged, and prompts only
+where somebody asked for it (`moa.evidence`).
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import hmac
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
@@ -24,8 +26,10 @@ from moa.batching import Batcher, Limits
 from moa.chat import ChatError
 from moa.config import Config
 from moa.errors import UsageError
+from moa.evidence import Keeper
 from moa.serve_chat import complete
 from moa.serve_metrics import Metrics
+from moa.serve_openapi import document
 from moa.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -49,6 +53,7 @@ class Settings:
     backend: str | None = None     # address of the server that decodes; None = this one
     backend_key: str | None = None
     backend_base: str | None = None   # its name of the base; None = it is asked
+    keep: int = 0                  # megabytes of prompts that are kept; 0 = none
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,15 @@ def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
     from moa.serving import Champions, answer, decide
 
     metrics = Metrics()
+    keeper = Keeper(workspace, settings.keep, config.drift.redact) if settings.keep else None
 
     def work(jobs: Any) -> Any:
         metrics.rows.observe(len(jobs))
+        if keeper is not None:
+            keep_named(keeper, [job.work for job in jobs])
         return answer(jobs) if backend is None else decide(jobs)
 
-    champions = Champions(workspace, config)
+    champions = Champions(workspace, config, keeper.routed if keeper is not None else None)
     batcher = Batcher(work, settings.limits)
     metrics.watch(waiting=lambda: batcher.waiting, running=lambda: batcher.running,
                   release=lambda: champions.now.version, failures=lambda: champions.failures)
@@ -93,8 +101,17 @@ def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
     finally:
         champions.close()
         batcher.close()
+        if keeper is not None:
+            keeper.close()
         for number, handler in before:
             signal.signal(number, handler)
+
+
+def keep_named(keeper: Keeper, asks: Sequence[Any]) -> None:
+    """The prompts that no router sees, because the caller named the domain."""
+    for ask in asks:
+        if ask.domain is not None:
+            keeper.named(ask.release.version, ask.release.digest, ask.messages, ask.domain)
 
 
 class _Announcing(uvicorn.Server):
@@ -130,7 +147,7 @@ def _loopback(host: str) -> bool:
 # The application.
 
 def build(server: Server) -> FastAPI:
-    app = FastAPI(title="moa", openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(title="moa", openapi_url=None, docs_url=None, redoc_url=None)   # whose schema would know no body
     key = server.settings.key
 
     def allowed(request: Request) -> None:
@@ -153,6 +170,12 @@ def build(server: Server) -> FastAPI:
         return {"object": "list", "data": [{"id": name, "object": "model", "created": release.created,
                                             "owned_by": release.label}
                                            for name in chat.models(release.mixture.labels)]}
+
+    @app.get("/openapi.json", dependencies=[Depends(allowed)])
+    async def openapi() -> dict[str, Any]:
+        release = server.champions.now
+        return document(labels=release.mixture.labels, adapters=sorted(release.adapters), key=key is not None,
+                        most_tokens=server.settings.max_tokens, backend=server.backend is not None)
 
     @app.get("/healthz")
     async def health() -> JSONResponse:

@@ -6,7 +6,6 @@ Knows nothing of how the server was started, or of what a batch is made of.
 import asyncio
 import contextlib
 import json
-import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
@@ -25,7 +24,7 @@ from moa.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from moa.serve import Server
-    from moa.serving import Answer, Listener, Release
+    from moa.serving import Answer, Hearing, Release
 
 BODY_SECONDS = 30       # for a request to arrive
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -47,14 +46,15 @@ async def complete(server: "Server", request: Request) -> Response:
     headers = {"X-Moa-Release": release.label}
     voice = Voice(release.fingerprint)
     if question.stream:
-        events, listener = _listener()
-        job = _submit(server, release, question, tokens, listener)
+        events, hearing = _hearing()
+        job = _submit(server, release, question, tokens, hearing)
         job.done.add_done_callback(events.put)
         return StreamingResponse(_chunks(server, job, events, voice, question.usage), media_type="text/event-stream",
                                  headers={**headers, **UNBUFFERED})
     job = _submit(server, release, question, tokens, None)
     answer: Answer | None = await _unless_gone(request, asyncio.wrap_future(job.done))
     if answer is None:
+        job.work.cancelled.set()
         return Response(status_code=499)
     server.metrics.answer(answer)
     return JSONResponse(voice.completion(answer), headers={**headers, "X-Moa-Model": chat.answerer(answer)})
@@ -109,11 +109,11 @@ def _prompt_tokens(release: "Release", question: Question, most: int) -> int:
 
 
 def _submit(server: "Server", release: "Release", question: Question, tokens: int,
-            listener: "Listener | None") -> Job:
+            hearing: "Hearing | None") -> Job:
     """The question's job: an answer, or only who is to give it where a backend decodes."""
     from moa.serving import Ask
 
-    ask = Ask(release, question.messages, question.domain, question.options, tokens, listener)
+    ask = Ask.of(release, question.messages, question.domain, question.options, tokens, hearing)
     job = ask.job() if server.backend is None else ask.routing()
     try:
         server.batcher.submit(job)
@@ -221,11 +221,11 @@ class _Events:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
 
 
-def _listener() -> tuple[_Events, "Listener"]:
-    from moa.serving import Listener
+def _hearing() -> tuple[_Events, "Hearing"]:
+    from moa.serving import Hearing
 
     events = _Events()
-    return events, Listener(lambda by: events.put({"by": by}), events.put, threading.Event())
+    return events, Hearing(lambda by: events.put({"by": by}), events.put)
 
 
 async def _chunks(server: "Server", job: Job, events: _Events, voice: Voice, usage: bool) -> AsyncIterator[str]:
@@ -248,7 +248,7 @@ async def _chunks(server: "Server", job: Job, events: _Events, voice: Voice, usa
             yield _event(chunk)
         yield "data: [DONE]\n\n"
     finally:   # the client may have left
-        job.work.listener.cancelled.set()
+        job.work.cancelled.set()
         job.done.cancel()
 
 

@@ -4,14 +4,15 @@ Knows nothing of HTTP. A release that another one follows finishes what was aske
 """
 
 import copy
+import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from moa import base, generation
 from moa.ask import champion
@@ -20,46 +21,29 @@ from moa.batching import Job
 from moa.config import Config
 from moa.errors import MoaError
 from moa.export import adapter_name
-from moa.generation import Options, Writing
-from moa.mixture import Answer, Conversation, Mixture, answering
+from moa.generation import Options, Tell
+from moa.mixture import Answer, Conversation, Listener, Mixture, Request
 from moa.registry import Registry
 from moa.router import Decision
 from moa.workspace import Workspace
 
 RETRY_SECONDS = 60   # before a release that could not be loaded is tried again
-Tell = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Listener:
-    """Who hears of one row while it is written: first who answers, then pieces of text."""
-
-    begun: Tell
-    piece: Tell
-    cancelled: threading.Event
+Watch = Callable[[int, str, Conversation, Decision], None]   # version and digest of the release, prompt, decision
 
 
-class Heard(Mixture):
-    """A mixture that a listener can follow through `generate` of a single prompt."""
+class Watched(Mixture):
+    """A mixture that tells what its router decided, as a release's own: a version and a digest come with it."""
 
-    listener: Listener | None = None
+    tell: Callable[[Conversation, Decision], None] | None = None
 
-    @contextmanager
-    def heard_by(self, listener: Listener) -> Iterator[None]:
-        with self._turn:
-            self.listener = listener
-            try:
-                yield
-            finally:
-                self.listener = None
-
-    def _decode(self, prompts: list[list[int]], decisions: Sequence[Decision | str], limit: int, options: Options,
-                **streaming: Any) -> list[Writing]:
-        if self.listener is not None:
-            (one,) = decisions
-            self.listener.begun(answering(one) if isinstance(one, Decision) else one)
-            streaming = {"tell": self.listener.piece, "cancelled": self.listener.cancelled}
-        return super()._decode(prompts, decisions, limit, options, **streaming)
+    def route(self, prompts: Sequence[Conversation]) -> list[Decision]:
+        decisions = super().route(prompts)
+        if self.tell is not None:
+            for prompt, decision in zip(prompts, decisions, strict=True):
+                self.tell(prompt, decision)
+        return decisions
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +53,7 @@ class Release:
     name: str
     version: int
     digest: str
-    mixture: Heard
+    mixture: Mixture
     created: int              # seconds since 1970
     special: dict[int, str]   # the base's markers of turns and ends, by id
 
@@ -87,6 +71,30 @@ class Release:
         return f"{self.name}-{self.version}-{self.digest[:12]}"
 
 
+class Hearing:
+    """What somebody hears of an answer while it is written: first who answers, then pieces of text.
+
+    A row that is begun anew, because a neighbour failed, says again what it said: that is passed over.
+    """
+
+    def __init__(self, begun: Tell, piece: Tell) -> None:
+        self._begun, self._piece = begun, piece
+        self._heard = -1    # characters that were passed on; -1 = not even who answers
+        self._said = 0      # characters of this attempt
+
+    def begun(self, by: str) -> None:
+        self._said = 0
+        if self._heard < 0:
+            self._heard = 0
+            self._begun(by)
+
+    def piece(self, text: str) -> None:
+        self._said += len(text)
+        if (new := self._said - self._heard) > 0:
+            self._heard = self._said
+            self._piece(text[-new:])
+
+
 @dataclass(frozen=True)
 class Ask:
     """One conversation for one release. The options are checked, the domain is one that the release has."""
@@ -94,29 +102,36 @@ class Ask:
     release: Release
     messages: Conversation
     domain: str | None
-    options: dict[str, Any]
+    options: Options
     prompt_tokens: int
-    listener: Listener | None = None
+    hearing: Hearing | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)   # once set, nobody waits for the answer
+
+    @classmethod
+    def of(cls, release: Release, messages: Conversation, domain: str | None, options: dict[str, Any],
+           prompt_tokens: int, hearing: Hearing | None = None) -> Self:
+        chosen = Options(**options)
+        if chosen.temperature > 0 and chosen.seed is None:   # so that a row which is begun anew says the same
+            chosen = replace(chosen, seed=secrets.randbits(63))
+        return cls(release, messages, domain, chosen, prompt_tokens, hearing)
 
     def job(self) -> Job:
-        """A heard row is decoded alone; the others side by side where release and options are the same."""
-        key: Any = object() if self.listener else (self.release, Options(**self.options))
-        return Job(key, self.prompt_tokens + Options(**self.options).max_new_tokens, self)
+        """A row, heard or not, beside any other of the release."""
+        return Job(self.release, self.prompt_tokens + self.options.max_new_tokens, self)
 
     def routing(self) -> Job:
         """Only the router's decision, beside any other of the release."""
         return Job(self.release, self.prompt_tokens, self)
 
+    def request(self, ended: Callable[[Answer], None]) -> Request:
+        heard = {} if self.hearing is None else {"begun": self.hearing.begun, "piece": self.hearing.piece}
+        return Request(messages=self.messages, domain=self.domain, options=self.options,
+                       listener=Listener(**heard, ended=ended, cancelled=self.cancelled))
+
 
 def answer(jobs: Sequence[Job]) -> list[Answer]:
-    """Answer a batch as one: what a Batcher works with."""
-    asks: list[Ask] = [job.work for job in jobs]
-    first = asks[0]
-    mixture = first.release.mixture
-    if first.listener is None:
-        return mixture.generate([ask.messages for ask in asks], [ask.domain for ask in asks], **first.options)
-    with mixture.heard_by(first.listener):
-        return mixture.generate([first.messages], [first.domain], **first.options)
+    """Answer a batch as one: what a Batcher works with. A job is done when its row is, whoever is still being heard."""
+    return jobs[0].work.release.mixture.answer([job.work.request(job.done.set_result) for job in jobs])
 
 
 def decide(jobs: Sequence[Job]) -> list[Decision]:
@@ -127,9 +142,10 @@ def decide(jobs: Sequence[Job]) -> list[Decision]:
 class Champions:
     """The release that serves now, replaced when the champion changes."""
 
-    def __init__(self, workspace: Workspace, config: Config) -> None:
-        """Load the champion. Raises MoaError when there is none, or it cannot be loaded."""
-        self.workspace, self.config = workspace, config
+    def __init__(self, workspace: Workspace, config: Config, watch: Watch | None = None) -> None:
+        """Load the champion; `watch` hears of every decision of every champion's router. Raises MoaError when there is
+        none, or it cannot be loaded."""
+        self.workspace, self.config, self.watch = workspace, config, watch
         self.registry = Registry(workspace, config)
         self._base: Base | None = None
         version, folder = champion(workspace, config)
@@ -181,7 +197,9 @@ class Champions:
                 and time.monotonic() - self._refused[1] < RETRY_SECONDS)
 
     def _load(self, version: Any, folder: Path) -> Release:
-        mixture = Heard.load(folder, self._own_base())
+        mixture = Watched.load(folder, self._own_base())
+        if self.watch is not None:
+            mixture.tell = partial(self.watch, version.version, version.digest)
         return Release(version.name, version.version, version.digest, mixture, version.created_at // 1000,
                        _special(mixture.base.tokenizer))
 
@@ -205,7 +223,7 @@ def room(release: Release, messages: Conversation, max_new_tokens: int) -> int:
     """Tokens of the prompt. Raises UsageError when the base's context leaves no room for an answer."""
     mixture = release.mixture
     encoded = mixture.encoder.prompt(messages)
-    generation.rooms(mixture.base.model, [encoded], max_new_tokens)
+    generation.rooms(mixture.base.model, [encoded], [max_new_tokens])
     return len(encoded)
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +61,16 @@ def connect(workspace: Workspace) -> tuple[Any, str]:
             raise RegistryError(f"The MLflow experiment {EXPERIMENT!r} at {shown(address)} was deleted: "
                                 f"run `mlflow experiments restore --experiment-id {found.experiment_id}`.")
         return client, str(found.experiment_id)
+
+
+def pages(workspace: Workspace, port: int) -> tuple[list[str], dict[str, str]] | None:
+    """The command that shows our database in a browser, and its environment; None when a server shows it already."""
+    address = uri(workspace)
+    if address.startswith(("http:", "https:")):
+        return None
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--host", "127.0.0.1",
+               "--port", str(port), "--workers", "1"]
+    return command, {**ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}   # else ten processes
 
 
 def quieten() -> None:

@@ -77,9 +77,10 @@ class Learner:
     """One expert's own training: what to learn next, how to step, when to stop, which epoch was best."""
 
     def __init__(self, name: str, expert: int, stack: ExpertStack, rows: Sequence[Encoded],
-                 validation: Sequence[Encoded], params: TrainParams) -> None:
+                 validation: Sequence[Encoded], params: TrainParams, warm: bool = False) -> None:
         assert stack.gradients is not None, "call stack.trainable(True) first"
         self.name, self.expert, self.params = name, expert, params
+        self.warm = warm   # its start has been somebody's expert, and counts as epoch 0
         self.rows, self.validation = rows, validation[:params.validation_rows]
         self.order = data_order(len(rows), params, seed_for(name, params.seed))
         self.steps_per_epoch = len(self.order) // params.epochs
@@ -198,6 +199,15 @@ def validation_losses(model: nn.Module, stack: ExpertStack, learners: Sequence[L
     return {learner.name: (losses[learner.expert] / targets[learner.expert]).item() for learner in learners}
 
 
+def count_starts(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,
+                 forward: Forward = forced) -> None:
+    """Measure what the learners are before the first step: who gets no better than that ends as it began."""
+    losses = validation_losses(model, stack, learners, batch_tokens, forward)
+    for learner in learners:
+        loss = losses[learner.name]
+        learner.progress.best_loss = loss if math.isfinite(loss) else math.inf
+
+
 def cotrain(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,
             after_step: Callable[[Sequence[Learner]], Any] = lambda _: None, forward: Forward = forced) -> None:
     """Train until every learner is done; each ends with its best epoch in the stack.
@@ -205,6 +215,11 @@ def cotrain(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], b
     `after_step` is called after each common step, for progress and checkpoints. A learner whose loss or gradient is no
     longer finite stops with `progress.failure` set, and the others do not notice.
     """
+    if starting := [learner for learner in learners if learner.warm and not learner.progress.curve]:
+        count_starts(model, stack, starting, batch_tokens, forward)
+        for learner in starting:
+            learner.progress.curve.append({"epoch": 0, "step": 0, "tokens": 0,
+                                           "validation_loss": learner.progress.best_loss})
     while active := [learner for learner in learners if not learner.done]:
         _learn(model, stack, active, batch_tokens, forward)
         if ended := [learner for learner in active if learner.epoch_ended]:

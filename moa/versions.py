@@ -6,6 +6,7 @@ With moa.pipeline, the only room that talks to DVC. Knows nothing of domains.
 import contextlib
 import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -43,10 +44,14 @@ class Versions(Pipeline):
         """Version `folder` as it is now: `folder`.dvc, for git, names its content. Raises PipelineError."""
         from dvc.exceptions import DvcException
 
+        refused: list[OSError] = []
         try:
-            with self._repo() as repo:
+            with self._repo() as repo, _listening(refused):
                 repo.add([str(folder)])
         except DvcException as error:
+            if refused:
+                raise PipelineError(f"DVC cannot version {self.workspace.relative(folder)}: {refused[0].strerror}."
+                                    ) from error
             # `/raw/*` would do for git, but DVC then passes over the whole folder.
             hint = (" Let git keep it: write `/raw/?*/` instead of `/raw/` into data/.gitignore."
                     if "git-ignored" in str(error) else "")
@@ -122,6 +127,25 @@ def _silence() -> Iterator[None]:
     words = io.StringIO()
     with hushed(), contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
         yield
+
+
+@contextlib.contextmanager
+def _listening(errors: list[OSError]) -> Iterator[None]:
+    """Collect what the disk refused: DVC only logs it, and then fails with words about something else."""
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.exc_info and isinstance(record.exc_info[1], OSError):
+                errors.append(record.exc_info[1])
+
+    loggers = [logging.getLogger(name) for name in ("dvc_data", "dvc_objects")]
+    before = [logger.handlers for logger in loggers]
+    for logger in loggers:
+        logger.handlers = [Listener()]
+    try:
+        yield
+    finally:
+        for logger, handlers in zip(loggers, before, strict=True):
+            logger.handlers = handlers
 
 
 def _read_yaml(path: Path) -> Any:

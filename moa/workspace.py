@@ -63,11 +63,34 @@ class Workspace:
         """DVC's own file for rows that were added, in git."""
         return self.data / "raw" / f"{domain}.dvc"
 
+    @property
+    def incoming(self) -> Path:
+        """What has arrived and is not yet learned: a folder of files for each domain."""
+        return self.data / "incoming"
+
+    @property
+    def rejected(self) -> Path:
+        """What arrived and could not be used, or was refused, each file with its reason beside it."""
+        return self.incoming / ".rejected"
+
     def corpus(self, domain: str) -> Path:
         return self.data / "corpora" / domain
 
     def expert(self, domain: str) -> Path:
         return self.data / "experts" / domain
+
+    @property
+    def starts(self) -> Path:
+        """Which experts' training begins at which parent; absent when every one begins afresh (git)."""
+        return self.data / "starts.json"
+
+    @property
+    def parents(self) -> Path:
+        return self.data / "parents"
+
+    def parent(self, digest: str) -> Path:
+        """An expert as it was when another's training, or its own, was to begin at it."""
+        return self.parents / digest[:16]
 
     @property
     def mixture(self) -> Path:
@@ -89,6 +112,11 @@ class Workspace:
         return self.local / "code.json"
 
     @property
+    def projection(self) -> Path:
+        """The starts, with null for every other domain, which dvc.yaml names among the parameters."""
+        return self.local / "starts.json"
+
+    @property
     def lock(self) -> Path:
         """Held by the one process that builds in this workspace."""
         return self.local / "build.lock"
@@ -98,6 +126,16 @@ class Workspace:
         """Names the paths of a change that is being made, or was interrupted: see moa/change.py."""
         return self.local / "change.json"
 
+    @property
+    def attempt(self) -> Path:
+        """The adaptation that is under way, or was interrupted: see flows/attempt.py."""
+        return self.local / "attempt.json"
+
+    @property
+    def up(self) -> Path:
+        """Where the servers of `moa up` are, as long as it runs."""
+        return self.local / "up.json"
+
     def removed(self, domain: str) -> Path:
         """Digests of what a removed domain had, for deleting it from DVC's cache later."""
         return self.local / "removed" / f"{domain}.json"
@@ -106,6 +144,11 @@ class Workspace:
     def kept(self) -> Path:
         """What somebody put in the way of undoing an interrupted change."""
         return self.local / "kept"
+
+    @property
+    def ledger(self) -> Path:
+        """What set runs off, and what was decided: a line each, only ever added to."""
+        return self.local / "ledger.jsonl"
 
     @property
     def mlflow(self) -> Path:

@@ -80,6 +80,28 @@ def test_a_failure_is_nobody_elses(work: Work, busy: Callable[..., Batcher]) -> 
         bad.done.result(SOON)
 
 
+def test_a_job_may_have_its_result_before_its_neighbours_and_keeps_it() -> None:
+    early, ended = threading.Event(), threading.Event()
+    batches: list[list[int]] = []
+
+    def work(jobs: Sequence[Job]) -> list[int]:
+        batches.append([job.work for job in jobs])
+        if len(jobs) > 1:
+            jobs[0].done.set_result(-1)
+            early.set()
+            assert ended.wait(SOON)
+            raise ValueError("after the first was done")
+        return [2 * job.work for job in jobs]
+
+    batcher = Batcher(work, Limits(rows=2, pause=SOON))
+    first, second = submit(batcher, Job("a", 1, 1), Job("a", 1, 2))
+    assert early.wait(SOON) and first.done.result(SOON) == -1
+    assert batcher.running == 1 and not second.done.done()
+    ended.set()
+    assert second.done.result(SOON) == 4 and batches == [[1, 2], [2]]   # the first is not tried again
+    batcher.close()
+
+
 def test_a_full_queue_refuses_until_somebody_leaves(work: Work, busy: Callable[..., Batcher]) -> None:
     batcher = busy(waiting=2)
     first, second = submit(batcher, Job("a", 1, 1), Job("a", 1, 2))

@@ -33,13 +33,19 @@ class Plan:
     longest: int = 20
     params: TrainParams = PARAMS
     poisoned: bool = False
+    warm: bool = False   # begins at weights that have been trained, as far as anybody can see
 
     def learner(self, expert: int, stack: ExpertStack) -> Learner:
         stack.initialise(expert, seed_for(self.name, self.params.seed))
+        if self.warm:
+            source = torch.Generator().manual_seed(seed_for(self.name, 1))
+            for layer in stack.layers.values():
+                part = layer.b_EOR.detach()[expert, :, :self.rank]
+                part.copy_(torch.randn(part.shape, generator=source) * 0.05)
         if self.poisoned:
             stack.weights[expert] = float("nan")
         return Learner(self.name, expert, stack, toy_rows(self.name, self.rows, self.longest),
-                       toy_rows(f"{self.name}v", 4, self.longest), self.params)
+                       toy_rows(f"{self.name}v", 4, self.longest), self.params, self.warm)
 
 
 Trained = dict[str, tuple[dict[str, torch.Tensor], Learner]]
@@ -103,7 +109,7 @@ def plans(draw: st.DrawFn, learning_rate: float = 5e-3) -> list[Plan]:
                      "epochs": draw(st.integers(1, 3)), "batch_rows": draw(st.integers(1, 5)),
                      "weight_decay": draw(st.sampled_from([0.0, 0.3])), "patience": draw(st.integers(0, 1)),
                      "rows_per_epoch": draw(st.sampled_from([None, 5])), "learning_rate": learning_rate,
-                     "max_grad_norm": draw(st.sampled_from([0.05, 1.0]))}))
+                     "max_grad_norm": draw(st.sampled_from([0.05, 1.0]))}), warm=draw(st.booleans()))
             for name in names]
 
 

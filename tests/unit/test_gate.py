@@ -1,6 +1,7 @@
 """The gate's promises, on simulated losses."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moa.gate import Decision, Rules, Score, decide, judge
+from moa.releases import gate_text
 
 DOMAINS = ("math", "python", "sql")
 QUICK = Rules(resamples=2_000)
@@ -236,3 +238,103 @@ def test_few_rows_that_lose_much_are_not_overlooked() -> None:
                           for domain, values in zip(DOMAINS, drawn, strict=True) for row, value in enumerate(values)],
                          Rules(resamples=2_000, tolerance=10)).promote
     assert promoted <= 0.1 * 200
+
+
+# Rows that the incumbent was tested on, and others.
+
+def arrived(domain: str, known: float, new: float, rows: int = 40, seed: int = 0) -> list[Score]:
+    """Rows that the incumbent was tested on, and as many new ones, with these differences of loss."""
+    old = [replace(score, known=True) for score in simulated({domain: known}, rows, seed=seed)]
+    return old + [replace(score, row=f"new {score.row}", known=False)
+                  for score in simulated({domain: new}, rows, seed=seed + 1)]
+
+
+def test_poison_is_refused_on_the_known_rows_however_good_it_looks_on_its_own() -> None:
+    decision = gate(arrived("math", +0.3, -3.0) + simulated({"python": -0.1, "sql": 0}), tested_by="version 4")
+    math = decision.domains["math"]
+    assert not decision.promote and decision.improved == ["python"]
+    assert math.loss.verdict == "pass" and math.loss.improved and math.loss.rows == 80
+    assert math.verdict == "fail" and math.known is not None and math.known.loss.rows == 40
+    assert "math: worse than the tolerance of 0.02 allows: loss +0.3" in decision.reason
+    assert "on the 40 test rows that version 4 was tested on" in decision.reason
+    assert decision.domains["python"].known is None   # it has no other rows
+    said = gate_text({"version": 5, "against": 4, **decision.as_dict()})
+    assert "math    loss           pass" in said and "math    loss, known    fail" in said
+
+
+def test_new_rows_alone_show_that_a_domain_is_better() -> None:
+    decision = gate(arrived("math", 0.0, -0.3) + simulated({"python": 0, "sql": 0}))
+    math = decision.domains["math"]
+    assert decision.promote and decision.improved == ["math"]
+    assert math.known is not None and math.known.loss.verdict == "pass" and not math.known.loss.improved
+
+
+def test_a_metric_that_fell_on_the_known_rows_refuses() -> None:
+    scores = answered({"math": -0.6}) + [replace(score, row=f"new {score.row}", known=False)
+                                         for score in answered({"math": 0.9}, rows=120, seed=1)]
+    math = judge("math", scores, QUICK)
+    assert math.metric is not None and math.metric.improved and math.verdict == "fail" and not math.improved
+    assert math.known is not None and math.known.metric is not None and math.known.metric.verdict == "fail"
+    assert "on the 60 answers to test rows that the incumbent was tested on" in math.reason
+
+
+@pytest.mark.parametrize(("rows", "rise", "verdict"), [(6, 0.3, "fail"), (5, 0.3, "pass"), (10, 0.0, "pass"),
+                                                       (10, -0.3, "pass"), (0, 0.0, "pass")])
+def test_few_known_rows_refuse_only_what_is_surely_worse(rows: int, rise: float, verdict: str) -> None:
+    """Five out of five worse happens to one equal challenger in 32, six out of six to one in 64."""
+    scores = arrived("math", rise, -3.0, rows=60)
+    found = judge("math", scores[:rows] + scores[60:], QUICK, tested_by="version 4")
+    assert found.verdict == verdict and found.known is not None
+    assert found.known.loss.verdict == ("fail" if verdict == "fail" else "not enough data")
+    assert (found.known.loss.reason == "none of the test rows that version 4 was tested on is left") == (rows == 0)
+    assert found.improved == (verdict == "pass")
+
+
+def test_a_new_domains_rows_are_never_known() -> None:
+    scores = [replace(score, known=False) for score in simulated({"sql": 0})]
+    verdict = judge("sql", scores, QUICK, new=True)
+    assert verdict.known is None and verdict.against == "base" and verdict.improved
+
+
+def routed(domain: str, guesses: dict[str, int], known: bool = True) -> list[Score]:
+    """Rows with equal losses that went to their own domain, and go to these now."""
+    now = [guess for guess, count in guesses.items() for _ in range(count)]
+    return [replace(score, known=known, incumbent_routed=domain, challenger_routed=guess)
+            for score, guess in zip(simulated({domain: 0.0}, len(now), noise=0), now, strict=True)]
+
+
+@pytest.mark.parametrize(("guesses", "refused"), [
+    ({"math": 40}, False), ({"math": 35, "sql": 5}, False),   # as likely as not, once in 32
+    ({"math": 34, "sql": 6}, True), ({"math": 20, "sql": 15, "python": 5}, True)])
+def test_a_domain_whose_known_prompts_go_elsewhere_is_refused(guesses: dict[str, int], refused: bool) -> None:
+    """Losses are equal, and accuracy over all domains, which many others could hide it in, is too."""
+    scores = routed("math", guesses) + simulated({"python": -0.1, "sql": 0})
+    decision = gate(scores, tested_by="version 4")
+    assert decision.promote != refused
+    found = decision.routing["domains"]["math"]
+    assert found["rows"] == 40 and found["after"] == guesses and found["before"] == {"math": 40}
+    lost = {guess: count for guess, count in guesses.items() if guess != "math"}
+    assert found["lost"] == lost
+    if refused:
+        assert f"math: its routing accuracy fell from 100.0% to {guesses['math'] / 40:.1%}, " in decision.reason
+        assert all(f"{count} prompts go to {guess} now" in decision.reason for guess, count in lost.items())
+        assert "on the 40 test rows that version 4 was tested on" in decision.reason
+
+
+@pytest.mark.parametrize(("guesses", "refused"), [({"sql": 12}, True), ({"math": 6, "sql": 6}, True),
+                                                  ({"math": 10, "sql": 2}, False), ({"math": 12}, False)])
+def test_new_rows_that_go_to_another_domain_are_refused_as_its_own(guesses: dict[str, int], refused: bool) -> None:
+    """As under the incumbent, and known prompts go where they went: nothing else would speak against them."""
+    new = [replace(score, row=f"new {score.row}", incumbent_routed=score.challenger_routed)
+           for score in routed("math", guesses, known=False)]
+    decision = gate(routed("math", {"math": 30}) + new + simulated({"python": -0.1, "sql": 0}), tested_by="version 4")
+    assert decision.promote != refused and decision.routing["domains"]["math"]["new"] == guesses
+    said = f"math: of its 12 new test rows {guesses.get('sql')} go to sql, as those that version 4 was tested on do not"
+    assert (said in decision.reason) == refused
+
+
+def test_one_row_that_gains_much_is_no_reason_to_fear_a_loss() -> None:
+    """Bootstrap t alone says +0.03: a router that gives one prompt more to the right expert would be refused."""
+    scores = [Score("math", str(row), 0.5 if row == 3 else 5.0, 5.0) for row in range(26)]
+    loss = judge("math", scores, QUICK).loss
+    assert loss.verdict == "pass" and loss.interval is not None and loss.interval[1] == 0 and not loss.improved

@@ -4,6 +4,7 @@ The toys compute in float64. Their logits are near-ties now and then, and float3
 the last bit; that float32 answers agree on a real base is tests/behaviour's to show.
 """
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -26,8 +27,9 @@ from moa.calibration import fit
 from moa.errors import UsageError
 from moa.generation import Options, Writing
 from moa.lora import ExpertStack, LoraSpec
-from moa.mixture import BASE, Mixture, answering
+from moa.mixture import BASE, Answer, Listener, Mixture, Request, answering
 from moa.router import features
+from moa.sampling import Sampling, generator
 from moa.tokens import Encoder
 from tests import tiny
 
@@ -219,8 +221,9 @@ def test_the_context_bounds_an_answer(architecture: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("option", "value"), [
     ("max_new_tokens", 0), ("max_new_tokens", 1.5), ("max_new_tokens", True), ("temperature", -0.1),
-    ("temperature", float("nan")), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.01), ("top_k", -1),
-    ("top_k", None), ("seed", -1), ("seed", 0.5), ("seed", 1 << 63), ("stop", ""), ("stop", ["a", ""]), ("stop", 3)])
+    ("temperature", float("nan")), ("temperature", "hot"), ("temperature", 10**400), ("top_p", 0),
+    ("top_p", 1.01), ("top_k", -1), ("top_k", None), ("seed", -1), ("seed", 0.5), ("seed", 1 << 63),
+    ("stop", ""), ("stop", ["a", ""]), ("stop", 3)])
 def test_a_bad_option_is_named(option: str, value: Any) -> None:
     for call in (lambda: toy().generate([ask("a")], **{option: value}),
                  lambda: toy().stream(ask("a"), **{option: value})):
@@ -252,6 +255,130 @@ def broken(mixture: Mixture) -> Iterator[None]:
         hook.remove()
 
 
+# Rows of one batch that want different things.
+
+@contextmanager
+def forwards(mixture: Mixture) -> Iterator[list[tuple[int, int]]]:
+    """Rows, and the furthest position that a row is at, of every forward of the base inside."""
+    seen: list[tuple[int, int]] = []
+
+    def note(_: Any, args: Any, named: dict[str, Any]) -> None:
+        positions = named.get("position_ids")
+        if positions is not None:   # routing has none
+            seen.append((len(named["input_ids"]), int(positions.max())))
+
+    hook = mixture.base.model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+class Heard:
+    """A listener that keeps what it hears, in one list with other listeners."""
+
+    def __init__(self, name: str, events: list[tuple[str, Any]], until: int | None = None) -> None:
+        self.name, self.events, self.until = name, events, until
+        self.cancelled = threading.Event()
+
+    def piece(self, text: str) -> None:
+        self.events.append((self.name, text))
+        if self.until is not None and len(self.text()) >= self.until:
+            self.cancelled.set()
+
+    def text(self) -> str:
+        return "".join(what for name, what in self.events if name == self.name and isinstance(what, str))
+
+    def listener(self) -> Listener:
+        return Listener(piece=self.piece, ended=lambda answer: self.events.append((self.name, answer)),
+                        cancelled=self.cancelled)
+
+
+def test_streams_and_whole_answers_are_written_side_by_side() -> None:
+    mixture, events = toy(), []
+    first, second = Heard("first", events), Heard("second", events)
+    begun: list[str] = []
+    requests = [Request(messages=ask("one"), domain="alpha", options=Options(max_new_tokens=20),
+                        listener=replace(first.listener(), begun=begun.append)),
+                Request(messages=ask("and the other"), domain="beta", options=Options(max_new_tokens=20),
+                        listener=second.listener()),
+                Request(messages=ask("whole"), options=Options(max_new_tokens=20))]
+    with forwards(mixture) as seen:
+        answers = mixture.answer(requests)
+    assert len(seen) <= 20 and begun == ["alpha"]   # as many passes as one row takes
+    names = [name for name, what in events if isinstance(what, str)]
+    assert sum(a != b for a, b in itertools.pairwise(names)) > 3   # in turns, a character often being several tokens
+    assert [first.text().strip(), second.text().strip()] == [answers[0].answer, answers[1].answer]
+    assert [what for _, what in events if isinstance(what, Answer)] == answers[:2]
+    for request, answer in zip(requests, answers, strict=True):
+        assert answer == mixture.chat(request.messages, request.domain, max_new_tokens=20)
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one_and_costs_nothing_more() -> None:
+    mixture, events = toy(), []
+    long, limits = Heard("long", events), [1, 2, 2, 3, 4, 40]
+    asked = [(ask(f"number {limit}"), "beta", limit) for limit in limits]
+    with forwards(mixture) as seen:
+        answers = mixture.answer([
+            Request(messages=messages, domain=domain, options=Options(max_new_tokens=limit),
+                    listener=long.listener() if limit == 40 else Heard("short", events).listener())
+            for messages, domain, limit in asked])
+    assert [one.tokens for one in answers] == limits
+    assert answers == [mixture.chat(messages, domain, max_new_tokens=limit) for messages, domain, limit in asked]
+    ended = [place for place, (name, what) in enumerate(events) if name == "short" and isinstance(what, Answer)]
+    assert len(ended) == 5 and long.text() and events[-1] == ("long", answers[-1])
+    assert sum(isinstance(what, str) for _, what in events[ended[-1]:]) > 20   # and much of the long one comes later
+    rows = [count for count, _ in seen]
+    assert rows == sorted(rows, reverse=True) and rows[0] == 6 and len(rows) == 40 and rows[4:] == [1] * 36
+
+
+def test_a_cancelled_stream_leaves_the_others_whole() -> None:
+    mixture, events = toy(), []
+    leaver, stayer = Heard("leaver", events, until=3), Heard("stayer", events)
+    with forwards(mixture) as seen:
+        cut, whole, plain = mixture.answer([
+            Request(messages=ask("I leave"), domain="alpha", options=Options(max_new_tokens=30),
+                    listener=leaver.listener()),
+            Request(messages=ask("I stay"), domain="beta", options=Options(max_new_tokens=30),
+                    listener=stayer.listener()),
+            Request(messages=ask("Me too"), domain=BASE, options=Options(max_new_tokens=30))])
+    alone = mixture.chat(ask("I leave"), "alpha", max_new_tokens=30)
+    said = cut.answer.rstrip(generation.UNFINISHED)   # it may be cut within a character
+    assert cut.tokens < 10 < alone.tokens and alone.answer.startswith(said) and said
+    assert whole == mixture.chat(ask("I stay"), "beta", max_new_tokens=30) and stayer.text().strip() == whole.answer
+    assert plain == mixture.chat(ask("Me too"), BASE, max_new_tokens=30)
+    assert [count for count, _ in seen] == [3] * cut.tokens + [2] * (30 - cut.tokens)
+
+
+wishes = st.builds(dict, max_new_tokens=st.integers(1, 16), stop=st.lists(st.text("aeé ", min_size=1, max_size=2),
+                                                                        max_size=2),
+                   temperature=st.sampled_from([0, 0, 0.8, 1.5]), top_k=st.sampled_from([0, 20]),
+                   top_p=st.sampled_from([1, 0.9]), seed=st.integers(0, 9))
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@settings(max_examples=15, deadline=None)
+@given(rows=st.lists(st.tuples(st.text(max_size=40), st.sampled_from(ANSWERERS), wishes, st.booleans()), min_size=1,
+                     max_size=6), spare=st.integers(1, 20), ends=st.lists(st.integers(0, 258), max_size=40))
+def test_a_row_is_the_same_whatever_its_neighbours_want(
+        architecture: str, rows: list[tuple[str, str, dict[str, Any], bool]], spare: int, ends: list[int]) -> None:
+    """Down to where the base's context ends, which no row is computed past."""
+    mixture = toy(architecture)
+    context = max(len(mixture.encoder.prompt(ask(text))) for text, *_ in rows) + spare
+    events: list[tuple[str, Any]] = []
+    heard = [Heard(str(place), events) for place in range(len(rows))]
+    with ending_at(mixture, ends), pytest.MonkeyPatch.context() as patch, forwards(mixture) as seen:
+        patch.setattr(mixture.base.model.config, "max_position_embeddings", context)
+        together = mixture.answer([
+            Request(messages=ask(text), domain=domain, options=Options(**wish),
+                    listener=heard[place].listener() if streams else Listener())
+            for place, (text, domain, wish, streams) in enumerate(rows)])
+        assert together == [mixture.chat(ask(text), domain, **wish) for text, domain, wish, _ in rows]
+    assert max(position for _, position in seen) < context
+    for place, (*_, streams) in enumerate(rows):
+        assert heard[place].text().strip() == (together[place].answer if streams else "")
+
+
 # Draws.
 
 def test_a_seed_draws_the_same_whoever_is_beside_and_leaves_torch_alone() -> None:
@@ -277,7 +404,7 @@ def test_greedy_is_the_limit_of_drawing() -> None:
 def test_draws_follow_the_probabilities() -> None:
     """2,000 rows of one token: shares are within 4 standard deviations of the softmax at that temperature."""
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5]]).repeat(2000, 1)
-    process = generation._sampling(Options(temperature=0.7), 2000)
+    process = Sampling([(Options(temperature=0.7), generator(None))] * 2000)
     shares = process(torch.zeros(2000, 1, dtype=torch.long), scores).argmax(-1).bincount(minlength=5) / 2000
     wanted = (scores[0] / 0.7).softmax(-1)
     assert ((shares - wanted).abs() < 4 * (wanted * (1 - wanted) / 2000).sqrt()).all()
@@ -371,8 +498,10 @@ def test_a_chat_body_is_answered_with_its_options() -> None:
     options = {"temperature": 0.9, "top_p": 0.9, "seed": 5}
     reply = pyfunc.respond(mixture, body(model="moa/beta", max_tokens=6, stop=None, **options))
     answer = mixture.chat(body()["messages"], "beta", max_new_tokens=6, **options)
-    assert reply["choices"] == [{"index": 0, "finish_reason": answer.finish,
-                                 "message": {"role": "assistant", "content": answer.answer}}]
+    assert reply["choices"] == [{"index": 0, "finish_reason": answer.finish, "logprobs": None,
+                                 "message": {"role": "assistant", "content": answer.answer, "refusal": None}}]
+    assert reply["model"] == "moa/beta" and reply["moa"] == {"domain": "beta", "confidence": None, "abstained": False}
+    assert (reply["object"], reply["system_fingerprint"]) == ("chat.completion", None)
     assert reply["usage"] == {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens,
                               "total_tokens": answer.prompt_tokens + answer.tokens}
     greedy = pyfunc.respond(mixture, body(model="base", max_completion_tokens=20))["choices"][0]["message"]["content"]

@@ -1,6 +1,6 @@
 """Figures to text, against literal text."""
 
-from moa.report import trace_text
+from moa.report import markdown, trace_text
 
 TRACE = [{"level": 0, "domain": "sql", "probability": 0.513}, {"level": 1, "domain": "math", "probability": 0.874},
          {"level": 2, "domain": "math", "probability": 1.0}]
@@ -22,3 +22,54 @@ def test_a_trace_says_why_the_router_abstains() -> None:
     assert told.count("<- read") == 3
     assert told.splitlines()[-1] == \
         "rule vote: math, confidence 87.4%; its score 1.94 is below 2.5, so the router abstains"
+
+
+EVALUATION = {
+    "scores": {"sql": {"base": {"loss": 1.5, "loss_interval": (1.25, 1.75), "score": None, "score_interval": None,
+                                "rows": 40, "answered": 0},
+                       "forced": {"loss": 0.5, "loss_interval": None, "score": 0.75, "score_interval": (0.5, 1.0),
+                                  "rows": 40, "answered": 16}}},
+    "tax": {"sql": {"loss": 0.125, "loss_interval": (0.0, 0.25), "score": 0.0, "score_interval": (0.0, 0.0)}},
+    "routing": {"accuracy": 0.975, "abstention": 0.01, "ece": 0.02, "confusion": {"sql": {"sql": 39}}}}
+ROUTER = {"levels": [{"level": 0, "accuracy": 0.5, "agreement": 0.625},
+                     {"level": 1, "accuracy": 1.0, "agreement": 1.0}]}
+RELEASE = {"name": "moa-mixture", "version": 3, "champion": None, "waiting": True,
+           "decision": {"reason": "No domain is worse; better: sql | math."}}
+
+
+def test_a_build_in_markdown() -> None:
+    assert markdown(EVALUATION, ROUTER, RELEASE) == """\
+**Release** version 3 of moa-mixture: No domain is worse; better: sql | math; there is no champion yet; it waits for \
+approval.
+
+### Scores
+
+| domain | system | loss | metric | rows / answered |
+| --- | --- | --- | --- | --- |
+| sql | base | 1.500 [1.250, 1.750] | - | 40 / 0 |
+| sql | label forced | 0.500 | 0.750 [0.500, 1.000] | 40 / 16 |
+
+### Routing
+
+accuracy 97.5%, abstention 1.0%, calibration error 2.0%
+
+| rows of / best guess | sql |
+| --- | --- |
+| sql | 39 |
+
+| routing tax | loss, routed - forced | metric, forced - routed |
+| --- | --- | --- |
+| sql | 0.125 [0.000, 0.250] | 0.000 [0.000, 0.000] |
+
+### Layer agreement
+
+| level | accuracy | agreement |
+| --- | --- | --- |
+| 0 | 50.0% | 62.5% |
+| 1 | 100.0% | 100.0% |
+"""
+
+
+def test_markdown_leaves_out_what_there_is_not() -> None:
+    assert markdown(None, {}, None) == "\n"
+    assert markdown(None, {}, {"version": 1}) == "**Release** version 1 of ?; there is no champion yet.\n"

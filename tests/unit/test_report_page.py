@@ -19,6 +19,16 @@ from moa.workspace import MANIFEST, Workspace, write_json
 EVIL = "</td></table></svg><script>alert(1)</script><img src=x onerror='alert(2)'>&amp;\"'"
 CONFIG = Config.model_validate({"base": {"source": "path:toy"}, "domains": {
     name: {"metric": "rouge_l"} for name in ("law", "sql", "new")}})
+LEVELS = [{"level": level, "accuracy": 0.7 + level / 100, "agreement": 1 - abs(level - 4) / 20} for level in range(6)]
+DECISION = {"promote": False, "against": 2, "reason": "law: loss is worse", "domains": {
+    "law": {"verdict": "fail", "loss": {"verdict": "fail", "reason": "worse", "rows": 41, "point": 0.25,
+                                        "interval": (0.125, 0.5), "improved": False},
+            "metric": {"verdict": "not enough data", "reason": "6 answers, 20 are needed", "rows": 6, "point": None,
+                       "interval": None, "improved": False},
+            "known": {"loss": {"verdict": "fail", "reason": "worse", "rows": 21, "point": 0.5, "interval": (0.25, 0.75),
+                               "improved": False}, "metric": None}},
+    "sql": {"verdict": "pass", "reason": "an old record", "rows": 33, "point": -0.5, "interval": [-0.75, -0.25],
+            "improved": True}}}
 
 
 class Page(HTMLParser):
@@ -92,13 +102,15 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
         write_json(made.corpus(name) / MANIFEST, {"digest": name[0] * 64, "rows": counts})
         write_json(made.corpus(name) / "quality.json", {"rows": counts, "warnings": [f"{name} repeats itself"]})
     write_json(made.expert("law") / MANIFEST, {
-        "digest": "1" * 64, "corpus": "0" * 64, "rank": 8, "best_epoch": 2, "best_loss": 1.25, "curve": [
+        "digest": "1" * 64, "corpus": "0" * 64, "rank": 8, "best_epoch": 2, "best_loss": 1.25,
+        "parent": {"domain": "sql", "digest": "6" * 64}, "curve": [
             {"step": 10, "train_loss": 1.5, "validation_loss": 1.5}, {"step": 20, "train_loss": 1.0,
                                                                       "validation_loss": 1.25}]})
     write_json(made.expert("sql") / MANIFEST, {"digest": "2" * 64, "corpus": "s" * 64, "rank": 4, "source": "imported",
                                                "best_epoch": None, "best_loss": None, "curve": []})
     write_json(made.mixture / MANIFEST, {
-        "digest": "9" * 64, "labels": ["law", "sql"], "router": {"rule": "early", "layer": 4},
+        "digest": "9" * 64, "labels": ["law", "sql"],
+        "router": {"rule": "early", "layer": 4, "validation_rows": 1_200, "levels": LEVELS},
         "experts": {"law": {"digest": "1" * 64}, "sql": {"digest": "7" * 64, "parent": "2" * 64}}})
     evaluated(made, {"law": 0.4, "sql": 0.0})
     return made
@@ -137,12 +149,51 @@ def test_the_page_says_what_there_is(workspace: Workspace) -> None:
     assert not page.open and not page.tags.keys() & {"script", "img", "iframe", "object"}
     assert page.addresses == ["data:,"]
     for words in ("nothing was released", "2 with an expert", "label forced", "routing tax", "90.0%",
-                  "law repeats itself", "imported: it was trained elsewhere", "kept: epoch 2, validation loss 1.250",
+                  "law repeats itself", "imported: it was trained elsewhere",
+                  "kept: epoch 2, validation loss 1.250; continues the expert of sql 666666666666",
+                  f"{'1' * 12} from {'6' * 12}",
                   "rule early, reading", "law (rank 8)", "sql (imported)", "1" * 12, "path:toy"):
         assert words in page.text, words
     assert re.search(r'class="m" style="background:rgba\(59,110,168,0\.80\);color:#fff">16<', html)
     # law learned from a corpus of before; sql's expert is in the mixture by way of joint training.
     assert html.count('class="edge old"') == 1 and "A broken line" in page.text
+
+
+def test_layer_agreement_is_plotted_with_the_level_that_is_read(workspace: Workspace) -> None:
+    facts = report_facts.gather(workspace, CONFIG)
+    router = facts["mixture"]["router"]
+    html = report_page.html(facts)
+    said = Page(html).text
+    assert "Layer agreement" in said and "on 1,200 validation prompts" in said and "4 (read)" in said
+    assert "4 of 6 layers are computed" in said and "agreement with the router's choice 1.0000 at level 4" in said
+    for level in LEVELS:
+        assert f"<td class=n>{level['accuracy']:.1%}</td><td class=n>{level['agreement']:.1%}</td>" in html
+    middle = re.search(r'<line x1="([\d.]+)" x2="\1" [^>]*class="mark"', html)
+    read = re.search(r'<circle cx="([\d.]+)"[^>]*><title>accuracy 0.7400 at level 4</title>', html)
+    assert middle and read and middle[1] == read[1]
+    assert "(read)" in Page(report_page.html(with_router(facts, router | {"rule": "last"}))).text
+    voting = report_page.html(with_router(facts, router | {"rule": "vote"}))
+    assert 'class="mark"' not in voting and "The rule reads every level." in voting and "(read)" not in voting
+    del router["levels"]   # a mixture of before
+    assert "Layer agreement" not in report_page.html(facts)
+
+
+def with_router(facts: dict[str, Any], router: dict[str, Any]) -> dict[str, Any]:
+    return facts | {"mixture": facts["mixture"] | {"router": router}}
+
+
+def test_the_gates_comparisons_are_shown_pair_by_pair(workspace: Workspace) -> None:
+    assert [(one["domain"], one["measure"], one["verdict"], one["difference"], one["better"])
+            for one in report_facts.verdicts(DECISION)] == [
+        ("law", "loss", "fail", 0.25, False), ("law", "metric", "not enough data", None, False),
+        ("law", "loss, known rows", "fail", 0.5, False), ("sql", "loss", "pass", -0.5, True)]
+    assert report_facts.verdicts({"promote": True, "reason": "first release"}) == []
+    facts = report_facts.gather(workspace, CONFIG)
+    facts["challenger"] |= {"version": 3, "gate": DECISION}
+    said = Page(report_page.html(facts)).text
+    for words in ("version 3: refused, against version 2", "law: loss is worse", "+0.250  [+0.125,\u00a0+0.500]",
+                  "pass, better"):
+        assert words in said, words
 
 
 def test_a_workspace_with_nothing_built_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +223,7 @@ def test_nothing_in_a_workspace_can_write_into_the_page(workspace: Workspace) ->
 
     facts = report_facts.gather(workspace, CONFIG)
     champion = {"name": "m", "version": 3, "since": "2026-01-01", "reason": "better", "experts": {},
-                "router": {"rule": "early", "layer": 4}, **facts["challenger"], "digest": "8" * 64}
+                "router": facts["mixture"]["router"], "gate": DECISION, **facts["challenger"], "digest": "8" * 64}
     known = keys({**facts, "champion": champion}) - {"law", "sql", "new"}
     page = Page(report_page.html(spoiled({**facts, "champion": champion, "registry_trouble": "down"})))
     assert not page.open and page.tags["svg"] >= 5

@@ -19,7 +19,8 @@ REPOSITORY = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "peft", "mlflow", "prefect", "dvc", "datasets", "safetensors", "pyarrow"}
 # Rooms that are about tensors, or are a flow: only these may be slow to import, and only steps import them.
 SLOW = {"moa.adapters", "moa.batches", "moa.calibration", "moa.generation", "moa.heads", "moa.joint", "moa.lora",
-        "moa.mixture", "moa.router", "moa.serving", "moa.training", "flows.build"}
+        "moa.mixture", "moa.router", "moa.sampling", "moa.serving", "moa.training", "flows.adapt", "flows.build",
+        "flows.deployments", "flows.drift"}
 # What every stage stands on, and what words its results: no part of what it computes.
 INFRASTRUCTURE = {"moa", "moa.code", "moa.workspace", "moa.config", "moa.errors", "moa.digests", "moa.progress"}
 STAGES = {"base": "moa.base", "quickstart": "moa.quickstart", "prepare": "moa.corpus", "train": "moa.experts",
@@ -71,7 +72,7 @@ def importers(package: str) -> set[str]:
 # Who imports what.
 
 def test_the_library_knows_no_prefect_and_no_flow() -> None:
-    commands = {"moa.cli", "moa.cli_release"}
+    commands = {"moa.cli", "moa.cli_adapt", "moa.cli_release", "moa.cli_up"}
     assert {module for module in importers("flows") if module.startswith("moa")} == commands
     assert not {module for module in importers("prefect") if module.startswith("moa")}
 
@@ -172,9 +173,11 @@ def test_a_stages_code_is_every_module_it_can_import(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_lists_the_parameters_it_reads(stage: str) -> None:
-    entries = stages()[stage]["params"]
-    assert entries[-1] == {Workspace(Path("/")).code.relative_to("/").as_posix(): [stage]}
-    listed = {entry.removesuffix(".${key}") for entry in entries[:-1]}
+    entries, place = stages()[stage]["params"], Workspace(Path("/"))
+    assert entries[-1] == {place.relative(place.code): [stage]}
+    own = [{place.relative(place.projection): ["${key}"]}] if stage == "train" else []
+    assert [entry for entry in entries[:-1] if not isinstance(entry, str)] == own
+    listed = {entry.removesuffix(".${key}") for entry in entries[:-1] if isinstance(entry, str)}
     assert listed <= Config.model_fields.keys()
     read = {node.attr for node in ast.walk(tree(STAGES[stage])) if isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name) and node.value.id == "config" and node.attr in Config.model_fields}

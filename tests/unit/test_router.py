@@ -234,6 +234,33 @@ def test_scores_are_still_ordered_where_the_probability_rounds_to_one() -> None:
     assert decisions[0].score < decisions[1].score < decisions[2].score
 
 
+def test_accuracy_and_agreement_by_level_of_a_case_worked_by_hand() -> None:
+    """Level 0 says a to everything, level 1 is right, level 2 takes the one b for a c, which `last` then says too."""
+    features, targets = torch.eye(3)[[0, 0, 1, 2]][:, None].repeat(1, 3, 1), torch.tensor([0, 0, 1, 2])
+    weight = torch.eye(3).repeat(3, 1, 1)
+    weight[0] = torch.tensor([1.0, 0.0, 0.0])[:, None]
+    weight[2, :, 1] = torch.tensor([0.0, 0.0, 1.0])
+    heads = router.Router(list("abc"), torch.zeros(3, 3), torch.ones(3, 3), weight, torch.zeros(3, 3), rule="last")
+    assert calibration.by_level(heads, features, targets) == [
+        {"level": 0, "accuracy": 0.5, "agreement": 0.5}, {"level": 1, "accuracy": 1.0, "agreement": 0.75},
+        {"level": 2, "accuracy": 0.75, "agreement": 1.0}]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_calibration_tells_the_levels_apart_and_an_older_router_without_that_still_loads(rule: router.Rule) -> None:
+    found = calibrated(rule, apart=0.5)
+    levels = found.figures["levels"]
+    assert [each["level"] for each in levels] == [0, 1]
+    assert max(each["accuracy"] for each in levels) == found.figures["best_level_accuracy"] < 1
+    if rule != "vote":   # a vote is nobody's own opinion
+        assert levels[found.reads] == {"level": found.reads, "accuracy": found.figures["accuracy"], "agreement": 1.0}
+    facts = {name: value for name, value in found.facts().items() if name != "levels"}
+    older = router.Router.restore(found.labels, found.tensors(), facts)
+    assert older.facts() == facts
+    features, _ = clusters(30, 0.5, seed=2)
+    assert older.decide(features) == found.decide(features)
+
+
 def test_the_calibration_error_of_a_case_worked_by_hand() -> None:
     confidence = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.52, 1.0])
     correct = torch.tensor([True, True, True, False, False, True])

@@ -1,0 +1,70 @@
+"""The scheduled look at kept prompts as a Prefect flow: an event, an artifact, and a line in the ledger. No ML here.
+
+The check itself runs in a process of its own, so that a server of flows holds no model.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.events import emit_event
+
+from moa import config, ledger
+from moa import drift as looking
+from moa.commands import environment, last_error
+from moa.errors import PipelineError
+from moa.registry import Registry
+from moa.workspace import Workspace
+
+ARTIFACT = "moa-drift"
+
+
+@flow(name="drift", persist_result=False, validate_parameters=False)
+def drift(root: str = ".") -> dict[str, Any] | None:
+    """Look at the prompts that `moa serve` kept; tell what was found. None before the first release."""
+    workspace = Workspace.find(Path(root))
+    if Registry(workspace, config.load(workspace.params)).champion() is None:
+        return None   # nothing served, so nothing kept: a schedule may begin before the first release
+    report = check(workspace)
+    note(workspace, report)
+    announce(report)
+    return report
+
+
+def check(workspace: Workspace) -> dict[str, Any]:
+    """What `moa drift` says, in another process. Raises PipelineError with that process's own words."""
+    command = [sys.executable, "-m", "moa", "drift", "--json"]
+    done = subprocess.run(command, cwd=workspace.root, env=environment(), capture_output=True, text=True, check=False)
+    if done.returncode not in (0, looking.FOUND):
+        reason = last_error((done.stdout + done.stderr).splitlines(), done.returncode)
+        raise PipelineError(f"The kept prompts could not be looked at: {reason}")
+    try:
+        report: dict[str, Any] = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        raise PipelineError(f"`{' '.join(command[1:])}` did not print JSON.") from None
+    return report
+
+
+def note(workspace: Workspace, report: dict[str, Any]) -> dict[str, Any] | None:
+    """A line in the ledger where the check says something else than the last one did: what was added, or None."""
+    facts = looking.facts(report)
+    last = ledger.read(workspace, last=1, kinds=["drift"])
+    told = {name: facts[name] for name in looking.NEWS}
+    if last and told == {name: last[0].get(name) for name in looking.NEWS}:
+        return None
+    return ledger.append(workspace, "drift", **facts)
+
+
+def announce(report: dict[str, Any]) -> None:
+    """For whoever listens: `moa.drift`, `moa.domain.missing` for each group, and a page in Prefect's own interface."""
+    resource = {"prefect.resource.id": f"moa.release.{report['release']}",
+                "prefect.resource.name": f"{report['name']} version {report['release']}"}
+    create_markdown_artifact(key=ARTIFACT, markdown=looking.markdown(report),
+                             description=looking.headline(report))
+    emit_event("moa.drift", resource=resource, payload=looking.facts(report))
+    for group in report["missing"]:
+        emit_event("moa.domain.missing", resource=resource, payload={**group, "reason": looking.sentence(group)})

@@ -1,0 +1,112 @@
+"""Looks at data/incoming, and nudges: says to Prefect that something has arrived. Takes nothing in, decides nothing.
+
+An event is a nudge, never the record. What has arrived lies in data/incoming until it is learned; whoever misses an
+event finds it there, and the sensor nudges again as long as something is due.
+"""
+
+import json
+import threading
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from flows.attempt import Attempt
+from flows.learning import pending
+from flows.server import configured, headers
+from moa import incoming, ledger
+from moa.config import load
+from moa.errors import MoaError
+from moa.owner import Owner
+from moa.workspace import Workspace, read_json
+
+ARRIVED = "moa.data.arrived"
+RESOURCE = "moa.domain."
+AGAIN = 45.0              # seconds between two nudges for the same thing: a run needs some of them to begin
+BACK_OFF = (60.0, 3600.0)   # seconds after a failed run, doubled with each, and at most
+
+
+def nudge(workspace: Workspace, names: Sequence[str] = (), url: str | None = None) -> bool:
+    """Tell Prefect that rows of these domains have arrived; whether somebody heard it."""
+    url = url or address(workspace)
+    if url is None:
+        return False
+    at = datetime.now(UTC).isoformat()
+    events = [{"occurred": at, "event": ARRIVED, "id": str(uuid.uuid4()), "payload": {"domain": name},
+               "resource": {"prefect.resource.id": f"{RESOURCE}{name}"}, "related": []} for name in names]
+    request = urllib.request.Request(f"{url.rstrip('/')}/events", json.dumps(events).encode(),   # noqa: S310
+                                     {"Content-Type": "application/json", **headers()}, method="POST")
+    with suppress(OSError, ValueError), urllib.request.urlopen(request, timeout=5) as reply:   # noqa: S310
+        return bool(200 <= reply.status < 300)
+    return False
+
+
+def address(workspace: Workspace) -> str | None:
+    """The Prefect API that serves this workspace: that of `moa up`, else the configured one."""
+    with suppress(OSError, ValueError, KeyError):
+        return str(read_json(workspace.up)["api"])
+    return configured()
+
+
+class Sensor:
+    """`look` once, or `run` until `stop`. `ask` is told the names of the domains for which something is due."""
+
+    def __init__(self, workspace: Workspace, ask: Callable[[Sequence[str]], bool]) -> None:
+        self.workspace, self.ask = workspace, ask
+        self._ended = threading.Event()
+        self._seen: str | None = None             # signature of the last look: a file that still grows has another one
+        self._asked: tuple[str, float] = ("", 0.0)
+        self.trouble: str | None = None           # why the last look failed
+
+    def look(self) -> list[str]:
+        """Nudge if something is due and nobody is at work on it; the domains it nudged for."""
+        workspace = self.workspace
+        signature = incoming.signature(incoming.waiting(workspace))
+        unchanged, self._seen = signature == self._seen, signature
+        if not unchanged or Owner.of(workspace).at_work():
+            return []
+        interrupted = Attempt.load(workspace)
+        found = pending(workspace, load(workspace.params))
+        names = sorted({*(each.domain for each in found.hopeless), *(found.due.domains if found.due.run else ()),
+                        *(interrupted.before if interrupted else ())})
+        if not names or time.time() < _not_before(workspace):
+            return []
+        what, at = self._asked
+        if what == signature and time.monotonic() - at < AGAIN:
+            return []
+        if self.ask(names):
+            self._asked = (signature, time.monotonic())
+            return names
+        return []
+
+    def run(self) -> None:
+        """Look every `adapt.poll` seconds. A look that fails says so once, and the next one is tried all the same."""
+        poll = 2.0
+        while not self._ended.wait(poll):
+            try:
+                poll = load(self.workspace.params).adapt.poll
+                self.look()
+                self.trouble = None
+            except (MoaError, OSError) as error:
+                if str(error) != self.trouble:
+                    self.trouble = str(error)
+                    print(f"moa: data/incoming could not be looked at: {error}", flush=True)
+
+    def stop(self) -> None:
+        self._ended.set()
+
+
+def _not_before(workspace: Workspace) -> float:
+    """When a run may be asked for again after those that failed, in seconds since 1970."""
+    failed: list[dict[str, Any]] = []
+    for entry in reversed(ledger.read(workspace, last=50, kinds=["failed", "finished"])):
+        if entry["kind"] == "finished":
+            break
+        failed.append(entry)
+    if not failed:
+        return 0.0
+    pause = min(BACK_OFF[0] * 2 ** (len(failed) - 1), BACK_OFF[1])
+    return (datetime.fromisoformat(failed[0]["at"]) + timedelta(seconds=pause)).timestamp()

@@ -1,0 +1,111 @@
+"""`moa status`: what runs, what is scheduled, what waits, what happened last. Changes nothing.
+
+Asks Prefect's API in plain HTTP, which is there at once; importing Prefect would take longer than everything else.
+"""
+
+import json
+import time
+import urllib.request
+from contextlib import suppress
+from datetime import datetime
+from typing import Any
+
+from flows.attempt import Attempt
+from flows.learning import pending
+from flows.sensor import address
+from flows.server import answers, headers
+from moa import ledger
+from moa.config import Config
+from moa.owner import Owner
+from moa.workspace import Workspace, read_json
+
+LAST = 5   # lines of the ledger
+
+
+def status(workspace: Workspace, config: Config) -> dict[str, Any]:
+    from moa.pipeline import Pipeline
+    from moa.registry import Registry
+
+    snapshot, champion = Pipeline(workspace).snapshot(), Registry(workspace, config).champion()
+    owner, found, interrupted = Owner.of(workspace), pending(workspace, config), Attempt.load(workspace)
+    url = address(workspace)
+    answering = bool(url and answers(url))
+    return {"workspace": str(workspace.root), "domains": list(config.domains),
+            "champion": f"{champion.name} version {champion.version}" if champion else None,
+            "stale": sorted(snapshot.stale), "pending": sorted(snapshot.affected),
+            "up": _up(workspace), "prefect": {"url": url, "answers": answering},
+            "working": owner.read() if owner.at_work() else None,
+            "interrupted": sorted(interrupted.before) if interrupted and not owner.at_work() else None,
+            "arrived": [{"domain": each.domain, "file": each.path.name, "size": each.size} for each in found.arrivals],
+            "due": {"run": found.due.run, "reason": found.due.reason, "wait": found.due.wait},
+            "scheduled": _scheduled(url or "", workspace) if answering else [],
+            "ledger": ledger.read(workspace, last=LAST)}
+
+
+def _up(workspace: Workspace) -> dict[str, Any] | None:
+    """What `moa up` wrote, if it runs."""
+    from filelock import FileLock, Timeout
+
+    try:
+        facts: dict[str, Any] = read_json(workspace.up)
+    except (OSError, ValueError):
+        return None
+    try:
+        with FileLock(workspace.local / "up.lock", timeout=0):
+            return None   # it was killed
+    except Timeout:
+        return facts
+
+
+def _scheduled(url: str, workspace: Workspace) -> list[dict[str, str]]:
+    """The next runs of this workspace's deployments, by Prefect's account."""
+    with suppress(OSError, ValueError, KeyError):
+        known = _ask(url, "deployments/filter", {"deployments": {"tags": {"all_": ["moa"]}}})
+        ours = {each["id"]: each for each in known if each["parameters"].get("root") == str(workspace.root)}
+        if not ours:
+            return []
+        runs = _ask(url, "flow_runs/filter", {
+            "sort": "EXPECTED_START_TIME_ASC", "limit": 50, "deployments": {"id": {"any_": list(ours)}},
+            "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}})
+        first: dict[str, str] = {}
+        for run in runs:
+            first.setdefault(ours[run["deployment_id"]]["entrypoint"].rsplit(".", 1)[-1], run["expected_start_time"])
+        return [{"flow": flow, "at": at} for flow, at in first.items()]
+    return []
+
+
+def _ask(url: str, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(f"{url.rstrip('/')}/{path}", json.dumps(body).encode(),   # noqa: S310
+                                     {"Content-Type": "application/json", **headers()}, method="POST")
+    with urllib.request.urlopen(request, timeout=5) as reply:   # noqa: S310
+        return json.loads(reply.read())
+
+
+def text(facts: dict[str, Any]) -> str:
+    up, working, prefect = facts["up"], facts["working"], facts["prefect"]
+    lines = [("workspace", facts["workspace"]), ("domains", _listed(facts["domains"])),
+             ("champion", facts["champion"] or "none"), ("stale", _listed(facts["stale"])),
+             ("pending", _listed(facts["pending"])), ("arrived", facts["due"]["reason"]),
+             *(("", f"{each['domain']}/{each['file']}, {each['size']:,} bytes") for each in facts["arrived"]),
+             ("at work", f"pid {working['pid']} since {working['since']}" if working else "nobody")]
+    if facts["interrupted"]:
+        lines.append(("", f"an adaptation of {_listed(facts['interrupted'])} was interrupted; the next run ends it"))
+    lines.append(("moa up", f"since {up['since']} (pid {up['pid']})" if up else "does not run"))
+    if prefect["url"]:
+        lines.append(("prefect", prefect["url"].removesuffix("/api") + ("" if prefect["answers"] else ", no answer")))
+    lines += [(name, up[name]) for name in ("mlflow", "serve") if up and name in up]
+    lines += [(f"next {each['flow']}", _near(each["at"])) for each in facts["scheduled"]]
+    width = max(len(key) for key, _ in lines)
+    shown = [f"{key:<{width}}  {value}" for key, value in lines]
+    return "\n".join([*shown, *(["", ledger.text(facts["ledger"])] if facts["ledger"] else [])])
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _near(at: str) -> str:
+    when = datetime.fromisoformat(at)
+    minutes = (when.timestamp() - time.time()) / 60
+    left = f"{minutes / 60:.0f} h" if minutes > 90 else f"{minutes:.0f} min"
+    return f"{when.isoformat(timespec='minutes')} (in {left})"

@@ -1,0 +1,226 @@
+"""Whether served prompts are like the ones a release was calibrated on: numbers in, a verdict with its reason out.
+
+Pure. A shift is reported where it is both large (population stability index) and certain (a test), so that unchanged
+traffic is called shifted in at most FALSE_ALARMS of all checks, however few the prompts. Knows nothing of where the
+numbers come from.
+"""
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Verdict = Literal["stable", "shifted", "not enough data"]
+VERDICTS: tuple[Verdict, ...] = ("shifted", "stable", "not enough data")   # of several, the first decides
+FALSE_ALARMS = 0.05
+MEASURES = ("score", "confidence", "abstention", "domains")
+ALPHA = FALSE_ALARMS / len(MEASURES)
+BINS = 10        # deciles of the validation rows
+EXPECTED = 5     # fewest expected prompts of a column of the chi-square test; rarer domains are counted together
+NOBODY = "abstained"
+WORDS = {"score": "how much at home prompts are", "confidence": "the router's confidence",
+         "abstention": "the share left to the base", "domains": "the shares of the domains"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the router said of one prompt."""
+
+    domain: str          # its best guess
+    score: float
+    confidence: float
+    abstained: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """`number` is a population stability index, but of abstention its share; shifted from `threshold` on."""
+
+    name: str
+    verdict: Verdict
+    reason: str
+    number: float | None = None
+    threshold: float | None = None
+    p: float | None = None       # of the test, where there is one
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measures(traffic: Sequence[Seen], validation: Sequence[Seen], *, window: int, least: int,
+             psi_limit: float) -> list[Measure]:
+    """All four, of the newest `window` prompts; `least` is the fewest for a verdict. `traffic` is in order of time."""
+    newest = traffic[-window:]
+    return [distribution("score", newest, validation, least=least, psi_limit=psi_limit),
+            distribution("confidence", newest, validation, least=least, psi_limit=psi_limit),
+            abstention(newest, validation, least=least),
+            domains(traffic[-2 * window:], validation, least=least, psi_limit=psi_limit)]
+
+
+def psi(first: Sequence[float], second: Sequence[float]) -> float:
+    """Population stability index of two histograms over the same bins: sum of (p - q) ln(p / q), 0 for equal shares.
+
+    Symmetric and never negative. Half a row of the smaller side is added to every bin of both, so that an empty bin is
+    not infinitely surprising. NaN when a side is empty.
+    """
+    counts = np.array([first, second], dtype=np.float64)
+    totals = counts.sum(1)
+    if not totals.min() > 0:
+        return math.nan
+    shares = counts / totals[:, None] + 0.5 / max(totals.min(), 1.0)
+    p, q = shares / shares.sum(1, keepdims=True)
+    return float(((p - q) * np.log(p / q)).sum())
+
+
+def distribution(name: Literal["score", "confidence"], traffic: Sequence[Seen], validation: Sequence[Seen], *,
+                 least: int, psi_limit: float) -> Measure:
+    """One of the router's numbers, whatever share of the prompts each domain has.
+
+    Domains differ in it, and what is asked most is not what the corpora hold most of. So validation rows weigh as the
+    prompts that were routed as they were, and the test compares domain by domain: two-sample Kolmogorov-Smirnov,
+    combined by Fisher's method, both of which err on the side of no alarm.
+    """
+    reference = by_domain(name, validation)
+    served = {domain: values for domain, values in by_domain(name, traffic).items() if domain in reference}
+    count = sum(map(len, served.values()))
+    if count < least:
+        return Measure(name=name, verdict="not enough data", threshold=psi_limit, reason=_too_few(name, count, least))
+    values = np.concatenate([reference[domain] for domain in served])
+    weights = np.concatenate([np.full(len(reference[domain]), len(each) / len(reference[domain]) / count)
+                              for domain, each in served.items()])
+    order = np.argsort(values, kind="stable")
+    values, weights = values[order], weights[order]
+    places = np.searchsorted(np.cumsum(weights), np.arange(1, BINS) / BINS - 1e-9)
+    edges = np.unique(values[places])
+    bins = len(edges) + 1
+    asked = np.concatenate(list(served.values()))
+    number = psi(np.bincount(np.searchsorted(edges, asked, side="left"), minlength=bins).tolist(),
+                 (np.bincount(np.searchsorted(edges, values, side="left"), weights, bins) * len(values)).tolist())
+    each = {domain: _ks(prompts, reference[domain]) for domain, prompts in sorted(served.items())}
+    p = _fisher(list(each.values()))
+    middle, usual = float(np.median(asked)), float(values[np.searchsorted(np.cumsum(weights), 0.5 - 1e-9)])
+    shifted = number >= psi_limit and p < ALPHA
+    reason = (f"{WORDS[name]}: median {middle:.3f}, validation {usual:.3f}; PSI {number:.2f}"
+              f"{_against(number, psi_limit)}, Kolmogorov-Smirnov p {p:.2g}"
+              + ("" if p < ALPHA else f" (certain below {ALPHA:g})"))
+    return Measure(name=name, verdict="shifted" if shifted else "stable", number=number, threshold=psi_limit, p=p,
+                   reason=reason, detail={"prompts": count, "validation_rows": len(values), "median": middle,
+                                          "validation_median": usual, "p_by_domain": each})
+
+
+def by_domain(name: Literal["score", "confidence"], rows: Sequence[Seen]) -> dict[str, Any]:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row.domain, []).append(getattr(row, name))
+    return {domain: np.array(values) for domain, values in found.items()}
+
+
+def abstention(traffic: Sequence[Seen], validation: Sequence[Seen], *, least: int) -> Measure:
+    """The share of prompts that the router left to the base: shifted where the exact (Clopper-Pearson) intervals of
+    traffic and of validation do not meet."""
+    if len(traffic) < least or not validation:
+        return Measure(name="abstention", verdict="not enough data", reason=_too_few("abstention", len(traffic), least))
+    (share, low, high), (usual, floor, ceiling) = (_share(rows) for rows in (traffic, validation))
+    shifted = low > ceiling or high < floor
+    reason = (f"{WORDS['abstention']}: {share:.1%} (between {low:.1%} and {high:.1%}), validation {usual:.1%} "
+              f"(between {floor:.1%} and {ceiling:.1%})")
+    return Measure(name="abstention", verdict="shifted" if shifted else "stable", number=share, threshold=ceiling,
+                   reason=reason, detail={"interval": [low, high], "validation": usual,
+                                          "validation_interval": [floor, ceiling], "prompts": len(traffic)})
+
+
+def domains(traffic: Sequence[Seen], validation: Sequence[Seen], *, least: int, psi_limit: float) -> Measure:
+    """The shares of the domains, in the newer half of the prompts against the older.
+
+    Against validation there is no verdict, only a number: its shares are those of the corpora's sizes, which nobody
+    promised to ask in.
+    """
+    if len(traffic) < 2 * least:
+        if len(traffic) < least or not validation:
+            return Measure(name="domains", verdict="not enough data", threshold=psi_limit,
+                           reason=_too_few("domains", len(traffic), 2 * least))
+        _, first, second = _table(traffic, validation)
+        number = psi(first, second)
+        return Measure(name="domains", verdict="not enough data", number=number, threshold=psi_limit,
+                       reason=f"{WORDS['domains']}: {len(traffic)} prompts are no two windows of {least}; against the "
+                              f"corpora's own shares, which prompts need not have, PSI {number:.2f}",
+                       detail={"against": "validation"})
+    older, newer = traffic[:len(traffic) // 2], traffic[len(traffic) // 2:]
+    names, first, second = _table(older, newer)
+    number, p = psi(first, second), _chi_square(first, second)
+    shifted = number >= psi_limit and p < ALPHA
+    most = max(range(len(names)), key=lambda place: abs(second[place] / len(newer) - first[place] / len(older)))
+    reason = (f"{WORDS['domains']}: newer against older prompts PSI {number:.2f}{_against(number, psi_limit)}; most in "
+              f"{names[most]}, from {first[most] / len(older):.1%} to {second[most] / len(newer):.1%}")
+    return Measure(name="domains", verdict="shifted" if shifted else "stable", number=number, threshold=psi_limit, p=p,
+                   reason=reason, detail={"against": "older prompts", "older": dict(zip(names, first, strict=True)),
+                                          "newer": dict(zip(names, second, strict=True))})
+
+
+def _table(first: Sequence[Seen], second: Sequence[Seen]) -> tuple[list[str], list[int], list[int]]:
+    """Prompts by who they went to."""
+    one, other = (Counter(NOBODY if row.abstained else row.domain for row in rows) for rows in (first, second))
+    names = sorted(one.keys() | other.keys())
+    return names, [one[name] for name in names], [other[name] for name in names]
+
+
+# Tests.
+
+def _ks(first: Any, second: Any) -> float:
+    from scipy.stats import ks_2samp
+
+    with warnings.catch_warnings():   # where the exact distribution is out of reach the asymptotic one does
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(ks_2samp(first, second).pvalue)
+
+
+def _fisher(chances: list[float]) -> float:
+    """One p-value of several independent ones (Fisher 1925); valid for tests that err on the side of no alarm."""
+    from scipy.stats import chi2
+
+    logs = sum(math.log(max(p, 1e-300)) for p in chances)
+    return float(chi2.sf(-2 * logs, 2 * len(chances)))
+
+
+def _chi_square(first: Sequence[int], second: Sequence[int]) -> float:
+    """Of equal shares: with rare columns counted together, the smallest expected number is large enough."""
+    from scipy.stats import chi2_contingency
+
+    least = min(sum(first), sum(second)) / (sum(first) + sum(second))
+    columns = [pair for pair in zip(first, second, strict=True) if sum(pair) * least >= EXPECTED]
+    rare = [pair for pair in zip(first, second, strict=True) if sum(pair) * least < EXPECTED]
+    if (together := [sum(column) for column in zip(*rare, strict=True)]) and sum(together) * least >= EXPECTED:
+        columns.append((together[0], together[1]))
+    if len(columns) < 2:
+        return 1.0
+    return float(chi2_contingency(np.array(columns).T, correction=False).pvalue)
+
+
+def _share(rows: Sequence[Seen]) -> tuple[float, float, float]:
+    """The share that abstained, with its exact interval."""
+    from scipy.stats import binomtest
+
+    count = sum(row.abstained for row in rows)
+    low, high = binomtest(count, len(rows)).proportion_ci(confidence_level=1 - ALPHA, method="exact")
+    return count / len(rows), float(low), float(high)
+
+
+# Words.
+
+def _too_few(name: str, count: int, least: int) -> str:
+    return f"{WORDS[name]}: {count} prompts, and a verdict needs {least}"
+
+
+def _against(number: float, limit: float) -> str:
+    return f" (a shift from {limit:g} on)" if number < limit else f" (at least {limit:g})"
+
+
+def overall(found: Sequence[Measure]) -> Verdict:
+    """Shifted if anything is; stable if anything could be judged."""
+    verdicts = {measure.verdict for measure in found}
+    return next((verdict for verdict in VERDICTS if verdict in verdicts), "not enough data")

@@ -1,0 +1,299 @@
+"""What arrives is learned: new domains, new rows, bad rows, and everything that can go wrong on the way. The tiny base;
+real git, DVC, MLflow, and each run a process of its own, as `moa up` would start it."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from ruamel.yaml import YAML
+
+from moa import digests, ledger
+from moa.workspace import MANIFEST, Workspace, read_json
+
+ROWS = 150
+PARAMS: dict[str, Any] = {
+    "train": {"rank": 2, "alpha": 4.0, "epochs": 2, "batch_rows": 8, "learning_rate": 0.02, "batch_tokens": 2048},
+    "evaluate": {"generate_rows": 2, "max_new_tokens": 8},
+    "release": {"min_rows": 4, "metric_rows": 0},
+    "adapt": {"settle": 0.0, "debounce": 0.0, "golden": 1},
+}
+
+
+def environment(**extra: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_TRACKING", "PREFECT_API"))}
+    return {**kept, "OMP_NUM_THREADS": "1", **extra}
+
+
+def start(workspace: Workspace, *words: str, limit: int | None = None, **extra: str) -> subprocess.Popen[str]:
+    """`limit`: bytes that a file may grow to, as on a disk that fills up."""
+    def full_soon() -> None:
+        assert limit is not None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen([sys.executable, "-m", "moa", *words], cwd=workspace.root, env=environment(**extra),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=full_soon if limit else None)
+
+
+def moa(workspace: Workspace, *words: str, status: int = 0, **how: Any) -> str:
+    process = start(workspace, *words, **how)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == status, f"{words}: {out}\n{err}"
+    assert "Traceback" not in err
+    return out if status == 0 else out + err
+
+
+def adapt(workspace: Workspace, **how: Any) -> dict[str, Any]:
+    """One adaptation in a process of its own; what was done."""
+    return dict(json.loads(moa(workspace, "adapt", "--local", "--json", **how)))
+
+
+def drop(workspace: Workspace, domain: str, rows: Sequence[dict[str, str]], name: str = "rows.jsonl") -> Path:
+    path = workspace.root / "data" / "incoming" / domain / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows(domain: str, numbers: Sequence[int]) -> list[dict[str, str]]:
+    return [tiny.row(domain, number) for number in numbers]
+
+
+def champion(workspace: Workspace) -> int:
+    return int(json.loads(moa(workspace, "release", "list", "--json"))["champion"])
+
+
+def kinds(workspace: Workspace, since: int = 0) -> list[str]:
+    return [entry["kind"] for entry in ledger.read(workspace) if entry["n"] > since]
+
+
+def experts(workspace: Workspace) -> dict[str, str]:
+    return {path.parent.name: read_json(path)["digest"] for path in workspace.data.glob(f"experts/*/{MANIFEST}")}
+
+
+def waiting(workspace: Workspace) -> list[str]:
+    folder = workspace.root / "data" / "incoming"
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
+                  if path.is_file() and ".rejected" not in path.parts and not path.name.startswith("."))
+
+
+def fresh(workspace: Workspace) -> bool:
+    return not json.loads(moa(workspace, "plan", "--json"))["stale"]
+
+
+def made(root: Path) -> Workspace:
+    """A workspace of two domains with a champion."""
+    workspace = tiny.workspace(root, ("alpha", "beta"), rows=ROWS, **PARAMS)
+    subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True, env=environment())
+    (root / ".gitignore").write_text(".moa/\n*.tmp\n")
+    for name in ("alpha", "beta"):
+        moa(workspace, "domain", "add", name)
+    moa(workspace, "run", "--local")
+    assert champion(workspace) == 1
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return made(tmp_path_factory.mktemp("adapting") / "w")
+
+
+def test_a_new_domain(workspace: Workspace) -> None:
+    before = experts(workspace)
+    drop(workspace, "gamma", rows("gamma", range(ROWS)))
+    done = adapt(workspace)
+    assert done["state"] == "released" and done["version"] == champion(workspace) == 2
+    assert {name: digest for name, digest in experts(workspace).items() if name != "gamma"} == before
+    assert kinds(workspace) == ["started", "arrived", "start-chosen", "trained", "gate", "released", "finished"]
+    chosen = ledger.read(workspace, kinds=["start-chosen"])[-1]
+    assert {each["parent"] for each in chosen["table"]} == {None, "alpha", "beta"}
+    assert not waiting(workspace) and fresh(workspace)
+    assert YAML(typ="safe").load(workspace.params)["domains"].keys() == {"alpha", "beta", "gamma"}
+    assert ledger.read(workspace, kinds=["trained"])[-1]["domains"] == ["gamma"]
+
+
+def test_the_same_file_again(workspace: Workspace) -> None:
+    before, last = experts(workspace), len(ledger.read(workspace))
+    drop(workspace, "gamma", rows("gamma", range(ROWS)), "again.jsonl")
+    assert adapt(workspace)["state"] == "skipped"
+    assert not waiting(workspace) and experts(workspace) == before and champion(workspace) == 2 and fresh(workspace)
+    assert "trained" not in kinds(workspace, last)
+    assert adapt(workspace) == {"state": "skipped", "reason": "nothing that can be learned waits.", "wait": None}
+
+
+def test_new_rows_continue_the_expert(workspace: Workspace) -> None:
+    before = experts(workspace)
+    drop(workspace, "alpha", rows("alpha", range(ROWS, 2 * ROWS)))
+    done = adapt(workspace)
+    assert done["state"] in ("released", "kept"), done
+    manifest = read_json(workspace.expert("alpha") / MANIFEST)
+    assert manifest["parent"] == {"domain": "alpha", "digest": before["alpha"]}
+    assert manifest["curve"][0]["epoch"] == 0 and manifest["best_loss"] <= manifest["curve"][0]["validation_loss"]
+    assert {name: digest for name, digest in experts(workspace).items() if name != "alpha"} == {
+        name: digest for name, digest in before.items() if name != "alpha"}
+    assert fresh(workspace)
+
+
+def test_unusable_files_are_set_aside(workspace: Workspace) -> None:
+    last, version = len(ledger.read(workspace)), champion(workspace)
+    folder = workspace.root / "data" / "incoming"
+    (folder / "delta").mkdir(parents=True, exist_ok=True)
+    (folder / "delta" / "notes.txt").write_text("hello")
+    (folder / "delta" / "broken.jsonl").write_text("{\n")
+    assert adapt(workspace)["state"] == "skipped"
+    assert not waiting(workspace) and champion(workspace) == version
+    rejected = [entry for entry in ledger.read(workspace, kinds=["rejected"]) if entry["n"] > last]
+    assert {entry["file"] for entry in rejected} == {"notes.txt", "broken.jsonl"}
+    aside = folder / ".rejected" / "delta"
+    assert (aside / "notes.txt").read_text() == "hello"
+    assert all(read_json(path)["reason"] for path in aside.glob("*.reason.json"))
+
+
+def poisoned(domain: str) -> list[dict[str, str]]:
+    """Its questions with the answers of others: what a careless export does."""
+    good = rows(domain, range(3 * ROWS, 4 * ROWS))
+    return [{**row, "output": f"nonsense {number * 6151 % 997} zzz {number}"} for number, row in enumerate(good)]
+
+
+def test_poison_is_refused_and_undone(workspace: Workspace) -> None:
+    version, before = champion(workspace), experts(workspace)
+    raw = sorted(path.name for path in workspace.raw("beta").iterdir())
+    tracked = workspace.tracked("beta").read_text()
+    drop(workspace, "beta", poisoned("beta"), "poison.jsonl")
+    drop(workspace, "delta", rows("delta", range(ROWS)), "good.jsonl")   # arrives at the same time
+    done = adapt(workspace)
+    assert done["state"] == "released" and done["undone"].keys() == {"beta"}, done
+    assert champion(workspace) == done["version"] > version
+    assert {name: digest for name, digest in experts(workspace).items() if name != "delta"} == before
+    assert sorted(path.name for path in workspace.raw("beta").iterdir()) == raw
+    assert workspace.tracked("beta").read_text() == tracked and fresh(workspace)
+    aside = workspace.root / "data" / "incoming" / ".rejected" / "beta"
+    reason, = [read_json(path)["reason"] for path in aside.glob("poison*.reason.json")]
+    assert reason.startswith("the gate refused it: ") and "beta" in reason
+    assert ledger.read(workspace, kinds=["undone"])[-1]["domains"] == ["beta"]
+
+
+# Whatever ends a run, the next one ends what it began.
+
+def kill_when(process: subprocess.Popen[str], seen: Callable[[], bool]) -> None:
+    while not seen():
+        if process.poll() is not None:
+            out, err = process.communicate()
+            raise AssertionError(f"it ended before: {out}\n{err}")
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def after(workspace: Workspace, last: int, kind: str) -> Callable[[], bool]:
+    return lambda: any(entry["n"] > last and entry["kind"] == kind for entry in ledger.read(workspace))
+
+
+def log_of(workspace: Workspace, began: float, *names: str) -> Callable[[], bool]:
+    def seen() -> bool:
+        return any(path.stat().st_mtime > began for name in names for path in workspace.logs.glob(name))
+    return seen
+
+
+STEPS = ["ingest", "commit of rows", "choice of the start", "training", "commit of the expert", "assembling",
+         "registration", "promotion"]
+
+
+def test_killed_at_every_step(workspace: Workspace) -> None:
+    """kill -9 again and again during one adaptation, each time a step further; the last one ends it."""
+    version, last, began = champion(workspace), len(ledger.read(workspace)), time.time()
+    drop(workspace, "onyx", rows("onyx", range(ROWS)))
+    raw = workspace.raw("onyx")
+    moments: dict[str, Callable[[], bool]] = {
+        "ingest": lambda: workspace.journal.exists(),
+        "commit of rows": lambda: workspace.tracked("onyx").exists() or any(raw.glob("*")),
+        "choice of the start": after(workspace, last, "arrived"),
+        "training": log_of(workspace, began, "train@*onyx*.log"),
+        "commit of the expert": lambda: (workspace.expert("onyx") / MANIFEST).exists(),
+        "assembling": log_of(workspace, began, "assemble.log"),
+        "registration": log_of(workspace, began, "evaluate.log"),
+        "promotion": after(workspace, last, "gate"),
+    }
+    assert list(moments) == STEPS
+    for seen in moments.values():
+        process = start(workspace, "adapt", "--local")
+        kill_when(process, seen)
+        assert champion(workspace) in (version, version + 1)
+    if workspace.attempt.exists():   # the last kill may have come after its end
+        done = adapt(workspace)
+        assert done["state"] in ("released", "kept")
+    assert champion(workspace) == version + 1 and not waiting(workspace) and not workspace.attempt.exists()
+    assert "onyx" in experts(workspace) and fresh(workspace)
+    assert len([path for path in raw.iterdir() if path.suffix == ".jsonl"]) == 1
+    assert "taken-over" in kinds(workspace, last)
+
+
+def test_mlflow_unreachable(workspace: Workspace) -> None:
+    version, last = champion(workspace), len(ledger.read(workspace))
+    drop(workspace, "fjord", rows("fjord", range(ROWS)))
+    said = moa(workspace, "adapt", "--local", status=1, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert "MLflow" in said and ledger.read(workspace, kinds=["failed"])[-1]["n"] > last
+    assert champion(workspace) == version and workspace.attempt.exists()
+    done = adapt(workspace)
+    assert done["state"] == "released" and champion(workspace) == version + 1
+    assert kinds(workspace, last).count("trained") == 1   # what had finished was not done again
+
+
+def test_the_disk_is_full(workspace: Workspace) -> None:
+    raw, version = workspace.raw("alpha"), champion(workspace)
+    before = digests.of_files(sorted(raw.iterdir()), raw)
+    path = drop(workspace, "quilt", rows("quilt", range(ROWS)))
+    said = moa(workspace, "adapt", "--local", status=1, limit=4096)
+    assert said.strip(), "a sentence says why"
+    assert path.exists() or any(workspace.raw("quilt").glob("*.jsonl")), "the rows are in one of the two places"
+    assert champion(workspace) == version
+    assert digests.of_files(sorted(raw.iterdir()), raw) == before
+    assert adapt(workspace)["state"] == "released" and champion(workspace) == version + 1
+
+
+def test_two_triggers_at_once(workspace: Workspace) -> None:
+    version = champion(workspace)
+    drop(workspace, "zombi", rows("zombi", range(ROWS)))
+    both = [start(workspace, "adapt", "--local", "--json") for _ in range(2)]
+    done = [json.loads(process.communicate(timeout=500)[0]) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    states = sorted(each["state"] for each in done)
+    assert states == ["released", "skipped"] and champion(workspace) == version + 1
+    busy, = [each for each in done if each["state"] == "skipped"]
+    assert "Another moa run (pid " in busy["reason"] or "nothing that can be learned waits" in busy["reason"]
+
+
+def test_retraining(workspace: Workspace) -> None:
+    nothing = json.loads(moa(workspace, "retrain", "--local", "--json"))
+    assert nothing == {"state": "skipped", "reason": "nothing is stale"}
+    before, version = experts(workspace), champion(workspace)
+    continued = read_json(workspace.root / "data" / "starts.json")
+    assert "alpha" in continued
+    done = json.loads(moa(workspace, "retrain", "--from-scratch", "--local", "--json"))
+    assert done["state"] in ("released", "kept")
+    if done["state"] == "released":
+        assert experts(workspace) != before and champion(workspace) > version
+        assert not (workspace.root / "data" / "starts.json").exists()
+    else:   # the experts stay those that were continued
+        assert experts(workspace) == before and champion(workspace) == version
+        assert read_json(workspace.root / "data" / "starts.json") == continued
+    assert fresh(workspace)
+
+
+def test_status_and_history(workspace: Workspace) -> None:
+    facts = json.loads(moa(workspace, "status", "--json"))
+    assert facts["up"] is None and facts["working"] is None and facts["interrupted"] is None
+    assert facts["ledger"] and "nothing that can be learned waits" in facts["due"]["reason"]
+    said = moa(workspace, "status")
+    assert "moa up" in said and "does not run" in said
+    assert "released" in moa(workspace, "history")

@@ -1,0 +1,184 @@
+"""`moa up` as typed: a real Prefect server, its schedules and triggers, rows that arrive before and while it runs."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny
+from ruamel.yaml import YAML
+
+from flows import server, status
+from flows.sensor import nudge
+from moa import config, ledger
+from moa.workspace import Workspace, read_json
+
+ROWS = 120
+PARAMS: dict[str, Any] = {
+    "train": {"rank": 2, "alpha": 4.0, "epochs": 1, "batch_rows": 8, "learning_rate": 0.02, "batch_tokens": 2048},
+    "evaluate": {"generate_rows": 2, "max_new_tokens": 8},
+    "release": {"min_rows": 4, "metric_rows": 0},
+    "adapt": {"settle": 0.5, "debounce": 0.0, "poll": 0.5, "golden": 1, "candidates": 0},
+    "retrain": {"cron": None, "interval": 30.0},
+    "drift": {"cron": None},
+}
+
+
+def environment() -> dict[str, str]:
+    left_out = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+    return {**{key: value for key, value in os.environ.items() if key not in left_out}, "OMP_NUM_THREADS": "1"}
+
+
+def drop(workspace: Workspace, domain: str) -> Path:
+    path = workspace.incoming / domain / "rows.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(tiny.row(domain, number)) + "\n" for number in range(ROWS)))
+    return path
+
+
+def until(seen: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 400) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := seen()):
+        assert process.poll() is None, f"moa up ended: {process.stdout.read() if process.stdout else ''}"
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.3)
+    return found
+
+
+def told(workspace: Workspace, kind: str, **facts: Any) -> list[dict[str, Any]]:
+    return [entry for entry in ledger.read(workspace, kinds=[kind])
+            if all(entry.get(key) == value for key, value in facts.items())]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, "subprocess.Popen[str]"]]:
+    """`moa up` in a workspace without any domain, into which rows came before it was started."""
+    root = tmp_path_factory.mktemp("up") / "w"
+    workspace = tiny.workspace(root, (), **PARAMS)
+    subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True, env=environment())
+    drop(workspace, "alpha")
+    process = subprocess.Popen([sys.executable, "-m", "moa", "up", "--no-ui"], cwd=root, env=environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    yield workspace, process
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+def test_rows_that_came_while_nobody_was_there(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
+    workspace, process = running
+    until(lambda: told(workspace, "released", version=1), process)
+    assert YAML(typ="safe").load(workspace.params)["domains"].keys() == {"alpha"}
+    started = told(workspace, "started")[0]
+    assert started["trigger"] == "rows of alpha arrived" and not list(workspace.incoming.rglob("*.jsonl"))
+
+
+def test_an_event_from_another_process_starts_a_run(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
+    workspace, process = running
+    until(lambda: told(workspace, "finished"), process)
+    assert nudge(workspace, ["elsewhere"])
+    skipped = until(lambda: told(workspace, "skipped", trigger="rows of elsewhere arrived"), process)
+    assert skipped[0]["reason"] == "nothing that can be learned waits."
+
+
+def test_rows_that_are_ingested_meanwhile(running: tuple[Workspace, "subprocess.Popen[str]"], tmp_path: Path) -> None:
+    workspace, process = running
+    rows = tmp_path / "beta.jsonl"
+    rows.write_text("".join(json.dumps(tiny.row("beta", number)) + "\n" for number in range(ROWS)))
+    said = subprocess.run([sys.executable, "-m", "moa", "ingest", "beta", str(rows)], cwd=workspace.root, check=True,
+                          env=environment(), capture_output=True, text=True).stdout
+    assert "`moa up` runs here and will learn it." in said
+    until(lambda: told(workspace, "released", version=2), process)
+    assert [path.name for path in sorted(workspace.data.glob("experts/*"))
+            if path.is_dir()] == ["alpha", "beta"]
+
+
+def test_the_schedule_fires(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
+    workspace, process = running
+    until(lambda: told(workspace, "finished", result="adaptation released")[1:], process)
+    already = len(told(workspace, "skipped", trigger="the schedule"))
+    skipped = until(lambda: told(workspace, "skipped", trigger="the schedule")[already:], process)
+    assert skipped[0]["reason"] == "nothing is stale"
+
+
+def test_status_and_a_second_one(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
+    workspace, process = running
+    facts = json.loads(subprocess.run([sys.executable, "-m", "moa", "status", "--json"], cwd=workspace.root, check=True,
+                                      env=environment(), capture_output=True, text=True).stdout)
+    assert facts["up"]["pid"] == process.pid and facts["prefect"]["answers"] and facts["champion"].endswith("version 2")
+    assert {each["flow"] for each in facts["scheduled"]} >= {"retrain"}
+    again = subprocess.run([sys.executable, "-m", "moa", "up"], cwd=workspace.root, env=environment(), text=True,
+                           capture_output=True)
+    assert again.returncode == 1 and again.stderr == "moa: `moa up` runs here already: see `moa status`.\n"
+
+
+def test_the_same_for_a_work_pool(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
+    """prefect.yaml deploys what `moa up` serves, and a worker of the pool runs it."""
+    workspace, _ = running
+    shutil.copyfile(tiny.REPOSITORY / "prefect.yaml", workspace.root / "prefect.yaml")
+    url = read_json(workspace.up)["api"]
+
+    def prefect(*words: str) -> None:
+        subprocess.run([sys.executable, "-m", "prefect", "--no-prompt", *words], cwd=workspace.root, check=True,
+                       env={**environment(), "PREFECT_API_URL": url}, capture_output=True, text=True)
+
+    prefect("work-pool", "create", "moa", "--type", "process")
+    prefect("deploy", "--all")
+    known = {(each["name"], each["entrypoint"].rsplit(".", 1)[-1]): each
+             for each in status._ask(url, "deployments/filter", {})}
+    assert known.keys() == {(name, flow) for name in ("moa", "pool") for flow in ("adapt", "retrain", "drift")}
+    served = {flow: [schedule["schedule"] for schedule in known["pool", flow]["schedules"]]
+              for flow in ("adapt", "retrain", "drift")}
+    assert [each["cron"] for each in served["retrain"]] == [config.RetrainParams().cron]
+    assert [each["cron"] for each in served["drift"]] == [config.DriftParams().cron] and not served["adapt"]
+    already = len(told(workspace, "skipped", trigger="the pool"))
+    prefect("deployment", "run", "adapt/pool", "--param", 'trigger="the pool"')
+    prefect("worker", "start", "--pool", "moa", "--run-once")
+    assert len(told(workspace, "skipped", trigger="the pool")) == already + 1
+
+
+def test_sigterm_ends_all_of_it(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
+    workspace, process = running
+    url = read_json(workspace.up)["api"]
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert "Traceback" not in out and "Watching  data/incoming/NAME/" in out
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive and not server.answers(url) and not workspace.up.exists()
+    assert told(workspace, "down")
+
+
+def test_killed_it_leaves_nobody_behind(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
+    """kill -9 of `moa up` in mid-training; what was begun is ended by the next one."""
+    workspace, _ = running
+    drop(workspace, "gamma")
+    began = len(told(workspace, "arrived"))
+    command = [sys.executable, "-m", "moa", "up", "--no-ui"]
+    process = subprocess.Popen(command, cwd=workspace.root, env=environment(), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    until(lambda: told(workspace, "arrived")[began:], process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    assert workspace.attempt.exists()
+    process = subprocess.Popen(command, cwd=workspace.root, env=environment(), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    try:
+        until(lambda: told(workspace, "released", version=3), process)
+        assert told(workspace, "taken-over")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)

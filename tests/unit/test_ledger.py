@@ -1,0 +1,148 @@
+"""The ledger only grows, whoever writes and however they end, and every entry can be read by people."""
+
+import json
+import os
+import re
+import resource
+import signal
+import sys
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from moa import ledger
+from moa.errors import ArtifactError
+from moa.workspace import Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path)
+
+
+def test_entries_are_numbered_and_come_back(workspace: Workspace) -> None:
+    assert ledger.read(workspace) == []
+    first = ledger.append(workspace, "arrived", domain="law", rows=3)
+    second = ledger.append(workspace, "skipped", reason="Two\nlines, Zürich", path=Path("a"))
+    ledger.append(workspace, "arrived", domain="tax", rows=4)
+    assert (first["n"], second["n"], first["rows"], second["path"]) == (1, 2, 3, "a")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first["at"])
+    assert ledger.read(workspace)[:2] == [first, second]
+    assert [entry["n"] for entry in ledger.read(workspace, last=2)] == [2, 3]
+    assert [entry["n"] for entry in ledger.read(workspace, last=1, kinds=["arrived"])] == [3]
+    assert ledger.read(workspace, last=0) == [] == ledger.read(workspace, kinds=[])
+    assert len(workspace.ledger.read_bytes().splitlines()) == 3
+
+
+@pytest.mark.parametrize("cut", [1, 10, 30, -1])
+def test_a_torn_line_breaks_neither_reading_nor_the_next_append(workspace: Workspace, cut: int) -> None:
+    ledger.append(workspace, "up", pid=1)
+    whole = workspace.ledger.read_bytes()
+    ledger.append(workspace, "skipped", reason="übel")
+    line = workspace.ledger.read_bytes()[len(whole):]
+    torn = line[:cut]   # -1: only the end of the line is missing, so the entry is whole
+    workspace.ledger.write_bytes(whole + torn)
+    kept = 2 if cut == -1 else 1
+    assert len(ledger.read(workspace)) == kept
+    assert ledger.append(workspace, "down", pid=1)["n"] == kept + 1
+    assert [entry["n"] for entry in ledger.read(workspace)] == list(range(1, kept + 2))
+    assert torn in workspace.ledger.read_bytes()   # nothing was taken away
+
+
+def test_lines_that_are_no_entries_are_passed_over(workspace: Workspace) -> None:
+    ledger.append(workspace, "up", pid=1)
+    with workspace.ledger.open("ab") as file:
+        file.write(b'[]\n{"n": "x"}\n\xff\xfe\n{"n": 7}\n')
+    assert [entry["n"] for entry in ledger.read(workspace)] == [1]
+    assert ledger.append(workspace, "down", pid=1)["n"] == 2
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from moa import ledger
+from moa.workspace import Workspace
+for number in range(int(sys.argv[2])):
+    ledger.append(Workspace(Path(sys.argv[1])), "skipped", reason="x" * 200, number=number)
+    print(number, flush=True)
+"""
+
+
+def test_several_writers_and_one_that_is_killed(workspace: Workspace) -> None:
+    def writer(count: int) -> Popen[bytes]:
+        return Popen([sys.executable, "-c", WRITER, str(workspace.root), str(count)], stdout=-1)
+
+    writers = [writer(20), writer(20)]
+    victim = writer(100_000)
+    assert victim.stdout is not None
+    for _ in range(20):
+        said = victim.stdout.readline()
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    rest = victim.stdout.read().splitlines()
+    victim.stdout.close()
+    for each in writers:
+        each.communicate()
+        assert each.returncode == 0
+    last = ledger.append(workspace, "down", pid=1)
+    entries = ledger.read(workspace)
+    promised = 40 + len(rest) + int(said) + 1
+    assert [entry["n"] for entry in entries] == list(range(1, last["n"] + 1))
+    assert len(entries) - 1 in (promised, promised + 1)   # it may have been killed before it could say so
+
+
+def test_a_full_disk_leaves_no_half_a_line(workspace: Workspace) -> None:
+    ledger.append(workspace, "up", pid=1)
+    before = workspace.ledger.read_bytes()
+    child = os.fork()
+    if child == 0:   # the operating system refuses what goes beyond
+        status = 1
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, len(before) + 50))
+            try:
+                ledger.append(workspace, "skipped", reason="x" * 100)
+            except ArtifactError as error:
+                status = 0 if str(error) == ("ledger.jsonl cannot be written: File too large; mend that and run the "
+                                             "command again.") else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert workspace.ledger.read_bytes() == before
+
+
+# For people.
+
+def test_every_kind_has_a_meaning_and_a_sentence() -> None:
+    assert ledger.KINDS.keys() == ledger.SENTENCES.keys()
+    for kind in ledger.KINDS:
+        assert "{" not in ledger.sentence({"n": 1, "at": "", "kind": kind})
+
+
+@pytest.mark.parametrize(("kind", "facts", "sentence"), [
+    ("arrived", {"domain": "law", "rows": 40, "files": ["a.jsonl", "b.csv"], "new": True},
+     "40 rows of law in a.jsonl, b.csv (new: yes)"),
+    ("arrived", {"domain": "law", "files": [{"name": "a.jsonl", "digest": "0" * 64}], "new": False}, "law in a.jsonl"),
+    ("rejected", {"domain": "law", "file": "a.jsonl", "reason": "write {column} [twice]"},
+     "a.jsonl of law: write {column} [twice]"),
+    ("start-chosen", {"domain": "tax", "parent": None, "reason": None}, "tax begins from none"),
+    ("start-chosen", {"domain": "tax", "parent": "law", "reason": "it saves a third"},
+     "tax begins from law: it saves a third"),
+    ("trained", {"domains": ["a", "b"], "seconds": 12.3456}, "a, b in 12.3 s"),
+    ("released", {"version": 4, "seconds": 1234.56, "scores": {"a": 0.5}}, "version 4 after 1235 s"),
+    ("taken-over", {"pid": 7, "since": "noon"}, "from a run with pid 7 since noon"),
+    ("invented", {"what": "a\nthing", "none": None}, "what: a thing"),
+    ("invented", {}, ""),
+])
+def test_sentences(kind: str, facts: dict[str, object], sentence: str) -> None:
+    assert ledger.sentence({"n": 1, "at": "2026-01-02T03:04:05+00:00", "kind": kind, **facts}) == sentence
+
+
+def test_one_line_for_each_entry(workspace: Workspace) -> None:
+    assert ledger.text([]) == "Nothing has happened yet."
+    for number in range(10):
+        ledger.append(workspace, "drift" if number % 2 else "start-chosen", domain="law", reason="a\nb")
+    lines = ledger.text(ledger.read(workspace)).splitlines()
+    assert len(lines) == 10 and re.match(r" 1  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d  start-chosen  law begins", lines[0])
+    assert json.loads(workspace.ledger.read_text().splitlines()[0])["reason"] == "a\nb"
