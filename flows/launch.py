@@ -58,13 +58,13 @@ def learn(workspace: Workspace, what: str, *, local: bool = False, verbose: bool
     with _terminated_as_interrupted():
         if local:
             work: Any = getattr(learning, what)
-            found: dict[str, Any] = work(workspace, LocalRunner(workers), "by hand", verbose=verbose, **how)
+            found: dict[str, Any] = work(workspace, LocalRunner(workers), "a person", verbose=verbose, **how)
             return found
         with server.running(workspace, verbose=verbose) as prefect:
             prefect.ready()
             from flows import adapt
 
-            done: dict[str, Any] = getattr(adapt, what)(root=str(workspace.root), trigger="by hand", **how)
+            done: dict[str, Any] = getattr(adapt, what)(root=str(workspace.root), trigger="a person", **how)
             return done
 
 

@@ -65,7 +65,7 @@ def _small(pending: Sequence[Pending], min_new: int) -> str:
     """The new domains that wait for more rows."""
     parts = [f"{each.domain} has {_count(each.rows, 'usable row')}" for each in
              sorted(pending, key=lambda each: each.domain)]
-    return f"{_listed(parts)}, and a new domain needs {min_new} (prepare.min_rows)" if parts else ""
+    return f"{_listed(parts)}, and a new domain needs {min_new}" if parts else ""
 
 
 def _count(number: int, noun: str) -> str:

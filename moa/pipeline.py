@@ -108,12 +108,14 @@ class Pipeline:
 
     def reproduce(self, name: str, on_line: OnLine, *, force: bool = False) -> None:
         """Run one stage and record it, or bring it back from DVC's cache. Raises PipelineError naming it."""
+        self._project()
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *(["--force"] if force else []), "-s", name]
         execute(self.workspace, name, command, on_line)
 
     def record(self, names: Sequence[str]) -> None:
         """Write stages that ran outside DVC into dvc.lock and the cache, all at once."""
         if names:
+            self._project()
             command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "-q", "--force", *names]
             execute(self.workspace, f"record {names[0].split('@')[0]}", command, lambda _: None)
 
@@ -132,14 +134,17 @@ class Pipeline:
         from dvc.exceptions import DvcException
         from dvc.repo import Repo, lock_repo
 
-        code.write(self.workspace)
-        starts.project(self.workspace)
-
+        self._project()
         try:
             with hushed(), Repo(str(self.workspace.root), _wait_for_lock=True) as repo, lock_repo(repo):
                 yield repo, {self._name(stage): stage for stage in repo.index.graph.nodes}
         except DvcException as error:
             raise PipelineError(f"DVC cannot read this workspace's pipeline: {sentence(str(error))}") from error
+
+    def _project(self) -> None:
+        """Bring what DVC reads from .moa/ up to date."""
+        code.write(self.workspace)
+        starts.project(self.workspace)
 
     # DVC names stages and files from the current folder; we name them from the workspace's root.
 

@@ -1,4 +1,4 @@
-"""What every test runs under: no network but the base, no telemetry, toy models on one thread."""
+"""What every test runs under: no network but the base, no telemetry, toy models on one thread; and what is shared."""
 
 import contextlib
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", DO_NOT_TRACK="1", DVC_NO_ANALYTICS="1", MLFLOW_DISABLE_TELEMETRY="true",
                   PREFECT_SERVER_ANALYTICS_ENABLED="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # tests run side by side: a second thread of any process only waits
 
 import pytest
 import torch
@@ -26,7 +27,17 @@ settings.register_profile("moa", deadline=None, suppress_health_check=[HealthChe
                                                                        HealthCheck.too_slow])
 settings.load_profile("moa")
 
-torch.set_num_threads(1)   # toy tensors: a second thread only waits
+torch.set_num_threads(1)
+
+# Modules that take minutes, longest first: they begin first, so that no worker is left with one at the end.
+LONG = ("test_adaptation", "test_up", "test_readme_runs", "test_release_faults", "test_sabotage", "test_poison",
+        "test_drift_flow", "test_serve", "test_real_mixture", "test_incoming", "test_serve_openapi", "test_build_flow",
+        "test_stranger", "test_many_domains", "test_starts")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,6 +49,25 @@ def no_database_of_another_module() -> Iterator[None]:
         mlflow.set_registry_uri(None)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server started as `moa run` starts one. One for the whole process: Prefect reads its settings once."""
+    from flows import server
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
+            patch.setenv(name, "")   # so that what the server sets is taken back
+            os.environ.pop(name)
+        patch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "site"))
+        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("home")))
+        home = Workspace(tmp_path_factory.mktemp("server"))
+        with server.running(home) as started:
+            assert started.own
+            yield started.ready()
+        assert not server.answers(started.url)
+        assert (home.prefect / "prefect.db").exists()   # history stays
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ ROWS = 150
 PARAMS: dict[str, Any] = {
     "train": {"rank": 2, "alpha": 4.0, "epochs": 2, "batch_rows": 8, "learning_rate": 0.02, "batch_tokens": 2048},
     "evaluate": {"generate_rows": 2, "max_new_tokens": 8},
-    "release": {"min_rows": 4, "metric_rows": 0},
+    "release": {"min_rows": 4, "metric_rows": 0, "tolerance": 0.06},   # one prompt of 26 may be left to the base
     "adapt": {"settle": 0.0, "debounce": 0.0, "golden": 1},
 }
 
@@ -108,18 +108,27 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return made(tmp_path_factory.mktemp("adapting") / "w")
 
 
+def quicker(workspace: Workspace) -> None:
+    """From here on no candidates and no golden answers: what they show was shown."""
+    text = workspace.params.read_text()
+    workspace.params.write_text(text.replace("golden: 1", "golden: 0\n  candidates: 0"))
+
+
 def test_a_new_domain(workspace: Workspace) -> None:
     before = experts(workspace)
     drop(workspace, "gamma", rows("gamma", range(ROWS)))
     done = adapt(workspace)
     assert done["state"] == "released" and done["version"] == champion(workspace) == 2
     assert {name: digest for name, digest in experts(workspace).items() if name != "gamma"} == before
-    assert kinds(workspace) == ["started", "arrived", "start-chosen", "trained", "gate", "released", "finished"]
+    assert kinds(workspace) == ["started", "arrived", "start-chosen", "trained", "gate", "released", "forgetting",
+                                "finished"]
+    assert set(done["forgetting"]["golden"]) == {"alpha", "beta"} and done["forgetting"]["equal"]
     chosen = ledger.read(workspace, kinds=["start-chosen"])[-1]
     assert {each["parent"] for each in chosen["table"]} == {None, "alpha", "beta"}
     assert not waiting(workspace) and fresh(workspace)
     assert YAML(typ="safe").load(workspace.params)["domains"].keys() == {"alpha", "beta", "gamma"}
     assert ledger.read(workspace, kinds=["trained"])[-1]["domains"] == ["gamma"]
+    quicker(workspace)
 
 
 def test_the_same_file_again(workspace: Workspace) -> None:
@@ -279,8 +288,9 @@ def test_retraining(workspace: Workspace) -> None:
     before, version = experts(workspace), champion(workspace)
     continued = read_json(workspace.root / "data" / "starts.json")
     assert "alpha" in continued
-    done = json.loads(moa(workspace, "retrain", "--from-scratch", "--local", "--json"))
-    assert done["state"] in ("released", "kept")
+    process = start(workspace, "retrain", "--from-scratch", "--local", "--json")
+    done = json.loads(process.communicate(timeout=500)[0])
+    assert process.returncode == (done["state"] == "refused")
     if done["state"] == "released":
         assert experts(workspace) != before and champion(workspace) > version
         assert not (workspace.root / "data" / "starts.json").exists()

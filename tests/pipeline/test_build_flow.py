@@ -1,9 +1,7 @@
 """The build under a real Prefect server: the states that Prefect has seen, asked of Prefect itself."""
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +14,6 @@ from flows.session import Options
 from moa.workspace import Workspace
 
 EVERYTHING = {"base", "prepare@math", "prepare@sql", "train@math", "train@sql", "assemble", "evaluate"}
-
-
-@pytest.fixture(scope="module")
-def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of our own, started as `moa run` starts one, once for this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
-            patch.delenv(name, raising=False)
-            patch.setenv(name, "")   # so that what the server sets is taken back
-            os.environ.pop(name)
-        patch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "site"))
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("home")))
-        home = Workspace(tmp_path_factory.mktemp("server"))
-        with server.running(home) as started:
-            assert started.own
-            yield started.ready()
-        assert not server.answers(started.url)
-        assert (home.prefect / "prefect.db").exists()   # history stays
 
 
 @pytest.fixture

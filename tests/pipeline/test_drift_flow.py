@@ -212,18 +212,6 @@ def test_a_server_keeps_what_it_was_asked(workspace: Workspace, released: Releas
 
 # The flow.
 
-@pytest.fixture(scope="module")
-def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of our own, started as `moa run` starts one."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
-            patch.setenv(name, "")   # so that what the server sets is taken back
-            os.environ.pop(name)
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("home")))
-        with server.running(Workspace(tmp_path_factory.mktemp("server"))) as started:
-            yield started.ready()
-
-
 def events(url: str, name: str) -> list[Any]:
     """What Prefect has of these events once there are any: they are sent, and stored, in the background."""
     from prefect.client.orchestration import get_client

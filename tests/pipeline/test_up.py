@@ -26,7 +26,7 @@ PARAMS: dict[str, Any] = {
     "train": {"rank": 2, "alpha": 4.0, "epochs": 1, "batch_rows": 8, "learning_rate": 0.02, "batch_tokens": 2048},
     "evaluate": {"generate_rows": 2, "max_new_tokens": 8},
     "release": {"min_rows": 4, "metric_rows": 0},
-    "adapt": {"settle": 0.5, "debounce": 0.0, "poll": 0.5, "golden": 1, "candidates": 0},
+    "adapt": {"settle": 0.5, "debounce": 0.0, "poll": 0.5, "golden": 0, "candidates": 0},
     "retrain": {"cron": None, "interval": 30.0},
     "drift": {"cron": None},
 }

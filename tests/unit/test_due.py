@@ -33,14 +33,14 @@ def waiting(domain: str = "sql", rows: int = 40, age: float = 100, *, known: boo
     ([waiting(rows=5), waiting("tax", 5)], {"min_rows": 10}, None,
      Due(True, ("sql", "tax"), "10 new rows of sql and tax.")),
     ([waiting("law", 29, known=False)], {}, None,
-     Due(False, (), "law has 29 usable rows, and a new domain needs 30 (prepare.min_rows).")),
+     Due(False, (), "law has 29 usable rows, and a new domain needs 30.")),
     ([waiting("law", 30, known=False)], {}, None, Due(True, ("law",), "30 new rows of law.")),
     ([waiting("law", 1, 0, known=False), waiting(rows=1)], {}, None,   # no newcomer to wait for, and no rows of a run
      Due(True, ("sql",),
-         "1 new row of sql; law has 1 usable row, and a new domain needs 30 (prepare.min_rows).")),
+         "1 new row of sql; law has 1 usable row, and a new domain needs 30.")),
     ([waiting("law", 29, known=False), waiting(rows=1)], {"min_rows": 30}, None,
      Due(False, ("sql",), "adapt.min_rows is 30; waiting: 1 new row of sql; law has 29 usable rows, and a new "
-                          "domain needs 30 (prepare.min_rows).")),
+                          "domain needs 30.")),
     ([waiting(age=-3600)], {"cooldown": 60.0}, NOW + 3600, Due(True, ("sql",), "40 new rows of sql.")),   # future
 ])
 def test_table(pending: list[Pending], params: dict[str, float], last_end: float | None, expected: Due) -> None:
