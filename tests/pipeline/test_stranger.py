@@ -80,7 +80,7 @@ def test_from_nothing_to_an_answer(workspace: Path) -> None:
                             text=True).stdout.split()
     assert set(staged) == {".dvc/.gitignore", ".dvc/config", ".dvcignore", ".gitignore", "data/.gitignore",
                            "data/README.md", "data/raw/law.dvc", "data/raw/medicine.dvc", "data/raw/support.dvc",
-                           "dvc.yaml", "params.yaml"}
+                           "dvc.yaml", "params.yaml", "prefect.yaml"}
     ran = moa("run", "--local", cwd=workspace)
     assert "routing accuracy" in ran.stdout and "champion is version 1" in ran.stdout
     reply = json.loads(moa("ask", "law: which article is number 3, 827?", "--json", cwd=workspace).stdout)

@@ -17,7 +17,7 @@ from moa.workspace import Workspace
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = {".dvc/.gitignore", ".dvc/config", ".dvcignore", ".gitignore", "data/.gitignore", "data/README.md", "dvc.yaml",
-         "params.yaml"}
+         "params.yaml", "prefect.yaml"}
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -29,6 +29,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def test_the_pipeline_is_this_repositorys() -> None:
     assert (init.SCAFFOLD / "pipeline.yaml").read_bytes() == (REPOSITORY / "dvc.yaml").read_bytes()
+    assert (init.SCAFFOLD / "prefect.yaml").read_bytes() == (REPOSITORY / "prefect.yaml").read_bytes()
     assert (init.SCAFFOLD / "data" / "gitignore").read_bytes() == (REPOSITORY / "data" / ".gitignore").read_bytes()
 
 
