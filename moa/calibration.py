@@ -23,7 +23,7 @@ SCORE: Score = "nearest"
 # at 3, 0.971 and 0.986 at 7, 0.968 and 0.991 at 29. The upper bound keeps routing under a quarter of a prefill.
 SHALLOWEST, DEEPEST = 1 / 6, 1 / 4
 TEMPERATURES = (0.01, 100.0)
-FEW, LEAST = 8, 1e-3   # prompts of a domain, and deviation of their cosines, below which it says nothing of its own
+FEW = 8   # prompts of a domain, below which their mean cosine is that of all
 ITERATIONS, DECAY = 40, 1e-2   # L-BFGS on standardised features
 
 
@@ -70,10 +70,10 @@ def calibrate(router: Router, features_NLD: Tensor, targets_N: Tensor, *, rule: 
     router.rule, router.score = rule, score
     router.layer = floor + int((allowed >= allowed.max() - tolerance - 1e-9).nonzero()[0])
     router.centres_CD, router.precision_DD = _shape(router) if score == "mahalanobis" else (None, None)
-    router.seen_MD = router.seen_M = router.usual_C2 = None
+    router.seen_MD = router.seen_M = router.usual_C = None
     if score == "nearest":
         router.seen_MD, seen_M = _seen(router)
-        router.usual_C2 = _usual(router.scores(features_NLD), targets_N, len(router.labels))
+        router.usual_C = _usual(router.scores(features_NLD), targets_N, len(router.labels))
         router.seen_M = seen_M
     before = _confidences(router, features_NLD, targets_N)
     router.temperature = _temperature(router, features_NLD, targets_N)
@@ -165,13 +165,9 @@ def _seen(router: Router) -> tuple[Tensor, Tensor]:
 
 
 def _usual(cosines_N: Tensor, targets_N: Tensor, domains: int) -> Tensor:
-    """Mean and deviation of each domain's cosines, (C, 2); those of all prompts where a domain has fewer than FEW."""
-    def moments(values: Tensor) -> Tensor:
-        deviation = values.std() if len(values) > 1 else torch.zeros((), dtype=values.dtype)
-        return torch.stack([values.mean() if len(values) else deviation, deviation.clamp(min=LEAST)])
-
+    """Mean of each domain's cosines, (C,); that of all prompts where a domain has fewer than FEW."""
     each = [cosines_N[targets_N == domain] for domain in range(domains)]
-    return torch.stack([moments(values if len(values) >= FEW else cosines_N) for values in each]).float()
+    return torch.stack([(values if len(values) >= FEW else cosines_N).mean() for values in each]).float()
 
 
 def expected_calibration_error(confidence_N: Tensor, correct_N: Tensor, bins: int = 15) -> float:

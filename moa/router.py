@@ -136,7 +136,7 @@ class Router:
     precision_DD: Tensor | None = None   # mahalanobis: inverse of the covariance within classes there
     seen_MD: Tensor | None = None        # nearest: the training prompts there, standardised, of length one
     seen_M: Tensor | None = None         # nearest: the domain of each
-    usual_C2: Tensor | None = None       # nearest: mean and deviation of the cosines of each domain's own prompts
+    usual_C: Tensor | None = None        # nearest: mean cosine of each domain's own prompts
     figures: dict[str, Any] = field(default_factory=dict)     # what calibration saw; reported, never read
     train: tuple[Tensor, Tensor] | None = field(default=None, repr=False)   # what `fit` saw, for the three above
 
@@ -177,9 +177,9 @@ class Router:
             probability, and still ordered where that rounds to 1 (Hendrycks and Gimpel 2017, arXiv 1610.02136).
         energy: log-sum-exp of the logits, uncalibrated; under `vote` the levels' mean (Liu et al. 2020, 2010.03759).
         mahalanobis: minus the squared distance to the nearest domain's centre (Lee et al. 2018, arXiv 1807.03888).
-        nearest: cosine with the nearest training prompt (Sun et al. 2022, arXiv 2204.06507, with one neighbour), in
-            deviations from what is usual for that prompt's domain: domains are of different spread, and a new one
-            moves the origin, and with it the cosines of all, but hardly what is unusual among them.
+        nearest: cosine with the nearest training prompt (Sun et al. 2022, arXiv 2204.06507, with one neighbour), less
+            half of what is usual for that prompt's domain: domains are of different spread, and a new one moves the
+            origin, and with it all cosines of a domain, so that others would fall below the threshold.
         """
         if self.score == "max_probability":
             log_NC = self.log_probabilities(features_NLD)
@@ -193,10 +193,9 @@ class Router:
         if self.score == "nearest":
             assert self.seen_MD is not None
             best = (nn.functional.normalize(standard_ND, dim=-1) @ self.seen_MD.T).max(1)
-            if self.seen_M is None or self.usual_C2 is None:   # a mixture of before
+            if self.seen_M is None or self.usual_C is None:   # a mixture of before
                 return best.values.double()
-            usual_N2 = self.usual_C2[self.seen_M[best.indices]].double()
-            return (best.values.double() - usual_N2[:, 0]) / usual_N2[:, 1]
+            return best.values.double() - self.usual_C[self.seen_M[best.indices]].double() / 2
         assert self.centres_CD is not None and self.precision_DD is not None
         away_CND = standard_ND.double() - self.centres_CD.double()[:, None]
         return -((away_CND @ self.precision_DD.double()) * away_CND).sum(-1).amin(0)
@@ -218,7 +217,7 @@ class Router:
         """Everything that is not a label or a fact, ready to be saved; no name looks like an adapter's."""
         found = {"mean": self.mean_LD, "scale": self.scale_LD, "weight": self.weight_LCD, "bias": self.bias_LC,
                  "centres": self.centres_CD, "precision": self.precision_DD, "seen": self.seen_MD,
-                 "seen_of": self.seen_M, "usual": self.usual_C2}
+                 "seen_of": self.seen_M, "usual": self.usual_C}
         return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
 
     def facts(self) -> dict[str, Any]:
@@ -231,5 +230,5 @@ class Router:
         return cls(list(labels), tensors["mean"], tensors["scale"], tensors["weight"], tensors["bias"],
                    **{name: facts[name] for name in DECIDING},
                    centres_CD=tensors.get("centres"), precision_DD=tensors.get("precision"),
-                   seen_MD=tensors.get("seen"), seen_M=tensors.get("seen_of"), usual_C2=tensors.get("usual"),
+                   seen_MD=tensors.get("seen"), seen_M=tensors.get("seen_of"), usual_C=tensors.get("usual"),
                    figures={name: facts[name] for name in FIGURES if name in facts})
