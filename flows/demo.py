@@ -42,7 +42,7 @@ def main() -> int:
     finally:
         up.send_signal(signal.SIGTERM)
         up.wait(60)
-    return subprocess.run([sys.executable, "-m", "moa", "release", "list"], cwd=workspace.root, env=environment(),
+    return subprocess.run([sys.executable, "-m", "moa", "eval"], cwd=workspace.root, env=environment(),
                           check=False).returncode
 
 

@@ -250,7 +250,8 @@ def _score(row: Mapping[str, Any]) -> gate.Score:
     names = ("challenger", "incumbent", "base")
     values: dict[str, Any] = {name: row.get(f"{name}_loss") for name in names}
     values |= {key: row.get(key) for name in names for key in (f"{name}_score", f"{name}_routed") if key in row}
-    return gate.Score(domain=row["domain"], row=str(row["row"]), known=row.get("known", True), **values)
+    return gate.Score(domain=row["domain"], row=str(row["row"]), known=row.get("known", True),
+                      same_answer=row.get("same_answer", False), **values)
 
 
 def _incumbent(registry: Registry, served: Sequence[Entry]) -> MixtureVersion | None:

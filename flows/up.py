@@ -8,6 +8,7 @@ import contextlib
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -76,6 +77,7 @@ def _serve(workspace: Workspace, config: Any) -> None:
 
     from flows.deployments import deployments
 
+    warnings.filterwarnings("ignore", message="coroutine 'Runner.astop' was never awaited")   # its way of stopping
     with contextlib.suppress(KeyboardInterrupt):
         serve(*deployments(workspace, config), print_starting_message=False, pause_on_shutdown=False)
     stop_all()

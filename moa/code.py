@@ -22,7 +22,8 @@ MODULES: dict[str, tuple[str, ...]] = {
                 "quality.py", "concerns.py", *MODEL),
     "train": ("experts.py", "training.py", "warm.py", *LAYER, *MODEL),
     "assemble": ("assemble.py", "joint.py", "training.py", *ROUTING, *LAYER, *MODEL),
-    "evaluate": ("evaluate.py", "metrics.py", "mixture.py", "generation.py", "sampling.py", *ROUTING, *LAYER, *MODEL),
+    "evaluate": ("evaluate.py", "remembered.py", "metrics.py", "mixture.py", "generation.py", "sampling.py", *ROUTING,
+                 *LAYER, *MODEL),
 }
 
 

@@ -39,20 +39,25 @@ class _Answers:
                     self.scored.add(index)
                 seen[part] += 1
 
-    def of(self, mixture: Any, asked: Asked) -> list[tuple[int, float, float | None]]:
-        """(index, loss, score) of what is asked; the score of a row that is not answered is None."""
-        keys = {pair: (pair[0], mixture.experts[pair[1]], f"{mixture.encoder.system!r}") for pair in asked}
-        missing = [pair for pair in asked if keys[pair] not in self.losses]
+    def key(self, mixture: Any, pair: tuple[int, str]) -> Key:
+        """What a row's loss and answer depend on."""
+        return pair[0], mixture.experts[pair[1]], f"{mixture.encoder.system!r}"
+
+    def losses_of(self, mixture: Any, asked: Asked) -> list[float]:
+        missing = [pair for pair in asked if self.key(mixture, pair) not in self.losses]
         losses = mixture.losses([self.content[index][1].messages for index, _ in missing], [by for _, by in missing])
-        self.losses.update((keys[pair], loss) for pair, (loss, _) in zip(missing, losses, strict=True))
-        answered = [pair for pair in asked if pair[0] in self.scored and keys[pair] not in self.scores]
+        self.losses.update((self.key(mixture, pair), loss) for pair, (loss, _) in zip(missing, losses, strict=True))
+        return [self.losses[self.key(mixture, pair)] for pair in asked]
+
+    def scores_of(self, mixture: Any, asked: Asked) -> list[float]:
         by_domain: dict[str, list[tuple[int, str]]] = defaultdict(list)
-        for pair in answered:
-            by_domain[self.content[pair[0]][0]].append(pair)
+        for pair in asked:
+            if self.key(mixture, pair) not in self.scores:
+                by_domain[self.content[pair[0]][0]].append(pair)
         for domain, pairs in by_domain.items():
             for pair, score in zip(pairs, self._score(mixture, domain, pairs), strict=True):
-                self.scores[keys[pair]] = score
-        return [(pair[0], self.losses[keys[pair]], self.scores.get(keys[pair])) for pair in asked]
+                self.scores[self.key(mixture, pair)] = score
+        return [self.scores[self.key(mixture, pair)] for pair in asked]
 
     def _score(self, mixture: Any, domain: str, pairs: Asked) -> list[float]:
         """The domain's own metric of greedy answers, as long as `moa evaluate` lets them be."""
@@ -97,7 +102,8 @@ def _rows(workspace: Workspace, config: Config, before: Tested) -> list[tuple[st
 
 def compare(workspace: Workspace, config: Config, incumbent: int, challenger: int) -> dict[str, Any]:
     """Loss of every test row under both releases, routed as each would route it, in nats per completion token; of the
-    first `release.metric_rows` of each domain also the score of what they answer.
+    first `release.metric_rows` of each domain also the score of what they answer. Where the same experts answer all of
+    these in both, the answers are the same (`same_answer`), and nobody has to write them.
 
     A domain that only one of them knows counts for that one, and one that the incumbent does not know is answered by
     the base too. `known` is whether the incumbent's release was tested on the row: of a release that does not say on
@@ -112,12 +118,13 @@ def compare(workspace: Workspace, config: Config, incumbent: int, challenger: in
     rows: list[dict[str, Any]] = [{"domain": domain, "row": row.id} for domain, row in content]
     routing: dict[str, dict[str, float]] = {}
     answers = _Answers(workspace, config, content, before)
+    asked: dict[str, list[tuple[int, str]]] = {}
+    keys: dict[str, dict[int, Key]] = {}
 
-    def ask(mixture: Mixture, name: str, asked: Asked) -> None:
-        for index, loss, score in answers.of(mixture, asked):
+    def ask(mixture: Mixture, name: str, pairs: Asked) -> None:
+        asked[name], keys[name] = list(pairs), {pair[0]: answers.key(mixture, pair) for pair in pairs}
+        for (index, _), loss in zip(pairs, answers.losses_of(mixture, pairs), strict=True):
             rows[index][f"{name}_loss"] = loss
-            if score is not None:
-                rows[index][f"{name}_score"] = score
 
     incumbents: list[str] = []
     parts: dict[str, dict[str, Any]] = {}
@@ -136,6 +143,18 @@ def compare(workspace: Workspace, config: Config, incumbent: int, challenger: in
             incumbents = mixture.labels
         else:
             ask(mixture, "base", [(index, BASE) for index in its if content[index][0] not in incumbents])
+        mixture.unload()
+    differ = {content[index][0] for index in answers.scored
+              if keys["incumbent"].get(index) != keys["challenger"].get(index)}
+    for index in answers.scored:
+        if content[index][0] not in differ:
+            rows[index]["same_answer"] = True
+    for name, version in (("incumbent", incumbent), ("challenger", challenger)) if differ else ():
+        mixture = Mixture.load(registry.download(version), base)
+        for who in (name, "base") if name == "challenger" else (name,):
+            pairs = [pair for pair in asked.get(who, ()) if pair[0] in answers.scored and content[pair[0]][0] in differ]
+            for (index, _), score in zip(pairs, answers.scores_of(mixture, pairs), strict=True):
+                rows[index][f"{who}_score"] = score
         mixture.unload()
     for made, (domain, row) in zip(rows, content, strict=True):
         made["known"] = domain in incumbents and row.id in before.get(domain, {row.id})

@@ -5,7 +5,7 @@
     data/reports/report.md        the same for people
 
 Knows nothing of releases. What a row gets from an expert depends on that row and expert alone, so each pair is computed
-once, whichever systems share it.
+once, whichever systems share it, and not again for an expert that did not change.
 """
 
 import math
@@ -17,10 +17,12 @@ from typing import Any
 from moa import metrics, rows
 from moa.base import load, pick_device
 from moa.config import Config
+from moa.remembered import Remembered
 from moa.rows import Row
 from moa.workspace import MANIFEST, Workspace, read_json, replace_directory, write_json
 
 SYSTEMS = ("base", "routed", "forced")
+Pair = tuple[int, str]   # (index of a row, who answers it)
 SPARE_TOKENS = 8   # an answer may be this much longer than the longest one seen in the corpus
 
 
@@ -50,7 +52,9 @@ def evaluate(workspace: Workspace, config: Config) -> dict[str, Any]:
         metrics.resolve(domain.metric)   # before anything slow
     base = load(workspace, config.base, pick_device(config.execution.devices))
     mixture = Mixture.load(workspace.mixture, base)
-    scored = score(mixture, workspace, config)
+    memory = Remembered(workspace, mixture)
+    scored = score(mixture, workspace, config, memory)
+    memory.save()
     summary = summarise(scored, mixture.labels)
     with replace_directory(workspace.reports) as folder:
         _write_rows(folder / "rows.parquet", scored)
@@ -67,8 +71,8 @@ def test_rows(workspace: Workspace, config: Config, domains: Sequence[str]) -> l
             for row in rows.read(workspace.corpus(domain), "test")[:config.evaluate.rows]]
 
 
-def score(mixture: Any, workspace: Workspace, config: Config) -> list[Scored]:
-    """Every test row under every system."""
+def score(mixture: Any, workspace: Workspace, config: Config, memory: Remembered | None = None) -> list[Scored]:
+    """Every test row under every system; `memory` is asked first, and told what it did not know."""
     from moa.mixture import BASE, answering
     from moa.progress import track
 
@@ -79,20 +83,34 @@ def score(mixture: Any, workspace: Workspace, config: Config) -> list[Scored]:
     pairs = sorted({(index, by) for answerers in by_system.values() for index, by in enumerate(answerers)})
     asked = _asked(content, config.evaluate.generate_rows)
     limits = {domain: _answer_limit(workspace, config, domain) for domain in mixture.labels}
-    answered = sum(index in asked for index, _ in pairs)
-    with track("evaluate", total=len(pairs) + answered, unit="rows") as bar:
-        losses = dict(zip(pairs, mixture.losses([content[index][1].messages for index, _ in pairs],
-                                                [by for _, by in pairs]), strict=True))
-        bar.advance(len(pairs))
-        answers: dict[tuple[int, str], str] = {}
+    losses: dict[Pair, tuple[float, int]] = {}
+    answers: dict[Pair, str] = {}
+    for index, by in pairs if memory else ():
+        assert memory is not None
+        domain, row = content[index]
+        if (known := memory.loss(row.id, by)) is not None:
+            losses[index, by] = known
+        if index in asked and (answer := memory.answer(row.id, by, limits[domain])) is not None:
+            answers[index, by] = answer
+    todo = [pair for pair in pairs if pair not in losses]
+    open_ = [pair for pair in pairs if pair[0] in asked and pair not in answers]
+    with track("evaluate", total=len(todo) + len(open_), unit="rows") as bar:
+        losses.update(zip(todo, mixture.losses([content[index][1].messages for index, _ in todo],
+                                               [by for _, by in todo]), strict=True))
+        bar.advance(len(todo))
         for domain in mixture.labels:
-            wanted = [pair for pair in pairs if pair[0] in asked and content[pair[0]][0] == domain]
+            wanted = [pair for pair in open_ if content[pair[0]][0] == domain]
             for start in range(0, len(wanted), config.evaluate.batch_rows):
                 batch = wanted[start:start + config.evaluate.batch_rows]
                 written = mixture.generate([content[index][1].prompt for index, _ in batch], [by for _, by in batch],
                                            max_new_tokens=limits[domain])
                 answers.update(zip(batch, (one.answer for one in written), strict=True))
                 bar.advance(len(batch))
+    if memory:
+        for index, by in todo:
+            memory.add_loss(content[index][1].id, by, *losses[index, by])
+        for index, by in open_:
+            memory.add_answer(content[index][1].id, by, limits[content[index][0]], answers[index, by])
     judge = {domain: metrics.resolve(config.domains[domain].metric) for domain in mixture.labels}
     result = []
     for system, answerers in by_system.items():

@@ -60,6 +60,7 @@ class Score:
     challenger_score: float | None = None
     incumbent_score: float | None = None
     base_score: float | None = None
+    same_answer: bool = False   # both releases give the row to the same expert: nobody wrote the answer down
     known: bool = True   # the incumbent's release was tested on it
     challenger_routed: str | None = None
     incumbent_routed: str | None = None
@@ -131,7 +132,7 @@ def decide(scores: Iterable[Score], rules: Rules, *, incumbent: Collection[str],
     for score in scores:
         if score.domain in rows:
             rows[score.domain][score.row] = score
-    chances = len(rows) + sum(any(one.challenger_score is not None for one in each.values()) for each in rows.values())
+    chances = len(rows) + sum(any(_scores(one)[0] is not None for one in each.values()) for each in rows.values())
     verdicts = {domain: judge(domain, rows[domain].values(), rules, chances=chances, new=domain not in incumbent,
                               tested_by=tested_by) for domain in sorted(rows)}
     routes = {domain: _routes(domain, rows[domain].values()) for domain in sorted(rows) if domain in incumbent}
@@ -180,11 +181,18 @@ def judge(domain: str, scores: Iterable[Score], rules: Rules, *, chances: int = 
     return replace(verdict, verdict="fail", reason=", and ".join(reasons), improved=False, known=found)
 
 
+def _scores(one: Score, new: bool = False) -> tuple[float | None, float | None]:
+    """Challenger's and other's; of the same answer any two equal ones, because only their difference counts."""
+    if one.same_answer:
+        return 0.0, 0.0
+    return one.challenger_score, one.base_score if new else one.incumbent_score
+
+
 def _all_rows(domain: str, scores: Sequence[Score], rules: Rules, chances: int, against: Against) -> DomainVerdict:
     new = against == "base"
     loss = _loss(domain, [(one.challenger, one.base if new else one.incumbent) for one in scores], rules, chances,
                  against)
-    metric = _answers(domain, [(one.challenger_score, one.base_score if new else one.incumbent_score)
+    metric = _answers(domain, [_scores(one, new)
                                for one in scores], rules, chances, against)
     if metric is not None and metric.verdict == "fail":
         reason = metric.reason if loss.verdict == "pass" else f"{loss.reason}, and {metric.reason}"
@@ -206,7 +214,7 @@ def _known_rows(domain: str, known: Sequence[Score], rules: Rules, tested_by: st
         if rises and sign_test(worse, len(rises) - worse) <= (1 - rules.confidence) / 2:
             loss = replace(loss, verdict="fail", reason=f"worse than the tolerance of {rules.tolerance:g} allows in "
                                                         f"{worse} answers {_on(loss.rows, 'rows', tested_by)}")
-    return Known(loss, _answers(domain, [(one.challenger_score, one.incumbent_score) for one in known], rules, 1,
+    return Known(loss, _answers(domain, [_scores(one) for one in known], rules, 1,
                                 "incumbent", tested_by))
 
 
