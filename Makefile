@@ -24,7 +24,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 clean:
 	rm -rf .venv .moa .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -219,7 +219,8 @@ STEPS = ["ingest", "commit of rows", "choice of the start", "training", "commit 
 
 
 def test_killed_at_every_step(workspace: Workspace) -> None:
-    """kill -9 again and again during one adaptation, each time a step further; the last one ends it."""
+    """kill -9 again and again during one adaptation, each time a step further; the last one ends it. Every second step,
+    or every one with MOA_EVERY_STEP=1."""
     version, last, began = champion(workspace), len(ledger.read(workspace)), time.time()
     drop(workspace, "onyx", rows("onyx", range(ROWS)))
     raw = workspace.raw("onyx")
@@ -234,11 +235,11 @@ def test_killed_at_every_step(workspace: Workspace) -> None:
         "promotion": after(workspace, last, "gate"),
     }
     assert list(moments) == STEPS
-    for seen in moments.values():
+    for seen in list(moments.values())[::1 if os.environ.get("MOA_EVERY_STEP") else 2]:
         process = start(workspace, "adapt", "--local")
         kill_when(process, seen)
         assert champion(workspace) in (version, version + 1)
-    if workspace.attempt.exists():   # the last kill may have come after its end
+    if workspace.attempt.exists() or waiting(workspace):   # the last kill may have come after its end
         done = adapt(workspace)
         assert done["state"] in ("released", "kept")
     assert champion(workspace) == version + 1 and not waiting(workspace) and not workspace.attempt.exists()
