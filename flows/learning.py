@@ -12,6 +12,7 @@ Written once for every runner; knows no ML, and not whether Prefect watches. Eac
 import contextlib
 import json
 import math
+import sqlite3
 import subprocess
 import sys
 import time
@@ -326,8 +327,8 @@ def _at_work(workspace: Workspace, runner: Runner, verbose: bool, after: After, 
 def _failures_told(work: Work, what: str, began: float) -> Iterator[None]:
     try:
         yield
-    except (MoaError, OSError) as error:
-        with contextlib.suppress(OSError):   # a full disk takes no more lines
+    except (MoaError, OSError, sqlite3.OperationalError) as error:   # the last is a full disk's, in DVC's databases
+        with contextlib.suppress(OSError, MoaError):   # a full disk takes no more lines
             work.say("failed", step=what, reason=str(error), seconds=round(time.monotonic() - began, 1))
         raise
     except KeyboardInterrupt:

@@ -16,8 +16,8 @@ from moa.router import Router, Rule, Score
 # Chosen by benchmarks/out_of_domain.py (SmolLM2-135M, rule early; nine corpora, each left out in turn, then near twins
 # left out together). Mean AUROC 0.971 and 0.982, against max_probability 0.911 and 0.949, mahalanobis 0.909 and 0.919,
 # energy 0.869 and 0.889. Corpora differ in spread, which one shared covariance cannot follow; neighbours can.
-# Since then half of what is usual for the domain is taken off the cosine, so that a new domain does not move who abstains
-# among the old ones (LOG.md); the folds were not run again.
+# Since then half of what is usual for the domain is taken off the cosine, so that a new domain does not move who
+# abstains among the old ones (LOG.md); the folds were not run again.
 SCORE: Score = "nearest"
 # The levels that `early` may read, as shares of the layers. Test accuracy hardly asks for depth (benchmarks/routing.py,
 # levels 0, 5, 7, 29: nine corpora 0.961 0.978 0.983 0.986; eight databases 0.980 0.984 0.984 0.973; 32 made domains

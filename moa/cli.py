@@ -1,5 +1,7 @@
 """argv to the library and the flows; nothing else. Answers `--help` without importing anything heavy."""
 
+import errno
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +18,7 @@ from moa.cli_shared import App, AsJson, opened, place, print_json
 from moa.cli_up import adapt, retrain, status, up
 from moa.errors import ConfigError, MoaError, RegistryError
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}   # what a full or broken disk answers
 RUN, DATA, USE, STEPS = "Build", "Workspace and domains", "Use", "Single steps (what the stages of dvc.yaml run)"
 
 Domains = Annotated[str | None, typer.Option(
@@ -281,6 +284,13 @@ def main() -> None:
     except MoaError as error:
         print(f"moa: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except (OSError, sqlite3.OperationalError) as error:   # DVC, MLflow and Prefect keep databases
+        refused = (error.errno in FULL if isinstance(error, OSError) else "disk" in str(error))
+        if not refused:
+            raise
+        print(f"moa: The disk cannot be written to ({error}): free some space and run the command again.",
+              file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
