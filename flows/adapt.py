@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows import artifacts, learning
+from flows import artifacts, learning, retraining
 from flows.build import PrefectRunner
 from moa import ledger
 from moa.config import load
@@ -30,7 +30,7 @@ def adapt(root: str = ".", trigger: str = "an event", now: bool = False) -> dict
 def retrain(root: str = ".", trigger: str = "the schedule", from_scratch: bool | None = None) -> dict[str, Any]:
     """Train again what is stale, or every expert afresh, and release it if the gate lets it."""
     workspace, runner, before = _opened(root)
-    facts = learning.retrain(workspace, runner, trigger, from_scratch=from_scratch, after=artifacts.store)
+    facts = retraining.retrain(workspace, runner, trigger, from_scratch=from_scratch, after=artifacts.store)
     artifacts.store_run(workspace, before, facts)
     return facts
 

@@ -3,9 +3,6 @@
 The check itself runs in a process of its own, so that a server of flows holds no model.
 """
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ from prefect.events import emit_event
 
 from moa import config, ledger
 from moa import drift as looking
-from moa.commands import environment, last_error
+from moa.commands import printed
 from moa.errors import PipelineError
 from moa.registry import Registry
 from moa.workspace import Workspace
@@ -37,16 +34,10 @@ def drift(root: str = ".") -> dict[str, Any] | None:
 
 def check(workspace: Workspace) -> dict[str, Any]:
     """What `moa drift` says, in another process. Raises PipelineError with that process's own words."""
-    command = [sys.executable, "-m", "moa", "drift", "--json"]
-    done = subprocess.run(command, cwd=workspace.root, env=environment(), capture_output=True, text=True, check=False)
-    if done.returncode not in (0, looking.FOUND):
-        reason = last_error((done.stdout + done.stderr).splitlines(), done.returncode)
-        raise PipelineError(f"The kept prompts could not be looked at: {reason}")
-    try:
-        report: dict[str, Any] = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        raise PipelineError(f"`{' '.join(command[1:])}` did not print JSON.") from None
-    return report
+    report, problem = printed(workspace, "drift")
+    if not report:
+        raise PipelineError(f"The kept prompts could not be looked at: {problem}")
+    return report   # it exits with 3 when somebody should look
 
 
 def note(workspace: Workspace, report: dict[str, Any]) -> dict[str, Any] | None:

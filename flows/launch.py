@@ -52,12 +52,12 @@ def _under_prefect(workspace: Workspace, options: Options, verbose: bool) -> Res
 def learn(workspace: Workspace, what: str, *, local: bool = False, verbose: bool = False,
           **how: Any) -> dict[str, Any]:
     """One adaptation or retraining (`what`: adapt, retrain) from a command line; `how` goes to it."""
-    from flows import learning, server
+    from flows import learning, retraining, server
 
     workers = load(workspace.params).execution.workers
     with _terminated_as_interrupted():
         if local:
-            work: Any = getattr(learning, what)
+            work: Any = learning.adapt if what == "adapt" else retraining.retrain
             found: dict[str, Any] = work(workspace, LocalRunner(workers), "a person", verbose=verbose, **how)
             return found
         with server.running(workspace, verbose=verbose) as prefect:

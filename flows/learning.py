@@ -1,94 +1,50 @@
-"""The order and policy of adaptation and retraining: what is learned now, where it starts, what a refusal means.
+"""The order and policy of adaptation: what is learned now, where it starts, what a refusal means.
 
-    adapt      everything that waits in data/incoming, in one run
-                 taken in -> a start for each expert -> build, register, gate, promote (flows/stages.py)
-                 refused because a domain would get worse: undone, and the files go to data/incoming/.rejected
-                 refused because nothing is better: the rows stay, for the next ones to join them
-    retrain    whatever is stale by data, parameters, code or base; from scratch if asked
+Everything that waits in data/incoming, in one run:
+
+    taken in -> a start for each expert -> build, register, gate, promote (flows/stages.py)
+    refused because a domain would get worse: undone, and the files go to data/incoming/.rejected
+    refused because nothing is better: the rows stay, for the next ones to join them
 
 Written once for every runner; knows no ML, and not whether Prefect watches. Each decision is a line of the ledger.
 """
 
-import contextlib
-import json
 import math
-import sqlite3
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any
 
-from flows import release as releasing
 from flows.attempt import Attempt
-from flows.runner import Call, Runner
-from flows.session import Options, Result, Session, opened
-from flows.stages import build
+from flows.runner import Runner
+from flows.work import (
+    After,
+    Busy,
+    Facts,
+    Work,
+    at_work,
+    failures_told,
+    finished,
+    nothing,
+    require,
+    say_released,
+    say_trained,
+)
 from moa import domains, due, incoming, ledger, starts
-from moa.commands import environment, last_error
-from moa.commits import commit
-from moa.config import Config, load
-from moa.errors import MoaError, PipelineError
+from moa.commands import printed
+from moa.config import Config
+from moa.errors import PipelineError
 from moa.incoming import Arrival
-from moa.versions import Versions
 from moa.workspace import MANIFEST, Workspace
 
-Facts = dict[str, Any]
-SPARE = 1.25            # rows share sides by chance: the test split may be smaller than its share
-RETRAIN_WAIT = 3600.0   # seconds that a retraining waits for another run to end
+SPARE = 1.25   # rows share sides by chance: the test split may be smaller than its share
 ENVIRONMENT = ("No space left", "was interrupted", "Cannot allocate", "Input/output error")   # not the rows' fault
 
 
-After = Callable[[Session, Result], None]
-
-
-def _nothing(_: Session, __: Result) -> None:
-    pass
-
-
-@dataclass
-class Work:
-    """What an adaptation or retraining works with, under the workspace's lock."""
-
-    workspace: Workspace
-    versions: Versions
-    runner: Runner
-    verbose: bool = False
-    after: After = _nothing   # told of each build that releases
-
-    @property
-    def config(self) -> Config:   # taking a domain in changes params.yaml
-        return load(self.workspace.params)
-
-    def one(self, name: str, work: Callable[[], Any]) -> Any:
-        """Run one step of our own; its value. Raises what it raises."""
-        outcome, = self.runner.run_all([Call(name, work)])
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome.value
-
-    def build(self, *, release: bool = True) -> Result:
-        with opened(self.workspace, Options(), verbose=self.verbose, held=self.versions) as session:
-            if not release:
-                session.hooks = ()
-            elif self.config.adapt.commit:
-                session.hooks = [("commit", lambda: commit(self.workspace)), *session.hooks]
-            result = build(session, self.runner)
-            if release:
-                self.after(session, result)
-            return result
-
-    def say(self, kind: str, **facts: Any) -> None:
-        ledger.append(self.workspace, kind, **facts)
-
-
-# Adaptation.
-
 def adapt(workspace: Workspace, runner: Runner, trigger: str, *, now: bool = False, verbose: bool = False,
-          after: After = _nothing) -> Facts:
+          after: After = nothing) -> Facts:
     """Learn everything that is due; what was done, `state` first: skipped, released, waiting, kept or refused.
 
     `now` leaves out debounce, cool-down and fewest rows: a person asks. While another run works here this one is
@@ -96,14 +52,15 @@ def adapt(workspace: Workspace, runner: Runner, trigger: str, *, now: bool = Fal
     """
     began = time.monotonic()
     try:
-        with _at_work(workspace, runner, verbose, after, wait=0.0) as work:
-            return _adapt(work, trigger, now, began)
-    except _Busy as busy:
+        with at_work(workspace, runner, verbose, after, wait=0.0) as work:
+            return reconcile(work, trigger, now, began)
+    except Busy as busy:
         ledger.append(workspace, "skipped", trigger=trigger, reason=str(busy))
         return {"state": "skipped", "reason": str(busy)}
 
 
-def _adapt(work: Work, trigger: str, now: bool, began: float) -> Facts:
+def reconcile(work: Work, trigger: str, now: bool, began: float) -> Facts:
+    """The same, under the lock."""
     workspace, attempt = work.workspace, Attempt.load(work.workspace)
     found = pending(workspace, work.config, now=now)
     decision = found.due
@@ -118,13 +75,13 @@ def _adapt(work: Work, trigger: str, now: bool, began: float) -> Facts:
              domains=sorted({*decision.domains} if decision.run else attempt.before if attempt else ()),
              resumed=attempt is not None)
     attempt = attempt or Attempt.begin(trigger)
-    with _failures_told(work, "adaptation", began):
+    with failures_told(work, "adaptation", began):
         _take_in(work, attempt, wanted)
         if not attempt.touched(workspace) and not attempt.refused:
             attempt.end(workspace)
-            nothing = {"state": "skipped", "reason": "no new rows among what arrived"}
-            return _finished(work, "adaptation", nothing, began)
-        return _finished(work, "adaptation", _learn(work, attempt), began)
+            facts = {"state": "skipped", "reason": "no new rows among what arrived"}
+            return finished(work, "adaptation", facts, began)
+        return finished(work, "adaptation", _learn(work, attempt), began)
 
 
 @dataclass(frozen=True)
@@ -190,7 +147,7 @@ def _learn(work: Work, attempt: Attempt) -> Facts:
                 work.say("undone", domains=[name], files=files, reason=reasons[name])
         touched = attempt.touched(workspace)
         if not touched:   # nothing is left of it: back to what the champion is made of, out of DVC's cache
-            _raise(work.build(release=False))
+            require(work.build(release=False))
             attempt.end(workspace)
             return {"state": "refused", "undone": undone}
         facts = _try(work, attempt, touched)
@@ -211,12 +168,12 @@ def _try(work: Work, attempt: Attempt, touched: Sequence[str]) -> Facts | None:
         _blame(work, attempt, {f"prepare@{name}": error for name in touched
                                if f"prepare@{name} failed" in str(error)}, error)
         return None
-    _say_trained(work, result)
+    say_trained(work, result)
     errors = {name: outcome.error for name in result.named("failed") if (outcome := result.outcomes[name]).error}
     if errors:
         _blame(work, attempt, errors, result.failure() or PipelineError("The build failed."))
         return None
-    facts = _say_released(work, result.release)
+    facts = say_released(work, result.release)
     if facts["state"] == "refused":
         failed = set(facts["worse"]) & set(touched)
         attempt.refuse(workspace, sorted(failed or touched), f"the gate refused it: {facts['reason']}")
@@ -257,134 +214,7 @@ def _start(work: Work, attempt: Attempt, name: str) -> None:
 
 
 def _candidates(workspace: Workspace, name: str) -> Facts:
-    command = [sys.executable, "-m", "moa", "parent", "--domain", name, "--json"]
-    return _json_of(workspace, command, f"No start for {name} could be chosen")
-
-
-def _json_of(workspace: Workspace, command: list[str], otherwise: str) -> Facts:
-    """What a step in a process of its own prints. Raises PipelineError with that process's own words."""
-    done = subprocess.run(command, cwd=workspace.root, env=environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise PipelineError(f"{otherwise}: {last_error((done.stdout + done.stderr).splitlines(), done.returncode)}")
-    found: Facts = json.loads(done.stdout)
+    found, problem = printed(workspace, "parent", "--domain", name)
+    if problem:
+        raise PipelineError(f"No start for {name} could be chosen: {problem}")
     return found
-
-
-# Retraining.
-
-def retrain(workspace: Workspace, runner: Runner, trigger: str, *, from_scratch: bool | None = None,
-            verbose: bool = False, after: After = _nothing) -> Facts:
-    """Train again what is stale, or everything afresh; the gate compares it with the champion. What was done.
-
-    Waits for a run that is at work. A refused training from scratch is undone: the experts stay the continued ones.
-    """
-    began = time.monotonic()
-    with _at_work(workspace, runner, verbose, after, wait=RETRAIN_WAIT) as work:
-        if Attempt.load(workspace) is not None:
-            _adapt(work, "an adaptation that was interrupted", True, began)
-        afresh = work.config.retrain.from_scratch if from_scratch is None else from_scratch
-        continued = starts.read(workspace) if afresh else {}
-        if continued:
-            work.one("forget starts", lambda: starts.forget(work.versions, sorted(continued)))
-        stale = work.versions.snapshot().affected
-        if not stale:
-            work.say("skipped", trigger=trigger, reason="nothing is stale")
-            return {"state": "skipped", "reason": "nothing is stale"}
-        work.say("started", flow="retrain", trigger=trigger, resumed=False,
-                 reason=f"{len(stale)} stages are stale" + (", every expert begins afresh" if afresh else ""))
-        with _failures_told(work, "retraining", began):
-            result = work.build()
-            _say_trained(work, result)
-            _raise(result)
-            facts = _say_released(work, result.release)
-            if continued and facts["state"] in ("refused", "kept"):
-                work.one("restore starts", lambda: starts.restore(work.versions, continued))
-                _raise(work.build(release=False))
-                work.say("undone", domains=sorted(continued), reason=facts["reason"])
-            return _finished(work, "retraining", facts, began)
-
-
-# Both.
-
-class _Busy(PipelineError):
-    """Another run is at work."""
-
-
-@contextlib.contextmanager
-def _at_work(workspace: Workspace, runner: Runner, verbose: bool, after: After, wait: float) -> Iterator[Work]:
-    versions = Versions(workspace)
-    with contextlib.ExitStack() as stack:
-        try:
-            abandoned = stack.enter_context(versions.lock(wait))
-        except PipelineError as error:
-            raise _Busy(str(error)) from None
-        if abandoned is not None:
-            ledger.append(workspace, "taken-over", pid=abandoned["pid"], since=abandoned["since"])
-        yield Work(workspace, versions, runner, verbose, after)
-
-
-@contextlib.contextmanager
-def _failures_told(work: Work, what: str, began: float) -> Iterator[None]:
-    try:
-        yield
-    except (MoaError, OSError, sqlite3.OperationalError) as error:   # the last is a full disk's, in DVC's databases
-        with contextlib.suppress(OSError, MoaError):   # a full disk takes no more lines
-            work.say("failed", step=what, reason=str(error), seconds=round(time.monotonic() - began, 1))
-        raise
-    except KeyboardInterrupt:
-        work.say("failed", step=what, reason="interrupted; the next run continues")
-        raise
-
-
-def _finished(work: Work, what: str, facts: Facts, began: float) -> Facts:
-    seconds = round(time.monotonic() - began, 1)
-    work.say("finished", result=f"{what} {facts['state']}", seconds=seconds)
-    return {**facts, "seconds": seconds}
-
-
-def _raise(result: Result) -> None:
-    if failure := result.failure():
-        raise failure
-
-
-def _say_trained(work: Work, result: Result) -> None:
-    if trained := [name.partition("@")[2] for name in result.named("done") if name.startswith("train@")]:
-        seconds = max(result.outcomes[f"train@{name}"].seconds for name in trained)   # those of a group share theirs
-        work.say("trained", domains=trained, seconds=round(seconds, 1))
-
-
-def _forgetting(work: Work, old: int | None, new: int) -> Facts | None:
-    """What the new champion kept of the old one. It goes back where an expert that nobody touched answers otherwise."""
-    if old in (None, new) or not work.config.adapt.golden:
-        return None
-    found: Facts = work.one("forgetting", lambda: releasing.forgetting(work.workspace, old, new))
-    experts = {change: sorted(name for name, each in found["experts"].items() if each["change"] == change)
-               for change in ("same", "changed", "new")}
-    work.say("forgetting", verdict="nothing was forgotten" if found["equal"] else "experts that are the same answer "
-             "otherwise", version=new, against=old, **experts)
-    if not found["equal"]:
-        reason = f"version {new} answers golden prompts otherwise than version {old} with the same experts"
-        work.one("roll back", lambda: releasing.roll_back(work.workspace, work.config, old, reason))
-        raise PipelineError(f"{reason[0].upper()}{reason[1:]}; version {old} is champion again. See `moa release "
-                            f"forgetting --old {old} --new {new}`.")
-    return found
-
-
-def _say_released(work: Work, release: Facts) -> Facts:
-    """What the release steps came to, for people and for the policy: released, waiting, kept or refused."""
-    decision, version = release["decision"], release["version"]
-    facts: Facts = {"version": version, "reason": decision["reason"], "champion": release["champion"],
-                    "worse": decision.get("worse", [])}
-    work.say("gate", version=version, verdict="pass" if decision["promote"] else "refused", reason=decision["reason"],
-             against=decision.get("against"))
-    if release["waiting"]:
-        return {**facts, "state": "waiting"}
-    if decision["promote"] or release["champion"] == version:
-        told = ledger.read(work.workspace, last=1, kinds=["released"])
-        if not told or told[0]["version"] != version:   # a run that was killed may have said it
-            work.say("released", version=version, instead_of=decision.get("against"))
-        return {**facts, "state": "released", "instead_of": decision.get("against"),
-                "forgetting": _forgetting(work, decision.get("against"), version)}
-    if decision.get("harm"):
-        return {**facts, "state": "refused"}
-    return {**facts, "state": "kept"}

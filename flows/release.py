@@ -5,15 +5,12 @@ registered stays registered, what is champion stays champion.
 """
 
 import getpass
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
 from moa import cause, digests, gate
-from moa.commands import environment, last_error
+from moa.commands import printed
 from moa.config import Config
 from moa.errors import PipelineError, RegistryError, UsageError
 from moa.history import Entry, before
@@ -183,7 +180,7 @@ def compare(workspace: Workspace, incumbent: int, challenger: int) -> dict[str, 
 
     In another process. Raises PipelineError with that process's own words.
     """
-    compared, problem = _printed(workspace, "compare", "--incumbent", incumbent, "--challenger", challenger)
+    compared, problem = printed(workspace, "compare", "--incumbent", incumbent, "--challenger", challenger)
     if problem:
         raise PipelineError(f"Versions {incumbent} and {challenger} could not be compared: {problem}")
     return compared
@@ -195,25 +192,10 @@ def forgetting(workspace: Workspace, old: int, new: int) -> dict[str, Any]:
     In another process. Where an unchanged expert answers otherwise, `equal` is False: that is for the caller to judge.
     Raises PipelineError when there are no facts, with that process's own words.
     """
-    facts, problem = _printed(workspace, "release", "forgetting", "--old", old, "--new", new)
+    facts, problem = printed(workspace, "release", "forgetting", "--old", old, "--new", new)
     if not facts:
         raise PipelineError(f"What version {new} forgot of version {old} could not be told: {problem}")
     return facts
-
-
-def _printed(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], str | None]:
-    """What a command of another process prints as JSON, empty where that is none; and why it failed, if it did."""
-    command = [sys.executable, "-m", "moa", *map(str, words), "--json"]
-    done = subprocess.run(command, cwd=workspace.root, env=environment(), capture_output=True, text=True, check=False)
-    try:
-        printed: dict[str, Any] = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        printed = {}
-    if not done.returncode:
-        return printed, None if printed else f"`{' '.join(command[1:])}` did not print JSON."
-    # On one stream or the other, and not both where the facts themselves are on one.
-    said = done.stderr if printed else done.stdout + done.stderr
-    return printed, last_error(said.splitlines(), done.returncode)
 
 
 def _compared(workspace: Workspace, config: Config, incumbent: MixtureVersion,

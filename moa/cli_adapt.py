@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moa.cli_shared import AsJson, place, print_json
+from moa.cli_shared import AsJson, Revision, Split, Subset, place, print_json
 from moa.errors import UsageError
 from moa.workspace import Workspace
 
@@ -16,10 +16,9 @@ def ingest(
     sources: Annotated[list[str], typer.Argument(
         help="Files (.jsonl, .json, .csv, .tsv, .parquet), folders of these, or hub:OWNER/NAME@REVISION.",
         metavar="SOURCE...")],
-    revision: Annotated[str | None, typer.Option(help="Of a hub's data set: branch, tag or commit.",
-                                                 metavar="REV")] = None,
-    split: Annotated[str | None, typer.Option(help="Of a hub's data set; train by default.", metavar="NAME")] = None,
-    subset: Annotated[str | None, typer.Option(help="Of a hub's data set that has several.", metavar="NAME")] = None,
+    revision: Revision = None,
+    split: Split = None,
+    subset: Subset = None,
     as_json: AsJson = False,
 ) -> None:
     """Queue rows in data/incoming/NAME, where they wait until they are learned. Works while something is built, too."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moa.cli_shared import App, AsJson, opened, place, print_json
+from moa.cli_shared import App, AsJson, Revision, Split, Subset, opened, place, print_json
 from moa.errors import UsageError
 
 domain_app = App(name="domain", help="Add, look at and remove domains: the bodies of rows that get an expert each.")
@@ -30,10 +30,9 @@ def add(
         help="The instruction, made of columns: \"{question} Context: {context}\".", metavar="TEXT")] = None,
     group_by: Annotated[str | None, typer.Option(
         help="Rows of one value of this column share a split; none = each row stands alone.", metavar="COLUMN")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub's data set: branch, tag or commit.",
-                                                 metavar="REV")] = None,
-    split: Annotated[str | None, typer.Option(help="Of a hub's data set; train by default.", metavar="NAME")] = None,
-    subset: Annotated[str | None, typer.Option(help="Of a hub's data set that has several.", metavar="NAME")] = None,
+    revision: Revision = None,
+    split: Split = None,
+    subset: Subset = None,
     as_json: AsJson = False,
 ) -> None:
     """Copy rows into the workspace, version them, and make the domain if it is new. All of it, or nothing."""

@@ -24,6 +24,12 @@ Folder = Annotated[Path | None, typer.Option(
     metavar="DIR", exists=True, file_okay=False)]
 
 
+# Of a hub's data set, among the sources of rows.
+Revision = Annotated[str | None, typer.Option(help="Of a hub's data set: branch, tag or commit.", metavar="REV")]
+Split = Annotated[str | None, typer.Option(help="Of a hub's data set; train by default.", metavar="NAME")]
+Subset = Annotated[str | None, typer.Option(help="Of a hub's data set that has several.", metavar="NAME")]
+
+
 class Interrupted(MoaError):
     exit_code = 130
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from moa import digests
-from moa.workspace import Workspace, read_json, write_json
+from moa.workspace import Workspace, bring
 
 BASE = ("base.py", "sources.py", "template.py")
 MODEL = (*BASE, "tokens.py", "rows.py")
@@ -38,10 +38,4 @@ def digest(stage: str) -> str:
 
 def write(workspace: Workspace) -> None:
     """Bring `.moa/code.json` up to date, where DVC looks when it decides what is stale."""
-    now = {stage: digest(stage) for stage in MODULES}
-    try:
-        unchanged = read_json(workspace.code) == now
-    except (OSError, ValueError):
-        unchanged = False
-    if not unchanged:
-        write_json(workspace.code, now)
+    bring(workspace.code, {stage: digest(stage) for stage in MODULES})

@@ -1,11 +1,14 @@
 """Run a step's command: output to a log file of its own, its last words into the error. Knows nothing of DVC."""
 
+import json
 import os
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from moa.errors import PipelineError
 from moa.leash import Leash
@@ -54,6 +57,30 @@ def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: On
         raise PipelineError(f"{name} was interrupted.")
     if status:
         raise PipelineError(f"{name} failed: {last_error(tail, status)} (full output: {workspace.relative(log)})")
+
+
+def printed(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], str | None]:
+    """What `moa WORDS --json` prints, in a process of its own, empty where that is no JSON; and why it failed, or None.
+
+    It ends when we do. Raises PipelineError when it was interrupted.
+    """
+    command = [sys.executable, "-m", "moa", *map(str, words), "--json"]
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "said"
+        out: list[str] = []
+        # A leash has one pipe: what is no JSON goes to a file.
+        leash = Leash(["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(said), *command], cwd=workspace.root, env=environment())
+        status = leash.follow(out.append)
+        words_of_error = said.read_text(encoding="utf-8", errors="replace").splitlines() if said.exists() else []
+    if leash.stopped:
+        raise PipelineError(f"`{' '.join(command[1:])}` was interrupted.")
+    try:
+        found: dict[str, Any] = json.loads("\n".join(out))
+    except json.JSONDecodeError:
+        found = {}
+    if not status:
+        return found, None if found else f"`{' '.join(command[1:])}` did not print JSON."
+    return found, last_error(words_of_error if found else out + words_of_error, status)
 
 
 def last_error(lines: Sequence[str], status: int) -> str:

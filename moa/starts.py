@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moa.errors import ArtifactError
 from moa.warm import Start, digest, read
-from moa.workspace import MANIFEST, Workspace, read_json, replace_directory, write_json
+from moa.workspace import MANIFEST, Workspace, bring, read_json, replace_directory, write_json
 
 if TYPE_CHECKING:
     from moa.versions import Versions
@@ -116,13 +116,7 @@ def project(workspace: Workspace, domains: Iterable[str] | None = None) -> None:
     if names is None:
         return
     starts = read(workspace)
-    now = {name: _entry(workspace, starts[name]) if name in starts else None for name in names}
-    try:
-        unchanged = read_json(workspace.projection) == now
-    except (OSError, ValueError):
-        unchanged = False
-    if not unchanged:
-        write_json(workspace.projection, now)
+    bring(workspace.projection, {name: _entry(workspace, starts[name]) if name in starts else None for name in names})
 
 
 def _domains(workspace: Workspace) -> list[str] | None:

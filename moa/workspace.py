@@ -132,6 +132,11 @@ class Workspace:
         return self.local / "attempt.json"
 
     @property
+    def retraining(self) -> Path:
+        """Where experts began before a retraining from scratch, until its end."""
+        return self.local / "retraining.json"
+
+    @property
     def up(self) -> Path:
         """Where the servers of `moa up` are, as long as it runs."""
         return self.local / "up.json"
@@ -184,6 +189,16 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def bring(path: Path, value: Any) -> None:
+    """`write_json` where the file says something else, or nothing that can be read."""
+    try:
+        unchanged = read_json(path) == value
+    except (OSError, ValueError):
+        unchanged = False
+    if not unchanged:
+        write_json(path, value)
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -30,20 +30,12 @@ settings.load_profile("moa")
 torch.set_num_threads(1)
 
 # Modules that take minutes, longest first: they begin first, so that no worker is left with one at the end.
-LONG = ("test_adaptation", "test_up", "test_readme_runs", "test_release_faults", "test_sabotage", "test_poison",
+LONG = ("test_adaptation", "test_up", "test_readme_runs", "test_release_faults", "test_release_commands", "test_poison",
         "test_drift_flow", "test_serve", "test_real_mixture", "test_incoming", "test_serve_openapi", "test_build_flow",
         "test_stranger", "test_many_domains", "test_starts")
 
 
-# What other tests hold too, at more cost: run with MOA_EVERY_STEP=1, which also takes every step of the kill -9 tests.
-COSTLY = ("test_sabotage.py", "test_killed_it_leaves_nobody_behind")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not os.environ.get("MOA_EVERY_STEP"):
-        for item in items:
-            if any(name in item.nodeid for name in COSTLY):
-                item.add_marker(pytest.mark.skip(reason="costly: MOA_EVERY_STEP=1 runs it"))
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 

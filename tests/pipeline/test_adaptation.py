@@ -287,6 +287,13 @@ def test_retraining(workspace: Workspace) -> None:
     before, version = experts(workspace), champion(workspace)
     continued = read_json(workspace.root / "data" / "starts.json")
     assert "alpha" in continued
+    began = time.time()
+    process = start(workspace, "retrain", "--from-scratch", "--local", "--json")
+    kill_when(process, log_of(workspace, began, "train@*.log"))
+    assert not (workspace.root / "data" / "starts.json").exists()
+    assert adapt(workspace)["state"] == "skipped"   # whoever comes next puts back what was forgotten
+    assert read_json(workspace.root / "data" / "starts.json") == continued and experts(workspace) == before
+    assert ledger.read(workspace, kinds=["undone"])[-1]["reason"] == "the training from scratch was interrupted"
     process = start(workspace, "retrain", "--from-scratch", "--local", "--json")
     done = json.loads(process.communicate(timeout=500)[0])
     assert process.returncode == (done["state"] == "refused")

@@ -1,10 +1,12 @@
 """`moa gate` and `moa release ...` at work, and what the gate makes of sabotage: real mixtures on a tiny base, real
-MLflow. Only the process that compares two releases is this one, to save its start."""
+MLflow, and what is registered is downloaded again and answers in a process of its own (`moa compare`)."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from ruamel.yaml import YAML
 from torch import Tensor
 
 from flows import release
-from moa import base, bundle, cli, comparison, config, corpus, digests, experts
+from moa import base, bundle, cli, config, corpus, digests, experts, gate
 from moa.adapters import CONFIG, WEIGHTS
 from moa.ask import champion, open_mixture
 from moa.assemble import assemble
@@ -24,12 +26,14 @@ from moa.config import Config
 from moa.errors import ArtifactError, MoaError, RegistryError
 from moa.evaluate import test_rows as pinned_rows
 from moa.registry import Registry
+from moa.releases import gate_text
 from moa.report import summary
 from moa.router import Router
 from moa.workspace import MANIFEST, Workspace, read_json, replace_directory, write_json
 
 DOMAINS = ("alpha", "beta")
 WEAK, NOISE, SWAPPED, STRANGER, EQUAL, BETTER = range(1, 7)   # the versions
+SABOTAGE = (NOISE, SWAPPED, STRANGER)
 
 
 class Shop:
@@ -38,6 +42,8 @@ class Shop:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.results: dict[int, dict[str, Any]] = {}
+        self.answers: dict[int, dict[str, Any]] = {}   # what `moa compare` said of each challenger at its release
+        self.refusals: dict[int, str] = {}             # what an approval was told
 
     @property
     def settings(self) -> Config:
@@ -57,6 +63,17 @@ class Shop:
         manifest = read_json(folder / MANIFEST)
         manifest["digest"] = digests.of_files([folder / CONFIG, folder / WEIGHTS], folder)
         write_json(folder / MANIFEST, manifest)
+
+    def stranger(self, kept: Path) -> None:
+        """The expert of alpha, trained on the corpus of beta."""
+        own, other = (self.workspace.corpus(domain) for domain in DOMAINS)
+        own.rename(kept)
+        shutil.copytree(other, own)
+        experts.train(self.workspace, self.settings, ["alpha"])
+        shutil.rmtree(own)
+        kept.rename(own)
+        learned = read_json(self.workspace.expert("alpha") / MANIFEST)["corpus"]
+        assert learned == read_json(other / MANIFEST)["digest"] != read_json(own / MANIFEST)["digest"]
 
     def release(self) -> dict[str, Any]:
         done = release.release(self.workspace, self.settings)
@@ -119,13 +136,19 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         root = tmp_path_factory.mktemp("shop")
         patch.setenv("GIT_CEILING_DIRECTORIES", str(root))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setattr("flows.release.compare",
-                      lambda workspace, *versions: comparison.compare(workspace, config.load(workspace.params),
-                                                                      *versions))
         made = Shop(tiny.workspace(
             root, DOMAINS, rows=120,
             train={"rank": 2, "alpha": 4.0, "epochs": 2, "batch_rows": 4, "learning_rate": 0.02, "batch_tokens": 512},
             evaluate={"generate_rows": 2, "max_new_tokens": 8}, release={"min_rows": 4, "metric_rows": 8}))
+        real = release.compare
+
+        def compare(workspace: Workspace, incumbent: int, challenger: int) -> dict[str, Any]:
+            assert BETTER in made.results or challenger not in made.answers, "the same question, asked twice"
+            found = real(workspace, incumbent, challenger)
+            made.answers.setdefault(challenger, found)
+            return found
+
+        patch.setattr(release, "compare", compare)
         yield filled(made, root / "kept")
 
 
@@ -135,17 +158,19 @@ def filled(shop: Shop, kept: Path) -> Shop:
     for domain in DOMAINS:
         corpus.prepare(workspace, shop.settings, domain)
     experts.train(workspace, shop.settings, DOMAINS)
-    for domain in DOMAINS:
-        shutil.copytree(workspace.expert(domain), kept / domain)
+    shutil.copytree(workspace.expert("alpha"), kept / "alpha")
     steps: dict[int, Callable[[], None]] = {
         WEAK: lambda: shop.expert("alpha", lambda value: value * 0.5, kept / "alpha"),
         NOISE: lambda: shop.expert("alpha", lambda value: 0.3 * torch.randn(value.shape, generator=noise),
                                    kept / "alpha"),
         SWAPPED: lambda: shop.expert("alpha", lambda value: value * 0.5, kept / "alpha"),
-        STRANGER: lambda: shop.expert("alpha", lambda value: value, kept / "beta"),
+        STRANGER: lambda: shop.stranger(kept / "corpus"),
         EQUAL: lambda: shop.expert("alpha", lambda value: value * 0.5 + 1e-7, kept / "alpha"),
         BETTER: lambda: shop.expert("alpha", lambda value: value, kept / "alpha")}
     for version, step in steps.items():
+        if version == EQUAL:   # its manifest too is that of an expert of alpha again
+            shutil.rmtree(workspace.expert("alpha"))
+            shutil.copytree(kept / "alpha", workspace.expert("alpha"))
         step()
         assemble(workspace, shop.settings)
         if version == SWAPPED:
@@ -153,6 +178,10 @@ def filled(shop: Shop, kept: Path) -> Shop:
         if version == BETTER:
             shop.params(approval="manual")
         assert shop.release()["version"] == version
+        if version in SABOTAGE:
+            with pytest.raises(RegistryError) as caught:
+                release.approve(workspace, shop.settings, version)
+            shop.refusals[version] = str(caught.value)
     return shop
 
 
@@ -169,8 +198,39 @@ def test_sabotage_is_refused_and_the_domain_named(shop: Shop, version: int, name
     assert ("routing accuracy fell from 100.0% to 0.0%" in result["decision"]["reason"]) == (version == SWAPPED)
 
 
+@pytest.mark.parametrize(("version", "domain", "because"), [
+    (NOISE, "alpha", r"because its expert changed from \w{12} to \w{12}(;|\.)"),
+    (SWAPPED, "alpha", r"because the router gives \d+ of its \d+ rows to (base and )?beta now(;|\.)"),
+    (SWAPPED, "beta", r"because the router gives \d+ of its \d+ rows to alpha( and base)? now(;|\.)"),
+    (STRANGER, "alpha", r"because its expert changed from \w{12} to \w{12} and learned from the corpus of beta(;|\.)"),
+])
+def test_sabotage_is_refused_for_what_it_is(shop: Shop, version: int, domain: str, because: str) -> None:
+    decision = shop.results[version]["decision"]
+    assert not decision["promote"] and decision["domains"][domain]["verdict"] == "fail"
+    assert re.search(rf"{domain}: [^;]*worse than the tolerance[^;]*, {because}", decision["reason"])
+    assert decision["domains"][domain]["cause"] in decision["reason"]
+    assert re.search(because, gate_text(decision))
+    blamed = [name for name, each in decision["domains"].items() if each["cause"]]
+    assert blamed == (list(DOMAINS) if version == SWAPPED else ["alpha"])
+
+
+@pytest.mark.parametrize("version", SABOTAGE)
+def test_sabotage_is_refused_every_time(shop: Shop, version: int) -> None:
+    """By whatever seed the rows are drawn again, and by every door but force."""
+    compared, rules = shop.answers[version], release._rules(shop.settings)
+    for seed in range(20):
+        decision = gate.decide(map(release._score, compared["rows"]), replace(rules, seed=seed), incumbent=DOMAINS,
+                               challenger=DOMAINS, routing=compared["routing"])
+        assert not decision.promote and decision.domains["alpha"].verdict == "fail"
+    assert shop.results[version]["champion"] == WEAK
+    reason = shop.results[version]["decision"]["reason"].rstrip(".")
+    assert shop.refusals[version].startswith(f"The gate refuses version {version}: {reason}. See `moa gate {version}`")
+    assert version not in [entry.version for entry in shop.registry.history()]
+
+
 def test_an_equal_release_is_not_promoted(shop: Shop) -> None:
     decision = shop.results[EQUAL]["decision"]
+    assert shop.results[EQUAL]["champion"] == WEAK and not any(each["cause"] for each in decision["domains"].values())
     assert not decision["promote"] and decision["improved"] == []
     assert {each["verdict"] for each in decision["domains"].values()} == {"pass"}
     code, out, _ = shop.run("gate", str(EQUAL))
