@@ -5,6 +5,7 @@ the workspace, listens on the loopback interface only, and ends with us, whateve
 """
 
 import base64
+import importlib
 import os
 import socket
 import sys
@@ -37,13 +38,14 @@ class Server:
 
     def ready(self) -> str:
         """Wait until the server answers and make it the one that `prefect` will use; its URL."""
+        os.environ["PREFECT_API_URL"] = self.url
         deadline = time.monotonic() + START_SECONDS
+        importlib.import_module("prefect.flows")   # a second of work for us, while the server is at its own
         while self._leash is not None and not answers(self.url):
             if self._leash.ended or time.monotonic() > deadline:
                 raise PipelineError(f"The Prefect server did not start (its output: {self._log}); "
                                     "`moa run --local` does the same work without one.")
             time.sleep(0.1)
-        os.environ["PREFECT_API_URL"] = self.url
         return self.url
 
     def settle(self) -> None:

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from flows import engines
 from flows.runner import Outcome
 from moa import change, metrics
 from moa.config import NO_DOMAIN, Config, load
@@ -101,6 +102,7 @@ def opened(workspace: Workspace, options: Options, *, verbose: bool = False,
         config.require_domain(domain)
     for each in config.domains.values():
         metrics.resolve(each.metric)   # the last stage needs it: say so before the first one runs
+    engines.require(config.execution)
     pipeline = held or Pipeline(workspace)
     with nullcontext() if held else pipeline.lock(), Screen(verbose=verbose) as screen:
         snapshot = pipeline.snapshot().limited(options.domains).forced(options.force)

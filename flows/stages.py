@@ -4,8 +4,8 @@ Written once for both runners. It knows neither what a stage computes nor whethe
 
     every generation of the stale part of the graph, in topological order:
         ask DVC again which are really stale     an upstream stage may have run without changing its output
-        stale `train` stages                     one process per device, recorded with `dvc commit`
-        all other stale stages                   `dvc repro -s`, side by side
+        stale `train` stages                     one process per device, or on a cluster; recorded together
+        all other stale stages                   a process each, side by side, or back from DVC's cache
         below a failed stage                     skipped; everything else goes on, and the run fails at its end
 """
 
@@ -13,13 +13,15 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from flows.engines import share
 from flows.runner import Call, Mark, Outcome, Runner
 from flows.session import Result, Session
 from moa.commands import execute
-from moa.config import Config
+from moa.config import Config, ExecutionParams
 from moa.errors import DataError, PipelineError
 from moa.workspace import MANIFEST
 
@@ -136,6 +138,8 @@ def _prefix(session: Session, name: str) -> str | None:
 
 def _devices(config: Config) -> list[str]:
     """One entry for each process that may train at the same time. Asks the driver's tools, not torch."""
+    if config.execution.runner != "threads":
+        return [config.execution.runner]   # how many places a cluster has is flows.scaleout's business
     if config.execution.devices != "auto":
         return list(config.execution.devices) or ["cpu"]
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -152,9 +156,9 @@ def _training(session: Session, device: str, names: Sequence[str]) -> Callable[[
     """Train a group in one process and record every expert that is complete; errors of the others by stage."""
     def work() -> dict[str, Exception]:
         pipeline, stages = session.pipeline, session.snapshot.graph.stages
-        title = f"train@{','.join(stages[name].domain or '' for name in names)}"
-        words = [_prefix(session, names[0]) or ""]
-        words += [f"--domain {shlex.quote(stages[name].domain or '')}" for name in names]
+        domains = [stages[name].domain or "" for name in names]
+        title = _title(domains)
+        command, extra = _command(session.config.execution, device, _prefix(session, names[0]) or "", domains)
         for name in names:
             if session.forced(name):   # DVC, too, removes the outputs of what it runs
                 for output in stages[name].outputs:
@@ -163,20 +167,37 @@ def _training(session: Session, device: str, names: Sequence[str]) -> Callable[[
         failure: Exception | None = None
         session.screen.start(title)
         try:
-            execute(session.workspace, title, ["/bin/sh", "-c", " ".join(words)],
-                    lambda line: session.screen.line(title, line), {} if device == "auto" else {"MOA_DEVICE": device})
+            execute(session.workspace, title, ["/bin/sh", "-c", command],
+                    lambda line: session.screen.line(title, line), extra)
         except PipelineError as error:
             failure = error
         errors = {name: failure for name in names
                   if failure and not _complete(session, stages[name].domain or "")}
-        after = pipeline.inputs(names)
-        for name in names:
-            if after[name] != before[name]:
-                errors[name] = PipelineError(f"{name}: its inputs changed while it was running; run again.")
-        pipeline.record([name for name in names if name not in errors])
+        for name in pipeline.record([name for name in names if name not in errors], before):
+            errors[name] = PipelineError(f"{name}: its inputs changed while it was running; run again.")
         session.screen.finish(title, "FAILED" if errors else "done")
         return errors
     return work
+
+
+def _command(execution: ExecutionParams, device: str, prefix: str, domains: Sequence[str]
+             ) -> tuple[str, dict[str, str]]:
+    """What trains `domains` on a device, or on the workers of a cluster, and its environment. No more than
+    `execution.group` of them share a process: the others follow in another one, whatever became of the first."""
+    if device == execution.runner:
+        prefix, turns = shlex.join([sys.executable, "-P", "-m", "flows.scaleout", "--command", prefix]), [list(domains)]
+    else:
+        turns = share(domains, 1, execution.group)
+    commands = [f"{prefix} {' '.join(f'--domain {shlex.quote(domain)}' for domain in turn)}" for turn in turns]
+    extra = {} if device in ("auto", execution.runner) else {"MOA_DEVICE": device}
+    if len(commands) == 1:
+        return commands[0], extra
+    return "; ".join([*(f"{command} || failed=1" for command in commands), "exit ${failed:-0}"]), extra
+
+
+def _title(domains: Sequence[str]) -> str:
+    """What a group is called, in a line and as a file."""
+    return f"train@{','.join(domains[:4])}{f'+{len(domains) - 4}' if len(domains) > 4 else ''}"
 
 
 def _complete(session: Session, domain: str) -> bool:

@@ -81,15 +81,14 @@ def load(stack: ExpertStack, expert: int, directory: Path) -> None:
     if foreign := sorted(found.keys() - stack.layers.keys()):
         raise ArtifactError(f"{directory} adapts {foreign[0]}, which is no target layer of this base: "
                             "it was trained on another base, or with other targets.")
-    stack.specs[expert], stack.shapes[expert] = _spec(config), {}
-    for name, layer in stack.layers.items():
-        with torch.no_grad():
-            layer.a_ERI[expert].zero_()
-            layer.b_EOR[expert].zero_()
-        if name in found:   # an expert need not adapt every layer
-            spec = _layer_spec(config, name)
-            _fill(layer, expert, found[name], spec, f"{directory}: {name}")
-            stack.shapes[expert][name] = spec
+    shapes = {name: _layer_spec(config, name) for name in stack.layers if name in found}   # it need not adapt them all
+    stack.specs[expert], stack.shapes[expert] = _spec(config), shapes
+    with torch.no_grad():
+        if len(shapes) < len(stack.layers) or any(spec.rank < stack.layers[name].a_ERI.shape[1]
+                                                  for name, spec in shapes.items()):
+            stack.weights[expert].zero_()   # what it does not fill
+        for name, spec in shapes.items():
+            _fill(stack.layers[name], expert, found[name], spec, f"{directory}: {name}")
     stack.changed()
 
 
@@ -117,12 +116,11 @@ def _fill(layer: StackedLoRA, expert: int, matrices: Mapping[str, Tensor], spec:
     if (tuple(a_RI.shape), tuple(b_OR.shape)) != wanted or spec.rank > layer.a_ERI.shape[1]:
         raise ArtifactError(f"{where}: lora_A {tuple(a_RI.shape)} and lora_B {tuple(b_OR.shape)} do not fit the "
                             f"base's layer ({layer.base.out_features} x {layer.base.in_features}) at rank {spec.rank}.")
-    if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
+    if not (a_RI.isfinite().all() and b_OR.isfinite().all()):   # of what is on disk: the layer may be on "meta"
         raise ArtifactError(f"{where}: the weights are not finite numbers.")
-    with torch.no_grad():
-        layer.a_ERI[expert, :spec.rank] = a_RI.to(layer.a_ERI)
-        layer.b_EOR[expert, :, :spec.rank] = b_OR.to(layer.b_EOR)
-        layer.scale_E[expert] = spec.scale
+    layer.a_ERI[expert, :spec.rank] = a_RI
+    layer.b_EOR[expert, :, :spec.rank] = b_OR
+    layer.scale_E[expert] = spec.scale
 
 
 # Configurations.

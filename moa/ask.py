@@ -17,7 +17,8 @@ def open_mixture(directory: Path, workspace: Workspace | None = None) -> Any:
 
     workspace = workspace or Workspace.find()
     config = load_config(workspace.params)
-    return Mixture.load(directory, load(workspace, config.base, pick_device(config.execution.devices)))
+    base = load(workspace, config.base, pick_device(config.execution.devices))
+    return Mixture.load(directory, base, config.execution.resident)
 
 
 def champion(workspace: Workspace, config: Config) -> tuple[Any, Path]:

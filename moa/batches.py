@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moa.tokens import Encoded
+
+CALL = 96    # padded tokens that cost as much as one more forward and backward
+CHUNK = 64   # targets whose logits are in full precision at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +34,23 @@ class Batch:
 
 def microbatches(rows: Sequence[tuple[int, Encoded]], tokens: int) -> list[list[int]]:
     """Indices of `rows` (expert, row), grouped by length so that no group has more than `tokens` padded tokens
-    (a single longer row makes a group of its own). Which rows share a forward has no part in the mathematics."""
+    (a single longer row makes a group of its own), at the least cost of padding and calls together. Which rows share
+    a forward has no part in the mathematics."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][1].ids))
+    lengths = [len(rows[index][1].ids) for index in order]
+    costs, starts = [0.0], [0]   # of the first n rows; where the last group of these begins
+    for stop in range(1, len(order) + 1):
+        longest = lengths[stop - 1]
+        first = max(0, min(stop - 1, stop - tokens // longest))
+        cost, start = min((costs[start] + (stop - start) * longest + CALL, start) for start in range(first, stop))
+        costs.append(cost)
+        starts.append(start)
     groups: list[list[int]] = []
-    for index in sorted(range(len(rows)), key=lambda i: len(rows[i][1].ids)):
-        if groups and (len(groups[-1]) + 1) * len(rows[index][1].ids) <= tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+    stop = len(order)
+    while stop:
+        groups.append(order[starts[stop]:stop])
+        stop = starts[stop]
+    return groups[::-1]
 
 
 def collate(rows: Sequence[tuple[int, Encoded]], device: str | torch.device = "cpu") -> Batch:
@@ -81,7 +94,33 @@ def row_losses(model: nn.Module, batch: Batch) -> Tensor:
     """
     with projecting_only(model, batch.positions):
         logits = model(input_ids=batch.ids, use_cache=False).logits
-    if logits.dtype.itemsize < 4:
-        logits = logits.float()
-    nll_N = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+    nll_N = TargetLoss.apply(logits, batch.targets)
     return torch.zeros(len(batch.ids), dtype=nll_N.dtype, device=nll_N.device).index_add(0, batch.rows, nll_N)
+
+
+class TargetLoss(torch.autograd.Function):
+    """Negative log-likelihood of each target (N,), in float32 at least. Of logits in half precision no copy in full is
+    made but for a few rows at a time: with large vocabularies that copy is the largest tensor of a step."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets: Tensor) -> Tensor:
+        nll = [nn.functional.cross_entropy(_full(part_CV), target, reduction="none")
+               for part_CV, target in zip(logits_NV.split(CHUNK), targets.split(CHUNK), strict=True)]
+        ctx.save_for_backward(logits_NV, targets)
+        return torch.cat(nll)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
+        logits_NV, targets = ctx.saved_tensors
+        grad_NV = torch.empty_like(logits_NV)
+        for part_CV, target, grad, out in zip(*(each.split(CHUNK) for each in (logits_NV, targets, grad_N, grad_NV)),
+                                              strict=True):
+            likely_CV = _full(part_CV).softmax(-1)
+            likely_CV[torch.arange(len(target), device=target.device), target] -= 1
+            out.copy_(likely_CV.mul_(grad.unsqueeze(1)))
+        return grad_NV, None
+
+
+def _full(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype.itemsize < 4 else logits

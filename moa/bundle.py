@@ -83,11 +83,12 @@ def expert_digest(folder: Path) -> str:
     return digests.of_files([path for path in folder.iterdir() if path.name != MANIFEST], folder)
 
 
-def read(folder: Path, pin: BasePin) -> tuple[dict[str, Any], "Router", dict[str, Path]]:
+def read(folder: Path, pin: BasePin, *, check: bool = True) -> tuple[dict[str, Any], "Router", dict[str, Path]]:
     """Manifest, router and the experts' directories by label, once everything is what the manifest says.
 
-    Raises ArtifactError when anything is missing, unreadable or changed, or made for another base, tokenizer or
-    template than those of `pin`; the message says which.
+    Without `check`, the experts have to pass through `Checked` before they are used. Raises ArtifactError when anything
+    is missing, unreadable or changed, or made for another base, tokenizer or template than those of `pin`; the message
+    says which.
     """
     manifest = _manifest(folder)
     if other := [part for part in ("weights", "tokenizer", "template") if manifest["base"][part] != getattr(pin, part)]:
@@ -100,13 +101,37 @@ def read(folder: Path, pin: BasePin) -> tuple[dict[str, Any], "Router", dict[str
     if digests.of_json(content) != manifest["digest"] or found != manifest["router"]["digest"]:
         raise ArtifactError(f"The mixture in {folder} is not what its manifest says: its router or manifest changed; "
                             f"{AGAIN}.")
-    experts = {label: folder / EXPERTS / label for label in manifest["labels"]}
-    for label, expert in experts.items():
-        with readable(f"The expert {label!r} that the manifest in {folder} pins"):
-            digest = expert_digest(expert)
-        if digest != manifest["experts"][label]["digest"]:
-            raise ArtifactError(f"The expert {label!r} in {folder} is not the one its manifest pins.")
+    checked = Checked(folder, manifest)
+    experts = {label: checked.expert(label) if check else checked.folder / label for label in manifest["labels"]}
     return manifest, _router(folder, manifest), experts
+
+
+class Checked:
+    """The experts of a mixture as they are used: each is compared with its digest first, and again when the system says
+    that its files are others than they were."""
+
+    def __init__(self, mixture: Path, manifest: Mapping[str, Any]) -> None:
+        self.mixture, self.folder, self.pinned = mixture, mixture / EXPERTS, manifest["experts"]
+        self._known: dict[str, list[tuple[object, ...]]] = {}   # by label, the files that the digest was made of
+
+    def expert(self, label: str) -> Path:
+        """Directory of an expert that is the one pinned. Raises ArtifactError otherwise."""
+        expert = self.folder / label
+        with readable(f"The expert {label!r} that the manifest in {self.mixture} pins"):
+            files = _files(expert)
+            if self._known.get(label) == files:
+                return expert
+            digest = expert_digest(expert)
+        if digest != self.pinned[label]["digest"]:
+            raise ArtifactError(f"The expert {label!r} in {self.mixture} is not the one its manifest pins.")
+        self._known[label] = files
+        return expert
+
+
+def _files(folder: Path) -> list[tuple[object, ...]]:
+    """What the system says of every file that an expert's digest covers: another write, another time of change."""
+    found = [(path, path.stat()) for path in sorted(folder.iterdir()) if path.name != MANIFEST]
+    return [(path.name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in found]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

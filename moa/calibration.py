@@ -27,21 +27,32 @@ SHALLOWEST, DEEPEST = 1 / 6, 1 / 4
 TEMPERATURES = (0.01, 100.0)
 FEW = 8   # prompts of a domain, below which their mean cosine is that of all
 ITERATIONS, DECAY = 40, 1e-2   # L-BFGS on standardised features
+LOGITS = 1 << 27               # of one training: a few times this many numbers are in memory
 
 
 def fit(labels: Sequence[str], features_NLD: Tensor, targets_N: Tensor) -> Router:
     """Train every level's head on domain labels, each domain weighing the same however many prompts it has.
 
     The loss is strictly convex (cross-entropy and a square penalty on the weights), so the result depends on no seed
-    and no starting point. Zero is the start, and the logits of a prompt always sum to zero.
+    and no starting point. Zero is the start, and the logits of a prompt always sum to zero. Levels have nothing to do
+    with each other; all are trained at once, unless their logits would be more than LOGITS.
     """
     mean_LD, scale_LD = features_NLD.mean(0), features_NLD.std(0).clamp(min=1e-6)
-    standard_LND = ((features_NLD - mean_LD) / scale_LD).transpose(0, 1).contiguous()
+    levels, at_once = features_NLD.shape[1], max(LOGITS // (len(targets_N) * len(labels)), 1)
+    heads = [_heads(((features_NLD[:, some] - mean_LD[some]) / scale_LD[some]).transpose(0, 1).contiguous(),
+                    targets_N, len(labels))
+             for some in (slice(first, first + at_once) for first in range(0, levels, at_once))]
+    weight_LCD, bias_LC = (torch.cat(parts) for parts in zip(*heads, strict=True))
+    return Router(list(labels), mean_LD, scale_LD, weight_LCD, bias_LC, train=(features_NLD, targets_N))
+
+
+def _heads(standard_LND: Tensor, targets_N: Tensor, labels: int) -> tuple[Tensor, Tensor]:
+    """Weights (L, C, D) and biases (L, C) of least loss."""
     levels, rows, width = standard_LND.shape
-    weight_LDC = torch.zeros(levels, width, len(labels), requires_grad=True)
-    bias_L1C = torch.zeros(levels, 1, len(labels), requires_grad=True)
-    counts_C = torch.bincount(targets_N, minlength=len(labels)).clamp(min=1)
-    share_N = counts_C.reciprocal()[targets_N] / len(labels)
+    weight_LDC = torch.zeros(levels, width, labels, requires_grad=True)
+    bias_L1C = torch.zeros(levels, 1, labels, requires_grad=True)
+    counts_C = torch.bincount(targets_N, minlength=labels).clamp(min=1)
+    share_N = counts_C.reciprocal()[targets_N] / labels
     optimizer = torch.optim.LBFGS([weight_LDC, bias_L1C], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -53,8 +64,7 @@ def fit(labels: Sequence[str], features_NLD: Tensor, targets_N: Tensor) -> Route
 
     with torch.enable_grad():
         optimizer.step(loss)
-    return Router(list(labels), mean_LD, scale_LD, weight_LDC.detach().transpose(1, 2).contiguous(),
-                  bias_L1C.detach()[:, 0].contiguous(), train=(features_NLD, targets_N))
+    return weight_LDC.detach().transpose(1, 2).contiguous(), bias_L1C.detach()[:, 0].contiguous()
 
 
 def calibrate(router: Router, features_NLD: Tensor, targets_N: Tensor, *, rule: Rule, tolerance: float,
@@ -119,10 +129,11 @@ def _temperature(router: Router, features_NLD: Tensor, targets_N: Tensor) -> flo
     right, others = (len(targets_N) + 1) / (len(targets_N) + 2), max(len(router.labels) - 1, 1)
     soft_NC = torch.full((len(targets_N), len(router.labels)), (1 - right) / others, dtype=torch.float64)
     soft_NC[torch.arange(len(targets_N)), targets_N] = right
+    logits_NLC = router.used(features_NLD)   # once: no temperature changes them
 
     def loss(exponent: float) -> float:
         router.temperature = math.exp(exponent)
-        return -(soft_NC * router.log_probabilities(features_NLD)).sum(-1).mean().item()
+        return -(soft_NC * router.calibrated(logits_NLC)).sum(-1).mean().item()
 
     low, high = (math.log(bound) for bound in TEMPERATURES)
     while high - low > 0.01:   # a grid of 17, then a finer one around its best: no assumption of a single minimum

@@ -13,17 +13,17 @@ from moa.workspace import Workspace, bring
 
 BASE = ("base.py", "sources.py", "template.py")
 MODEL = (*BASE, "tokens.py", "rows.py")
-LAYER = ("lora.py", "adapters.py", "batches.py")
+LAYER = ("lora.py", "product.py", "adapters.py", "batches.py")
 ROUTING = ("router.py", "calibration.py", "heads.py", "bundle.py")
 MODULES: dict[str, tuple[str, ...]] = {
     "base": BASE,
     "quickstart": ("quickstart",),
     "prepare": ("corpus.py", "reading.py", "conversation.py", "redact.py", "splits.py", "staging.py", "similar.py",
                 "quality.py", "concerns.py", *MODEL),
-    "train": ("experts.py", "training.py", "warm.py", *LAYER, *MODEL),
-    "assemble": ("assemble.py", "joint.py", "training.py", *ROUTING, *LAYER, *MODEL),
-    "evaluate": ("evaluate.py", "remembered.py", "metrics.py", "mixture.py", "generation.py", "sampling.py", *ROUTING,
-                 *LAYER, *MODEL),
+    "train": ("experts.py", "training.py", "attention.py", "warm.py", *LAYER, *MODEL),
+    "assemble": ("assemble.py", "joint.py", "training.py", "attention.py", *ROUTING, *LAYER, *MODEL),
+    "evaluate": ("evaluate.py", "remembered.py", "metrics.py", "mixture.py", "paging.py", "mapped.py",
+                 "generation.py", "decoding.py", "llama.py", "packing.py", "sampling.py", *ROUTING, *LAYER, *MODEL),
 }
 
 

@@ -130,7 +130,7 @@ def compare(workspace: Workspace, config: Config, incumbent: int, challenger: in
     parts: dict[str, dict[str, Any]] = {}
     for name, version in (("incumbent", incumbent), ("challenger", challenger)):
         folder = registry.download(version)
-        mixture, parts[name] = Mixture.load(folder, base), _parts(folder)
+        mixture, parts[name] = Mixture.load(folder, base, config.execution.resident), _parts(folder)
         its = [index for index, (domain, _) in enumerate(content) if domain in mixture.labels]
         decisions = mixture.route([content[index][1].prompt for index in its])
         ask(mixture, name, [(index, answering(one)) for index, one in zip(its, decisions, strict=True)])
@@ -150,7 +150,7 @@ def compare(workspace: Workspace, config: Config, incumbent: int, challenger: in
         if content[index][0] not in differ:
             rows[index]["same_answer"] = True
     for name, version in (("incumbent", incumbent), ("challenger", challenger)) if differ else ():
-        mixture = Mixture.load(registry.download(version), base)
+        mixture = Mixture.load(registry.download(version), base, config.execution.resident)
         for who in (name, "base") if name == "challenger" else (name,):
             pairs = [pair for pair in asked.get(who, ()) if pair[0] in answers.scored and content[pair[0]][0] in differ]
             for (index, _), score in zip(pairs, answers.scores_of(mixture, pairs), strict=True):

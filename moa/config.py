@@ -5,9 +5,9 @@ Each group of parameters belongs to one stage, and each stage of dvc.yaml lists 
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from moa.errors import ConfigError
@@ -160,6 +160,19 @@ class ExecutionParams(Group):
 
     workers: int = Field(default=2, ge=1, description="stages side by side")
     devices: list[str] | Literal["auto"] = Field(default="auto", description="auto = every CUDA device, or the CPU")
+    resident: int = Field(default=64, ge=1, description="experts of a mixture in memory; others are read when needed")
+    runner: Literal["threads", "ray", "dask"] = Field(default="threads", description="where experts are trained: here, "
+                                                                                     "or on a cluster's workers")
+    address: str | None = Field(default=None, description="of the cluster: HOST:6379, ray://HOST:10001, "
+                                                          "tcp://HOST:8786; null = one of `workers` workers, here")
+    group: int | None = Field(default=None, ge=1, description="most experts trained in one process; null = all that "
+                                                              "share a device: memory, not mathematics")
+
+    @model_validator(mode="after")
+    def _cluster(self) -> Self:
+        if self.runner == "threads" and self.address is not None:
+            raise ValueError("address has no effect without a cluster; remove it, or set runner to ray or dask")
+        return self
 
 
 class Domain(Group):

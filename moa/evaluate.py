@@ -51,7 +51,7 @@ def evaluate(workspace: Workspace, config: Config) -> dict[str, Any]:
     for domain in config.domains.values():
         metrics.resolve(domain.metric)   # before anything slow
     base = load(workspace, config.base, pick_device(config.execution.devices))
-    mixture = Mixture.load(workspace.mixture, base)
+    mixture = Mixture.load(workspace.mixture, base, config.execution.resident)
     memory = Remembered(workspace, mixture)
     scored = score(mixture, workspace, config, memory)
     memory.save()

@@ -120,7 +120,7 @@ def _golden(workspace: Workspace, config: Config, folders: Sequence[Path],
     base = load(workspace, config.base, pick_device(config.execution.devices))
     answers: list[dict[str, list[str]]] = []
     for folder in folders:
-        mixture = Mixture.load(folder, base)
+        mixture = Mixture.load(folder, base, config.execution.resident)
         answers.append({domain: [one.answer for one in mixture.generate(
             [row.prompt for row in rows], [domain] * len(rows),
             max_new_tokens=answer_limit(workspace, config, domain))] for domain, rows in asked.items()})

@@ -7,15 +7,15 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from moa.decoding import Decoding
 from moa.errors import UsageError
+from moa.llama import LlamaDecoding, fits
 from moa.sampling import Options, Sampling, generator
 
 Finish = Literal["stop", "length"]
@@ -113,73 +113,6 @@ class Order:
     cancelled: threading.Event | None = None         # once set, the row ends where it is
 
 
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer: the tokenizer's, and all those of the base's own generation settings."""
-    own = model.generation_config.eos_token_id
-    return frozenset({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
-
-
-def write(model: Any, tokenizer: Any, orders: Sequence[Order],
-          choose: Callable[[list[int]], None] | None = None) -> list[Writing]:
-    """Decode the orders as one batch, left-padded, with a KV cache, each by its own options and up to its own limit.
-
-    Rows that have ended leave the batch once they are a quarter of it, or when the base's context would end under
-    them; transformers' `generate` is then begun anew on the cache of those that stay. `choose` is told which orders
-    the batch's rows are, at its beginning and whenever some have left; without it none leaves.
-    """
-    ends = end_tokens(model, tokenizer)
-    rows = [_Row(order, tokenizer, ends) for order in orders]
-    ids, mask = (tensor.to(model.device) for tensor in _padded([order.prompt for order in orders]))
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    cache = None if choose is None else DynamicCache(config=model.config.get_text_config(decoder=True))
-    here = list(range(len(rows)))
-    with _no_settings_of_its_own(model), torch.inference_mode():
-        while here:
-            if choose is not None:
-                choose(here)
-            batch = [rows[index] for index in here]
-            ids = model.generate(
-                ids, attention_mask=mask, **({} if cache is None else {"past_key_values": cache}),
-                generation_config=GenerationConfig(max_new_tokens=max(row.left for row in batch), do_sample=False),
-                logits_processor=LogitsProcessorList([Sampling([(row.order.options, row.random) for row in batch])]),
-                stopping_criteria=StoppingCriteriaList([_Watch(batch, context if choose is not None else None)]))
-            stay = [b for b, row in enumerate(batch) if not row.writing.done]
-            here = [here[b] for b in stay]
-            if here and cache is not None:
-                kept = torch.tensor(stay, device=ids.device)
-                cache.batch_select_indices(kept)
-                ids = ids[kept]
-                mask = torch.cat([mask[kept], mask.new_ones(len(stay), ids.shape[1] - mask.shape[1])], dim=1)
-    return [row.writing for row in rows]
-
-
-def decode(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], limit: int, options: Options) -> list[Writing]:
-    """`write` for rows that want the same, under whatever experts the caller chose for all of them."""
-    return write(model, tokenizer, [Order(prompt=prompt, limit=limit, options=options) for prompt in prompts])
-
-
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids with zeros before the shorter prompts, and the mask of what is prompt; both (B, T)."""
-    longest = max(map(len, prompts), default=0)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for b, prompt in enumerate(prompts):
-        ids[b, longest - len(prompt):] = torch.tensor(prompt)
-        mask[b, longest - len(prompt):] = 1
-    return ids, mask
-
-
-@contextmanager
-def _no_settings_of_its_own(model: Any) -> Iterator[None]:
-    """Inside, the base's generation_config says nothing: transformers would fill our gaps from it, with a repetition
-    penalty for instance, and answers must not depend on a file that no digest covers."""
-    before, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = before
-
-
 class _Row:
     """An order as it is carried out."""
 
@@ -206,24 +139,72 @@ class _Row:
             order.ended(writing)
 
 
-class _Watch(StoppingCriteria):
-    """Hands every new token to its row, and stops the rows that are done, or all when it pays that some leave.
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends an answer: the tokenizer's, and all those of the base's own generation settings."""
+    own = model.generation_config.eos_token_id
+    return frozenset({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+
+
+def write(model: Any, tokenizer: Any, orders: Sequence[Order],
+          choose: Callable[[list[int]], None] | None = None) -> list[Writing]:
+    """Decode the orders as one batch, left-padded, with a KV cache, each by its own options and up to its own limit.
+
+    Rows that have ended leave the batch once they are a quarter of it, or when the base's context would end under
+    them. `choose` is told which orders the batch's rows are, at its beginning and whenever some have left; without it
+    none leaves before all do.
+    """
+    ends = end_tokens(model, tokenizer)
+    rows = [_Row(order, tokenizer, ends) for order in orders]
+    ids, mask = (tensor.to(model.device) for tensor in _padded([order.prompt for order in orders]))
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    here = list(range(len(rows)))
+    with torch.inference_mode():
+        if choose is not None:
+            choose(here)
+        batch = (LlamaDecoding if fits(model) else Decoding)(model, ids, mask)
+        while True:
+            tokens = _until_some_leave(batch, [rows[index] for index in here], None if choose is None else context)
+            stay = [b for b, index in enumerate(here) if not rows[index].writing.done]
+            here = [here[b] for b in stay]
+            if choose is None or not here:
+                return [row.writing for row in rows]
+            choose(here)
+            kept = torch.tensor(stay, device=ids.device)
+            batch.keep(kept)
+            batch.step(tokens[kept])
+
+
+def _until_some_leave(batch: Decoding, rows: Sequence[_Row], context: float | None) -> Tensor:
+    """Decode until all rows have ended, or it pays that some leave; the last tokens, (B), were not passed on.
 
     `context` is the model's; None = nobody leaves before all do.
     """
+    choice = Sampling([(row.order.options, row.random) for row in rows])
+    while True:
+        tokens_B = choice(batch.logits_BV)
+        for row, token in zip(rows, tokens_B.tolist(), strict=True):
+            row.add(token)
+        done = [row for row in rows if row.writing.done]
+        if len(done) == len(rows) or (context is not None and (
+                4 * len(done) >= len(rows) or any(row.place >= context for row in done))):
+            return tokens_B
+        batch.step(tokens_B)
 
-    def __init__(self, rows: Sequence[_Row], context: float | None) -> None:
-        self.rows, self.context = rows, context
-        self.over = False
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:   # noqa: ARG002 - (B, T) -> (B,)
-        if not self.over:   # where transformers looks at the result a step late, that step is not ours
-            for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
-                row.add(token)
-            done = [row for row in self.rows if row.writing.done]
-            self.over = len(done) == len(self.rows) or (self.context is not None and (
-                4 * len(done) >= len(self.rows) or any(row.place >= self.context for row in done)))
-        return torch.tensor([self.over or row.writing.done for row in self.rows], device=input_ids.device)
+def decode(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], limit: int, options: Options) -> list[Writing]:
+    """`write` for rows that want the same, under whatever experts the caller chose for all of them."""
+    return write(model, tokenizer, [Order(prompt=prompt, limit=limit, options=options) for prompt in prompts])
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids with zeros before the shorter prompts, and the mask of what is prompt; both (B, T)."""
+    longest = max(map(len, prompts), default=0)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for b, prompt in enumerate(prompts):
+        ids[b, longest - len(prompt):] = torch.tensor(prompt)
+        mask[b, longest - len(prompt):] = 1
+    return ids, mask
 
 
 # A stream.

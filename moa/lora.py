@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moa.errors import ArtifactError
+from moa.product import LoraProduct, slices
 
 BASE_ONLY = -1
 
@@ -94,48 +95,51 @@ class StackedLoRA(nn.Module):
         self._gathered: tuple[tuple[int, torch.dtype], Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:   # (B, T, I) -> (B, T, O)
-        y = self.base(x)
         batch = self.selection.batch
         if batch is None:
-            return y
+            return self.base(x)
         if x.dim() != 3 or len(x) != batch:
             raise ArtifactError(f"A linear layer was given inputs of shape {tuple(x.shape)}, and the experts of "
                                 f"{batch} rows: only layers that see (row, position, feature) can be adapted; leave "
                                 "the others out of train.targets.")
+        if self.selection.weights is None and torch.is_grad_enabled():
+            return self._learning(x)
+        y = self.base(x)
         if self.selection.weights is not None:
             return y + self._blended(x, self.selection.weights)
-        if torch.is_grad_enabled():
-            a_BRI, b_BRO = self._slices(x.dtype)
-        else:
-            a_BRI, b_BRO = self._kept(x)
-            if x.shape[1] == 1 and x.device.type == "cpu":
-                # A step of decoding is matrix-vector products, and CPUs do these fastest in full precision.
-                hidden_BR1 = torch.bmm(a_BRI, x.to(a_BRI.dtype).transpose(1, 2))
-                return y.add_(torch.bmm(hidden_BR1.transpose(1, 2), b_BRO))
+        a_BRI, b_BRO = self.kept(x.dtype)
+        if x.shape[1] == 1 and x.device.type == "cpu":
+            # A step of decoding is matrix-vector products, and CPUs do these fastest in full precision.
+            hidden_BR1 = torch.bmm(a_BRI, x.to(a_BRI.dtype).transpose(1, 2))
+            return y.add_(torch.bmm(hidden_BR1.transpose(1, 2), b_BRO))
         hidden_BTR = torch.bmm(x, a_BRI.to(x.dtype).transpose(1, 2))
         return torch.baddbmm(y, hidden_BTR, b_BRO.to(x.dtype))
 
-    def _kept(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The slices for forwards without gradients: one choice serves many, as in decoding, and is gathered once."""
-        dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    def _learning(self, x: Tensor) -> Tensor:
+        """The output when gradients are wanted."""
+        self._gathered = None                  # what a validation kept for its rows is of no more use
+        plain = type(self.base) is nn.Linear   # others know best how gradients pass through them
+        y = self.base(x.detach() if plain else x)
+        return LoraProduct.apply(y, x, self.base.weight if plain else None, self.a_ERI, self.b_EOR, self.scale_E,
+                                 self.selection.rows, self.selection.inactive)
+
+    def kept(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The slices for forwards without gradients: one choice serves many, as in decoding, and is gathered once.
+        On a CPU they are in float32 at least."""
+        if self.a_ERI.device.type == "cpu":
+            dtype = torch.promote_types(dtype, torch.float32)
         key = self.selection.generation, dtype
         if self._gathered is None or self._gathered[0] != key:
-            a_BRI, b_BRO = self._slices(dtype)
-            self._gathered = key, a_BRI, b_BRO.contiguous()
+            rows = self.selection.rows
+            assert rows is not None
+            self._gathered = key, *slices(self.a_ERI, self.b_EOR, self.scale_E, rows, self.selection.inactive, dtype)
         return self._gathered[1:]
 
-    def _slices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and scaled B of each row's expert: no loop over experts, and no row ever meets another expert's numbers.
-        Rows of the base alone get zeros."""
-        rows = self.selection.rows
-        assert rows is not None
-        # index_select, not [rows]: the gradient of the latter adds up in whatever order the threads arrive.
-        scale_B11 = self.scale_E.index_select(0, rows).view(-1, 1, 1)
-        a_BRI = self.a_ERI.index_select(0, rows).to(dtype)
-        b_BRO = (self.b_EOR.index_select(0, rows) * scale_B11).to(dtype).transpose(1, 2)
-        if self.selection.inactive is not None:   # filled, not multiplied: expert 0 stands in, and may be no number
-            a_BRI, b_BRO = (slices.masked_fill(self.selection.inactive, 0.0) for slices in (a_BRI, b_BRO))
-        return a_BRI, b_BRO
+    def handed_over(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same, not kept here any longer."""
+        kept = self.kept(dtype)
+        self._gathered = None
+        return kept
 
     def _blended(self, x: Tensor, weights_BE: Tensor) -> Tensor:
         """Every expert's product, weighted row by row; differentiable in the weights."""

@@ -20,12 +20,15 @@ from moa.errors import ArtifactError, UsageError
 from moa.generation import Finish, Options, Order, Tell, Writing
 from moa.heads import chooser
 from moa.lora import BASE_ONLY, ExpertStack
+from moa.mapped import Loader
+from moa.paging import Pages
 from moa.router import Choice, Decision, Router, features
 from moa.rows import Message
 from moa.tokens import Encoder
 
 BASE = "base"               # forced in place of a domain: no expert
 SCORE_TOKENS = 2048         # padded tokens in one forward without gradients
+NAMED = 20                  # experts in a message
 Conversation = Sequence[Message]
 
 
@@ -66,36 +69,33 @@ class Mixture:
     """A base with all experts of one mixture on it, and their router. Threads may share it: they take turns."""
 
     def __init__(self, base: Base, stack: ExpertStack, router: Router, encoder: Encoder,
-                 experts: dict[str, str]) -> None:
+                 experts: dict[str, str], pages: Pages | None = None) -> None:
+        """Without `pages` the stack holds every expert, in the order of the router's labels."""
         self.base, self.stack, self.router, self.encoder = base, stack, router, encoder
+        self.pages = pages or Pages.resident(len(stack))
         self.experts = {**experts, BASE: BASE}   # who may answer: the digest of each, for what depends on that alone
         self.labels = router.labels
         self._turn = threading.RLock()   # the choice of experts is the model's, not a call's
 
     @classmethod
-    def load(cls, directory: Path, base: Base) -> Self:
-        """Put the mixture in `directory` onto `base`. Raises ArtifactError when content and manifest differ, or when
-        it was made for another base, tokenizer or template; the message says which."""
-        manifest, router, folders = bundle.read(directory, base.pin)
+    def load(cls, directory: Path, base: Base, resident: int | None = None) -> Self:
+        """Put the mixture in `directory` onto `base`, with at most `resident` experts in memory at a time; None = all.
+
+        Where it has more, an expert is checked and read when it is first asked for, and whatever is wrong with it is
+        raised there. Raises ArtifactError when content and manifest differ, or when the mixture was made for another
+        base, tokenizer or template; the message says which.
+        """
+        manifest, router, folders = bundle.read(directory, base.pin, check=False)
         levels, width = router.mean_LD.shape
         config = base.model.config
         if (levels, width) != (config.num_hidden_layers, config.hidden_size):
             raise ArtifactError(f"The router in {directory} reads {levels} levels of width {width}, and the base has "
                                 f"{config.num_hidden_layers} of {config.hidden_size}: run `moa assemble` again.")
-        specs = []
-        for label, folder in folders.items():
-            with bundle.readable(f"The expert {label!r} in {directory}"):
-                specs.append(adapters.read_spec(folder))
-        stack = ExpertStack(base.model, specs)
-        try:
-            for expert, (label, folder) in enumerate(folders.items()):
-                with bundle.readable(f"The expert {label!r} in {directory}"):
-                    adapters.load(stack, expert, folder)
-        except BaseException:
-            stack.remove()   # the base is the caller's
-            raise
+        # A router that chooses experts layer by layer may choose any of them.
+        most = resident if resident and router.stream == "base" else len(folders)
+        stack, pages = _stacked(base, bundle.Checked(directory, manifest), folders, min(most, len(folders)))
         return cls(base, stack, router, Encoder(base.tokenizer, **manifest["prompt"]),
-                   {label: expert["digest"] for label, expert in manifest["experts"].items()})
+                   {label: expert["digest"] for label, expert in manifest["experts"].items()}, pages)
 
     def unload(self) -> Base:
         """Take the experts off again; the base is as it was."""
@@ -103,20 +103,24 @@ class Mixture:
         return self.base
 
     def expert_of(self, domain: str) -> int:
-        """Index of a domain's expert, or -1 for "base". Raises UsageError for a name the mixture does not have."""
+        """Number of a domain's expert, or -1 for "base". Raises UsageError for a name the mixture does not have."""
         if domain == BASE:
             return BASE_ONLY
         if domain not in self.labels:
-            raise UsageError(f"This mixture has no expert {domain!r}; it has {', '.join(self.labels)}, and base.")
+            more = [f"{len(self.labels) - NAMED} more"] if len(self.labels) > NAMED else []
+            known = ", ".join([*self.labels[:NAMED], *more])
+            raise UsageError(f"This mixture has no expert {domain!r}; it has {known}, and base.")
         return self.labels.index(domain)
 
     @contextmanager
-    def _using(self, experts_B: Tensor | None) -> Iterator[None]:
-        """Inside, row b of every batch uses expert `experts_B[b]`, and no other thread uses the model."""
-        with self._turn:
-            self.stack.select(experts_B)
+    def _using(self, experts: Sequence[int]) -> Iterator[Tensor]:
+        """Inside, row b of every batch uses expert `experts[b]`, and no other thread uses the model; yields where in
+        the stack the experts lie, (B,), for a choice among the rows."""
+        with self._turn, self.pages.using(experts) as slots:
+            slots_B = torch.tensor(slots, dtype=torch.long, device=self.base.device.device)
+            self.stack.select(slots_B)
             try:
-                yield
+                yield slots_B
             finally:
                 self.stack.select(None)
 
@@ -133,7 +137,7 @@ class Mixture:
 
     def _features(self, prompts: Sequence[Conversation], depth: int | None) -> Tensor:
         ids = [self.encoder.prompt(messages)[-self.encoder.max_tokens:] for messages in prompts]
-        with self._using(None):
+        with self._using([]):
             return features(self.base.model, ids, depth, chooser(self.stack, self.router))
 
     # Score.
@@ -144,13 +148,13 @@ class Mixture:
         rows = [(self.expert_of(domain), self.encoder.row(messages))
                 for messages, domain in zip(conversations, domains, strict=True)]
         result = [(0.0, 0)] * len(rows)
-        for group in microbatches(rows, SCORE_TOKENS):
-            batch = collate([rows[index] for index in group], self.base.device.device)
-            with self._using(batch.owners):
-                losses = row_losses(self.base.model, batch).tolist()
-            for index, loss in zip(group, losses, strict=True):
-                tokens = rows[index][1].completion_tokens
-                result[index] = loss / tokens, tokens
+        for part in self.pages.parts([expert for expert, _ in rows]):
+            for group in microbatches([rows[index] for index in part], SCORE_TOKENS):
+                some = [rows[part[place]] for place in group]
+                with self._using([expert for expert, _ in some]):
+                    losses = row_losses(self.base.model, collate(some, self.base.device.device)).tolist()
+                for place, (_, row), loss in zip(group, some, losses, strict=True):
+                    result[part[place]] = loss / row.completion_tokens, row.completion_tokens
         return result
 
     # Generate.
@@ -203,15 +207,49 @@ class Mixture:
         return generation.pieces(work)
 
     def _write(self, orders: Sequence[Order], decisions: Sequence[Decision | str]) -> list[Writing]:
-        experts = torch.tensor([self.expert_of(_by(decision)) for decision in decisions],
-                               device=self.base.device.device)
-        with self._using(experts):
+        experts = [self.expert_of(_by(decision)) for decision in decisions]
+        written: dict[int, Writing] = {}
+        for part in self.pages.parts(experts):   # one, but for a batch of more experts than are held in memory
+            written |= zip(part, self._decode([orders[index] for index in part], [experts[index] for index in part]),
+                           strict=True)
+        return [written[index] for index in range(len(orders))]
+
+    def _decode(self, orders: Sequence[Order], experts: Sequence[int]) -> list[Writing]:
+        with self._using(experts) as slots_B:
             return generation.write(self.base.model, self.base.tokenizer, orders,
-                                    lambda rows: self.stack.select(experts[rows]))
+                                    lambda rows: self.stack.select(slots_B[rows]))
 
     def chat(self, messages: Conversation, domain: str | None = None, **options: Any) -> Answer:
         """Answer one conversation. A caller's `domain` always wins over the router; "base" is the base alone."""
         return self.generate([messages], [domain], **options)[0]
+
+
+def _stacked(base: Base, checked: bundle.Checked, folders: dict[str, Path], slots: int) -> tuple[ExpertStack, Pages]:
+    """A stack of so many slots on the base, and the experts' pages: in their slots if there is one for each."""
+    labels = list(folders)
+    everything = range(len(labels)) if slots == len(labels) else range(0)
+    for expert in everything:
+        checked.expert(labels[expert])
+    specs = []
+    for label, folder in folders.items():
+        with bundle.readable(f"The expert {label!r} in {checked.mixture}"):
+            specs.append(adapters.read_spec(folder))
+    widest = max(specs, key=lambda spec: spec.rank)
+    stack = ExpertStack(base.model, specs if everything else [widest] * slots)
+    loader = Loader(stack)
+
+    def page_in(expert: int, slot: int) -> None:
+        folder = checked.expert(labels[expert])
+        with bundle.readable(f"The expert {labels[expert]!r} in {checked.mixture}"):
+            loader.load(slot, folder)
+
+    pages = Pages(slots, page_in)
+    try:
+        pages.bring(everything)
+    except BaseException:
+        stack.remove()   # the base is the caller's
+        raise
+    return stack, pages
 
 
 def _order(request: Request, prompt: list[int], limit: int, decision: Decision | str) -> Order:

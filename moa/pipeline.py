@@ -1,12 +1,11 @@
 """The only room that talks to DVC: the graph, what is stale, running one stage, recording a stage run elsewhere.
 
-It does not know what a stage does, in which order stages should run, or that Prefect exists. Graph and status are read
-in process; stages run in processes of their own, which end when we do.
+It does not know what a stage does, in which order stages should run, or that Prefect exists. DVC is asked and told in
+process, and stays open while the workspace's lock is held; stages run in processes of their own, which end when we do.
 """
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 import sys
@@ -14,12 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moa import change, code, starts
-from moa.commands import QUIET, OnLine, execute, sentence
+from moa import change, code, lockfile, staleness, starts
+from moa.commands import OnLine, execute
 from moa.errors import PipelineError, UsageError
-from moa.graph import CHANGED, NEW, RESTORE, Graph, Reason, Snapshot, Stage
+from moa.graph import Graph, Reason, Snapshot, Stage
 from moa.owner import Owner
-from moa.workspace import Workspace
+from moa.repository import Repository, swept
+from moa.workspace import Workspace, write_whole
 
 
 class Pipeline:
@@ -33,6 +33,7 @@ class Pipeline:
             raise UsageError(f"{root} is not set up for DVC: run `{'' if inside_git else 'git init && '}{command}` "
                              "there first.")
         self.workspace = workspace
+        self._repository = Repository(root)
 
     @contextlib.contextmanager
     def lock(self, wait: float = 0) -> Iterator[dict[str, Any] | None]:
@@ -57,18 +58,22 @@ class Pipeline:
                 self._clear_stale_locks()
                 change.undo(self.workspace)
                 self._heal()
+                self._repository.kept = True
                 yield abandoned
         finally:
+            self._repository.kept = False
+            self._repository.close()
             guard.release()
 
     def snapshot(self) -> Snapshot:
         """Graph and direct staleness as they are now. About half a second."""
+        self._repository.close()   # there may be other data without a command
         with self._stages() as (repo, nodes):
             stages = [Stage(name, _command(stage), tuple(self._path(out) for out in stage.outs))
                       for name, stage in nodes.items()]
             upstream: dict[str, list[str]] = {}
             for below, above in repo.index.graph.edges:
-                upstream.setdefault(self._name(below), []).append(self._name(above))
+                upstream.setdefault(self._repository.name(below), []).append(self._repository.name(above))
             snapshot = Snapshot(Graph(stages, upstream), self._stale(nodes))
         if self._lock_file.exists():   # it could be read
             self._known_good.parent.mkdir(parents=True, exist_ok=True)
@@ -85,39 +90,65 @@ class Pipeline:
         from dvc.exceptions import DvcException
 
         found = set()
-        with self._stages() as (repo, nodes), contextlib.chdir(self.workspace.root):   # its run cache assumes so
-            for name in names:
+        with self._stages() as (repo, nodes):
+            for name in swept(names):
+                stage = nodes[name]
+                recorded = [(dep, dep.hash_info, dep.meta) for dep in stage.deps]
                 try:
-                    nodes[name].save_deps()
+                    stage.save_deps()
                     # `restore(dry=True)` would answer this in public, but looks at the inputs of the last run.
-                    before = repo.stage_cache._load(nodes[name])
-                    if before and repo.stage_cache._create_stage(before, wdir=nodes[name].wdir).outs_cached():
+                    before = repo.stage_cache._load(stage)
+                    if before and repo.stage_cache._create_stage(before, wdir=stage.wdir).outs_cached():
                         found.add(name)
                 except DvcException:
                     continue   # an input is missing: the stage itself will say so
+                finally:
+                    for dep, hash_info, meta in recorded:
+                        dep.hash_info, dep.meta = hash_info, meta
         return found
 
     def inputs(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Digest of every input of `names` as it is now, by stage and path."""
         with self._stages() as (_, nodes):
-            values: dict[str, dict[str, Any]] = {}
-            for name in names:
-                nodes[name].save_deps()
-                values[name] = {self._path(dep): str(dep.hash_info) for dep in nodes[name].deps}
-            return values
+            return {name: self._inputs(nodes[name]) for name in swept(names)}
 
     def reproduce(self, name: str, on_line: OnLine, *, force: bool = False) -> None:
-        """Run one stage and record it, or bring it back from DVC's cache. Raises PipelineError naming it."""
-        self._project()
-        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *(["--force"] if force else []), "-s", name]
-        execute(self.workspace, name, command, on_line)
+        """Run one stage and record it, or bring it back from DVC's cache. Raises PipelineError naming it.
 
-    def record(self, names: Sequence[str]) -> None:
-        """Write stages that ran outside DVC into dvc.lock and the cache, all at once."""
-        if names:
-            self._project()
-            command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "-q", "--force", *names]
-            execute(self.workspace, f"record {names[0].split('@')[0]}", command, lambda _: None)
+        A failure leaves dvc.lock as it was.
+        """
+        with self._stages(f"{name} failed") as (repo, nodes):
+            stage = nodes[name]
+            if simple := _simple(name, stage):
+                stage.remove_outs()
+                if not force and _restored(repo, stage):
+                    self._save(repo, [stage])
+                    return
+                before = {name: self._inputs(stage)}
+        try:
+            if not simple:
+                words = ["--wait-for-lock", "repro", *(["--force"] if force else []), "-s", name]
+                execute(self.workspace, name, [sys.executable, "-m", "dvc", *words], on_line)
+                return
+            execute(self.workspace, name, ["/bin/sh", "-c", stage.cmd], on_line, {"DVC_STAGE": name})
+            if self.record([name], before):
+                raise PipelineError(f"{name}: its inputs changed while it was running; run again.")
+        except BaseException:
+            self._repository.close()   # it remembers what has not come true
+            raise
+
+    def record(self, names: Sequence[str], before: Mapping[str, Any] | None = None) -> list[str]:
+        """Write stages that ran outside DVC into dvc.lock and the cache, all at once.
+
+        Those whose `inputs` are not what they were `before` are left out, and returned.
+        """
+        if not names:
+            return []
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        with self._stages(f"{names[0]}{more} could not be recorded") as (repo, nodes):
+            changed = [name for name in swept(names) if before and self._inputs(nodes[name]) != before[name]]
+            self._save(repo, [nodes[name] for name in names if name not in changed])
+        return changed
 
     def recorded(self) -> dict[str, Any]:
         """What dvc.lock says of each stage: command, inputs, parameters, outputs."""
@@ -128,45 +159,55 @@ class Pipeline:
         return (YAML(typ="safe").load(self._lock_file) or {}).get("stages") or {}
 
     @contextlib.contextmanager
-    def _stages(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """DVC's repository, locked, and its stages by name."""
-        os.environ.update({key: value for key, value in QUIET.items() if key.startswith("DVC")})
-        from dvc.exceptions import DvcException
-        from dvc.repo import Repo, lock_repo
-
+    def _stages(self, *what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """DVC's repository, locked, and its stages by name; `what` begins the sentence that says it failed."""
         self._project()
-        try:
-            with hushed(), Repo(str(self.workspace.root), _wait_for_lock=True) as repo, lock_repo(repo):
-                yield repo, {self._name(stage): stage for stage in repo.index.graph.nodes}
-        except DvcException as error:
-            raise PipelineError(f"DVC cannot read this workspace's pipeline: {sentence(str(error))}") from error
+        with self._repository.stages(*what) as (repo, nodes):
+            yield repo, nodes
+
+    def _save(self, repo: Any, stages: Sequence[Any]) -> None:
+        """As `dvc commit --force`, with one write of dvc.lock; no remembered run where an output is not cached."""
+        from dvc.stage.serialize import to_lockfile
+        from dvc.utils.serialize import dumps_yaml
+
+        entries = {}
+        with repo.scm_context(quiet=True):
+            for stage in swept(stages):
+                stage.save(run_cache=all(out.use_cache or out.metric or out.plot for out in stage.outs))
+                stage.commit()
+                stage.cmd_changed = False
+                entries[stage.name] = dumps_yaml({"stages": to_lockfile(stage)}).partition("\n")[2]
+            before = self._lock_file.read_text(encoding="utf-8") if self._lock_file.exists() else ""
+            if (text := lockfile.spliced(before, entries)) is not None:
+                write_whole(self._lock_file, text.encode())
+                repo.scm_context.track_file(self._lock_file.name)
+            else:
+                for stage in stages:
+                    stage.dump(update_pipeline=False)
+        self._repository.noted(self._lock_file.name)
 
     def _project(self) -> None:
         """Bring what DVC reads from .moa/ up to date."""
         code.write(self.workspace)
         starts.project(self.workspace)
 
-    # DVC names stages and files from the current folder; we name them from the workspace's root.
-
-    def _name(self, stage: Any) -> str:
-        file = os.path.relpath(stage.path, self.workspace.root)
-        name = getattr(stage, "name", None)
-        return file if name is None else name if file == "dvc.yaml" else f"{file}:{name}"
-
     def _path(self, entry: Any) -> str:
+        """DVC names files from the current folder; we name them from the workspace's root."""
         path = str(entry.fs_path)
         return os.path.relpath(path, self.workspace.root) if Path(path).is_absolute() else str(entry)
 
+    def _inputs(self, stage: Any) -> dict[str, Any]:
+        return {self._path(dep): str(dep.get_hash()) if dep.exists else None for dep in stage.deps}
+
     def _stale(self, nodes: Mapping[str, Any]) -> dict[str, tuple[Reason, ...]]:
-        """DVC's status in our words, of stages that have a command."""
-        stale: dict[str, tuple[Reason, ...]] = {}
-        for name, stage in nodes.items():
+        """Why each is stale, of those that are and have a command."""
+        stale = {}
+        for name, stage in swept(nodes.items()):
             changes: list[Any] = next(iter(stage.status().values()), []) if stage.cmd else []
-            if changes and not any(entry.hash_info for entry in (*stage.outs, *stage.deps)):
-                stale[name] = (Reason(NEW, "never run"),)
-            elif changes:
-                paths = {str(entry): self._path(entry) for entry in (*stage.outs, *stage.deps)}
-                stale[name] = tuple(reason for change in changes for reason in _explain(change, paths))
+            if changes:
+                entries = (*stage.outs, *stage.deps)
+                stale[name] = staleness.reasons(changes, {str(entry): self._path(entry) for entry in entries},
+                                                recorded=any(entry.hash_info for entry in entries))
         return stale
 
     @property
@@ -211,18 +252,6 @@ class Pipeline:
             rwlock.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """No warnings: of locks left by killed processes, and of outputs that are not there yet."""
-    logger = logging.getLogger("dvc")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
 def _is_dvc(pid: int) -> bool:
     import psutil  # comes with DVC
 
@@ -232,30 +261,22 @@ def _is_dvc(pid: int) -> bool:
         return False
 
 
+def _simple(name: str, stage: Any) -> bool:
+    """Whether running its command here is all that `dvc repro` would do: so of moa's own stages, left as they are."""
+    return (name.split("@")[0] in code.MODULES and isinstance(stage.cmd, str) and "\n" not in stage.cmd
+            and not stage.frozen and Path(stage.wdir) == Path(stage.path).parent)
+
+
+def _restored(repo: Any, stage: Any) -> bool:
+    from dvc.stage.cache import RunCacheNotFoundError
+
+    try:
+        repo.stage_cache.restore(stage)
+    except RunCacheNotFoundError:
+        return False
+    return True
+
+
 def _command(stage: Any) -> str | None:
     command = stage.cmd
     return "\n".join(command) if isinstance(command, list) else command
-
-
-def _explain(change: Any, paths: Mapping[str, str]) -> Iterator[Reason]:
-    """One entry of DVC's status: a word, or changed inputs or outputs by path."""
-    if not isinstance(change, Mapping):
-        yield Reason(CHANGED, "its command changed" if change == "changed command" else str(change))
-        return
-    for path, state in change.get("changed deps", {}).items():
-        if isinstance(state, Mapping):
-            begins = path.endswith(".moa/starts.json")
-            yield from (Reason(CHANGED, "where its training begins changed" if begins else
-                               f"parameter {key} {_state(how)}") for key, how in state.items())
-        else:
-            yield Reason(CHANGED, f"{paths.get(path, path)} {_state(state)}")
-    for path, state in change.get("changed outs", {}).items():
-        if state == "modified":
-            yield Reason(CHANGED, f"its output {paths.get(path, path)} was changed by something else")
-        else:
-            yield Reason(RESTORE, f"its output {paths.get(path, path)} is "
-                                  f"{'missing' if state == 'deleted' else state}")
-
-
-def _state(state: str) -> str:
-    return {"modified": "changed", "deleted": "is missing", "new": "is new"}.get(state, state)

@@ -156,10 +156,18 @@ class Router:
         standard = (features_NLD - self.mean_LD[:depth]) / self.scale_LD[:depth]
         return torch.einsum("nld,lcd->nlc", standard, self.weight_LCD[:depth]) + self.bias_LC[:depth]
 
+    def used(self, features_NLD: Tensor) -> Tensor:
+        """Logits of the levels that the rule decides by, all under `vote`, else one: (N, L, C), float64."""
+        used = slice(None) if self.rule == "vote" else slice(self.reads, self.reads + 1)
+        return self.logits(features_NLD)[:, used].double()
+
     def log_probabilities(self, features_NLD: Tensor) -> Tensor:
         """Calibrated log-probabilities under the rule: (N, C), float64. `vote` averages the levels' probabilities."""
-        used = slice(None) if self.rule == "vote" else slice(self.reads, self.reads + 1)
-        log_NLC = (self.logits(features_NLD)[:, used].double() / self.temperature).log_softmax(-1)
+        return self.calibrated(self.used(features_NLD))
+
+    def calibrated(self, logits_NLC: Tensor) -> Tensor:
+        """The same of what `used` gives."""
+        log_NLC = (logits_NLC / self.temperature).log_softmax(-1)
         return log_NLC.logsumexp(1) - math.log(log_NLC.shape[1])
 
     def probabilities(self, features_NLD: Tensor) -> Tensor:
@@ -187,8 +195,7 @@ class Router:
             others = log_NC.scatter(-1, best.indices, -math.inf).logsumexp(-1)
             return (best.values[:, 0] - others).clamp(max=MOST_ODDS)   # a single domain has no others
         if self.score == "energy":
-            used = slice(None) if self.rule == "vote" else slice(self.reads, self.reads + 1)
-            return self.logits(features_NLD)[:, used].double().logsumexp(-1).mean(1)
+            return self.used(features_NLD).logsumexp(-1).mean(1)
         standard_ND = self.standard(features_NLD, self.reads)
         if self.score == "nearest":
             assert self.seen_MD is not None

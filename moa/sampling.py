@@ -12,6 +12,8 @@ from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWar
 
 from moa.errors import UsageError
 
+NOT_READ = torch.empty(0, dtype=torch.long)   # these filters take the tokens so far, and do not look at them
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -69,8 +71,9 @@ def generator(seed: int | None) -> Generator:
     return made
 
 
-class Sampling(LogitsProcessor):
-    """What turns the likeliest token into a drawn one, in the rows that want it: transformers' own filters, and noise.
+class Sampling:
+    """The next token of each row: the likeliest, or a drawn one in the rows that want it, by transformers' own filters
+    and noise.
 
     The noise is Gumbel's: the likeliest token after it is a draw from the softmax before it (Gumbel 1954; Maddison et
     al. 2014, arXiv 1411.0030). Each row has its own generator, so neither its neighbours nor the rest of the program
@@ -84,16 +87,16 @@ class Sampling(LogitsProcessor):
             if options.temperature > 0:
                 self.groups[float(options.temperature), options.top_k, float(options.top_p)].append(b)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:   # scores (B, V) -> (B, V)
+    def __call__(self, scores: Tensor) -> Tensor:   # (B, V) -> (B)
         scores = scores.clone() if self.groups else scores
         for settings, group in self.groups.items():
             drawn = scores[group]
             for each in _filters(*settings):
-                drawn = each(input_ids[group], drawn)
+                drawn = each(NOT_READ, drawn)
             noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=self.generators[b])
                                  for b in group])
             scores[group] = drawn - noise.clamp(min=torch.finfo(noise.dtype).tiny).log().to(scores)
-        return scores
+        return scores.argmax(-1)
 
 
 def _filters(temperature: float, top_k: int, top_p: float) -> list[LogitsProcessor]:

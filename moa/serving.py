@@ -197,7 +197,7 @@ class Champions:
                 and time.monotonic() - self._refused[1] < RETRY_SECONDS)
 
     def _load(self, version: Any, folder: Path) -> Release:
-        mixture = Watched.load(folder, self._own_base())
+        mixture = Watched.load(folder, self._own_base(), self.config.execution.resident)
         if self.watch is not None:
             mixture.tell = partial(self.watch, version.version, version.digest)
         return Release(version.name, version.version, version.digest, mixture, version.created_at // 1000,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moa.attention import short_rows
 from moa.batches import Batch, collate, microbatches, row_losses
 from moa.config import TrainParams
 from moa.lora import ExpertStack, Selection, StackedLoRA
@@ -215,6 +216,16 @@ def cotrain(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], b
     `after_step` is called after each common step, for progress and checkpoints. A learner whose loss or gradient is no
     longer finite stops with `progress.failure` set, and the others do not notice.
     """
+    with short_rows(model):
+        _train(model, stack, learners, batch_tokens, after_step, forward)
+    stack.select(None)
+    with torch.no_grad():
+        for learner in learners:
+            learner.weights.copy_(learner.best)
+
+
+def _train(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,
+           after_step: Callable[[Sequence[Learner]], Any], forward: Forward) -> None:
     if starting := [learner for learner in learners if learner.warm and not learner.progress.curve]:
         count_starts(model, stack, starting, batch_tokens, forward)
         for learner in starting:
@@ -227,10 +238,6 @@ def cotrain(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], b
             for learner in ended:
                 learner.end_epoch(losses[learner.name])
         after_step(active)
-    stack.select(None)
-    with torch.no_grad():
-        for learner in learners:
-            learner.weights.copy_(learner.best)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ With moa.pipeline, the only room that talks to DVC. Knows nothing of domains.
 import contextlib
 import io
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -15,7 +14,8 @@ from typing import Any
 
 from moa.commands import QUIET, sentence
 from moa.errors import PipelineError
-from moa.pipeline import Pipeline, hushed
+from moa.pipeline import Pipeline
+from moa.repository import hushed, listening
 
 
 def initialise(root: Path) -> bool:
@@ -46,7 +46,7 @@ class Versions(Pipeline):
 
         refused: list[OSError] = []
         try:
-            with self._repo() as repo, _listening(refused):
+            with self._repo() as repo, listening(refused):
                 repo.add([str(folder)])
         except DvcException as error:
             if refused:
@@ -127,25 +127,6 @@ def _silence() -> Iterator[None]:
     words = io.StringIO()
     with hushed(), contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
         yield
-
-
-@contextlib.contextmanager
-def _listening(errors: list[OSError]) -> Iterator[None]:
-    """Collect what the disk refused: DVC only logs it, and then fails with words about something else."""
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.exc_info and isinstance(record.exc_info[1], OSError):
-                errors.append(record.exc_info[1])
-
-    loggers = [logging.getLogger(name) for name in ("dvc_data", "dvc_objects")]
-    before = [logger.handlers for logger in loggers]
-    for logger in loggers:
-        logger.handlers = [Listener()]
-    try:
-        yield
-    finally:
-        for logger, handlers in zip(loggers, before, strict=True):
-            logger.handlers = handlers
 
 
 def _read_yaml(path: Path) -> Any:

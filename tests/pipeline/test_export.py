@@ -103,7 +103,7 @@ def test_exported_experts_are_the_mixtures_in_plain_peft(workspace: Workspace, t
         folder = tmp_path / "out" / entry["path"]
         assert entry["path"] == f"{label}-{entry['digest'][:12]}" and entry["rank"] == 2
         assert bundle.expert_digest(folder) == entry["digest"] == mixture.experts[label]
-        with mixture._using(torch.tensor([number])):
+        with mixture._using([number]):
             wanted = logits(mixture.base.model, ids)
         plain = PeftModel.from_pretrained(base.load(workspace, read(workspace).base).model, folder).eval()
         torch.testing.assert_close(logits(plain, ids), wanted, rtol=1e-4, atol=1e-5)
@@ -259,7 +259,7 @@ def same_as_peft(workspace: Workspace, outside: Path) -> None:
 
     mixture = open_mixture(workspace.mixture, workspace)
     ids = mixture.encoder.prompt(QUESTION)
-    with mixture._using(torch.tensor([mixture.labels.index("beta")])):
+    with mixture._using([mixture.labels.index("beta")]):
         answered = logits(mixture.base.model, ids)
     plain = PeftModel.from_pretrained(base.load(workspace, read(workspace).base).model, outside).eval()
     torch.testing.assert_close(answered, logits(plain, ids), rtol=1e-4, atol=1e-5)

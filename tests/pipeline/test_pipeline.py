@@ -151,13 +151,71 @@ def test_a_failing_stage_stops_only_what_needs_it(workspace: Workspace) -> None:
     assert toy.runs(workspace) == ["assemble", "evaluate", "train math"]
 
 
-def test_a_failing_stage_run_by_dvc(workspace: Workspace) -> None:
+def test_a_failing_stage_that_runs_alone(workspace: Workspace) -> None:
     toy.control(workspace, fail=["prepare@sql"])
     result = build(workspace)
     assert result.named("failed") == ["prepare@sql"]
     assert str(result.outcomes["prepare@sql"].error) == (
         "prepare@sql failed: No luck with sql. (full output: .moa/logs/prepare@sql.log)")
     assert {"prepare@math", "train@math"} <= set(result.named("done"))
+
+
+def test_a_failure_leaves_the_lock_file_as_it_was(built: Workspace) -> None:
+    lock = built.root / "dvc.lock"
+    before = lock.read_bytes()
+    toy.add_rows(built, "sql", "s2")
+    toy.control(built, fail=["prepare@sql"])
+    assert build(built).named("failed") == ["prepare@sql"] and lock.read_bytes() == before
+    steps = built.root / "steps.py"   # ends well, and has not written what it should
+    steps.write_text(steps.read_text().replace("write(data / \"corpora\"", "print(data / \"corpora\""))
+    toy.control(built)
+    assert str(build(built).outcomes["prepare@sql"].error) == (
+        "prepare@sql could not be recorded: output 'data/corpora/sql' does not exist.")
+    assert lock.read_bytes() == before
+
+
+def test_dvc_would_write_the_same(built: Workspace) -> None:
+    toy.add_domain(built, "a-name-so-long-that-its-command-stands-on-two-lines-of-the-file")
+    toy.add_rows(built, "sql", "s2")
+    assert build(built).failure() is None
+    lock, runs = built.root / "dvc.lock", built.root / ".dvc" / "cache" / "runs"
+    ours, remembered = lock.read_text(), sorted(path.name for path in runs.rglob("*"))
+    subprocess.run([sys.executable, "-m", "dvc", "commit", "-q", "--force"], cwd=built.root, check=True,
+                   env=environment())
+    assert lock.read_text() == ours and sorted(path.name for path in runs.rglob("*")) == remembered
+    lock.write_text(f"# somebody's\n{ours}")   # DVC keeps it, so it is DVC who writes
+    toy.add_rows(built, "sql", "s3")
+    assert build(built).failure() is None
+    assert lock.read_text().startswith("# somebody's\n") and not Pipeline(built).snapshot().stale
+
+
+def test_a_stage_that_is_frozen_is_left_to_dvc(built: Workspace) -> None:
+    pipeline = built.root / "dvc.yaml"
+    pipeline.write_text(pipeline.read_text().replace("  base:\n", "  base:\n    frozen: true\n"))
+    (built.root / "data" / "base" / "manifest.json").unlink()
+    result = build(built)
+    assert result.named("failed") == ["base"] and not toy.runs(built)
+    assert "missing data 'source'" in str(result.failure())
+
+
+def test_parameters_are_found_as_dvc_finds_them(built: Workspace) -> None:
+    with (built.root / "dvc.yaml").open("a") as file:
+        file.write("  mine:\n    cmd: echo mine > mine.txt\n    params: [execution.devices.0, domains.math.metric]\n"
+                   "    outs: [mine.txt]\n")
+    assert build(built).named("done") == ["mine"] and not Pipeline(built).snapshot().stale
+    built.params.write_text(built.params.read_text().replace("devices: [cpu]", "devices: [cuda]"))
+    assert texts(built, "mine") == ["parameter execution.devices.0 changed"]
+
+
+def test_a_long_lived_process_keeps_nothing_of_what_it_asked(built: Workspace) -> None:
+    import fsspec
+
+    kept = fsspec.filesystem("memory").store
+    with Pipeline(built).lock():
+        before = set(kept)
+        for _ in range(3):
+            assert not Pipeline(built).snapshot().stale
+    assert set(kept) == before
 
 
 def test_a_training_that_dvc_remembers(built: Workspace) -> None:
@@ -172,13 +230,14 @@ def test_a_training_that_dvc_remembers(built: Workspace) -> None:
     assert toy.value(built.mixture) == ["MATH", "S3"]
 
 
-def test_inputs_that_change_during_a_training_are_not_recorded(workspace: Workspace) -> None:
+@pytest.mark.parametrize(("step", "key"), [("train", "rank: "), ("prepare", "validation: ")])
+def test_inputs_that_change_during_a_step_are_not_recorded(workspace: Workspace, step: str, key: str) -> None:
     steps = workspace.root / "steps.py"
-    steps.write_text(steps.read_text() + '\nif step == "train":\n    p = pathlib.Path("params.yaml")\n'
-                     '    p.write_text(p.read_text().replace("rank: 8", "rank: 9"))\n')
+    steps.write_text(steps.read_text() + f'\nif step == "{step}":\n    p = pathlib.Path("params.yaml")\n'
+                     f'    p.write_text(p.read_text().replace("{key}", "{key}1"))\n')
     result = build(workspace)
     assert "inputs changed while it was running" in str(result.failure())
-    assert "train@math" in Pipeline(workspace).snapshot().stale
+    assert f"{step}@math" in Pipeline(workspace).snapshot().stale
 
 
 DRIVER = """

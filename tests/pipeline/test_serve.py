@@ -31,6 +31,7 @@ from moa.assemble import assemble
 from moa.batching import Batcher, Limits
 from moa.chat import ChatError, Trimmed, read
 from moa.config import Config
+from moa.decoding import Decoding
 from moa.errors import RegistryError
 from moa.mixture import Answer, Mixture
 from moa.registry import Registry
@@ -251,18 +252,20 @@ def test_streams_and_answers_of_any_length_and_options_share_batches(server: Ser
     assert batches <= 6 and after["moa_batch_rows_sum"] - before["moa_batch_rows_sum"] == 12
 
 
-def test_a_stream_that_is_begun_anew_goes_on_where_it_was(mixtures: dict[int, Mixture]) -> None:
+def test_a_stream_that_is_begun_anew_goes_on_where_it_was(mixtures: dict[int, Mixture],
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch fails in its middle, as for want of memory, and each row is tried alone."""
-    mixture, calls = mixtures[1], []
+    mixture, calls, step = mixtures[1], [], Decoding.step
 
-    def fail(*_: Any) -> None:
+    def fail(decoding: Decoding, tokens: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 8:
             raise RuntimeError("out of luck")
+        return step(decoding, tokens)
 
     heard: dict[int, list[str]] = {0: [], 1: [], 2: []}
     batcher = Batcher(answer, Limits(rows=3, pause=60))   # the third ends the pause
-    hook = mixture.base.model.register_forward_pre_hook(fail)
+    monkeypatch.setattr(Decoding, "step", fail)
     served = Release("m", 1, "", mixture, 0, {})
     try:
         jobs = [Ask.of(served, question("alpha", number), "alpha",
@@ -272,7 +275,6 @@ def test_a_stream_that_is_begun_anew_goes_on_where_it_was(mixtures: dict[int, Mi
             batcher.submit(job)
         answers = [job.done.result(60) for job in jobs]
     finally:
-        hook.remove()
         batcher.close()
     assert len(calls) > 30, "the batch failed, and then each was written alone"
     for number, one in enumerate(answers):

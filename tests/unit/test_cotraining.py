@@ -184,7 +184,7 @@ def test_one_that_stops_early_does_not_touch_the_others() -> None:
     assert together["b"][1].progress.stopped and together["b"][1].progress.epoch < 4
     assert [together[name][1].progress.epoch for name in "ac"] == [4, 2]
     for plan in plans:
-        assert_as_alone(together, plan, 1e-9)
+        assert_as_alone(together, plan, 1e-8 if plan.params is WILD else 1e-9)   # such a rate makes rounding grow
 
 
 def test_the_best_epoch_is_kept_and_its_loss_is_what_the_expert_has() -> None:

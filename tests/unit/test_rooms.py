@@ -18,8 +18,9 @@ from moa.workspace import MANIFEST, Workspace
 REPOSITORY = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "peft", "mlflow", "prefect", "dvc", "datasets", "safetensors", "pyarrow"}
 # Rooms that are about tensors, or are a flow: only these may be slow to import, and only steps import them.
-SLOW = {"moa.adapters", "moa.batches", "moa.calibration", "moa.generation", "moa.heads", "moa.joint", "moa.lora",
-        "moa.mixture", "moa.router", "moa.sampling", "moa.serving", "moa.training", "flows.adapt", "flows.build",
+SLOW = {"moa.adapters", "moa.attention", "moa.batches", "moa.calibration", "moa.decoding", "moa.generation",
+        "moa.heads", "moa.joint", "moa.llama", "moa.lora", "moa.mapped", "moa.mixture", "moa.packing", "moa.paging",
+        "moa.product", "moa.router", "moa.sampling", "moa.serving", "moa.training", "flows.adapt", "flows.build",
         "flows.deployments", "flows.drift"}
 # What every stage stands on, and what words its results: no part of what it computes.
 INFRASTRUCTURE = {"moa", "moa.code", "moa.workspace", "moa.config", "moa.errors", "moa.digests", "moa.progress"}
@@ -85,7 +86,7 @@ def test_flows_hold_no_machine_learning() -> None:
 
 def test_one_room_talks_to_mlflow_and_one_to_dvc() -> None:
     assert importers("mlflow") == {"moa.tracking", "moa.registry", "moa.registration", "moa.pyfunc"}
-    assert importers("dvc") == {"moa.pipeline", "moa.versions"}
+    assert importers("dvc") == {"moa.pipeline", "moa.repository", "moa.versions"}
 
 
 # What importing does.

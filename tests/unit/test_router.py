@@ -142,8 +142,10 @@ def test_a_rare_domain_counts_as_much() -> None:
     assert sum(decision.domain == "b" for decision in fitted.decide(rare)) >= 5
 
 
-def test_heads_reach_the_least_loss() -> None:
+@pytest.mark.parametrize("at_once", [calibration.LOGITS, 1])   # all levels together, each alone
+def test_heads_reach_the_least_loss(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of the documented loss, taken apart from the fit, is nothing at the heads that it found."""
+    monkeypatch.setattr(calibration, "LOGITS", at_once)
     features, targets = clusters(61, apart=0.7)
     fitted = calibration.fit("abc", features, targets)
     weight, bias = fitted.weight_LCD.clone().requires_grad_(), fitted.bias_LC.clone().requires_grad_()

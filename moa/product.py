@@ -1,0 +1,82 @@
+"""A linear layer with LoRA in training: what a row's expert adds to the layer's output, with a backward of its own.
+
+Autograd keeps and casts every intermediate of index, scale, product and sum, and makes a gradient as large as the
+whole stack for each forward. This adds to the layer's output in place, keeps the hidden values of rank R alone beside
+inputs that are kept anyway, gives the input one gradient, and adds each row's to its own expert's slice. Knows nothing
+of models.
+
+Shapes: E experts, R largest rank, I and O a layer's inputs and outputs, B rows, T positions.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class LoraProduct(torch.autograd.Function):
+    """y + scale * B(Ax), in place, each row by its own expert; the base's rows, `inactive` (B, 1, 1), stay as they are.
+
+    With the frozen weight that made y out of x, the input's gradient is that of both products, and y's history is not
+    looked at; without (None), y gets its gradient as any tensor does. The gradients of A and B are not returned but
+    added to `.grad` of the parameters, as `backward` does with a leaf.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_BTO: Tensor, x_BTI: Tensor, weight_OI: Tensor | None, a_ERI: Tensor, b_EOR: Tensor,
+                scale_E: Tensor, rows: Tensor, inactive: Tensor | None) -> Tensor:
+        a_BRI, b_BRO = slices(a_ERI, b_EOR, None, rows, inactive, x_BTI.dtype)
+        scale_B11 = scale_E.index_select(0, rows).view(-1, 1, 1).to(x_BTI.dtype)
+        hidden_BTR = torch.bmm(x_BTI, a_BRI.transpose(1, 2)).mul_(scale_B11)   # the smallest place to scale
+        y_BTO.baddbmm_(hidden_BTR, b_BRO)
+        ctx.mark_dirty(y_BTO)
+        ctx.save_for_backward(x_BTI, weight_OI, hidden_BTR, a_BRI, b_BRO, scale_B11, rows, inactive)
+        ctx.parameters = a_ERI, b_EOR
+        return y_BTO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTO: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTI, weight_OI, hidden_BTR, a_BRI, b_BRO, scale_B11, rows, inactive = ctx.saved_tensors
+        a_ERI, b_EOR = ctx.parameters
+        grad_BTR = torch.bmm(grad_BTO, b_BRO.transpose(1, 2)).mul_(scale_B11)
+        if ctx.needs_input_grad[3]:
+            _add(a_ERI, rows, inactive, torch.bmm(grad_BTR.transpose(1, 2), x_BTI))
+        if ctx.needs_input_grad[4]:
+            grad_BRO = torch.bmm(hidden_BTR.transpose(1, 2), grad_BTO)
+            _add(b_EOR, rows, inactive, grad_BRO.transpose(1, 2))
+        grad_BTI = None
+        if ctx.needs_input_grad[1]:   # the lowest layer's input has none
+            grad_BTI = (torch.bmm(grad_BTR, a_BRI) if weight_OI is None
+                        else (grad_BTO @ weight_OI).baddbmm_(grad_BTR, a_BRI))
+        return grad_BTO if ctx.needs_input_grad[0] else None, grad_BTI, None, None, None, None, None, None
+
+
+def slices(a_ERI: Tensor, b_EOR: Tensor, scale_E: Tensor | None, rows: Tensor, inactive: Tensor | None,
+           dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (B, R, I) and B (B, R, O), scaled if `scale_E` is given, of each row's expert: no loop over experts, and no row
+    ever meets another expert's numbers. Rows of the base alone get zeros."""
+    # index_select, not [rows]: the gradient of the latter adds up in whatever order the threads arrive.
+    a_BRI, b_BOR = a_ERI.index_select(0, rows).to(dtype), b_EOR.index_select(0, rows)
+    if scale_E is not None:
+        b_BOR = b_BOR * scale_E.index_select(0, rows).view(-1, 1, 1)
+    b_BRO = _contiguous(b_BOR.transpose(1, 2), dtype)   # a product with R columns that lie apart takes twice the time
+    if inactive is not None:   # filled, not multiplied: expert 0 stands in, and may be no number
+        a_BRI, b_BRO = a_BRI.masked_fill(inactive, 0.0), b_BRO.masked_fill(inactive, 0.0)
+    return a_BRI, b_BRO
+
+
+def _add(parameter: Tensor, rows: Tensor, inactive: Tensor | None, grads: Tensor) -> None:
+    """Add each row's gradient to its expert's."""
+    grads = _contiguous(grads, parameter.dtype)
+    if inactive is not None:
+        grads = grads.masked_fill(inactive, 0.0)
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad.index_add_(0, rows, grads)
+
+
+def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this dtype and in order, by one copy at most."""
+    return tensor.to(dtype, memory_format=torch.contiguous_format).contiguous()   # to() alone leaves its own dtype be

@@ -1,0 +1,211 @@
+"""The written-out decoding step against transformers' own forward, and weights in oneDNN's layout against plain ones.
+
+Float64 where numbers are compared; bfloat16 where the layout is, which is of no other dtype.
+"""
+
+import copy
+import gc
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from moa import generation, llama, packing
+from moa.decoding import Decoding
+from moa.generation import Options
+from moa.llama import LlamaDecoding
+from moa.lora import ExpertStack, LoraSpec
+from tests import tiny
+
+FAST = ("llama", "qwen2")
+SPECS = [LoraSpec(2, 4.0), LoraSpec(3, 3.0, rslora=True)]
+
+
+@cache
+def model_of(architecture: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    """A toy whose weights are large enough to say something else at every position."""
+    with TemporaryDirectory() as folder:
+        tiny.base(Path(folder), architecture=architecture)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **changes).eval().requires_grad_(False)
+    random = torch.Generator().manual_seed(7)
+    for weight in model.parameters():
+        weight.normal_(0, 0.3, generator=random)
+    return model
+
+
+def stack_on(model: Any, targets: str | list[str] = "all-linear") -> ExpertStack:
+    """Random experts on a model of its own modules over the same weights."""
+    own = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    stack = ExpertStack(own, SPECS, targets, dtype=torch.promote_types(model.dtype, torch.float32))
+    stack.weights.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    return stack
+
+
+def prompts_of(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(len(lengths))
+    return generation._padded([torch.randint(3, 250, (length,), generator=random).tolist() for length in lengths])
+
+
+def walk(kind: type[Decoding], stack: ExpertStack, lengths: list[int], experts: list[int], stays: list[list[int]],
+         steps: int) -> list[torch.Tensor]:
+    """Logits of greedy steps, those rows of `stays` going on after each `steps`."""
+    seen = []
+    with torch.inference_mode():
+        chosen = torch.tensor(experts)
+        stack.select(chosen)
+        batch = kind(stack.model, *prompts_of(lengths))
+        for stay in [*stays, []]:
+            for _ in range(steps):
+                seen.append(batch.logits_BV)
+                batch.step(batch.logits_BV.argmax(-1))
+            if stay:
+                chosen = chosen[stay]
+                stack.select(chosen)
+                batch.keep(torch.tensor(stay))
+    stack.select(None)
+    return seen
+
+
+# The step.
+
+@pytest.mark.parametrize("architecture", FAST)
+@settings(max_examples=15, deadline=None)
+@given(rows=st.lists(st.tuples(st.integers(1, 20), st.integers(-1, 1)), min_size=1, max_size=5), data=st.data())
+def test_the_written_out_step_computes_what_the_model_does(architecture: str, rows: list[tuple[int, int]],
+                                                           data: st.DataObject) -> None:
+    """Padding, rows without an expert, rows that leave, and a cache that grows more than once."""
+    lengths, experts = map(list, zip(*rows, strict=True))
+    stay = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=len(rows), unique=True))
+    steps = data.draw(st.sampled_from([3, 2 * llama.CHUNK // 3]))
+    stack = stack_on(model_of(architecture))
+    assert llama.fits(stack.model)
+    plain, fast = (walk(kind, stack, lengths, experts, [stay], steps) for kind in (Decoding, LlamaDecoding))
+    for one, same in zip(plain, fast, strict=True):
+        torch.testing.assert_close(same, one, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["v_proj"], ["up_proj", "o_proj"]])
+def test_experts_on_some_layers_only(targets: list[str]) -> None:
+    stack = stack_on(model_of("llama"), targets)
+    plain, fast = (walk(kind, stack, [3, 9], [1, 0], [], 4) for kind in (Decoding, LlamaDecoding))
+    torch.testing.assert_close(fast, plain, atol=1e-9, rtol=1e-9)
+    alone = walk(LlamaDecoding, stack, [3, 9], [-1, -1], [], 4)
+    assert (alone[0] - fast[0]).abs().max() > 0.1   # the experts do something
+
+
+def test_an_expert_that_is_no_number_stays_its_own() -> None:
+    stack = stack_on(model_of("llama"))
+    healthy = walk(LlamaDecoding, stack, [4, 6], [1, -1], [], 3)
+    stack.weights[0] = torch.nan
+    stack.changed()
+    for one, same in zip(healthy, walk(LlamaDecoding, stack, [4, 6], [1, -1], [], 3), strict=True):
+        assert torch.equal(one, same)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_greedy_tokens_are_those_of_transformers_generate(architecture: str) -> None:
+    model = model_of(architecture)
+    ids, mask = prompts_of([5, 12, 1])
+    written = generation.decode(model, tiny.tokenizer(), [row[mask[b] == 1].tolist() for b, row in enumerate(ids)], 80,
+                                Options())
+    reference = model.generate(ids, attention_mask=mask, generation_config=GenerationConfig(
+        max_new_tokens=80, do_sample=False))[:, ids.shape[1]:].tolist()
+    assert len({tuple(row) for row in reference}) == 3
+    for ours, theirs in zip(written, reference, strict=True):
+        assert len(ours.ids) > 1 and ours.ids == theirs[:len(ours.ids)]
+
+
+def test_a_scaled_rotation_is_the_models_own() -> None:
+    scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    with TemporaryDirectory() as folder:
+        tiny.base(Path(folder))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, rope_parameters=scaled).eval()
+    assert model.model.rotary_emb.rope_type == "llama3"
+    stack = stack_on(model.requires_grad_(False))
+    plain, fast = (walk(kind, stack, [40, 50], [0, 1], [], 5) for kind in (Decoding, LlamaDecoding))
+    torch.testing.assert_close(fast, plain, atol=1e-9, rtol=1e-9)
+
+
+def test_other_models_keep_their_own_forward() -> None:
+    assert [llama.fits(model_of(architecture)) for architecture in tiny.ARCHITECTURES] == [True, True, False]
+    sliding = copy.copy(model_of("qwen2"))
+    sliding.config = copy.deepcopy(sliding.config)
+    sliding.config.layer_types = ["full_attention", "sliding_attention"]
+    assert not llama.fits(sliding)
+    stack = stack_on(model_of("llama"))
+    stack.blend(torch.tensor([[0.5, 0.5]]))
+    assert not llama.fits(stack.model)
+
+
+# Prepared weights.
+
+def linears(*widths: int, bias: bool = False) -> list[nn.Linear]:
+    random = torch.Generator().manual_seed(0)
+    made = [nn.Linear(64, width, bias=bias, dtype=torch.bfloat16).requires_grad_(False) for width in widths]
+    for layer in made:
+        for weight in layer.parameters():
+            weight.normal_(0, 0.3, generator=random)
+    return made
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 16, 33])
+def test_a_prepared_product_is_the_layers_side_by_side(rows: int, bias: bool) -> None:
+    layers = [*linears(96, 32, bias=bias), *linears(40)]
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    wanted = torch.cat([functional.linear(x, layer.weight, layer.bias) for layer in layers], dim=-1)
+    torch.testing.assert_close(packing.prepared(layers)(x), wanted, atol=0.02, rtol=0.01)   # a last bit of bfloat16
+    exact = [layer.double() for layer in copy.deepcopy(layers)]
+    wanted = torch.cat([layer(x.double()) for layer in exact], dim=-1)
+    torch.testing.assert_close(packing.prepared(exact)(x.double()), wanted)
+
+
+@pytest.mark.skipif(not packing.packs(linears(8)[0].weight), reason="this CPU or torch has no such layout")
+def test_weights_are_prepared_once_and_go_with_the_model() -> None:
+    model = model_of.__wrapped__("llama", torch.bfloat16)
+    before = len(packing._packed)
+    stacks = [stack_on(model), stack_on(model)]
+    for stack in stacks:
+        walk(LlamaDecoding, stack, [3, 4], [0, 1], [], 2)
+    assert len(packing._packed) - before == 2 * 4 + 1   # four products a layer, and the words
+    del model, stacks, stack
+    gc.collect()
+    assert len(packing._packed) == before
+
+
+def test_without_room_weights_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "SHARE", 0)
+    before, layers = len(packing._packed), linears(8, 24)
+    x = torch.ones(3, 64, dtype=torch.bfloat16)
+    assert torch.equal(packing.prepared(layers)(x), torch.cat([layer(x) for layer in layers], dim=-1))
+    assert len(packing._packed) == before
+
+
+def test_bfloat16_steps_are_as_near_to_float64_as_the_models_own() -> None:
+    exact, rough = (stack_on(model_of("llama", dtype)) for dtype in (torch.float64, torch.bfloat16))
+    rough.weights.copy_(exact.weights)
+    ids, mask = prompts_of([3, 8, 5, 8])
+    tokens = torch.randint(3, 250, (4,), generator=torch.Generator().manual_seed(3))
+    errors = []
+    with torch.inference_mode():
+        wanted = after(Decoding, exact, ids, mask, tokens)
+        errors = [(after(kind, rough, ids, mask, tokens) - wanted).abs().mean().item()
+                  for kind in (Decoding, LlamaDecoding)]
+    assert errors[1] < 1.5 * errors[0]
+
+
+def after(kind: type[Decoding], stack: ExpertStack, ids: torch.Tensor, mask: torch.Tensor,
+          tokens: torch.Tensor) -> torch.Tensor:
+    stack.select(torch.tensor([0, 1, -1, 0]))
+    logits = kind(stack.model, ids, mask).step(tokens)
+    stack.select(None)
+    return logits
