@@ -90,3 +90,17 @@ def workspace(root: Path, domains: tuple[str, ...] = ("alpha", "beta"), rows: in
         lines = "".join(json.dumps(row(domain, number)) + "\n" for number in range(rows))
         (made.raw(domain) / "rows.jsonl").write_text(lines, encoding="utf-8")
     return made
+
+
+def build(workspace: Workspace, settings: Any) -> None:
+    """Every step of the pipeline, without DVC. The current folder must be the workspace's."""
+    from moa import base, corpus, experts
+    from moa.assemble import assemble
+    from moa.evaluate import evaluate
+
+    base.fetch(workspace, settings.base)
+    for name in settings.domains:
+        corpus.prepare(workspace, settings, name)
+    experts.train(workspace, settings, list(settings.domains))
+    assemble(workspace, settings)
+    evaluate(workspace, settings)

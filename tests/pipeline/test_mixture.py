@@ -47,12 +47,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Config]:
     settings = config.load(workspace.params)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace.root)
-        base.fetch(workspace, settings.base)
-        for domain in DOMAINS:
-            corpus.prepare(workspace, settings, domain)
-        experts.train(workspace, settings, DOMAINS)
-        assemble(workspace, settings)
-        evaluate(workspace, settings)
+        tiny.build(workspace, settings)
     return workspace, settings
 
 

@@ -17,10 +17,8 @@ from flows import release
 from flows.runner import LocalRunner
 from flows.session import Options, opened
 from flows.stages import build
-from moa import base, config, corpus, experts
+from moa import config
 from moa.ask import champion, open_mixture
-from moa.assemble import assemble
-from moa.evaluate import evaluate
 from moa.versions import Versions, initialise
 from moa.workspace import Workspace
 from tests import tiny
@@ -93,12 +91,7 @@ def workspace(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Workspa
         versions = Versions(made)
         for name in NAMES:
             versions.add(made.raw(name))
-        base.fetch(made, settings.base)
-        for name in NAMES:
-            corpus.prepare(made, settings, name)
-        experts.train(made, settings, NAMES)
-        assemble(made, settings)
-        evaluate(made, settings)
+        tiny.build(made, settings)
         versions.snapshot()
         versions.record(RECORDED)
     dvc(made, "remote", "add", "--default", "store", "s3://moa/experts")
