@@ -8,9 +8,11 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
 .PHONY: demo demo-adapt test lint suite clean
 
+# pip compiles on one core. compileall uses them all, and fails of templates that are no Python, which is no harm.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m compileall -qq --workers 0 .venv/lib || true
 	touch $@
 
 demo: .venv/installed
