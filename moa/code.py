@@ -13,17 +13,19 @@ from moa.workspace import Workspace, bring
 
 BASE = ("base.py", "sources.py", "template.py")
 MODEL = (*BASE, "tokens.py", "rows.py")
-LAYER = ("lora.py", "product.py", "adapters.py", "batches.py")
+LAYER = ("lora.py", "product.py", "adapters.py", "batches.py", "native.py", "csrc")
 ROUTING = ("router.py", "calibration.py", "heads.py", "bundle.py")
+SOURCES = (".py", ".c", ".h")
 MODULES: dict[str, tuple[str, ...]] = {
     "base": BASE,
     "quickstart": ("quickstart",),
     "prepare": ("corpus.py", "reading.py", "conversation.py", "redact.py", "splits.py", "staging.py", "similar.py",
                 "quality.py", "concerns.py", *MODEL),
-    "train": ("experts.py", "training.py", "attention.py", "warm.py", *LAYER, *MODEL),
-    "assemble": ("assemble.py", "joint.py", "training.py", "attention.py", *ROUTING, *LAYER, *MODEL),
+    "train": ("experts.py", "training.py", "attention.py", "fused.py", "warm.py", *LAYER, *MODEL),
+    "assemble": ("assemble.py", "joint.py", "training.py", "attention.py", "fused.py", *ROUTING, *LAYER, *MODEL),
     "evaluate": ("evaluate.py", "remembered.py", "metrics.py", "mixture.py", "paging.py", "mapped.py",
-                 "generation.py", "decoding.py", "llama.py", "packing.py", "sampling.py", *ROUTING, *LAYER, *MODEL),
+                 "generation.py", "decoding.py", "llama.py", "compiled.py", "packing.py", "sampling.py", *ROUTING,
+                 *LAYER, *MODEL),
 }
 
 
@@ -32,7 +34,8 @@ def digest(stage: str) -> str:
     """Digest of the code behind `stage`, as it is installed here."""
     here = Path(__file__).parent
     paths = [here / name for name in MODULES[stage]]
-    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (sorted(each for each in path.rglob("*") if each.suffix in SOURCES)
+                                                 if path.is_dir() else [path])]
     return digests.of_files(files, here)[:32]
 
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moa import compiled, llama
 from moa.decoding import Decoding
 from moa.errors import UsageError
-from moa.llama import LlamaDecoding, fits
 from moa.sampling import Options, Sampling, generator
 
 Finish = Literal["stop", "length"]
@@ -161,7 +161,7 @@ def write(model: Any, tokenizer: Any, orders: Sequence[Order],
     with torch.inference_mode():
         if choose is not None:
             choose(here)
-        batch = (LlamaDecoding if fits(model) else Decoding)(model, ids, mask)
+        batch = _way(model)(model, ids, mask)
         while True:
             tokens = _until_some_leave(batch, [rows[index] for index in here], None if choose is None else context)
             stay = [b for b, index in enumerate(here) if not rows[index].writing.done]
@@ -172,6 +172,13 @@ def write(model: Any, tokenizer: Any, orders: Sequence[Order],
             kept = torch.tensor(stay, device=ids.device)
             batch.keep(kept)
             batch.step(tokens[kept])
+
+
+def _way(model: Any) -> type[Decoding]:
+    """The fastest way to decode with the model as it stands."""
+    if not llama.fits(model):
+        return Decoding
+    return compiled.CompiledDecoding if compiled.fits(model) else llama.LlamaDecoding
 
 
 def _until_some_leave(batch: Decoding, rows: Sequence[_Row], context: float | None) -> Tensor:

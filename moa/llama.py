@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from moa.decoding import Decoding
 from moa.lora import StackedLoRA
-from moa.packing import prepared
 
 CHUNK = 64   # positions by which the cache grows
 
@@ -40,9 +39,12 @@ class LlamaDecoding(Decoding):
 
     def __init__(self, model: Any, ids_BT: Tensor, mask_BT: Tensor) -> None:
         super().__init__(model, ids_BT, mask_BT)
-        self.layers = [_Layer(layer) for layer in model.model.layers]
-        self.head = prepared([model.get_output_embeddings()])
+        self._prepare()
         self._settle(self._read())
+
+    def _prepare(self) -> None:
+        """What steps are made of but for the cache."""
+        self.layers: Any = [_Layer(layer) for layer in self.model.model.layers]
 
     def _read(self) -> Tensor:
         """What transformers kept of the prompts, which it then forgets."""
@@ -74,17 +76,21 @@ class LlamaDecoding(Decoding):
         self._settle(self.columns[:, rows_B, :, :self.length])
 
     def _step(self, tokens_B: Tensor) -> Tensor:
-        if self.length == self.columns.shape[3]:
-            self._settle(self.columns)
-        self.length += 1
+        self._make_room()
         stem = self.model.model
         x_BH = stem.embed_tokens(tokens_B)
         turn = self._turn(*stem.rotary_emb(x_BH, self.place_B.unsqueeze(1)))
         ignored = None if self.ignored_B11T is None else self.ignored_B11T[..., :self.length]
         for layer, columns in zip(self.layers, self.columns[:, :, :, :self.length].unbind(), strict=True):
             x_BH = layer(x_BH, turn, columns, ignored)
-        return self.head(stem.norm(x_BH))
+        logits_BV: Tensor = self.model.lm_head(stem.norm(x_BH))
+        return logits_BV
 
+    def _make_room(self) -> None:
+        """For one more token."""
+        if self.length == self.columns.shape[3]:
+            self._settle(self.columns)
+        self.length += 1
 
     def _turn(self, cos_B1D: Tensor, sin_B1D: Tensor) -> tuple[Tensor, Tensor]:
         """What heads side by side, (B, N + C, D), are multiplied with, as they are and rolled by half a head, to turn
@@ -138,7 +144,7 @@ class _Group:
 
     def __init__(self, layers: Sequence[nn.Linear | StackedLoRA]) -> None:
         plain = [layer.base if isinstance(layer, StackedLoRA) else layer for layer in layers]
-        self.product = prepared(plain)
+        self.layers = plain
         self._collect(layers, [layer.out_features for layer in plain])
 
     def _collect(self, layers: Sequence[nn.Linear | StackedLoRA], widths: Sequence[int]) -> None:
@@ -172,7 +178,8 @@ class _Group:
             self.a_BIR, self.b_SRW = self.a_BIR[rows_B], b_BSRW[rows_B].flatten(0, 1)
 
     def __call__(self, x_BI: Tensor) -> Tensor:   # (B, I) -> (B, O)
-        y_BO = self.product(x_BI)
+        parts = [layer(x_BI) for layer in self.layers]
+        y_BO = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         if self.a_BIR is not None:
             hidden_B1R = torch.bmm(x_BI.to(self.a_BIR.dtype).unsqueeze(1), self.a_BIR)
             if self.owner_S is not None:

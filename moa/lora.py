@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moa.errors import ArtifactError
-from moa.product import LoraProduct, slices
+from moa.product import add_lora, slices
 
 BASE_ONLY = -1
 
@@ -120,8 +120,8 @@ class StackedLoRA(nn.Module):
         self._gathered = None                  # what a validation kept for its rows is of no more use
         plain = type(self.base) is nn.Linear   # others know best how gradients pass through them
         y = self.base(x.detach() if plain else x)
-        return LoraProduct.apply(y, x, self.base.weight if plain else None, self.a_ERI, self.b_EOR, self.scale_E,
-                                 self.selection.rows, self.selection.inactive)
+        return add_lora(y, x, self.base.weight if plain else None, self.a_ERI, self.b_EOR, self.scale_E,
+                        self.selection.rows, self.selection.inactive)
 
     def kept(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The slices for forwards without gradients: one choice serves many, as in decoding, and is gathered once.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moa.attention import short_rows
 from moa.batches import Batch, collate, microbatches, row_losses
 from moa.config import TrainParams
+from moa.fused import fused
 from moa.lora import ExpertStack, Selection, StackedLoRA
 from moa.tokens import Encoded
 
@@ -216,7 +217,7 @@ def cotrain(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], b
     `after_step` is called after each common step, for progress and checkpoints. A learner whose loss or gradient is no
     longer finite stops with `progress.failure` set, and the others do not notice.
     """
-    with short_rows(model):
+    with short_rows(model), fused(model):
         _train(model, stack, learners, batch_tokens, after_step, forward)
     stack.select(None)
     with torch.no_grad():

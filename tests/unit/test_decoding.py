@@ -1,7 +1,5 @@
-"""The written-out decoding step against transformers' own forward, and weights in oneDNN's layout against plain ones.
-
-Float64 where numbers are compared; bfloat16 where the layout is, which is of no other dtype.
-"""
+"""The written-out decoding step against transformers' own forward, in float64, and weights packed for the compiled one
+(`test_native.py`)."""
 
 import copy
 import gc
@@ -146,48 +144,34 @@ def test_other_models_keep_their_own_forward() -> None:
     assert not llama.fits(stack.model)
 
 
-# Prepared weights.
+# Packed weights.
 
-def linears(*widths: int, bias: bool = False) -> list[nn.Linear]:
-    random = torch.Generator().manual_seed(0)
-    made = [nn.Linear(64, width, bias=bias, dtype=torch.bfloat16).requires_grad_(False) for width in widths]
-    for layer in made:
-        for weight in layer.parameters():
-            weight.normal_(0, 0.3, generator=random)
-    return made
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 16, 33])
-def test_a_prepared_product_is_the_layers_side_by_side(rows: int, bias: bool) -> None:
-    layers = [*linears(96, 32, bias=bias), *linears(40)]
-    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)).bfloat16()
-    wanted = torch.cat([functional.linear(x, layer.weight, layer.bias) for layer in layers], dim=-1)
-    torch.testing.assert_close(packing.prepared(layers)(x), wanted, atol=0.02, rtol=0.01)   # a last bit of bfloat16
-    exact = [layer.double() for layer in copy.deepcopy(layers)]
-    wanted = torch.cat([layer(x.double()) for layer in exact], dim=-1)
-    torch.testing.assert_close(packing.prepared(exact)(x.double()), wanted)
+@pytest.mark.parametrize("pair", [1, 2])
+def test_packed_weights_are_the_layers_side_by_side(pair: int) -> None:
+    layers = [nn.Linear(12, 8), nn.Linear(12, 6, bias=False)]
+    weight, bias_O = packing.packed(layers, 4, pair)
+    together = torch.cat([layer.weight for layer in layers])
+    assert torch.equal(weight.transpose(1, 2).reshape(16, 12), functional.pad(together, (0, 0, 0, 2)))
+    assert bias_O is not None and torch.equal(bias_O, functional.pad(layers[0].bias, (0, 8)))
+    assert packing.packed(layers, 4, pair)[0] is weight
 
 
-@pytest.mark.skipif(not packing.packs(linears(8)[0].weight), reason="this CPU or torch has no such layout")
-def test_weights_are_prepared_once_and_go_with_the_model() -> None:
-    model = model_of.__wrapped__("llama", torch.bfloat16)
-    before = len(packing._packed)
-    stacks = [stack_on(model), stack_on(model)]
-    for stack in stacks:
-        walk(LlamaDecoding, stack, [3, 4], [0, 1], [], 2)
-    assert len(packing._packed) - before == 2 * 4 + 1   # four products a layer, and the words
-    del model, stacks, stack
+def test_packed_weights_go_with_the_model() -> None:
+    before, layers = len(packing._packed), [nn.Linear(8, 8)]
+    packing.packed(layers, 8, 1)
+    assert len(packing._packed) == before + 1
+    layers.clear()
     gc.collect()
     assert len(packing._packed) == before
 
 
-def test_without_room_weights_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_packed_than_the_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Linear(8, 8)]
+    assert packing.room(layers)
     monkeypatch.setattr(packing, "SHARE", 0)
-    before, layers = len(packing._packed), linears(8, 24)
-    x = torch.ones(3, 64, dtype=torch.bfloat16)
-    assert torch.equal(packing.prepared(layers)(x), torch.cat([layer(x) for layer in layers], dim=-1))
-    assert len(packing._packed) == before
+    assert not packing.room(layers)
+    packing.packed(layers, 8, 1)
+    assert packing.room(layers)   # it is there already
 
 
 def test_bfloat16_steps_are_as_near_to_float64_as_the_models_own() -> None:

@@ -1,0 +1,160 @@
+/* What a row's expert adds to a linear layer's output, and what comes back, in training.
+
+Products with a rank as inner size are too narrow for a library's matrix product, which spends its time on putting them
+in order. Here each number is read once, in float32, straight from the stack of experts, and each row's gradient is added
+to its own expert's. An output is summed by one thread in one order, so results do not depend on how many there are.
+
+Compiled by moa/native.py, for inputs in bfloat16 (-DBF16, where the CPU multiplies it) or float32; driven by
+moa/product.py.
+
+Shapes: E experts, R ranks, I inputs and O outputs of the layer, B rows, T positions.
+*/
+
+#include "vector.h"
+
+#define RANKS 4      /* of a row that are summed side by side */
+#define CHUNK 8      /* positions that a thread takes at a time */
+#define WIDE 2       /* vectors of a gradient that are */
+#define PARALLEL _Pragma("omp parallel for schedule(dynamic, 1) num_threads(threads)")
+
+struct lora {
+    const float *a, *b, *scale;        /* (E, R, I), (E, O, R), (E) */
+    const int64_t *rows;               /* (B) the expert of each row */
+    const uint8_t *inactive;           /* (B) rows of the base alone; or null */
+    const real *x;                     /* (B, T, I) */
+    float *hidden, *flipped;           /* (B, T, R) scaled; (B, R, O) scratch */
+    float *to_a, *to_b;                /* gradients of a and b, which are added to; or null */
+    int64_t a_step, b_step, to_a_step, to_b_step;   /* from one expert's to the next's */
+    int32_t batch, length, inputs, outputs, ranks, threads;
+};
+
+static int rests(const struct lora *l, int row) { return l->inactive && l->inactive[row]; }
+
+/* The first row of the batch with this row's expert. */
+static int first_like(const struct lora *l, int row) {
+    for (int i = 0; i < row; i++)
+        if (!rests(l, i) && l->rows[i] == l->rows[row]) return i;
+    return row;
+}
+
+/* B of each expert in the batch as (R, O), where its first row is. */
+static void flip(const struct lora *l) {
+    int threads = l->threads, blocks = (l->outputs + 255) / 256;
+    PARALLEL
+    for (int at = 0; at < l->batch * blocks; at++) {
+        int row = at / blocks, start = at % blocks * 256, stop = start + 256 < l->outputs ? start + 256 : l->outputs;
+        if (rests(l, row) || first_like(l, row) != row) continue;
+        const float *b = l->b + l->rows[row] * l->b_step;
+        float *to = l->flipped + (int64_t)row * l->ranks * l->outputs;
+        for (int r = 0; r < l->ranks; r++)
+            for (int o = start; o < stop; o++) to[(int64_t)r * l->outputs + o] = b[(int64_t)o * l->ranks + r];
+    }
+}
+
+/* to (R) = scale * m (R, size) times x. */
+static void shrink(float *to, const float *m, const real *x, int size, int ranks, float scale) {
+    int r = 0;
+    for (; r + RANKS <= ranks; r += RANKS) {
+        vec total[RANKS] = {{0}};
+        for (int i = 0; i < size; i += LANES) {
+            vec some = read(x + i);
+            for (int k = 0; k < RANKS; k++) total[k] += some * get(m + (int64_t)(r + k) * size + i);
+        }
+        for (int k = 0; k < RANKS; k++) to[r + k] = sum(total[k]) * scale;
+    }
+    for (; r < ranks; r++) {
+        vec total = {0};
+        for (int i = 0; i < size; i += LANES) total += read(x + i) * get(m + (int64_t)r * size + i);
+        to[r] = sum(total) * scale;
+    }
+}
+
+/* y += h times m (R, size). */
+static void expand(real *y, const float *m, const float *h, int size, int ranks) {
+    for (int i = 0; i < size; i += LANES) {
+        vec total = read(y + i);
+        for (int r = 0; r < ranks; r++) total += get(m + (int64_t)r * size + i) * h[r];
+        write(y + i, total);
+    }
+}
+
+/* y (B, T, O) += scale * B(Ax); `hidden` is kept for the backward. */
+void lora_forward(const struct lora *l, real *y) {
+    int threads = l->threads, chunks = (l->length + CHUNK - 1) / CHUNK;
+    flip(l);
+    PARALLEL
+    for (int at = 0; at < l->batch * chunks; at++) {
+        int row = at / chunks, start = at % chunks * CHUNK, stop = start + CHUNK < l->length ? start + CHUNK : l->length;
+        if (rests(l, row)) continue;
+        const float *a = l->a + l->rows[row] * l->a_step;
+        const float *b = l->flipped + (int64_t)first_like(l, row) * l->ranks * l->outputs;
+        for (int64_t t = (int64_t)row * l->length + start; t < (int64_t)row * l->length + stop; t++) {
+            float *h = l->hidden + t * l->ranks;
+            shrink(h, a, l->x + t * l->inputs, l->inputs, l->ranks, l->scale[l->rows[row]]);
+            expand(y + t * l->outputs, b, h, l->outputs, l->ranks);
+        }
+    }
+}
+
+/* Each row's h (T, R) times z (T, size), some columns of it, added to its expert's gradient: (R, size), or its flip. */
+static void gather(const struct lora *l, float *to, int64_t step, const float *h, const real *z, int size, int column,
+                   int flipped) {
+    int count = (size - column) / LANES < WIDE ? (size - column) / LANES : WIDE;
+    for (int row = 0; row < l->batch; row++) {
+        if (rests(l, row)) continue;
+        float *grad = to + l->rows[row] * step;
+        const float *own = h + (int64_t)row * l->length * l->ranks;
+        const real *from = z + (int64_t)row * l->length * size + column;
+        for (int r = 0; r < l->ranks; r += RANKS) {
+            int ranks = l->ranks - r < RANKS ? l->ranks - r : RANKS;
+            vec total[RANKS][WIDE] = {{{0}}};
+            if (ranks == RANKS && count == WIDE)   /* the same with bounds that a compiler knows */
+                for (int t = 0; t < l->length; t++)
+                    for (int w = 0; w < WIDE; w++) {
+                        vec some = read(from + (int64_t)t * size + w * LANES);
+                        for (int k = 0; k < RANKS; k++) total[k][w] += some * own[t * l->ranks + r + k];
+                    }
+            else
+                for (int t = 0; t < l->length; t++)
+                    for (int w = 0; w < count; w++)
+                        for (int k = 0; k < ranks; k++)
+                            total[k][w] += read(from + (int64_t)t * size + w * LANES) * own[t * l->ranks + r + k];
+            for (int k = 0; k < ranks; k++)
+                for (int w = 0; w < count; w++) {
+                    int64_t at = column + w * LANES;
+                    if (!flipped) {
+                        float *place = grad + (int64_t)(r + k) * size + at;
+                        put(place, get(place) + total[k][w]);
+                    } else
+                        for (int lane = 0; lane < LANES; lane++)
+                            grad[(at + lane) * l->ranks + r + k] += total[k][w][lane];
+                }
+        }
+    }
+}
+
+/* From the output's gradient (B, T, O): what is added to that of the input (B, T, I), if one is wanted, and to those of
+   the experts. `back` is scratch, (B, T, R). */
+void lora_backward(const struct lora *l, const real *grad, real *to_x, float *back) {
+    int threads = l->threads, chunks = (l->length + CHUNK - 1) / CHUNK, wide = WIDE * LANES;
+    flip(l);
+    PARALLEL
+    for (int at = 0; at < l->batch * chunks; at++) {
+        int row = at / chunks, start = at % chunks * CHUNK, stop = start + CHUNK < l->length ? start + CHUNK : l->length;
+        if (rests(l, row)) continue;
+        const float *a = l->a + l->rows[row] * l->a_step;
+        const float *b = l->flipped + (int64_t)first_like(l, row) * l->ranks * l->outputs;
+        for (int64_t t = (int64_t)row * l->length + start; t < (int64_t)row * l->length + stop; t++) {
+            float *h = back + t * l->ranks;
+            shrink(h, b, grad + t * l->outputs, l->outputs, l->ranks, l->scale[l->rows[row]]);
+            if (to_x) expand(to_x + t * l->inputs, a, h, l->inputs, l->ranks);
+        }
+    }
+    int of_a = l->to_a ? (l->inputs + wide - 1) / wide : 0, of_b = l->to_b ? (l->outputs + wide - 1) / wide : 0;
+    PARALLEL
+    for (int at = 0; at < of_a + of_b; at++)
+        if (at < of_a)
+            gather(l, l->to_a, l->to_a_step, back, l->x, l->inputs, at * wide, 0);
+        else
+            gather(l, l->to_b, l->to_b_step, l->hidden, grad, l->outputs, (at - of_a) * wide, 1);
+}
