@@ -12,9 +12,10 @@ Shapes: E experts, R ranks, I inputs and O outputs of the layer, B rows, T posit
 
 #include "vector.h"
 
-#define RANKS 4      /* of a row that are summed side by side */
-#define CHUNK 8      /* positions that a thread takes at a time */
-#define WIDE 2       /* vectors of a gradient that are */
+#define RANKS (LANES == 16 ? 8 : 4)   /* that are summed side by side, of as many of these as registers hold: */
+#define PLACES 2                      /* positions, */
+#define WIDE 2                        /* vectors of a gradient */
+#define CHUNK 8                       /* positions that a thread takes at a time */
 #define PARALLEL _Pragma("omp parallel for schedule(dynamic, 1) num_threads(threads)")
 
 struct lora {
@@ -51,30 +52,43 @@ static void flip(const struct lora *l) {
     }
 }
 
-/* to (R) = scale * m (R, size) times x. */
-static void shrink(float *to, const float *m, const real *x, int size, int ranks, float scale) {
-    int r = 0;
-    for (; r + RANKS <= ranks; r += RANKS) {
-        vec total[RANKS] = {{0}};
-        for (int i = 0; i < size; i += LANES) {
-            vec some = read(x + i);
-            for (int k = 0; k < RANKS; k++) total[k] += some * get(m + (int64_t)(r + k) * size + i);
+/* to (places, R) = scale * x (places, size) times m (R, size), some ranks of it. */
+static inline __attribute__((always_inline)) void some(float *to, const float *m, const real *x, int size, int all,
+                                                       float scale, int places, int ranks) {
+    vec total[PLACES][RANKS] = {{{0}}};
+    for (int i = 0; i < size; i += LANES)
+        for (int p = 0; p < places; p++) {
+            vec here = read(x + (int64_t)p * size + i);
+            for (int r = 0; r < ranks; r++) total[p][r] += here * get(m + (int64_t)r * size + i);
         }
-        for (int k = 0; k < RANKS; k++) to[r + k] = sum(total[k]) * scale;
-    }
-    for (; r < ranks; r++) {
-        vec total = {0};
-        for (int i = 0; i < size; i += LANES) total += read(x + i) * get(m + (int64_t)r * size + i);
-        to[r] = sum(total) * scale;
+    for (int p = 0; p < places; p++)
+        for (int r = 0; r < ranks; r++) to[p * all + r] = sum(total[p][r]) * scale;
+}
+
+static void shrink(float *to, const float *m, const real *x, int size, int ranks, float scale, int places) {
+    for (int r = 0; r < ranks; r += RANKS) {
+        const float *own = m + (int64_t)r * size;
+        if (places == PLACES && ranks - r >= RANKS)   /* with bounds that a compiler knows */
+            some(to + r, own, x, size, ranks, scale, PLACES, RANKS);
+        else
+            for (int p = 0; p < places; p++)
+                for (int k = r; k < ranks && k < r + RANKS; k++)
+                    some(to + p * ranks + k, m + (int64_t)k * size, x + (int64_t)p * size, size, ranks, scale, 1, 1);
     }
 }
 
-/* y += h times m (R, size). */
-static void expand(real *y, const float *m, const float *h, int size, int ranks) {
+/* y (places, size) += h (places, R) times m (R, size). */
+static void expand(real *y, const float *m, const float *h, int size, int ranks, int places) {
     for (int i = 0; i < size; i += LANES) {
-        vec total = read(y + i);
-        for (int r = 0; r < ranks; r++) total += get(m + (int64_t)r * size + i) * h[r];
-        write(y + i, total);
+        vec one = read(y + i), other = places == PLACES ? read(y + size + i) : one;
+        const float *next = places == PLACES ? h + ranks : h;
+        for (int r = 0; r < ranks; r++) {
+            vec here = get(m + (int64_t)r * size + i);
+            one += here * h[r];
+            other += here * next[r];
+        }
+        write(y + i, one);
+        if (places == PLACES) write(y + size + i, other);
     }
 }
 
@@ -88,49 +102,56 @@ void lora_forward(const struct lora *l, real *y) {
         if (rests(l, row)) continue;
         const float *a = l->a + l->rows[row] * l->a_step;
         const float *b = l->flipped + (int64_t)first_like(l, row) * l->ranks * l->outputs;
-        for (int64_t t = (int64_t)row * l->length + start; t < (int64_t)row * l->length + stop; t++) {
+        for (int places; start < stop; start += places) {
+            int64_t t = (int64_t)row * l->length + start;
+            places = stop - start < PLACES ? stop - start : PLACES;
             float *h = l->hidden + t * l->ranks;
-            shrink(h, a, l->x + t * l->inputs, l->inputs, l->ranks, l->scale[l->rows[row]]);
-            expand(y + t * l->outputs, b, h, l->outputs, l->ranks);
+            shrink(h, a, l->x + t * l->inputs, l->inputs, l->ranks, l->scale[l->rows[row]], places);
+            expand(y + t * l->outputs, b, h, l->outputs, l->ranks, places);
         }
     }
 }
 
-/* Each row's h (T, R) times z (T, size), some columns of it, added to its expert's gradient: (R, size), or its flip. */
-static void gather(const struct lora *l, float *to, int64_t step, const float *h, const real *z, int size, int column,
-                   int flipped) {
-    int count = (size - column) / LANES < WIDE ? (size - column) / LANES : WIDE;
-    for (int row = 0; row < l->batch; row++) {
-        if (rests(l, row)) continue;
-        float *grad = to + l->rows[row] * step;
-        const float *own = h + (int64_t)row * l->length * l->ranks;
-        const real *from = z + (int64_t)row * l->length * size + column;
-        for (int r = 0; r < l->ranks; r += RANKS) {
-            int ranks = l->ranks - r < RANKS ? l->ranks - r : RANKS;
-            vec total[RANKS][WIDE] = {{{0}}};
-            if (ranks == RANKS && count == WIDE)   /* the same with bounds that a compiler knows */
-                for (int t = 0; t < l->length; t++)
-                    for (int w = 0; w < WIDE; w++) {
-                        vec some = read(from + (int64_t)t * size + w * LANES);
-                        for (int k = 0; k < RANKS; k++) total[k][w] += some * own[t * l->ranks + r + k];
-                    }
-            else
-                for (int t = 0; t < l->length; t++)
-                    for (int w = 0; w < count; w++)
-                        for (int k = 0; k < ranks; k++)
-                            total[k][w] += read(from + (int64_t)t * size + w * LANES) * own[t * l->ranks + r + k];
-            for (int k = 0; k < ranks; k++)
+/* Of each expert, the sum over its rows of h (T, R) times z (T, size), some columns of it, added to its gradient: (R,
+   size), or its flip. */
+static inline __attribute__((always_inline)) void part(const struct lora *l, float *to, int64_t step, const float *h,
+                                                       const real *z, int size, int64_t column, int flipped, int r,
+                                                       int ranks, int count) {
+    for (int first = 0; first < l->batch; first++) {
+        if (rests(l, first) || first_like(l, first) != first) continue;
+        vec total[RANKS][WIDE] = {{{0}}};
+        for (int64_t row = first; row < l->batch; row++) {
+            if (rests(l, row) || l->rows[row] != l->rows[first]) continue;
+            const float *own = h + row * l->length * l->ranks + r;
+            const real *from = z + row * l->length * size + column;
+            for (int t = 0; t < l->length; t++, own += l->ranks, from += size)
                 for (int w = 0; w < count; w++) {
-                    int64_t at = column + w * LANES;
-                    if (!flipped) {
-                        float *place = grad + (int64_t)(r + k) * size + at;
-                        put(place, get(place) + total[k][w]);
-                    } else
-                        for (int lane = 0; lane < LANES; lane++)
-                            grad[(at + lane) * l->ranks + r + k] += total[k][w][lane];
+                    vec here = read(from + w * LANES);
+                    for (int k = 0; k < ranks; k++) total[k][w] += here * own[k];
                 }
         }
+        float *grad = to + l->rows[first] * step;
+        for (int k = 0; k < ranks; k++)
+            for (int w = 0; w < count; w++) {
+                int64_t at = column + w * LANES;
+                if (!flipped) {
+                    float *place = grad + (int64_t)(r + k) * size + at;
+                    put(place, get(place) + total[k][w]);
+                } else
+                    for (int lane = 0; lane < LANES; lane++) grad[(at + lane) * l->ranks + r + k] += total[k][w][lane];
+            }
     }
+}
+
+static void gather(const struct lora *l, float *to, int64_t step, const float *h, const real *z, int size, int column,
+                   int flipped) {
+    for (int r = 0; r < l->ranks; r += RANKS)
+        if (l->ranks - r >= RANKS && size - column >= WIDE * LANES)   /* with bounds that a compiler knows */
+            part(l, to, step, h, z, size, column, flipped, r, RANKS, WIDE);
+        else
+            for (int k = r; k < l->ranks && k < r + RANKS; k++)
+                for (int at = column; at < size && at < column + WIDE * LANES; at += LANES)
+                    part(l, to, step, h, z, size, at, flipped, k, 1, 1);
 }
 
 /* From the output's gradient (B, T, O): what is added to that of the input (B, T, I), if one is wanted, and to those of
@@ -144,10 +165,12 @@ void lora_backward(const struct lora *l, const real *grad, real *to_x, float *ba
         if (rests(l, row)) continue;
         const float *a = l->a + l->rows[row] * l->a_step;
         const float *b = l->flipped + (int64_t)first_like(l, row) * l->ranks * l->outputs;
-        for (int64_t t = (int64_t)row * l->length + start; t < (int64_t)row * l->length + stop; t++) {
+        for (int places; start < stop; start += places) {
+            int64_t t = (int64_t)row * l->length + start;
+            places = stop - start < PLACES ? stop - start : PLACES;
             float *h = back + t * l->ranks;
-            shrink(h, b, grad + t * l->outputs, l->outputs, l->ranks, l->scale[l->rows[row]]);
-            if (to_x) expand(to_x + t * l->inputs, a, h, l->inputs, l->ranks);
+            shrink(h, b, grad + t * l->outputs, l->outputs, l->ranks, l->scale[l->rows[row]], places);
+            if (to_x) expand(to_x + t * l->inputs, a, h, l->inputs, l->ranks, places);
         }
     }
     int of_a = l->to_a ? (l->inputs + wide - 1) / wide : 0, of_b = l->to_b ? (l->outputs + wide - 1) / wide : 0;

@@ -29,10 +29,17 @@ static inline vec get(const float *from) { return *(const loose *)from; }
 static inline void put(float *to, vec x) { *(loose *)to = x; }
 
 static inline float sum(vec x) {
+    typedef float half __attribute__((vector_size(2 * LANES)));
+    typedef float quarter __attribute__((vector_size(LANES)));
+    half two[2];
+    memcpy(two, &x, sizeof x);
+    two[0] += two[1];
+    quarter four[2];
+    memcpy(four, two, sizeof four);
+    four[0] += four[1];
     float total = 0;
-    for (int lane = LANES / 2; lane; lane /= 2)
-        for (int i = 0; i < lane; i++) x[i] += x[i + lane];
-    return total + x[0];
+    for (int i = 0; i < LANES / 4; i++) total += four[0][i];
+    return total;
 }
 
 #if defined(BF16)
