@@ -76,7 +76,9 @@ class LlamaDecoding(Decoding):
         self._settle(self.columns[:, rows_B, :, :self.length])
 
     def _step(self, tokens_B: Tensor) -> Tensor:
-        self._make_room()
+        if self.length == self.columns.shape[3]:
+            self._settle(self.columns)
+        self.length += 1
         stem = self.model.model
         x_BH = stem.embed_tokens(tokens_B)
         turn = self._turn(*stem.rotary_emb(x_BH, self.place_B.unsqueeze(1)))
@@ -85,12 +87,6 @@ class LlamaDecoding(Decoding):
             x_BH = layer(x_BH, turn, columns, ignored)
         logits_BV: Tensor = self.model.lm_head(stem.norm(x_BH))
         return logits_BV
-
-    def _make_room(self) -> None:
-        """For one more token."""
-        if self.length == self.columns.shape[3]:
-            self._settle(self.columns)
-        self.length += 1
 
     def _turn(self, cos_B1D: Tensor, sin_B1D: Tensor) -> tuple[Tensor, Tensor]:
         """What heads side by side, (B, N + C, D), are multiplied with, as they are and rolled by half a head, to turn

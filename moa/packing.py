@@ -22,7 +22,7 @@ _packed: Any = WeakTensorKeyDictionary()   # by the first layer's weight: copies
 
 def packed(layers: Sequence[nn.Linear], tile: int, pair: int) -> tuple[Tensor, Tensor | None]:
     """The layers' weights (O / tile, I / pair, tile, pair), and their biases (O) in float32 if they have some. Behind
-    the last output come zeros, up to a whole tile."""
+    the last output come zeros, up to an even number of tiles."""
     first = layers[0].weight
     if first not in _packed:
         _packed[first] = _pack(layers, tile, pair)
@@ -42,7 +42,7 @@ def _pack(layers: Sequence[nn.Linear], tile: int, pair: int) -> tuple[Tensor, Te
         weight_OI = torch.cat([layer.weight for layer in layers])
         biases = [layer.bias if layer.bias is not None else layer.weight.new_zeros(len(layer.weight))
                   for layer in layers]
-        more = -len(weight_OI) % tile
+        more = -len(weight_OI) % (2 * tile)
         bias_O = (functional.pad(torch.cat(biases).float(), (0, more))
                   if any(layer.bias is not None for layer in layers) else None)
         weight_OI = functional.pad(weight_OI, (0, 0, 0, more))

@@ -13,15 +13,16 @@ heads, K key heads, G = N / K, D size of a head, T positions that a cache has ro
 
 #include "vector.h"
 
-#define TILE (2 * LANES)             /* outputs that are computed together */
-#define ROWS (LANES == 16 ? 8 : 4)   /* rows that are: sums of a tile stay in registers */
+#define TILE (2 * LANES)               /* outputs that a thread takes at a time */
+#define ROWS (LANES == 16 ? 8 : 4)     /* rows that it does: their sums stay in registers */
+#define QUERIES 4                      /* that are mixed side by side */
 
 /* Layers that read the same input. */
 struct group {
-    const real *weight;              /* (O / TILE, I / PAIR, TILE, PAIR) */
+    const real *weight;              /* (O / LANES, I / PAIR, LANES, PAIR) */
     const float *bias;               /* (O), or null */
-    const real *a, *b;               /* (B, P * R, I) and (B, R, O), scaled; or null */
-    const int32_t *part;             /* (O / TILE) the part that outputs belong to */
+    const real *a, *b;               /* (B, P * R, I) and (O / LANES, B, R, LANES), scaled; or null */
+    const int32_t *part;             /* (O / LANES) the part that outputs belong to */
     int32_t inputs, outputs, parts, ranks;
 };
 
@@ -41,12 +42,12 @@ struct model {
 struct batch {
     float *x;                        /* (B, H) embeddings in; not needed after */
     const float *cos, *sin;          /* (B, D) */
-    real *columns;                   /* (layers, B, 2 * K, T, D) keys, then values */
-    const int32_t *first;            /* (B) each row's first position that is a token */
+    real *keys, *values;             /* (layers, B, K, T / LANES, D / PAIR, LANES, PAIR), (layers, B, K, T, D) */
+    const int32_t *lengths;          /* (B) positions of each row, the new one included */
     float *logits;                   /* (B, V) */
     real *input;                     /* (B, the widest I) scratch, as all below */
     float *output, *hidden, *scores; /* (B, the widest O), (B, the largest P * R), (B * K, G * T) */
-    int32_t rows, length, room, threads;   /* B; positions, the new one included; T */
+    int32_t rows, room, threads;     /* B, T */
 };
 
 static float dot(const real *x, const real *y, int count) {
@@ -66,58 +67,72 @@ static void norm(real *to, const float *x, const float *weight, int size, float 
 /* A times the input of row b. */
 static void shrink(const struct group *group, const struct batch *batch, int b) {
     if (!group->a) return;
-    int count = group->parts * group->ranks;
-    const real *a = group->a + (size_t)b * count * group->inputs;
+    int inputs = group->inputs, count = group->parts * group->ranks;
     for (int i = 0; i < count; i++)
-        batch->hidden[b * count + i] = dot(a + (size_t)i * group->inputs, batch->input + (size_t)b * group->inputs,
-                                           group->inputs);
+        batch->hidden[b * count + i] = dot(group->a + ((size_t)b * count + i) * inputs,
+                                           batch->input + (size_t)b * inputs, inputs);
 }
 
-/* TILE outputs of a few rows, from `first` on: in place of what stands there, or added to it. */
+/* What is asked for of two streams while something else is computed, a little at a time. */
+struct ahead { const char *weight, *expert; size_t by_weight, by_expert; };
+
+static inline void near(const void *from) { __builtin_prefetch(from, 0, 2); }   /* as near as the second cache */
+
+/* A tile of outputs of a few rows: in place of what stands there, or added to it. What lies ahead comes nearer. */
 static inline __attribute__((always_inline)) void few(const struct group *group, const struct batch *batch, int tile,
-                                                      int first, int rows, float *to, int adds) {
-    int inputs = group->inputs, outputs = group->outputs, start = tile * TILE;
-    const real *weight = group->weight + (size_t)start * inputs, *x = batch->input + (size_t)first * inputs;
-    vec low[ROWS], high[ROWS];
-    for (int r = 0; r < rows; r++) low[r] = high[r] = (vec){0};
-    for (int i = 0; i < inputs; i += PAIR, weight += TILE * PAIR)
+                                                      int first, int rows, struct ahead ahead, float *to,
+                                                      int adds) {
+    int inputs = group->inputs, ranks = group->ranks, at = 2 * tile;
+    const real *low = group->weight + (size_t)at * LANES * inputs, *high = low + (size_t)LANES * inputs;
+    const real *x = batch->input + (size_t)first * inputs;
+    vec total[ROWS][2];
+    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = (vec){0};
+    for (int i = 0; i < inputs; i += PAIR) {
+        near(ahead.weight), near(ahead.weight + 64), near(ahead.expert);
+        ahead.weight += ahead.by_weight, ahead.expert += ahead.by_expert;
         for (int r = 0; r < rows; r++) {
-            low[r] = multiply(low[r], weight, x + (size_t)r * inputs + i);
-            high[r] = multiply(high[r], weight + LANES * PAIR, x + (size_t)r * inputs + i);
+            total[r][0] = multiply(total[r][0], low + (size_t)i * LANES, x + (size_t)r * inputs + i);
+            total[r][1] = multiply(total[r][1], high + (size_t)i * LANES, x + (size_t)r * inputs + i);
         }
-    for (int r = 0; r < rows; r++) {
-        size_t row = first + r;
-        if (group->bias) low[r] += get(group->bias + start), high[r] += get(group->bias + start + LANES);
-        if (group->a) {
-            const real *b = group->b + row * group->ranks * outputs + start;
-            const float *hidden = batch->hidden + (row * group->parts + group->part[tile]) * group->ranks;
-            for (int i = 0; i < group->ranks; i++, b += outputs)
-                low[r] += read(b) * hidden[i], high[r] += read(b + LANES) * hidden[i];
-        }
-        float *place = to + row * outputs + start;
-        if (adds) low[r] += get(place), high[r] += get(place + LANES);
-        put(place, low[r]);
-        put(place + LANES, high[r]);
     }
+    for (int v = 0; v < 2; v++)
+        for (int r = 0; r < rows; r++) {
+            int row = first + r, start = (at + v) * LANES;
+            float *place = to + (size_t)row * group->outputs + start;
+            vec out = total[r][v];
+            if (group->bias) out += get(group->bias + start);
+            if (group->a) {
+                const real *b = group->b + ((size_t)(at + v) * batch->rows + row) * ranks * LANES;
+                const float *hidden = batch->hidden + (row * group->parts + group->part[at + v]) * ranks;
+                for (int i = 0; i < ranks; i++) out += read(b + i * LANES) * hidden[i];
+            }
+            put(place, adds ? out + get(place) : out);
+        }
 }
 
-/* What the group's layers and each row's expert make of the input; all threads share it. */
+#define FEW(n) case n: few(group, batch, tile, first, n, ahead, to, adds); break;
+
+/* What the group's layers and each row's expert make of the input; all threads share it. While a tile is computed, the
+   weights of the next are on their way. */
 static void product(const struct group *group, const struct batch *batch, float *to, int adds) {
-#pragma omp for schedule(dynamic, 2)
-    for (int tile = 0; tile < group->outputs / TILE; tile++)
-        for (int first = 0; first < batch->rows; first += ROWS)
-            switch (batch->rows - first) {
-                case 1: few(group, batch, tile, first, 1, to, adds); break;
-                case 2: few(group, batch, tile, first, 2, to, adds); break;
-                case 3: few(group, batch, tile, first, 3, to, adds); break;
+    int passes = (batch->rows + ROWS - 1) / ROWS, turns = group->inputs / PAIR * passes;
+    size_t weights = sizeof(real) * TILE * group->inputs;
+    size_t experts = group->a ? sizeof(real) * TILE * group->ranks * batch->rows : 0;
+#pragma omp for schedule(static)
+    for (int tile = 0; tile < group->outputs / TILE; tile++) {
+        struct ahead ahead = {(const char *)group->weight + (tile + 1) * weights,
+                              (const char *)group->b + (tile + 1) * experts, weights / turns, experts / turns + 1};
+        for (int first = 0; first < batch->rows; first += ROWS) {
+            switch (batch->rows - first) {   /* with bounds that a compiler knows */
+                FEW(1) FEW(2) FEW(3)
 #if ROWS == 8
-                case 4: few(group, batch, tile, first, 4, to, adds); break;
-                case 5: few(group, batch, tile, first, 5, to, adds); break;
-                case 6: few(group, batch, tile, first, 6, to, adds); break;
-                case 7: few(group, batch, tile, first, 7, to, adds); break;
+                FEW(4) FEW(5) FEW(6) FEW(7)
 #endif
-                default: few(group, batch, tile, first, ROWS, to, adds);
+                default: few(group, batch, tile, first, ROWS, ahead, to, adds);
             }
+            ahead.weight += weights / passes, ahead.expert += experts / passes;
+        }
+    }
 }
 
 /* A head turned by its position. */
@@ -130,39 +145,78 @@ static void turn(real *to, const float *x, const float *cos, const float *sin, i
     }
 }
 
+/* Scores of a few queries with LANES positions. */
+static inline __attribute__((always_inline)) void score(float *to, size_t apart, const real *query, const real *keys,
+                                                        int size, float scale, int queries) {
+    vec total[QUERIES] = {{0}};
+    for (int i = 0; i < size; i += PAIR)
+        for (int g = 0; g < queries; g++)
+            total[g] = multiply(total[g], keys + (size_t)i * LANES, query + (size_t)g * size + i);
+    for (int g = 0; g < queries; g++) put(to + g * apart, total[g] * scale);
+}
+
+/* Values of a few queries, by their scores, in place of the queries. */
+static inline __attribute__((always_inline)) void mix(real *query, const float *scores, size_t apart, const real *values,
+                                                      int size, int length, int queries) {
+    for (int i = 0; i < size; i += TILE) {
+        vec total[QUERIES][2] = {{{0}}};
+        for (int t = 0; t < length; t++) {
+            vec low = read(values + (size_t)t * size + i), high = read(values + (size_t)t * size + i + LANES);
+            for (int g = 0; g < queries; g++) {
+                total[g][0] += low * scores[g * apart + t];
+                total[g][1] += high * scores[g * apart + t];
+            }
+        }
+        for (int g = 0; g < queries; g++) {
+            write(query + (size_t)g * size + i, total[g][0]);
+            write(query + (size_t)g * size + i + LANES, total[g][1]);
+        }
+    }
+}
+
+static void softmax(float *scores, int length) {
+    int stop = (length + LANES - 1) / LANES * LANES;
+    for (int t = length; t < stop; t++) scores[t] = -INFINITY;
+    vec highest = get(scores), total = {0};
+    for (int t = LANES; t < stop; t += LANES) highest = choose(get(scores + t) > highest, get(scores + t), highest);
+    float top = highest[0];
+    for (int i = 1; i < LANES; i++) top = highest[i] > top ? highest[i] : top;
+    for (int t = 0; t < stop; t += LANES) {
+        vec x = get(scores + t), likely = choose(x == -INFINITY, (vec){0}, exponential(x - top));
+        put(scores + t, likely);
+        total += likely;
+    }
+    float by = 1 / sum(total);
+    for (int t = 0; t < stop; t += LANES) put(scores + t, get(scores + t) * by);
+}
+
 /* The G query heads of one key head of one row; its new key and value are put into the last column. */
 static void attend(const struct model *model, const struct batch *batch, int layer, int b, int key) {
-    int size = model->size, groups = model->heads / model->keys, length = batch->length, first = batch->first[b];
+    int size = model->size, groups = model->heads / model->keys, length = batch->lengths[b];
+    size_t room = batch->room, place = ((size_t)layer * batch->rows + b) * model->keys + key;
     const float *cos = batch->cos + (size_t)b * size, *sin = batch->sin + (size_t)b * size;
     const float *qkv = batch->output + (size_t)b * (model->heads + 2 * model->keys) * size;
-    real *keys = batch->columns + (((size_t)layer * batch->rows + b) * 2 * model->keys + key) * batch->room * size;
-    real *values = keys + (size_t)model->keys * batch->room * size;
     const float *value = qkv + (size_t)(model->heads + model->keys + key) * size;
-    turn(keys + (size_t)(length - 1) * size, qkv + (size_t)(model->heads + key) * size, cos, sin, size);
+    real *keys = batch->keys + place * room * size, *values = batch->values + place * room * size, fresh[size];
+    turn(fresh, qkv + (size_t)(model->heads + key) * size, cos, sin, size);
+    real *column = keys + (size_t)(length - 1) / LANES * LANES * size + (length - 1) % LANES * PAIR;
+    for (int i = 0; i < size; i += PAIR) memcpy(column + (size_t)i * LANES, fresh + i, PAIR * sizeof(real));
     for (int i = 0; i < size; i += LANES) write(values + (size_t)(length - 1) * size + i, get(value + i));
-    for (int g = 0; g < groups; g++) {
-        float *scores = batch->scores + ((size_t)b * model->keys + key) * groups * batch->room + (size_t)g * batch->room;
+    for (int g = 0, some; g < groups; g += some) {
+        some = groups - g >= QUERIES ? QUERIES : groups - g;
+        float *scores = batch->scores + (((size_t)b * model->keys + key) * groups + g) * room;
         real *query = batch->input + ((size_t)b * model->heads + key * groups + g) * size;   /* its result goes there */
-        turn(query, qkv + (size_t)(key * groups + g) * size, cos, sin, size);
-        float highest = -INFINITY;
-        for (int t = first; t < length; t++) {
-            scores[t] = dot(query, keys + (size_t)t * size, size) * model->scale;
-            highest = scores[t] > highest ? scores[t] : highest;
-        }
-        float total = 0;
-        for (int t = first; t < length; t += LANES) {
-            vec some = {0};
-            int count = length - t < LANES ? length - t : LANES;
-            memcpy(&some, scores + t, 4 * count);
-            some = exponential(some - highest);
-            memcpy(scores + t, &some, 4 * count);
-        }
-        for (int t = first; t < length; t++) total += scores[t];
-        for (int i = 0; i < size; i += LANES) {
-            vec mixed = {0};
-            for (int t = first; t < length; t++) mixed += read(values + (size_t)t * size + i) * scores[t];
-            write(query + i, mixed / total);
-        }
+        for (int i = 0; i < some; i++)
+            turn(query + (size_t)i * size, qkv + (size_t)(key * groups + g + i) * size, cos, sin, size);
+#define SOME(n) case n: \
+        for (int t = 0; t < length; t += LANES) { \
+            for (int i = 0; i < LANES * size; i += 64 / sizeof(real)) near(values + (size_t)t * size + i); \
+            score(scores + t, room, query, keys + (size_t)t * size, size, model->scale, n); \
+        } \
+        for (int i = 0; i < n; i++) softmax(scores + i * room, length); \
+        mix(query, scores, room, values, size, length, n); \
+        break;
+        switch (some) { SOME(1) SOME(2) SOME(3) SOME(4) }
     }
 }
 
