@@ -146,7 +146,8 @@ class CompiledDecoding(LlamaDecoding):
         self.scratch = {"input": values.new_empty(rows, max(group.inputs for group in groups)),
                         "output": torch.empty(rows, max(group.outputs for group in groups)),
                         "hidden": torch.empty(rows, max(1, *(group.parts * group.ranks for group in groups))),
-                        "scores": torch.empty(rows, self.whole.heads, room)}
+                        "scores": torch.empty(rows, self.whole.heads, room),
+                        "logits": torch.empty(rows, self.whole.head.outputs)}
         self.batch = _Batch(rows=rows, room=room, keys=self.keys.data_ptr(), values=self.values.data_ptr(),
                             **{name: each.data_ptr() for name, each in self.scratch.items()})
 
@@ -156,10 +157,9 @@ class CompiledDecoding(LlamaDecoding):
         x_BH = stem.embed_tokens(tokens_B).to(torch.float32, copy=True)   # the step adds to it
         cos_B1D, sin_B1D = (each.contiguous() for each in stem.rotary_emb(x_BH, self.place_B.unsqueeze(1)))
         lengths_B = (self.place_B + 1).int()
-        logits_BV = torch.empty(len(x_BH), self.whole.head.outputs)
         batch = self.batch
-        batch.x, batch.cos, batch.sin, batch.lengths, batch.logits = (
-            each.data_ptr() for each in (x_BH, cos_B1D, sin_B1D, lengths_B, logits_BV))
+        batch.x, batch.cos, batch.sin, batch.lengths = (
+            each.data_ptr() for each in (x_BH, cos_B1D, sin_B1D, lengths_B))
         batch.threads = torch.get_num_threads()
         self.call(ctypes.byref(self.whole), ctypes.byref(batch))
-        return logits_BV[:, :self.model.config.vocab_size]
+        return self.scratch["logits"][:, :self.model.config.vocab_size]

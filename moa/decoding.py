@@ -28,7 +28,7 @@ class Decoding:
         self.logits_BV = exact(self._forward(ids_BT, positions_BT))   # of each row's next token
 
     def step(self, tokens_B: Tensor) -> Tensor:
-        """Take the next token of each row, and return the logits of the one after it, (B, V)."""
+        """Take the next token of each row, and return the logits of the one after it, (B, V), until the next step."""
         self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(self.mask_BT), 1)], dim=1)
         self.logits_BV = exact(self._step(tokens_B))
         self.place_B = self.place_B + 1

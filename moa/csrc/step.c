@@ -157,10 +157,11 @@ static inline __attribute__((always_inline)) void score(float *to, size_t apart,
 
 /* Values of a few queries, by their scores, in place of the queries. */
 static inline __attribute__((always_inline)) void mix(real *query, const float *scores, size_t apart, const real *values,
-                                                      int size, int length, int queries) {
+                                                      int size, int length, const real *next, int queries) {
     for (int i = 0; i < size; i += TILE) {
         vec total[QUERIES][2] = {{{0}}};
         for (int t = 0; t < length; t++) {
+            near(next + (size_t)t * size + i);
             vec low = read(values + (size_t)t * size + i), high = read(values + (size_t)t * size + i + LANES);
             for (int g = 0; g < queries; g++) {
                 total[g][0] += low * scores[g * apart + t];
@@ -214,7 +215,7 @@ static void attend(const struct model *model, const struct batch *batch, int lay
             score(scores + t, room, query, keys + (size_t)t * size, size, model->scale, n); \
         } \
         for (int i = 0; i < n; i++) softmax(scores + i * room, length); \
-        mix(query, scores, room, values, size, length, n); \
+        mix(query, scores, room, values, size, length, keys + room * size, n); \
         break;
         switch (some) { SOME(1) SOME(2) SOME(3) SOME(4) }
     }

@@ -62,7 +62,7 @@ def walk(kind: type[Decoding], stack: ExpertStack, lengths: list[int], experts: 
         batch = kind(stack.model, *prompts_of(lengths))
         for stay in [*stays, []]:
             for _ in range(steps):
-                seen.append(batch.logits_BV)
+                seen.append(batch.logits_BV.clone())
                 batch.step(batch.logits_BV.argmax(-1))
             if stay:
                 chosen = chosen[stay]
