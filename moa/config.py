@@ -76,7 +76,7 @@ class TrainParams(Group):
     validation_rows: int = Field(default=32, ge=1, description="rows of the validation split used after each epoch")
     patience: int = Field(default=0, ge=0, description="epochs without improvement before stopping; 0 = off")
     warm_patience: int = Field(default=1, ge=0, description="the same for an expert that starts from another one")
-    batch_tokens: int = Field(default=768, ge=16, description="padded tokens in one forward: memory, not mathematics")
+    batch_tokens: int = Field(default=448, ge=16, description="padded tokens in one forward: memory, not mathematics")
     recompute: bool = Field(default=False, description="gradient checkpointing: a third slower, much less memory")
     seed: int = 0
 

@@ -92,7 +92,7 @@ class StackedLoRA(nn.Module):
         self.b_EOR = nn.Parameter(b_EOR)
         self.register_buffer("scale_E", scale_E, persistent=False)
         self.selection = selection
-        self._gathered: tuple[tuple[int, torch.dtype], Tensor, Tensor] | None = None
+        self.gathered: tuple[tuple[int, torch.dtype], Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:   # (B, T, I) -> (B, T, O)
         batch = self.selection.batch
@@ -117,7 +117,7 @@ class StackedLoRA(nn.Module):
 
     def _learning(self, x: Tensor) -> Tensor:
         """The output when gradients are wanted."""
-        self._gathered = None                  # what a validation kept for its rows is of no more use
+        self.gathered = None                  # what a validation kept for its rows is of no more use
         plain = type(self.base) is nn.Linear   # others know best how gradients pass through them
         y = self.base(x.detach() if plain else x)
         return add_lora(y, x, self.base.weight if plain else None, self.a_ERI, self.b_EOR, self.scale_E,
@@ -129,16 +129,16 @@ class StackedLoRA(nn.Module):
         if self.a_ERI.device.type == "cpu":
             dtype = torch.promote_types(dtype, torch.float32)
         key = self.selection.generation, dtype
-        if self._gathered is None or self._gathered[0] != key:
+        if self.gathered is None or self.gathered[0] != key:
             rows = self.selection.rows
             assert rows is not None
-            self._gathered = key, *slices(self.a_ERI, self.b_EOR, self.scale_E, rows, self.selection.inactive, dtype)
-        return self._gathered[1:]
+            self.gathered = key, *slices(self.a_ERI, self.b_EOR, self.scale_E, rows, self.selection.inactive, dtype)
+        return self.gathered[1:]
 
     def handed_over(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The same, not kept here any longer."""
         kept = self.kept(dtype)
-        self._gathered = None
+        self.gathered = None
         return kept
 
     def _blended(self, x: Tensor, weights_BE: Tensor) -> Tensor:
@@ -241,6 +241,12 @@ class ExpertStack:
     def changed(self) -> None:
         """Say that weights were written from outside while a choice stands: what was gathered is forgotten."""
         self.selection.generation += 1
+
+    def forget(self) -> None:
+        """End the choice, and free what was gathered for it."""
+        self.select(None)
+        for layer in self.layers.values():
+            layer.gathered = None
 
     def initialise(self, expert: int, seed: int) -> None:
         """PEFT's own start: A uniform in +-1/sqrt(I), B zero. Depends on nothing but the seed and the layers."""

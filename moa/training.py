@@ -6,6 +6,7 @@ Knows nothing of DVC, MLflow or Prefect.
 
 import hashlib
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from moa.batches import Batch, collate, microbatches, row_losses
 from moa.config import TrainParams
 from moa.fused import fused
 from moa.lora import ExpertStack, Selection, StackedLoRA
+from moa.shelf import Shelf
 from moa.tokens import Encoded
 
 # Sharing one storage between an expert's parameters and its row of the stack is what we want.
@@ -88,8 +90,8 @@ class Learner:
         self.steps_per_epoch = len(self.order) // params.epochs
         self.weights = nn.Parameter(stack.weights[expert])   # shares the stack's storage
         self.weights.grad = stack.gradients[expert]
-        self.best = stack.weights[expert].clone()
-        self.optimizer = torch.optim.AdamW([self.weights], lr=0.0, weight_decay=params.weight_decay)
+        self.best = Shelf(self.weights)   # looked at once an epoch
+        self.optimizer = torch.optim.AdamW([self.weights], lr=0.0, weight_decay=params.weight_decay, fused=True)
         self.progress = Progress()
 
     @property
@@ -133,7 +135,7 @@ class Learner:
         at.epoch_loss, at.epoch_tokens = 0.0, 0
         if validation_loss < at.best_loss:
             at.best_loss, at.best_epoch, at.worse = validation_loss, at.epoch, 0
-            self.best.copy_(self.weights.detach())
+            self.best.put(self.weights)
         else:
             at.worse += 1
             at.stopped = bool(self.params.patience) and at.worse >= self.params.patience
@@ -142,14 +144,14 @@ class Learner:
         """What resuming needs besides `progress`."""
         state = self.optimizer.state.get(self.weights, {})
         moments = {key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
-        return {"weights": self.weights.detach(), "best": self.best, **moments}
+        return {"weights": self.weights.detach(), "best": self.best.take(), **moments}
 
     def restore(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
         """Continue where `tensors` and `progress` were taken."""
         self.progress = progress
         with torch.no_grad():
             self.weights.copy_(tensors["weights"])
-        self.best.copy_(tensors["best"])
+        self.best.put(tensors["best"].to(self.weights))
         if "exp_avg" in tensors:
             self.optimizer.state[self.weights] = {
                 "step": torch.tensor(float(progress.step)), "exp_avg": tensors["exp_avg"].to(self.weights),
@@ -196,6 +198,7 @@ def validation_losses(model: nn.Module, stack: ExpertStack, learners: Sequence[L
     for group in microbatches(rows, 2 * batch_tokens):   # no activations are kept
         batch = collate([rows[index] for index in group], stack.weights.device)
         losses.index_add_(0, batch.owners.cpu(), forward(model, stack, batch)[0].double().cpu())
+    stack.forget()
     for expert, row in rows:
         targets[expert] += sum(row.targets[1:])
     return {learner.name: (losses[learner.expert] / targets[learner.expert]).item() for learner in learners}
@@ -217,12 +220,14 @@ def cotrain(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], b
     `after_step` is called after each common step, for progress and checkpoints. A learner whose loss or gradient is no
     longer finite stops with `progress.failure` set, and the others do not notice.
     """
+    # oneDNN keeps what it compiled for a thousand shapes, half a MiB for each: those of two microbatches will do.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     with short_rows(model), fused(model):
         _train(model, stack, learners, batch_tokens, after_step, forward)
     stack.select(None)
     with torch.no_grad():
         for learner in learners:
-            learner.weights.copy_(learner.best)
+            learner.weights.copy_(learner.best.take())
 
 
 def _train(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,

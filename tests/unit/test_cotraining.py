@@ -163,7 +163,7 @@ def test_an_expert_that_breaks_on_the_way_fails_alone_and_keeps_its_best_epoch()
     def poison(learners: Sequence[Learner]) -> None:
         for learner in learners:
             if learner.name == "b" and learner.progress.step == 5:   # in the second epoch
-                best.append(learner.best.clone())
+                best.append(learner.best.take())
                 with torch.no_grad():
                     learner.weights.fill_(float("nan"))
 

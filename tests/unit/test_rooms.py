@@ -20,8 +20,8 @@ HEAVY = {"torch", "transformers", "peft", "mlflow", "prefect", "dvc", "datasets"
 # Rooms that are about tensors, or are a flow: only these may be slow to import, and only steps import them.
 SLOW = {"moa.adapters", "moa.attention", "moa.batches", "moa.calibration", "moa.compiled", "moa.decoding", "moa.fused",
         "moa.generation", "moa.heads", "moa.joint", "moa.llama", "moa.lora", "moa.mapped", "moa.mixture", "moa.packing",
-        "moa.paging", "moa.product", "moa.router", "moa.sampling", "moa.serving", "moa.training", "flows.adapt",
-        "flows.build", "flows.deployments", "flows.drift"}
+        "moa.paging", "moa.product", "moa.router", "moa.sampling", "moa.serving", "moa.shelf", "moa.training",
+        "flows.adapt", "flows.build", "flows.deployments", "flows.drift"}
 # What every stage stands on, and what words its results: no part of what it computes.
 INFRASTRUCTURE = {"moa", "moa.code", "moa.workspace", "moa.config", "moa.errors", "moa.digests", "moa.progress"}
 STAGES = {"base": "moa.base", "quickstart": "moa.quickstart", "prepare": "moa.corpus", "train": "moa.experts",
