@@ -9,7 +9,8 @@ and stopping around it. A figure is the median over the repeats, a ratio the med
 Before anything is timed, moa's greedy tokens on the base alone are compared with those of `generate`.
 
 The floor of a step is the time in which the base's weights pass once, at the bandwidth of a large copy, whose bytes
-count twice, read and written. A mixture also reads its rows' experts, which the floor leaves out.
+count twice, read and written. A mixture also reads its rows' experts, which the floor leaves out; what it would be with
+them stands beside it.
 
 The last line is one JSON object. Shapes: B rows, T positions.
 """
@@ -40,7 +41,7 @@ SPREAD = 0.02                 # of B's random values: far from zero, yet the mod
 COPY_BYTES = 256 << 20        # too large for any cache
 TIMES, PARTS = 2.0, 0.5       # the goals: over `generate`, and of the floor's speed
 GENERATE, MIXTURE, ALONE = "transformers generate, base alone", f"moa, {EXPERTS} experts", "moa, base alone"
-FLOOR = "floor: the weights once"
+FLOOR, WHOLE = "floor: the base's weights once", "the base's and the rows' experts' once"
 
 
 def main() -> None:
@@ -88,10 +89,12 @@ def systems(base: Any, stack: ExpertStack, prompts_BT: Tensor, tokens: int,
             weights: int) -> dict[str, Callable[[], float]]:
     """Each as something that is timed: seconds a step."""
     experts = [row % EXPERTS for row in range(len(prompts_BT))]
+    own = len(set(experts)) * stack.weights.shape[1] * base.model.dtype.itemsize
     return {GENERATE: lambda: generate(base.model, prompts_BT, tokens),
             MIXTURE: lambda: moa(stack, base.tokenizer, prompts_BT, tokens, experts),
             ALONE: lambda: moa(stack, base.tokenizer, prompts_BT, tokens, None),
-            FLOOR: lambda: weights / bandwidth(prompts_BT.device)}
+            FLOOR: lambda: weights / bandwidth(prompts_BT.device),
+            WHOLE: lambda: (weights + own) / bandwidth(prompts_BT.device)}
 
 
 def mixture(model: Any) -> ExpertStack:

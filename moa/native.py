@@ -38,7 +38,8 @@ def library(name: str, defines: Sequence[str] = ()) -> ctypes.CDLL | None:
                 return ctypes.CDLL(str(target))
         _compile(command, target)
         return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError):   # no room, no right to write or to run, a compiler that refuses
+    except (OSError, RuntimeError, subprocess.SubprocessError):
+        # No room or right to write, nobody's home, a compiler that refuses.
         return None
 
 

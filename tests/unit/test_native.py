@@ -36,11 +36,11 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
 pytestmark = pytest.mark.skipif(native.library_for("step", torch.float32) is None, reason="no compiler, or another CPU")
 
 
-def model_of(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
+def model_of(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Wide enough for tiles and lanes, with an odd vocabulary; the same weights in every dtype."""
-    config = AutoConfig.for_model(architecture, vocab_size=259, hidden_size=128, intermediate_size=192,
-                                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                  max_position_embeddings=512)
+    config = AutoConfig.for_model(architecture, **{
+        "vocab_size": 259, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512} | changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
     random = torch.Generator().manual_seed(7)
     for name, weight in model.named_parameters():
@@ -101,6 +101,27 @@ def test_an_expert_that_is_no_number_stays_its_own() -> None:
     for one, same in zip(healthy, broken, strict=True):
         assert torch.equal(one[:2], same[:2])
     assert broken[-1][2].isnan().all()
+
+
+def test_biases_and_a_scaled_rotation_are_the_models_own() -> None:
+    scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    stack = stack_on(model_of("llama", attention_bias=True, mlp_bias=True, rope_parameters=scaled), 3)
+    assert compiled.fits(stack.model)
+    plain, fast = (walk(kind, stack, [40, 9, 33], [0, -1, 0], [[2, 0]], 4) for kind in (Decoding, CompiledDecoding))
+    for one, same in zip(plain, fast, strict=True):
+        torch.testing.assert_close(same, one, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [(8, 1), (4, 4), (6, 1)])
+def test_heads_in_groups_of_any_size(groups: tuple[int, int]) -> None:
+    """More queries of a key head than are mixed side by side, one, and a number that leaves a rest."""
+    heads, keys = groups
+    stack = stack_on(model_of("llama", hidden_size=32 * heads, num_attention_heads=heads, num_key_value_heads=keys), 3)
+    assert compiled.fits(stack.model)
+    plain, fast = (walk(kind, stack, [4, 20], [0, 0], [], 4) for kind in (Decoding, CompiledDecoding))
+    for one, same in zip(plain, fast, strict=True):
+        torch.testing.assert_close(same, one, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["v_proj"], ["up_proj", "o_proj"]])
