@@ -92,8 +92,9 @@ static void expand(real *y, const float *m, const float *h, int size, int ranks,
     }
 }
 
-/* y (B, T, O) += scale * B(Ax); `hidden` is kept for the backward. */
-void lora_forward(const struct lora *l, real *y) {
+/* h (B, T, R) = what `from` shrinks to, by A or by the flipped B; and that, expanded by the other one, is added to `to`
+   if there is one. */
+static void through(const struct lora *l, float *h, const real *from, int from_size, real *to, int to_size, int back) {
     int threads = l->threads, chunks = (l->length + CHUNK - 1) / CHUNK;
     flip(l);
     PARALLEL
@@ -105,12 +106,15 @@ void lora_forward(const struct lora *l, real *y) {
         for (int places; start < stop; start += places) {
             int64_t t = (int64_t)row * l->length + start;
             places = stop - start < PLACES ? stop - start : PLACES;
-            float *h = l->hidden + t * l->ranks;
-            shrink(h, a, l->x + t * l->inputs, l->inputs, l->ranks, l->scale[l->rows[row]], places);
-            expand(y + t * l->outputs, b, h, l->outputs, l->ranks, places);
+            float *own = h + t * l->ranks;
+            shrink(own, back ? b : a, from + t * from_size, from_size, l->ranks, l->scale[l->rows[row]], places);
+            if (to) expand(to + t * to_size, back ? a : b, own, to_size, l->ranks, places);
         }
     }
 }
+
+/* y (B, T, O) += scale * B(Ax); `hidden` is kept for the backward. */
+void lora_forward(const struct lora *l, real *y) { through(l, l->hidden, l->x, l->inputs, y, l->outputs, 0); }
 
 /* Of each expert, the sum over its rows of h (T, R) times z (T, size), some columns of it, added to its gradient: (R,
    size), or its flip. */
@@ -157,22 +161,8 @@ static void gather(const struct lora *l, float *to, int64_t step, const float *h
 /* From the output's gradient (B, T, O): what is added to that of the input (B, T, I), if one is wanted, and to those of
    the experts. `back` is scratch, (B, T, R). */
 void lora_backward(const struct lora *l, const real *grad, real *to_x, float *back) {
-    int threads = l->threads, chunks = (l->length + CHUNK - 1) / CHUNK, wide = WIDE * LANES;
-    flip(l);
-    PARALLEL
-    for (int at = 0; at < l->batch * chunks; at++) {
-        int row = at / chunks, start = at % chunks * CHUNK, stop = start + CHUNK < l->length ? start + CHUNK : l->length;
-        if (rests(l, row)) continue;
-        const float *a = l->a + l->rows[row] * l->a_step;
-        const float *b = l->flipped + (int64_t)first_like(l, row) * l->ranks * l->outputs;
-        for (int places; start < stop; start += places) {
-            int64_t t = (int64_t)row * l->length + start;
-            places = stop - start < PLACES ? stop - start : PLACES;
-            float *h = back + t * l->ranks;
-            shrink(h, b, grad + t * l->outputs, l->outputs, l->ranks, l->scale[l->rows[row]], places);
-            if (to_x) expand(to_x + t * l->inputs, a, h, l->inputs, l->ranks, places);
-        }
-    }
+    int threads = l->threads, wide = WIDE * LANES;
+    through(l, back, grad, l->outputs, to_x, l->inputs, 1);
     int of_a = l->to_a ? (l->inputs + wide - 1) / wide : 0, of_b = l->to_b ? (l->outputs + wide - 1) / wide : 0;
     PARALLEL
     for (int at = 0; at < of_a + of_b; at++)

@@ -230,20 +230,24 @@ static void activate(const struct batch *batch, int b, int size) {
     }
 }
 
+/* The hidden state under a norm, as the group's input; all threads share the rows. */
+static void normed(const struct model *model, const struct batch *batch, const float *weight, const struct group *group) {
+    int size = model->hidden;
+#pragma omp for
+    for (int b = 0; b < batch->rows; b++) {
+        norm(batch->input + (size_t)b * size, batch->x + (size_t)b * size, weight, size, model->epsilon);
+        shrink(group, batch, b);
+    }
+}
+
 int lanes(void) { return LANES; }
 
 void step(const struct model *model, const struct batch *batch) {
-    int hidden = model->hidden;
 #pragma omp parallel num_threads(batch->threads)
     {
         for (int at = 0; at < model->count; at++) {
             const struct layer *layer = model->layers + at;
-#pragma omp for
-            for (int b = 0; b < batch->rows; b++) {
-                norm(batch->input + (size_t)b * hidden, batch->x + (size_t)b * hidden, layer->before, hidden,
-                     model->epsilon);
-                shrink(&layer->qkv, batch, b);
-            }
+            normed(model, batch, layer->before, &layer->qkv);
             product(&layer->qkv, batch, batch->output, 0);
 #pragma omp for collapse(2) schedule(dynamic, 1)
             for (int b = 0; b < batch->rows; b++)
@@ -253,12 +257,7 @@ void step(const struct model *model, const struct batch *batch) {
                 for (int b = 0; b < batch->rows; b++) shrink(&layer->out, batch, b);
             }
             product(&layer->out, batch, batch->x, 1);
-#pragma omp for
-            for (int b = 0; b < batch->rows; b++) {
-                norm(batch->input + (size_t)b * hidden, batch->x + (size_t)b * hidden, layer->between, hidden,
-                     model->epsilon);
-                shrink(&layer->gate_up, batch, b);
-            }
+            normed(model, batch, layer->between, &layer->gate_up);
             product(&layer->gate_up, batch, batch->output, 0);
 #pragma omp for
             for (int b = 0; b < batch->rows; b++) {
@@ -267,9 +266,7 @@ void step(const struct model *model, const struct batch *batch) {
             }
             product(&layer->down, batch, batch->x, 1);
         }
-#pragma omp for
-        for (int b = 0; b < batch->rows; b++)
-            norm(batch->input + (size_t)b * hidden, batch->x + (size_t)b * hidden, model->norm, hidden, model->epsilon);
+        normed(model, batch, model->norm, &model->head);
         product(&model->head, batch, batch->logits, 0);
     }
 }
