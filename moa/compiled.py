@@ -52,10 +52,10 @@ def fits(model: Any) -> bool:
     if step is None or model.config.hidden_act != "silu":
         return False
     tile = 2 * step.lanes()
-    linear = [_plain(layer) for each in model.model.layers for layers in _groups(each).values() for layer in layers]
+    groups = [[_plain(layer) for layer in layers] for each in model.model.layers for layers in _groups(each).values()]
     size = model.model.layers[0].self_attn.head_dim
-    return (all(layer.out_features % tile == layer.in_features % tile == 0 for layer in linear)
-            and size % tile == 0 and packing.room([*linear, model.get_output_embeddings()]))
+    return (all(layer.out_features % tile == layer.in_features % tile == 0 for layers in groups for layer in layers)
+            and size % tile == 0 and packing.room([*groups, [model.get_output_embeddings()]]))
 
 
 def _groups(layer: Any) -> dict[str, list[nn.Linear | StackedLoRA]]:

@@ -231,7 +231,10 @@ class ExpertStack:
         return self
 
     def select(self, rows: Tensor | None) -> None:
-        """Use expert `rows[b]` for row b of the following batches; -1, or None for all, is the base alone."""
+        """Use expert `rows[b]` for row b of the following batches; -1, or None for all, is the base alone. Raises
+        IndexError when there is no such expert."""
+        if rows is not None and len(rows) and int(rows.max()) >= len(self):
+            raise IndexError(f"There is no expert {int(rows.max())}: the stack has {len(self)}.")
         self.selection.set(rows)
 
     def blend(self, weights_BE: Tensor) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 SECONDS = 120   # that a compiler may take
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @cache
@@ -66,5 +67,5 @@ def folder() -> Path:
 @cache
 def cpu() -> frozenset[str]:
     """What the CPU says that it can do: a home may be shared by machines of several kinds."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())

@@ -29,9 +29,9 @@ def packed(layers: Sequence[nn.Linear], tile: int, pair: int) -> tuple[Tensor, T
     return _packed[first]
 
 
-def room(layers: Sequence[nn.Linear]) -> bool:
-    """Whether there is memory to pack these too."""
-    new = sum(layer.weight.nbytes for layer in layers if layer.weight not in _packed)
+def room(groups: Sequence[Sequence[nn.Linear]]) -> bool:
+    """Whether there is memory to pack these too, each group side by side."""
+    new = sum(layer.weight.nbytes for layers in groups if layers[0].weight not in _packed for layer in layers)
     taken = sum(weight.nbytes for weight, _ in _packed.values())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return not new or taken + new <= SHARE * memory

@@ -24,7 +24,7 @@ LANES = 16   # numbers of the widest vector: sizes must be a multiple
 def add_lora(y_BTO: Tensor, x_BTI: Tensor, weight_OI: Tensor | None, a_ERI: Tensor, b_EOR: Tensor, scale_E: Tensor,
              rows: Tensor, inactive: Tensor | None) -> Tensor:
     """`LoraProduct` in the fastest way there is."""
-    fits = (x_BTI.device.type == "cpu" and a_ERI.dtype == scale_E.dtype == torch.float32
+    fits = (x_BTI.device.type == "cpu" and rows.dtype == torch.int64 and a_ERI.dtype == scale_E.dtype == torch.float32
             and x_BTI.dtype == y_BTO.dtype and x_BTI.shape[-1] % LANES == y_BTO.shape[-1] % LANES == 0)
     lora = library_for("lora", x_BTI.dtype) if fits else None
     if lora is None:

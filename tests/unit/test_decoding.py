@@ -166,12 +166,13 @@ def test_packed_weights_go_with_the_model() -> None:
 
 
 def test_no_more_is_packed_than_the_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [nn.Linear(8, 8)]
-    assert packing.room(layers)
+    layers = [nn.Linear(8, 8), nn.Linear(8, 8)]
+    assert packing.room([layers])
     monkeypatch.setattr(packing, "SHARE", 0)
-    assert not packing.room(layers)
+    assert not packing.room([layers])
     packing.packed(layers, 8, 1)
-    assert packing.room(layers)   # it is there already
+    assert packing.room([layers])   # both are there already
+    assert not packing.room([layers, [nn.Linear(8, 8)]])
 
 
 def test_bfloat16_steps_are_as_near_to_float64_as_the_models_own() -> None:

@@ -26,7 +26,7 @@ from moa.compiled import CompiledDecoding
 from moa.decoding import Decoding
 from moa.fused import fused
 from moa.lora import ExpertStack, LoraSpec
-from moa.product import CompiledProduct, LoraProduct
+from moa.product import CompiledProduct, LoraProduct, add_lora
 from moa.training import recomputing
 from tests.unit.test_decoding import prompts_of, walk
 
@@ -235,6 +235,16 @@ def test_the_product_in_c_is_that_of_torch(rank: int, length: int, rows: list[in
         torch.testing.assert_close(ours.double(), plain, atol=1e-3, rtol=1e-4)
 
 
+def test_rows_that_c_does_not_read_are_for_torch() -> None:
+    def added(rows: Tensor) -> Tensor:
+        random = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, generator=random)  # noqa: E731
+        return add_lora(draw(2, 3, 32), draw(2, 3, 16), None, draw(4, 2, 16), draw(4, 32, 2), draw(4), rows, None)
+
+    rows = torch.tensor([3, 1])
+    torch.testing.assert_close(added(rows.int()), added(rows))
+
+
 def test_in_c_too_a_broken_expert_stays_its_own() -> None:
     lora = native.library_for("lora", torch.float32)
     random = torch.Generator().manual_seed(0)
@@ -302,6 +312,12 @@ def test_a_library_that_is_cut_off_is_made_anew(tmp_path: Path) -> None:
     [made] = (tmp_path / "moa").iterdir()
     made.write_bytes(made.read_bytes()[:100])
     assert asked(tmp_path) in ("8", "16")
+
+
+def test_where_nothing_says_what_the_cpu_can_do_there_is_none_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "CPUINFO", Path("/nowhere"))
+    monkeypatch.setattr(native, "cpu", native.cpu.__wrapped__)
+    assert native.library_for("step", torch.bfloat16) is None
 
 
 def test_another_source_or_cpu_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
