@@ -17,6 +17,7 @@ from moa.cli_serve import serve
 from moa.cli_shared import App, AsJson, opened, place, print_json
 from moa.cli_up import adapt, retrain, status, up
 from moa.errors import ConfigError, MoaError, RegistryError
+from moa.loopback import ask_directly
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}   # what a full or broken disk answers
 RUN, DATA, USE, STEPS = "Build", "Workspace and domains", "Use", "Single steps (what the stages of dvc.yaml run)"
@@ -279,6 +280,7 @@ def evaluate() -> None:
 
 def main() -> None:
     """The console script. What the user can mend is one sentence; everything else keeps its traceback."""
+    ask_directly()
     try:
         app(standalone_mode=True)
     except MoaError as error:

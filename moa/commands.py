@@ -12,6 +12,7 @@ from typing import Any
 
 from moa.errors import PipelineError
 from moa.leash import Leash
+from moa.loopback import direct
 from moa.progress import MARKER
 from moa.workspace import Workspace
 
@@ -27,9 +28,9 @@ OnLine = Callable[[str], None]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Environment of our children: this interpreter's scripts first on PATH, nobody phones home."""
+    """Environment of our children: this interpreter's scripts first on PATH, no telemetry, no proxy before loopback."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1", **(extra or {})}
+    return {**os.environ, **direct(os.environ), **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1", **(extra or {})}
 
 
 def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: OnLine,
