@@ -4,24 +4,22 @@ An event is a nudge, never the record. What has arrived lies in data/incoming un
 event finds it there, and the sensor nudges again as long as something is due.
 """
 
-import json
 import threading
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from flows import prefect_api
 from flows.attempt import Attempt
 from flows.learning import pending
-from flows.server import configured, headers
 from moa import incoming, ledger
 from moa.config import load
 from moa.errors import MoaError
 from moa.owner import Owner
-from moa.workspace import Workspace, read_json
+from moa.workspace import Workspace
 
 ARRIVED = "moa.data.arrived"
 RESOURCE = "moa.domain."
@@ -29,26 +27,18 @@ AGAIN = 45.0              # seconds between two nudges for the same thing: a run
 BACK_OFF = (60.0, 3600.0)   # seconds after a failed run, doubled with each, and at most
 
 
-def nudge(workspace: Workspace, names: Sequence[str] = (), url: str | None = None) -> bool:
+def nudge(workspace: Workspace, names: Sequence[str] = (), api: prefect_api.Api | None = None) -> bool:
     """Tell Prefect that rows of these domains have arrived; whether somebody heard it."""
-    url = url or address(workspace)
-    if url is None:
+    api = api or prefect_api.of(workspace)
+    if api is None:
         return False
     at = datetime.now(UTC).isoformat()
     events = [{"occurred": at, "event": ARRIVED, "id": str(uuid.uuid4()), "payload": {"domain": name},
                "resource": {"prefect.resource.id": f"{RESOURCE}{name}"}, "related": []} for name in names]
-    request = urllib.request.Request(f"{url.rstrip('/')}/events", json.dumps(events).encode(),   # noqa: S310
-                                     {"Content-Type": "application/json", **headers()}, method="POST")
-    with suppress(OSError, ValueError), urllib.request.urlopen(request, timeout=5) as reply:   # noqa: S310
-        return bool(200 <= reply.status < 300)
+    with suppress(OSError, ValueError):
+        api.ask("events", events)
+        return True
     return False
-
-
-def address(workspace: Workspace) -> str | None:
-    """The Prefect API that serves this workspace: that of `moa up`, else the configured one."""
-    with suppress(OSError, ValueError, KeyError):
-        return str(read_json(workspace.up)["api"])
-    return configured()
 
 
 class Sensor:

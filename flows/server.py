@@ -1,47 +1,57 @@
 """The Prefect server of a run: the one that is there, or one of our own for as long as we need it.
 
 Must be asked before the first `import prefect`, which reads its settings once. Our own server keeps its history in
-the workspace, listens on the loopback interface only, and ends with us, whatever ends us.
+the workspace, listens on the loopback interface only, answers only clients that know its secret, and ends with us,
+whatever ends us.
 """
 
-import base64
 import importlib
 import os
+import secrets
 import socket
 import sys
 import time
-import tomllib
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from flows.prefect_api import Api, configured
+from flows.prefect_settings import setting
 from moa.commands import QUIET, environment
 from moa.errors import PipelineError
 from moa.leash import Leash
+from moa.loopback import ask_directly
 from moa.workspace import Workspace
 
 START_SECONDS = 120.0
 SETTLE_SECONDS = 5.0
+CLIENT = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_API_KEY", "PREFECT_HOME")   # set while one is used
 
 
 class Server:
     """Where Prefect is, once `ready` has returned."""
 
-    def __init__(self, url: str, leash: Leash | None = None, log: Path | None = None) -> None:
-        self.url = url
+    def __init__(self, api: Api, leash: Leash | None = None, log: Path | None = None) -> None:
+        self.api = api
         self._leash, self._log = leash, log
 
     @property
     def own(self) -> bool:
         return self._leash is not None
 
+    @property
+    def url(self) -> str:
+        return self.api.url
+
     def ready(self) -> str:
-        """Wait until the server answers and make it the one that `prefect` will use; its URL."""
-        os.environ["PREFECT_API_URL"] = self.url
+        """Wait until the server answers and make it the one that `prefect` will use, here and in children; its URL.
+
+        Raises PipelineError when it does not start.
+        """
+        os.environ.update(self.api.environment())
         deadline = time.monotonic() + START_SECONDS
         importlib.import_module("prefect.flows")   # a second of work for us, while the server is at its own
-        while self._leash is not None and not answers(self.url):
+        while self._leash is not None and not self.api.answers():
             if self._leash.ended or time.monotonic() > deadline:
                 raise PipelineError(f"The Prefect server did not start (its output: {self._log}); "
                                     "`moa run --local` does the same work without one.")
@@ -63,60 +73,47 @@ class Server:
             self._leash.stop()
 
 
-def headers() -> dict[str, str]:
-    """What an API with a key, or behind a password, asks for."""
-    if key := os.environ.get("PREFECT_API_KEY"):
-        return {"Authorization": f"Bearer {key}"}
-    if words := os.environ.get("PREFECT_API_AUTH_STRING"):
-        return {"Authorization": f"Basic {base64.b64encode(words.encode()).decode()}"}
-    return {}
-
-
-def answers(url: str) -> bool:
-    """Whether a Prefect API at `url` is healthy."""
-    request = urllib.request.Request(f"{url.rstrip('/')}/health", headers=headers())   # noqa: S310 - own setting, or ours
-    with suppress(OSError, ValueError), urllib.request.urlopen(request, timeout=3) as reply:   # noqa: S310
-        return bool(reply.status == 200)
-    return False
-
-
-def configured() -> str | None:
-    """The API that the environment or the active Prefect profile names, read without importing Prefect."""
-    if url := os.environ.get("PREFECT_API_URL"):
-        return url
-    path = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser() / "profiles.toml"
-    with suppress(OSError, tomllib.TOMLDecodeError, AttributeError):
-        profiles = tomllib.loads(path.read_text(encoding="utf-8"))
-        active = os.environ.get("PREFECT_PROFILE") or profiles.get("active")
-        return profiles.get("profiles", {}).get(active, {}).get("PREFECT_API_URL")
-    return None
-
-
 @contextmanager
 def running(workspace: Workspace, *, verbose: bool = False, ui: bool = False) -> Iterator[Server]:
     """A server for the block. It may still be starting: do other work first, then call `ready`.
 
-    One of our own has pages for people if `ui`.
+    One of our own has pages for people if `ui`. Raises PipelineError when the configured one refuses the user's
+    password or key.
     """
     os.environ.update(QUIET)
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     if not verbose:   # stages tell their own story; Prefect's is in its history
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    url = configured()
-    if url and answers(url):
-        yield Server(url)
-        return
-    before = os.environ.get("PREFECT_API_URL")
-    server = _start(workspace, ui)
+    ask_directly()
+    found = configured()
+    with _restored(CLIENT):
+        if found and found.answers():
+            if found.refuses():
+                raise PipelineError(f"The Prefect server at {found.url} asks for a password or key, and there is none, "
+                                    "or a wrong one: set PREFECT_API_AUTH_STRING (or PREFECT_API_KEY), or unset "
+                                    "PREFECT_API_URL to let moa start a server of its own.")
+            yield Server(found)
+            return
+        server = _start(workspace, ui)
+        try:
+            yield server
+        finally:
+            server.settle()
+            server.stop()
+
+
+@contextmanager
+def _restored(names: Sequence[str]) -> Iterator[None]:
+    """Put these variables of the environment back at the end."""
+    before = {name: os.environ.get(name) for name in names}
     try:
-        yield server
+        yield
     finally:
-        server.settle()
-        server.stop()
-        if before is None:
-            os.environ.pop("PREFECT_API_URL", None)
-        else:
-            os.environ["PREFECT_API_URL"] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def free_port() -> int:
@@ -127,15 +124,23 @@ def free_port() -> int:
 
 
 def _start(workspace: Workspace, ui: bool) -> Server:
+    # The user may choose the secret; else there is a new one for each start. It travels in environments, which other
+    # users of the machine cannot read, never on a command line.
+    password = setting("PREFECT_SERVER_API_AUTH_STRING") or f"moa:{secrets.token_urlsafe(32)}"
     workspace.prefect.mkdir(parents=True, exist_ok=True)
     os.environ["PREFECT_HOME"] = str(workspace.prefect)
     port = free_port()
+    api = Api(f"http://127.0.0.1:{port}/api", password)
     log = workspace.logs / "prefect-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    env = environment({"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "NOTSET"})
-    env.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--ui" if ui else "--no-ui", "--host", "127.0.0.1",
-               "--port", str(port)]
+    # All that decides who reaches the API and where: a `.env` or a prefect.toml may say it for some other server.
+    env = environment({
+        **api.environment(), "PREFECT_SERVER_API_AUTH_STRING": password, "PREFECT_SERVER_API_BASE_PATH": "/api",
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}",
+        "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "false",   # its token is what the secret is
+        "PREFECT_SERVER_UI_ENABLED": str(ui), "PREFECT_SERVER_UI_API_URL": "/api", "PREFECT_SERVER_UI_SERVE_BASE": "/",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "NOTSET"})
+    command = [sys.executable, "-P", "-m", "flows.prefect_server", str(port)]
     with log.open("w", encoding="utf-8") as file:
         leash = Leash(command, cwd=workspace.root, env=env, stdout=file, step=False)
-    return Server(f"http://127.0.0.1:{port}/api", leash, log)
+    return Server(api, leash, log)

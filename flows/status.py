@@ -1,19 +1,13 @@
-"""`moa status`: what runs, what is scheduled, what waits, what happened last. Changes nothing.
+"""`moa status`: what runs, what is scheduled, what waits, what happened last. Changes nothing."""
 
-Asks Prefect's API in plain HTTP, which is there at once; importing Prefect would take longer than everything else.
-"""
-
-import json
 import time
-import urllib.request
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
+from flows import prefect_api
 from flows.attempt import Attempt
 from flows.learning import pending
-from flows.sensor import address
-from flows.server import answers, headers
 from moa import ledger
 from moa.config import Config
 from moa.owner import Owner
@@ -28,17 +22,18 @@ def status(workspace: Workspace, config: Config) -> dict[str, Any]:
 
     snapshot, champion = Pipeline(workspace).snapshot(), Registry(workspace, config).champion()
     owner, found, interrupted = Owner.of(workspace), pending(workspace, config), Attempt.load(workspace)
-    url = address(workspace)
-    answering = bool(url and answers(url))
+    api = prefect_api.of(workspace)
+    answering = bool(api and api.answers())
     return {"workspace": str(workspace.root), "domains": list(config.domains),
             "champion": f"{champion.name} version {champion.version}" if champion else None,
             "stale": sorted(snapshot.stale), "pending": sorted(snapshot.affected),
-            "up": _up(workspace), "prefect": {"url": url, "answers": answering},
+            "up": _up(workspace),
+            "prefect": {"url": api.url if api else None, "answers": answering, "password": _password(workspace)},
             "working": owner.read() if owner.at_work() else None,
             "interrupted": sorted(interrupted.before) if interrupted and not owner.at_work() else None,
             "arrived": [{"domain": each.domain, "file": each.path.name, "size": each.size} for each in found.arrivals],
             "due": {"run": found.due.run, "reason": found.due.reason, "wait": found.due.wait},
-            "scheduled": _scheduled(url or "", workspace) if answering else [],
+            "scheduled": _scheduled(api, workspace) if api and answering else [],
             "ledger": ledger.read(workspace, last=LAST)}
 
 
@@ -57,14 +52,20 @@ def _up(workspace: Workspace) -> dict[str, Any] | None:
         return facts
 
 
-def _scheduled(url: str, workspace: Workspace) -> list[dict[str, str]]:
+def _password(workspace: Workspace) -> str | None:
+    """The file with the password of `moa up`'s own server, if there is one."""
+    path = workspace.prefect_password
+    return workspace.relative(path) if path.exists() else None
+
+
+def _scheduled(api: prefect_api.Api, workspace: Workspace) -> list[dict[str, str]]:
     """The next runs of this workspace's deployments, by Prefect's account."""
     with suppress(OSError, ValueError, KeyError):
-        known = _ask(url, "deployments/filter", {"deployments": {"tags": {"all_": ["moa"]}}})
+        known = api.ask("deployments/filter", {"deployments": {"tags": {"all_": ["moa"]}}})
         ours = {each["id"]: each for each in known if each["parameters"].get("root") == str(workspace.root)}
         if not ours:
             return []
-        runs = _ask(url, "flow_runs/filter", {
+        runs = api.ask("flow_runs/filter", {
             "sort": "EXPECTED_START_TIME_ASC", "limit": 50, "deployments": {"id": {"any_": list(ours)}},
             "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}})
         first: dict[str, str] = {}
@@ -72,13 +73,6 @@ def _scheduled(url: str, workspace: Workspace) -> list[dict[str, str]]:
             first.setdefault(ours[run["deployment_id"]]["entrypoint"].rsplit(".", 1)[-1], run["expected_start_time"])
         return [{"flow": flow, "at": at} for flow, at in first.items()]
     return []
-
-
-def _ask(url: str, path: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(f"{url.rstrip('/')}/{path}", json.dumps(body).encode(),   # noqa: S310
-                                     {"Content-Type": "application/json", **headers()}, method="POST")
-    with urllib.request.urlopen(request, timeout=5) as reply:   # noqa: S310
-        return json.loads(reply.read())
 
 
 def text(facts: dict[str, Any]) -> str:
@@ -93,6 +87,8 @@ def text(facts: dict[str, Any]) -> str:
     lines.append(("moa up", f"since {up['since']} (pid {up['pid']})" if up else "does not run"))
     if prefect["url"]:
         lines.append(("prefect", prefect["url"].removesuffix("/api") + ("" if prefect["answers"] else ", no answer")))
+        if prefect["password"]:
+            lines.append(("", f"password: in {prefect['password']}"))
     lines += [(name, up[name]) for name in ("mlflow", "serve") if up and name in up]
     lines += [(f"next {each['flow']}", _near(each["at"])) for each in facts["scheduled"]]
     width = max(len(key) for key, _ in lines)

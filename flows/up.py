@@ -21,7 +21,7 @@ from moa.commands import environment
 from moa.config import load
 from moa.errors import PipelineError
 from moa.leash import Leash, stop_all
-from moa.workspace import Workspace, write_json
+from moa.workspace import Workspace, write_json, write_private
 
 Say = Callable[[str], None]
 
@@ -51,7 +51,7 @@ def up(workspace: Workspace, also: Also, say: Say = _print, *, verbose: bool = F
             from flows.build import close_abandoned
 
             close_abandoned()
-        say(f"Prefect   {prefect.url.removesuffix('/api')}{'' if prefect.own else '   (already running)'}")
+        say(f"Prefect   {prefect.url.removesuffix('/api')}   {stack.enter_context(_password(workspace, prefect))}")
         for name, port, command, extra in _others(workspace, also):
             stack.callback(Kept(workspace, name, command, extra).stop)
             facts[name] = f"http://127.0.0.1:{port}"
@@ -60,7 +60,7 @@ def up(workspace: Workspace, also: Also, say: Say = _print, *, verbose: bool = F
         stack.callback(workspace.up.unlink, missing_ok=True)
         ledger.append(workspace, "up", pid=os.getpid(), url=prefect.url)
         stack.callback(ledger.append, workspace, "down", pid=os.getpid())
-        sensor = Sensor(workspace, lambda names: nudge(workspace, names, prefect.url))
+        sensor = Sensor(workspace, lambda names: nudge(workspace, names, prefect.api))
         thread = threading.Thread(target=sensor.run, name="moa-sensor", daemon=True)
         stack.callback(thread.join, 10)
         stack.callback(sensor.stop)
@@ -69,6 +69,25 @@ def up(workspace: Workspace, also: Also, say: Say = _print, *, verbose: bool = F
             f"(retraining: {config.retrain.cron or 'by hand'}; drift: {config.drift.cron or 'by hand'})")
         say("Ctrl-C ends everything.")
         _serve(workspace, config)
+
+
+@contextlib.contextmanager
+def _password(workspace: Workspace, prefect: server.Server) -> Iterator[str]:
+    """Keep our own server's password where the owner and `moa ingest` find it; yields what is said of it.
+
+    Only the file's name is printed: what `moa up` prints may end in a log that other people read.
+    """
+    path = workspace.prefect_password
+    if prefect.own and prefect.api.password:
+        write_private(path, f"{prefect.api.password}\n")
+        said = f"(password: in {workspace.relative(path)})"
+    else:
+        path.unlink(missing_ok=True)   # of a `moa up` that was killed
+        said = "(already running)"
+    try:
+        yield said
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _serve(workspace: Workspace, config: Any) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from moa.errors import RegistryError
+from moa.loopback import ask_directly
 from moa.workspace import Workspace
 
 EXPERIMENT = "moa"
@@ -69,14 +70,20 @@ def pages(workspace: Workspace, port: int) -> tuple[list[str], dict[str, str]] |
     if address.startswith(("http:", "https:")):
         return None
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--host", "127.0.0.1",
-               "--port", str(port), "--workers", "1"]
-    return command, {**ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}   # else ten processes
+               "--port", str(port), "--workers", "1",
+               # For this machine's programs and the server's own pages: not for the local network, which MLflow lets in
+               # by default, nor for other sites' pages, whatever the user's environment says for some other server.
+               "--allowed-hosts", "localhost,127.0.0.1,localhost:*,127.0.0.1:*",
+               "--cors-allowed-origins", f"http://127.0.0.1:{port}"]
+    return command, {**ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",   # else ten processes
+                     "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false"}
 
 
 def quieten() -> None:
     """No telemetry, no advice, no progress: what matters comes back as a value or an error."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    ask_directly()
     for name in ("mlflow", "alembic", "alembic.runtime.migration"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

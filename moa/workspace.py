@@ -166,6 +166,11 @@ class Workspace:
         return self.local / "prefect"
 
     @property
+    def prefect_password(self) -> Path:
+        """What `moa up`'s own Prefect server asks its clients and pages for, as long as it runs: user:password."""
+        return self.local / "prefect-password"
+
+    @property
     def cache(self) -> Path:
         """What can be computed again: router features, downloaded releases."""
         return self.local / "cache"
@@ -188,6 +193,16 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write what only the owner's own processes may read; a reader sees the whole file or the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)   # its permissions would stay
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
     temporary.replace(path)
 
 

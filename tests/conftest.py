@@ -57,7 +57,8 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from flows import server
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
+        for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME",
+                     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
             patch.setenv(name, "")   # so that what the server sets is taken back
             os.environ.pop(name)
         patch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "site"))
@@ -66,7 +67,7 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         with server.running(home) as started:
             assert started.own
             yield started.ready()
-        assert not server.answers(started.url)
+        assert not started.api.answers()
         assert (home.prefect / "prefect.db").exists()   # history stays
 
 

@@ -10,6 +10,7 @@ import toy
 
 from flows import server
 from flows.launch import run
+from flows.prefect_api import Api
 from flows.session import Options
 from moa.workspace import Workspace
 
@@ -29,7 +30,7 @@ def last_run(url: str) -> tuple[str, dict[str, str]]:
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
     from prefect.client.schemas.sorting import FlowRunSort
 
-    server.Server(url).settle()
+    server.Server(Api(url)).settle()
     with get_client(sync_client=True) as client:
         newest = client.read_flow_runs(limit=1, sort=FlowRunSort.START_TIME_DESC)[0]
         tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[newest.id])))

@@ -16,10 +16,10 @@ import pytest
 import tiny
 from ruamel.yaml import YAML
 
-from flows import server, status
+from flows import prefect_api
 from flows.sensor import nudge
 from moa import config, ledger
-from moa.workspace import Workspace, read_json
+from moa.workspace import Workspace
 
 ROWS = 120
 PARAMS: dict[str, Any] = {
@@ -33,7 +33,8 @@ PARAMS: dict[str, Any] = {
 
 
 def environment() -> dict[str, str]:
-    left_out = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+    left_out = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME", "MLFLOW_TRACKING_URI",
+                "MLFLOW_REGISTRY_URI")
     return {**{key: value for key, value in os.environ.items() if key not in left_out}, "OMP_NUM_THREADS": "1"}
 
 
@@ -125,16 +126,17 @@ def test_the_same_for_a_work_pool(running: tuple[Workspace, "subprocess.Popen[st
     """prefect.yaml deploys what `moa up` serves, and a worker of the pool runs it."""
     workspace, _ = running
     shutil.copyfile(tiny.REPOSITORY / "prefect.yaml", workspace.root / "prefect.yaml")
-    url = read_json(workspace.up)["api"]
+    api = prefect_api.of(workspace)
+    assert api is not None
 
     def prefect(*words: str) -> None:
         subprocess.run([sys.executable, "-m", "prefect", "--no-prompt", *words], cwd=workspace.root, check=True,
-                       env={**environment(), "PREFECT_API_URL": url}, capture_output=True, text=True)
+                       env={**environment(), **api.environment()}, capture_output=True, text=True)
 
     prefect("work-pool", "create", "moa", "--type", "process")
     prefect("deploy", "--all")
     known = {(each["name"], each["entrypoint"].rsplit(".", 1)[-1]): each
-             for each in status._ask(url, "deployments/filter", {})}
+             for each in api.ask("deployments/filter", {})}
     assert known.keys() == {(name, flow) for name in ("moa", "pool") for flow in ("adapt", "retrain", "drift")}
     served = {flow: [schedule["schedule"] for schedule in known["pool", flow]["schedules"]]
               for flow in ("adapt", "retrain", "drift")}
@@ -148,14 +150,14 @@ def test_the_same_for_a_work_pool(running: tuple[Workspace, "subprocess.Popen[st
 
 def test_sigterm_ends_all_of_it(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
     workspace, process = running
-    url = read_json(workspace.up)["api"]
+    api = prefect_api.of(workspace)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out
     assert "Traceback" not in out and "Watching  data/incoming/NAME/" in out
     _, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive and not server.answers(url) and not workspace.up.exists()
+    assert not alive and api is not None and not api.answers() and not workspace.up.exists()
     assert told(workspace, "down")
 
 

@@ -1,0 +1,85 @@
+"""Prefect's API in plain HTTP, which is there at once: importing Prefect would take longer than the questions."""
+
+import base64
+import json
+import urllib.request
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+
+from flows.prefect_settings import setting
+from moa import loopback
+from moa.workspace import Workspace, read_json
+
+
+@dataclass(frozen=True)
+class Api:
+    """A Prefect API: its URL, and what its clients prove themselves with."""
+
+    url: str
+    password: str | None = field(default=None, repr=False)   # as in PREFECT_API_AUTH_STRING: user:password
+    key: str | None = field(default=None, repr=False)        # of Prefect Cloud
+
+    def ask(self, path: str, body: Any = None, *, seconds: float = 5.0) -> Any:
+        """What it answers to GET, or to POST of `body`; None for an empty answer. Raises OSError or ValueError."""
+        content = self._send(path, None if body is None else json.dumps(body).encode(), seconds)
+        return json.loads(content) if content else None
+
+    def _send(self, path: str, data: bytes | None, seconds: float) -> bytes:
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/{path}", data,   # noqa: S310 - own setting, or ours
+                                         {"Content-Type": "application/json", **self._headers()})
+        with self._opener().open(request, timeout=seconds) as reply:
+            content: bytes = reply.read()
+        return content
+
+    def answers(self) -> bool:
+        """Whether it is healthy. Any client may ask that, with or without a password."""
+        with suppress(OSError, ValueError):
+            self._send("health", None, seconds=3)
+            return True
+        return False
+
+    def refuses(self) -> bool:
+        """Whether it answers, but not to a client with this password or key."""
+        try:
+            self.ask("admin/version")
+        except HTTPError as error:
+            return error.code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+        except (OSError, ValueError):
+            pass
+        return False
+
+    def environment(self) -> dict[str, str]:
+        """The settings with which Prefect's own clients ask this API, above whatever files say in their folders."""
+        settings = {"PREFECT_API_URL": self.url, "PREFECT_API_AUTH_STRING": self.password, "PREFECT_API_KEY": self.key}
+        return {name: value for name, value in settings.items() if value}
+
+    def _headers(self) -> dict[str, str]:
+        """The password before the key, as in Prefect's own client."""
+        if self.password:
+            return {"Authorization": f"Basic {base64.b64encode(self.password.encode()).decode()}"}
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def _opener(self) -> urllib.request.OpenerDirector:
+        own = urlsplit(self.url).hostname in loopback.HOSTS   # urllib would find no [::1] in NO_PROXY
+        return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if own else []))
+
+
+def configured() -> Api | None:
+    """The API that the user's settings name, with the password or key that they give for it."""
+    url = setting("PREFECT_API_URL")
+    return Api(url, setting("PREFECT_API_AUTH_STRING"), setting("PREFECT_API_KEY")) if url else None
+
+
+def of(workspace: Workspace) -> Api | None:
+    """The API that serves this workspace: that of `moa up`, else the configured one."""
+    try:
+        url = str(read_json(workspace.up)["api"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return configured()
+    with suppress(OSError, ValueError):   # there is a file as long as the server is moa's own
+        return Api(url, workspace.prefect_password.read_text(encoding="utf-8").rstrip("\n"))
+    return Api(url, setting("PREFECT_API_AUTH_STRING"), setting("PREFECT_API_KEY"))

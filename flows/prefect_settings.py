@@ -1,0 +1,63 @@
+"""Prefect's settings by name, in Prefect's own order of sources, without the second that importing Prefect takes."""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def setting(name: str) -> str | None:
+    """What Prefect would read in this process for `PREFECT_...`; None where no source says anything.
+
+    The environment comes first, then `.env`, `prefect.toml` and `pyproject.toml` of the current folder, then the active
+    profile. A file that cannot be read says nothing here: Prefect reports it when it is imported.
+    """
+    keys = name.removeprefix("PREFECT_").lower()
+    sources = (lambda: os.environ.get(name),
+               lambda: _dotenv().get(name),
+               lambda: _nested(_toml(Path("prefect.toml")), keys),
+               lambda: _nested(_toml(Path("pyproject.toml")).get("tool", {}).get("prefect", {}), keys),
+               lambda: _profile().get(name))
+    for source in sources:
+        with suppress(AttributeError):   # a table where a value should be, or the reverse
+            if value := source():
+                return str(value)
+    return None
+
+
+def _dotenv() -> dict[str, str | None]:
+    if not Path(".env").is_file():
+        return {}
+    from dotenv import dotenv_values
+
+    with suppress(OSError, ValueError):
+        return {name.upper(): value for name, value in dotenv_values(".env").items()}
+    return {}
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    return {}
+
+
+def _nested(table: Mapping[str, Any], keys: str) -> Any:
+    """The value of `server_api_auth_string`, which stands as `auth_string` in the table `server.api`."""
+    if keys in table:
+        return table[keys]
+    for name, inner in table.items():
+        if isinstance(inner, Mapping) and keys.startswith(f"{name}_"):
+            found = _nested(inner, keys.removeprefix(f"{name}_"))
+            if found is not None:
+                return found
+    return None
+
+
+def _profile() -> dict[str, Any]:
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    profiles = _toml(Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml")))
+    active = os.environ.get("PREFECT_PROFILE") or profiles.get("active")
+    found: dict[str, Any] = profiles.get("profiles", {}).get(active, {})
+    return found
