@@ -28,6 +28,7 @@ from moa.config import Config
 from moa.errors import UsageError
 from moa.evidence import Keeper
 from moa.serve_chat import complete
+from moa.serve_host import names_this_machine
 from moa.serve_metrics import Metrics
 from moa.serve_openapi import document
 from moa.workspace import Workspace
@@ -147,16 +148,16 @@ def _loopback(host: str) -> bool:
 # The application.
 
 def build(server: Server) -> FastAPI:
-    app = FastAPI(title="moa", openapi_url=None, docs_url=None, redoc_url=None)   # whose schema would know no body
+    # Its own schema would know no body, and its redirects would lead to whatever host the caller names.
+    app = FastAPI(title="moa", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     key = server.settings.key
 
     def allowed(request: Request) -> None:
-        if key is None and not _loopback(request.url.hostname or ""):
-            # A web page may point a name of its own at this machine and would pass for a local caller.
-            raise ChatError(403, "Without a key only this machine's own addresses are answered to.", "wrong_host")
-        given = next((value for name, value in request.headers.raw if name == b"authorization"), b"")
-        scheme, _, word = given.partition(b" ")
-        if key is not None and not (scheme.lower() == b"bearer" and _same(word.strip(), key.encode())):
+        if key is None:
+            return
+        given = [value for name, value in request.headers.raw if name == b"authorization"]
+        scheme, _, word = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        if not (scheme.lower() == b"bearer" and _same(word.strip(), key.encode())):
             raise ChatError(401, "The key is missing or wrong: send `Authorization: Bearer KEY`.", "invalid_api_key",
                             "authentication_error")
 
@@ -203,13 +204,33 @@ def build(server: Server) -> FastAPI:
         return JSONResponse(ChatError(500, "The server failed; its log says why.", "internal_error",
                                       "server_error").as_dict(), 500)
 
-    app.add_middleware(_Counted, metrics=server.metrics)
+    if key is None:
+        app.add_middleware(_ThisMachineOnly)
+    app.add_middleware(_Counted, metrics=server.metrics)   # the last one added sees a request first
     return app
 
 
 def _same(given: bytes, wanted: bytes) -> bool:
     """In a time that tells nothing of where, or how early, they differ."""
     return hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(wanted).digest())
+
+
+class _ThisMachineOnly:
+    """Refuses every path, /healthz and those that do not exist too, to a request that names another host.
+
+    A server without a key listens on a loopback address alone, so a probe from elsewhere cannot reach it anyway.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        app = self.app
+        if scope["type"] == "http" and not names_this_machine(scope["headers"]):
+            refusal = ChatError(403, "Without a key only this machine's own addresses are answered to: ask for "
+                                     "127.0.0.1, [::1] or localhost, or set a key.", "wrong_host")
+            app = JSONResponse(refusal.as_dict(), refusal.status)
+        await app(scope, receive, send)
 
 
 class _Counted:

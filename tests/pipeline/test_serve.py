@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -42,6 +43,7 @@ from tests import tiny
 
 DOMAINS = ("alpha", "beta")
 CHAT = "/v1/chat/completions"
+SOON = 120   # seconds, until a test that waits for what never comes fails
 LIMITS = ("--max-tokens", "64", "--max-prompt-tokens", "300", "--max-body", "8192")
 
 
@@ -413,6 +415,78 @@ def test_other_paths_and_names(server: Served) -> None:
     assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok", "release": "moa-mixture/1"}
 
 
+def status(served: Served, *lines: bytes, target: bytes = b"/healthz", version: bytes = b"1.1") -> int:
+    """Of the answer to a GET with these header lines alone, sent as they are: clients refuse to write most of them."""
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), SOON) as connection:
+        first = b" ".join([b"GET", target, b"HTTP/" + version])
+        connection.sendall(b"\r\n".join([first, *lines, b"Connection: close", b"", b""]))
+        with connection.makefile("rb") as reply:
+            return int(reply.readline().split()[1])
+
+
+@pytest.mark.parametrize("host", [
+    "localhost", "LocalHost:8000", "127.0.0.1", "127.0.0.1:1", "127.255.3.4:65535", "[::1]", "[::1]:8000",
+    "[0:0:0:0:0:0:0:1]:80"])
+def test_this_machines_own_names_are_answered_to(server: Served, host: str) -> None:
+    assert status(server, b"Host: " + host.encode()) == 200
+
+
+@pytest.mark.parametrize("target", ["/healthz", "/v1/models", "/metrics", "/openapi.json", "/nowhere"])
+@pytest.mark.parametrize("host", [
+    "evil.example", "a{b.evil.example:8123", "a_b.evil.example", "127.0.0.1.evil.example", "localhost.evil.example",
+    "user@127.0.0.1", "evil.example@127.0.0.1", "127.0.0.1@evil.example", "localhost.", "localhost:", "localhost:x",
+    "localhost:99999", "localhost:8000:8000", "::1", "[::1", "[::1%lo]", "[::1%25lo]", "[127.0.0.1]", "[::2]",
+    "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "127.0.0.256", "0.0.0.0", "127.0.0.1, evil.example",
+    "127.0.0.1/evil.example", "127.0.0.1 evil.example", "http://127.0.0.1", "", "\x7f", "\u2028", "localho\u017ft"])
+def test_any_other_host_is_refused_whatever_is_asked(server: Served, host: str, target: str) -> None:
+    assert status(server, b"Host: " + host.encode(), target=target.encode()) in (400, 403)
+
+
+def test_a_host_that_is_missing_or_said_twice_or_elsewhere_is_refused(server: Served) -> None:
+    ours, theirs = b"Host: 127.0.0.1", b"Host: evil.example"
+    assert status(server) == 400 and status(server, version=b"1.0") == 403
+    assert status(server, ours, ours) == status(server, ours, theirs) == status(server, theirs, ours) == 400
+    for said in (b"X-Forwarded-Host: 127.0.0.1", b"X-Host: 127.0.0.1", b"Forwarded: host=127.0.0.1", b"X-Real-Ip: ::1"):
+        assert status(server, theirs, said) == 403
+    assert status(server, theirs, target=b"http://127.0.0.1/healthz") == 403   # a form for proxies
+    assert status(server, ours, target=b"http://evil.example/healthz") == 404
+
+
+PORTS = st.just("") | st.integers(0, 99_999).map(":{}".format) | st.sampled_from([":", ":x", ":-1", ":+1", ":1_0"])
+BYTES = st.integers(0, 260)
+HOSTS = st.one_of(
+    st.sampled_from(["localhost", "LOCALHOST", "[::1]", "::1", "[::]", "localhost.", "a{b", "127.1"]),
+    st.tuples(st.sampled_from([127, 127, 128]), BYTES, BYTES, BYTES).map(lambda four: ".".join(map(str, four))),
+    st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=12))
+NOISE = st.sampled_from(["", "", "", "", "{", "@", ".", ",", "%", "/", "\\", "_", " ", "\t", "#", "?", "evil.example"])
+
+
+def names_this_machine(host: str) -> bool:
+    """What a server without a key answers to, written without the help of any parser."""
+    name, port = host, "80"
+    if ":" in host and not host.endswith("]"):
+        name, _, port = host.rpartition(":")
+    four = name.split(".")
+    local = name.lower() in ("localhost", "[::1]") or (
+        len(four) == 4 and four[0] == "127" and all(each in NUMBERS[:256] for each in four))
+    return local and port.lstrip("0") in ("", *NUMBERS) and 1 <= len(port) <= 5
+
+
+NUMBERS = [str(number) for number in range(65_536)]
+
+
+@settings(max_examples=200)
+@given(before=NOISE, host=HOSTS, between=NOISE, port=PORTS, after=NOISE)
+def test_only_a_host_that_names_this_machine_is_answered(server: Served, before: str, host: str, between: str,
+                                                         port: str, after: str) -> None:
+    value = f"{before}{host}{between}{port}{after}"
+    found = status(server, b"Host: " + value.encode())
+    if names_this_machine(value.strip(" \t")):   # white space around a value is no part of it
+        assert found == 200, value
+    else:
+        assert found in (400, 403), value
+
+
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
                       | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3)
                       | st.dictionaries(st.sampled_from(["role", "content", "type", "text"]), inner), max_leaves=6)
@@ -521,6 +595,10 @@ def test_a_key_a_full_queue_and_an_end_that_finishes_what_is_under_way(
                 reply = httpx.get(f"{served.url}{path}", headers=headers)
                 assert refusal(reply, 401, "invalid_api_key") and reply.headers["www-authenticate"] == "Bearer"
         right = {"Authorization": "Bearer sesame"}
+        host, given, other = b"Host: moa.example", b"Authorization: Bearer sesame", b"Authorization: Bearer other"
+        for lines, expected in (((given,), 200), ((given, given), 401), ((given, other), 401), ((other, given), 401)):
+            assert status(served, host, *lines, target=b"/v1/models") == expected
+        assert status(served, host, given, target=b"/v1/models/") == 404   # no redirect to the caller's own Host
         assert refusal(served.post(ask("alpha", 1)), 401, "invalid_api_key")
         assert served.post(ask("alpha", 1), headers=right).status_code == 200
 

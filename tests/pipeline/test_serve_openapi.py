@@ -103,4 +103,4 @@ def test_the_document_asks_for_a_key_and_warns_of_a_backend_where_there_is_one(k
             guarded = path != "/healthz"
             assert operation["security"] == ([{"bearer": []}] if key and guarded else [])
             assert ("401" in operation["responses"]) == (key and guarded)
-            assert ("403" in operation["responses"]) == (not key and guarded)
+            assert ("403" in operation["responses"]) == (not key)
