@@ -11,16 +11,15 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
-import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from moa import chat
+from moa import chat, serve_connections
 from moa.backend import Backend
 from moa.batching import Batcher, Limits
 from moa.chat import ChatError
@@ -28,6 +27,7 @@ from moa.config import Config
 from moa.errors import UsageError
 from moa.evidence import Keeper
 from moa.serve_chat import complete
+from moa.serve_connections import Bounds
 from moa.serve_host import names_this_machine
 from moa.serve_metrics import Metrics
 from moa.serve_openapi import document
@@ -55,6 +55,7 @@ class Settings:
     backend_key: str | None = None
     backend_base: str | None = None   # its name of the base; None = it is asked
     keep: int = 0                  # megabytes of prompts that are kept; 0 = none
+    bounds: Bounds = field(default_factory=Bounds)   # of connections
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,10 @@ def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
     host, port = listening.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     app = build(Server(settings, champions, batcher, metrics, backend))
-    running = _Announcing(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", server_header=False,
-                                         timeout_graceful_shutdown=GRACE_SECONDS))
+    bounds = replace(settings.bounds, descriptors=1 if backend is None else 2)
+    running = _Announcing(serve_connections.Config(
+        app, bounds, log_config=None, access_log=False, lifespan="off", server_header=False, proxy_headers=False,
+        timeout_graceful_shutdown=GRACE_SECONDS))
     running.announcement = f"{champions.now.label} serves at {where}"
     champions.follow(settings.poll)
     # uvicorn raises the signals it got once more when it has ended; by then there is nothing left for them to do.
@@ -115,7 +118,7 @@ def keep_named(keeper: Keeper, asks: Sequence[Any]) -> None:
             keeper.named(ask.release.version, ask.release.digest, ask.messages, ask.domain)
 
 
-class _Announcing(uvicorn.Server):
+class _Announcing(serve_connections.Server):
     """Says where it listens once it does."""
 
     announcement = ""
@@ -190,7 +193,8 @@ def build(server: Server) -> FastAPI:
 
     @app.exception_handler(ChatError)
     async def refuse(_: Request, error: ChatError) -> JSONResponse:
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 429: {"Retry-After": "1"}}.get(
+            error.status)
         return JSONResponse(error.as_dict(), error.status, headers)
 
     @app.exception_handler(HTTPException)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ from tests import tiny
 
 DOMAINS = ("alpha", "beta")
 CHAT = "/v1/chat/completions"
+HELD_SERVER = Path(__file__).with_name("held_server.py")
 SOON = 120   # seconds, until a test that waits for what never comes fails
 LIMITS = ("--max-tokens", "64", "--max-prompt-tokens", "300", "--max-body", "8192")
 
@@ -51,13 +53,66 @@ LIMITS = ("--max-tokens", "64", "--max-prompt-tokens", "300", "--max-body", "819
 class Served:
     url: str
     process: subprocess.Popen[str]
+    log: Path      # what it says on standard error
+    _hold: Path
 
-    def post(self, body: Any, timeout: float = 120, **named: Any) -> httpx.Response:
+    def post(self, body: Any, timeout: float = SOON, **named: Any) -> httpx.Response:
         return httpx.post(f"{self.url}{CHAT}", json=body, timeout=timeout, **named)
 
+    def send(self, content: Any, headers: dict[str, str] | None = None) -> httpx.Response:
+        """A chat body as it is."""
+        return httpx.post(f"{self.url}{CHAT}", content=content, timeout=SOON,
+                          headers={"Content-Type": "application/json"} | (headers or {}))
+
+    def get(self, path: str, **named: Any) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=SOON, **named)
+
     def metrics(self, headers: dict[str, str] | None = None) -> dict[str, float]:
-        lines = httpx.get(f"{self.url}/metrics", headers=headers).text.splitlines()
+        lines = self.get("/metrics", headers=headers).text.splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    def taken(self, headers: dict[str, str] | None = None) -> int:
+        """Requests that wait for a batch or are in one."""
+        counted = self.metrics(headers)
+        return int(counted["moa_waiting"] + counted["moa_running"])
+
+    def connect(self, content: bytes = b"") -> socket.socket:
+        """A connection on which this was sent."""
+        connection = socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2])), SOON)
+        connection.sendall(content)
+        return connection
+
+    @contextmanager
+    def held(self) -> Iterator["Held"]:
+        """No batch is begun meanwhile, as if the model took its time."""
+        held = Held(self._hold)
+        self._hold.touch()
+        try:
+            yield held
+        finally:
+            held.let_go()
+
+
+@dataclass
+class Held:
+    """The worker of a server that begins no batch until it is let go."""
+
+    _hold: Path
+
+    def begun(self) -> bool:
+        """Whether there is a batch that would begin."""
+        return self._hold.with_name(f"{self._hold.name}.begun").exists()
+
+    def let_go(self) -> None:
+        self._hold.unlink(missing_ok=True)
+
+
+def chat_bytes(body: Any, *lines: str) -> bytes:
+    """A request as a client sends it, with these header lines too."""
+    content = json.dumps(body).encode()
+    header = [f"POST {CHAT} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json",
+              f"Content-Length: {len(content)}", *lines, "", ""]
+    return "\r\n".join(header).encode() + content
 
 
 def question(domain: str, number: int) -> list[dict[str, str]]:
@@ -132,26 +187,31 @@ def mixtures(released: tuple[Workspace, Config]) -> dict[int, Mixture]:
 
 
 @contextmanager
-def serving(workspace: Workspace, *words: str, environment: dict[str, str] | None = None) -> Iterator[Served]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moa", "serve", "--port", "0", "--poll", "0.2", *words], cwd=workspace.root, text=True,
-        stdout=subprocess.PIPE, stderr=(workspace.root / "serve.log").open("a"),
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        where = re.fullmatch(r"moa-mixture/\d serves at (http://127\.0\.0\.1:\d+)/v1\n", line)
-        assert where, line + (workspace.root / "serve.log").read_text()
-        yield Served(where[1], process)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+def serving(workspace: Workspace, *words: str, environment: dict[str, str] | None = None,
+            descriptors: str = "") -> Iterator[Served]:
+    """`moa serve` with these words; `descriptors` are of the shell's `ulimit`, such as `-n 256`."""
+    with tempfile.TemporaryDirectory(prefix="served") as kept:
+        log, hold = Path(kept) / "stderr", Path(kept) / "hold"
+        process = subprocess.Popen(
+            ["sh", "-c", f'ulimit {descriptors or "-S -n $(ulimit -S -n)"} && exec "$@"', "sh", sys.executable,
+             str(HELD_SERVER), "serve", "--port", "0", "--poll", "0.2", *words],
+            cwd=workspace.root, text=True, stdout=subprocess.PIPE, stderr=log.open("w"),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MOA_TEST_HOLD": str(hold), **(environment or {})})
         try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout and process.stdout.close()
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            where = re.fullmatch(r"moa-mixture/\d serves at (http://127\.0\.0\.1:\d+)/v1\n", line)
+            assert where, line + log.read_text()
+            yield Served(where[1], process, log, hold)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(SOON)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout and process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +237,7 @@ def refusal(reply: httpx.Response, status: int, code: str) -> str:
 
 def pieces(served: Served, body: dict[str, Any]) -> tuple[list[dict[str, Any]], httpx.Headers]:
     """The chunks of a stream, which must end as OpenAI's do."""
-    with httpx.stream("POST", f"{served.url}{CHAT}", json={**body, "stream": True}, timeout=120) as reply:
+    with httpx.stream("POST", f"{served.url}{CHAT}", json={**body, "stream": True}, timeout=SOON) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
         lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
     assert lines[-1] == "[DONE]"
@@ -363,7 +423,7 @@ def test_the_openai_client(server: Served, mixtures: dict[int, Mixture]) -> None
 ])
 def test_what_is_refused(server: Served, change: dict[str, Any], status: int, code: str) -> None:
     body = json.dumps({**ask("alpha", 1), **change}).encode()
-    reply = httpx.post(f"{server.url}{CHAT}", content=body, headers={"Content-Type": "application/json"})
+    reply = server.send(body)
     assert 0 < len(refusal(reply, status, code)) < 400   # what was wrong may be long
 
 
@@ -393,7 +453,7 @@ def test_what_is_refused_never_reaches_a_neighbour(server: Served, mixtures: dic
     (b"{}", {"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
 ])
 def test_what_is_no_body(server: Served, content: bytes, headers: dict[str, str], status: int, code: str) -> None:
-    reply = httpx.post(f"{server.url}{CHAT}", content=content, headers={"Content-Type": "application/json"} | headers)
+    reply = server.send(content, headers)
     assert refusal(reply, status, code)
 
 
@@ -403,25 +463,23 @@ def test_more_messages_than_a_template_is_rendered_for() -> None:
 
 
 def test_a_body_without_a_length_is_measured_as_it_comes(server: Served) -> None:
-    reply = httpx.post(f"{server.url}{CHAT}", content=iter([b" " * 5000] * 4),
-                       headers={"Content-Type": "application/json"})
+    reply = server.send(iter([b" " * 5000] * 4))
     assert refusal(reply, 413, "request_too_large")
 
 
 def test_other_paths_and_names(server: Served) -> None:
     assert refusal(server.post(ask("alpha", 1), headers={"Host": "evil.example"}), 403, "wrong_host")
-    assert refusal(httpx.get(f"{server.url}/v1/completions"), 404, "not_found")
-    assert refusal(httpx.get(f"{server.url}{CHAT}"), 405, "method_not_allowed")
-    assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok", "release": "moa-mixture/1"}
+    assert refusal(server.get("/v1/completions"), 404, "not_found")
+    assert refusal(server.get(CHAT), 405, "method_not_allowed")
+    assert server.get("/healthz").json() == {"status": "ok", "release": "moa-mixture/1"}
 
 
 def status(served: Served, *lines: bytes, target: bytes = b"/healthz", version: bytes = b"1.1") -> int:
     """Of the answer to a GET with these header lines alone, sent as they are: clients refuse to write most of them."""
-    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), SOON) as connection:
-        first = b" ".join([b"GET", target, b"HTTP/" + version])
-        connection.sendall(b"\r\n".join([first, *lines, b"Connection: close", b"", b""]))
-        with connection.makefile("rb") as reply:
-            return int(reply.readline().split()[1])
+    first = b" ".join([b"GET", target, b"HTTP/" + version])
+    with (served.connect(b"\r\n".join([first, *lines, b"Connection: close", b"", b""])) as connection,
+          connection.makefile("rb") as reply):
+        return int(reply.readline().split()[1])
 
 
 @pytest.mark.parametrize("host", [
@@ -497,7 +555,7 @@ KEYS = ("model", "messages", "max_tokens", "temperature", "top_p", "seed", "stop
 @given(changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
 def test_no_body_breaks_the_server(server: Served, changes: dict[str, Any]) -> None:
     body = json.dumps({**ask("alpha", 1), "max_tokens": 2, **changes}).encode()
-    reply = httpx.post(f"{server.url}{CHAT}", content=body, headers={"Content-Type": "application/json"}, timeout=120)
+    reply = server.send(body)
     assert reply.status_code in (200, 400, 404, 413), (body, reply.text)
     if reply.status_code != 200:
         assert reply.json()["error"]["message"]
@@ -576,11 +634,11 @@ def frozen(mixture: Mixture) -> set[int]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + SOON
     while time.monotonic() < until:
         if condition():
             return
-        time.sleep(0.002)   # an answer of the toy base is soon over
+        time.sleep(0.01)
     raise AssertionError("it never happened")
 
 
@@ -589,10 +647,10 @@ def test_a_key_a_full_queue_and_an_end_that_finishes_what_is_under_way(
     (tmp_path / "key").write_text("sesame\n")
     with serving(released[0], "--key-file", str(tmp_path / "key"), "--max-waiting", "1", "--max-batch", "1",
                  environment={"MOA_API_KEY": "other"}) as served:
-        assert httpx.get(f"{served.url}/healthz").status_code == 200
+        assert served.get("/healthz").status_code == 200
         for path in ("/v1/models", "/metrics"):
             for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "sesame"}):
-                reply = httpx.get(f"{served.url}{path}", headers=headers)
+                reply = served.get(path, headers=headers)
                 assert refusal(reply, 401, "invalid_api_key") and reply.headers["www-authenticate"] == "Bearer"
         right = {"Authorization": "Bearer sesame"}
         host, given, other = b"Host: moa.example", b"Authorization: Bearer sesame", b"Authorization: Bearer other"
