@@ -23,6 +23,11 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 1024,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
     max_body: Annotated[int, typer.Option(min=1024, help="Largest request, in bytes.")] = 262_144,
+    max_connections: Annotated[int, typer.Option(
+        min=1, help="Most connections at once; beyond, the one that waits longest for its client is closed.")] = 1000,
+    keep_alive: Annotated[float, typer.Option(
+        min=0, help="Seconds that a connection may idle between two requests; more than a proxy in front keeps it.",
+        metavar="SECONDS")] = 5.0,
     backend: Annotated[str | None, typer.Option(
         help="OpenAI-compatible server that decodes, with the adapters of `moa export DIR --format vllm`; this one "
              "then only routes.", metavar="URL")] = None,
@@ -44,11 +49,13 @@ def serve(
     from moa.config import NO_DOMAIN
     from moa.serve import Settings
     from moa.serve import serve as run
+    from moa.serve_connections import Bounds
 
     settings = Settings(host=host, port=port, key=key, poll=poll, body_bytes=max_body, prompt_tokens=max_prompt_tokens,
                         max_tokens=max_tokens, limits=Limits(rows=max_batch, waiting=max_waiting),
                         backend=backend, backend_key=backend_key, backend_base=backend_base,
-                        keep=config.drift.keep if keep_prompts is None else keep_prompts)
+                        keep=config.drift.keep if keep_prompts is None else keep_prompts,
+                        bounds=Bounds(connections=max_connections, idle_seconds=keep_alive))
     try:
         run(workspace, config, settings)
     except RegistryError:

@@ -11,16 +11,15 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
-import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from moa import chat
+from moa import chat, serve_connections
 from moa.backend import Backend
 from moa.batching import Batcher, Limits
 from moa.chat import ChatError
@@ -28,6 +27,8 @@ from moa.config import Config
 from moa.errors import UsageError
 from moa.evidence import Keeper
 from moa.serve_chat import complete
+from moa.serve_connections import Bounds
+from moa.serve_host import names_this_machine
 from moa.serve_metrics import Metrics
 from moa.serve_openapi import document
 from moa.workspace import Workspace
@@ -54,6 +55,7 @@ class Settings:
     backend_key: str | None = None
     backend_base: str | None = None   # its name of the base; None = it is asked
     keep: int = 0                  # megabytes of prompts that are kept; 0 = none
+    bounds: Bounds = field(default_factory=Bounds)   # of connections
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,10 @@ def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
     host, port = listening.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     app = build(Server(settings, champions, batcher, metrics, backend))
-    running = _Announcing(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", server_header=False,
-                                         timeout_graceful_shutdown=GRACE_SECONDS))
+    bounds = replace(settings.bounds, descriptors=1 if backend is None else 2)
+    running = _Announcing(serve_connections.Config(
+        app, bounds, log_config=None, access_log=False, lifespan="off", server_header=False, proxy_headers=False,
+        timeout_graceful_shutdown=GRACE_SECONDS))
     running.announcement = f"{champions.now.label} serves at {where}"
     champions.follow(settings.poll)
     # uvicorn raises the signals it got once more when it has ended; by then there is nothing left for them to do.
@@ -114,7 +118,7 @@ def keep_named(keeper: Keeper, asks: Sequence[Any]) -> None:
             keeper.named(ask.release.version, ask.release.digest, ask.messages, ask.domain)
 
 
-class _Announcing(uvicorn.Server):
+class _Announcing(serve_connections.Server):
     """Says where it listens once it does."""
 
     announcement = ""
@@ -147,16 +151,16 @@ def _loopback(host: str) -> bool:
 # The application.
 
 def build(server: Server) -> FastAPI:
-    app = FastAPI(title="moa", openapi_url=None, docs_url=None, redoc_url=None)   # whose schema would know no body
+    # Its own schema would know no body, and its redirects would lead to whatever host the caller names.
+    app = FastAPI(title="moa", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     key = server.settings.key
 
     def allowed(request: Request) -> None:
-        if key is None and not _loopback(request.url.hostname or ""):
-            # A web page may point a name of its own at this machine and would pass for a local caller.
-            raise ChatError(403, "Without a key only this machine's own addresses are answered to.", "wrong_host")
-        given = next((value for name, value in request.headers.raw if name == b"authorization"), b"")
-        scheme, _, word = given.partition(b" ")
-        if key is not None and not (scheme.lower() == b"bearer" and _same(word.strip(), key.encode())):
+        if key is None:
+            return
+        given = [value for name, value in request.headers.raw if name == b"authorization"]
+        scheme, _, word = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        if not (scheme.lower() == b"bearer" and _same(word.strip(), key.encode())):
             raise ChatError(401, "The key is missing or wrong: send `Authorization: Bearer KEY`.", "invalid_api_key",
                             "authentication_error")
 
@@ -189,7 +193,8 @@ def build(server: Server) -> FastAPI:
 
     @app.exception_handler(ChatError)
     async def refuse(_: Request, error: ChatError) -> JSONResponse:
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 429: {"Retry-After": "1"}}.get(
+            error.status)
         return JSONResponse(error.as_dict(), error.status, headers)
 
     @app.exception_handler(HTTPException)
@@ -203,13 +208,33 @@ def build(server: Server) -> FastAPI:
         return JSONResponse(ChatError(500, "The server failed; its log says why.", "internal_error",
                                       "server_error").as_dict(), 500)
 
-    app.add_middleware(_Counted, metrics=server.metrics)
+    if key is None:
+        app.add_middleware(_ThisMachineOnly)
+    app.add_middleware(_Counted, metrics=server.metrics)   # the last one added sees a request first
     return app
 
 
 def _same(given: bytes, wanted: bytes) -> bool:
     """In a time that tells nothing of where, or how early, they differ."""
     return hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(wanted).digest())
+
+
+class _ThisMachineOnly:
+    """Refuses every path, /healthz and those that do not exist too, to a request that names another host.
+
+    A server without a key listens on a loopback address alone, so a probe from elsewhere cannot reach it anyway.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        app = self.app
+        if scope["type"] == "http" and not names_this_machine(scope["headers"]):
+            refusal = ChatError(403, "Without a key only this machine's own addresses are answered to: ask for "
+                                     "127.0.0.1, [::1] or localhost, or set a key.", "wrong_host")
+            app = JSONResponse(refusal.as_dict(), refusal.status)
+        await app(scope, receive, send)
 
 
 class _Counted:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from moa.serve import Server
     from moa.serving import Answer, Hearing, Release
 
-BODY_SECONDS = 30       # for a request to arrive
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 Result = TypeVar("Result")
 
@@ -35,7 +34,7 @@ async def complete(server: "Server", request: Request) -> Response:
     """Raises ChatError."""
     release = server.champions.now   # an answer is this one's, whoever becomes champion meanwhile
     settings = server.settings
-    data = await _body(request, settings.body_bytes)
+    data = await _body(request, settings.body_bytes, settings.bounds.body_seconds)
     question = await run_in_threadpool(chat.read, data, release.mixture.labels, settings.max_tokens,
                                        release.adapters)
     tokens = await run_in_threadpool(_prompt_tokens, release, question, settings.prompt_tokens)
@@ -60,14 +59,14 @@ async def complete(server: "Server", request: Request) -> Response:
     return JSONResponse(voice.completion(answer), headers={**headers, "X-Moa-Model": chat.answerer(answer)})
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """The body, no byte more of it than allowed."""
+async def _body(request: Request, most: int, seconds: float) -> bytes:
+    """The body, no byte more of it than allowed, and no later."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         # Any web page may send other types to a server on this machine, unasked.
         raise ChatError(415, "The Content-Type must be application/json.", "unsupported_media_type")
     data = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(seconds):
             if int(request.headers.get("content-length", 0)) > most:
                 raise _too_large(most)
             async for piece in request.stream():
@@ -75,7 +74,7 @@ async def _body(request: Request, most: int) -> bytes:
                 if len(data) > most:
                     raise _too_large(most)
     except TimeoutError:
-        raise ChatError(408, f"The body did not arrive within {BODY_SECONDS} seconds.", "timeout") from None
+        raise ChatError(408, f"The body did not arrive within {seconds:g} seconds.", "timeout") from None
     except ClientDisconnect:
         raise ChatError(400, "The body ended early.", "invalid_json") from None
     return bytes(data)

@@ -38,7 +38,7 @@ def document(*, labels: Sequence[str], adapters: Sequence[str], most_tokens: int
     chats["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref("Question")}}}
     models = _operation("models", "What may be asked", security, (*guarded, 500),
                         _ok({"application/json": {"schema": _ref("Models")}}))
-    health = _operation("health", "Whether it works, and which release serves", [], (500,),
+    health = _operation("health", "Whether it works, and which release serves", [], (500,) if key else (403, 500),
                         _ok({"application/json": {"schema": _ref("Health")}}))
     health["responses"]["503"] = {"description": "It does not.", "content": {"application/json": {
         "schema": _ref("Health")}}}

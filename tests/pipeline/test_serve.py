@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +45,8 @@ from tests import tiny
 
 DOMAINS = ("alpha", "beta")
 CHAT = "/v1/chat/completions"
+HELD_SERVER = Path(__file__).with_name("held_server.py")
+SOON = 120   # seconds, until a test that waits for what never comes fails
 LIMITS = ("--max-tokens", "64", "--max-prompt-tokens", "300", "--max-body", "8192")
 
 
@@ -49,13 +54,76 @@ LIMITS = ("--max-tokens", "64", "--max-prompt-tokens", "300", "--max-body", "819
 class Served:
     url: str
     process: subprocess.Popen[str]
+    log: Path      # what it says on standard error
+    _hold: Path
 
-    def post(self, body: Any, timeout: float = 120, **named: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{CHAT}", json=body, timeout=timeout, **named)
+    def post(self, body: Any, **named: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{CHAT}", json=body, timeout=SOON, **named)
+
+    def send(self, content: Any, headers: dict[str, str] | None = None) -> httpx.Response:
+        """A chat body as it is."""
+        return httpx.post(f"{self.url}{CHAT}", content=content, timeout=SOON,
+                          headers={"Content-Type": "application/json"} | (headers or {}))
+
+    def get(self, path: str, **named: Any) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=SOON, **named)
 
     def metrics(self, headers: dict[str, str] | None = None) -> dict[str, float]:
-        lines = httpx.get(f"{self.url}/metrics", headers=headers).text.splitlines()
+        lines = self.get("/metrics", headers=headers).text.splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    def taken(self, headers: dict[str, str] | None = None) -> int:
+        """Requests that wait for a batch or are in one."""
+        counted = self.metrics(headers)
+        return int(counted["moa_waiting"] + counted["moa_running"])
+
+    def connect(self, content: bytes = b"") -> socket.socket:
+        """A connection on which this was sent."""
+        connection = socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2])), SOON)
+        connection.sendall(content)
+        return connection
+
+    @contextmanager
+    def held(self) -> Iterator["Held"]:
+        """No batch is begun meanwhile, as if the model took its time."""
+        held = Held(self._hold)
+        self._hold.touch()
+        try:
+            yield held
+        finally:
+            held.let_go()
+
+
+@dataclass
+class Held:
+    """The worker of a server that begins no batch until it is let go."""
+
+    _hold: Path
+
+    def begun(self) -> bool:
+        """Whether there is a batch that would begin."""
+        return self._hold.with_name(f"{self._hold.name}.begun").exists()
+
+    def let_go(self) -> None:
+        self._hold.unlink(missing_ok=True)
+
+
+def together(served: Served, number: int, put: Callable[[int], Any], taken: int | None = None) -> list[Any]:
+    """The results of `put(0)`, `put(1)` and so on at once, none of whose requests is begun before all were taken;
+    `taken` says how many of them are, where some are refused."""
+    with ThreadPoolExecutor(number) as pool, served.held() as worker:
+        found = [pool.submit(put, each) for each in range(number)]
+        wait_for(lambda: served.taken() == (number if taken is None else taken))
+        worker.let_go()
+    return [each.result() for each in found]
+
+
+def chat_bytes(body: Any, *lines: str) -> bytes:
+    """A request as a client sends it, with these header lines too."""
+    content = json.dumps(body).encode()
+    header = [f"POST {CHAT} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json",
+              f"Content-Length: {len(content)}", *lines, "", ""]
+    return "\r\n".join(header).encode() + content
 
 
 def question(domain: str, number: int) -> list[dict[str, str]]:
@@ -130,26 +198,31 @@ def mixtures(released: tuple[Workspace, Config]) -> dict[int, Mixture]:
 
 
 @contextmanager
-def serving(workspace: Workspace, *words: str, environment: dict[str, str] | None = None) -> Iterator[Served]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moa", "serve", "--port", "0", "--poll", "0.2", *words], cwd=workspace.root, text=True,
-        stdout=subprocess.PIPE, stderr=(workspace.root / "serve.log").open("a"),
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        where = re.fullmatch(r"moa-mixture/\d serves at (http://127\.0\.0\.1:\d+)/v1\n", line)
-        assert where, line + (workspace.root / "serve.log").read_text()
-        yield Served(where[1], process)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+def serving(workspace: Workspace, *words: str, environment: dict[str, str] | None = None,
+            descriptors: str = "") -> Iterator[Served]:
+    """`moa serve` with these words; `descriptors` are of the shell's `ulimit`, such as `-n 256`."""
+    with tempfile.TemporaryDirectory(prefix="served") as kept:
+        log, hold = Path(kept) / "stderr", Path(kept) / "hold"
+        process = subprocess.Popen(
+            ["sh", "-c", f'ulimit {descriptors or "-S -n $(ulimit -S -n)"} && exec "$@"', "sh", sys.executable,
+             str(HELD_SERVER), "serve", "--port", "0", "--poll", "0.2", *words],
+            cwd=workspace.root, text=True, stdout=subprocess.PIPE, stderr=log.open("w"),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MOA_TEST_HOLD": str(hold), **(environment or {})})
         try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout and process.stdout.close()
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            where = re.fullmatch(r"moa-mixture/\d serves at (http://127\.0\.0\.1:\d+)/v1\n", line)
+            assert where, line + log.read_text()
+            yield Served(where[1], process, log, hold)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(SOON)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout and process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +248,7 @@ def refusal(reply: httpx.Response, status: int, code: str) -> str:
 
 def pieces(served: Served, body: dict[str, Any]) -> tuple[list[dict[str, Any]], httpx.Headers]:
     """The chunks of a stream, which must end as OpenAI's do."""
-    with httpx.stream("POST", f"{served.url}{CHAT}", json={**body, "stream": True}, timeout=120) as reply:
+    with httpx.stream("POST", f"{served.url}{CHAT}", json={**body, "stream": True}, timeout=SOON) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
         lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
     assert lines[-1] == "[DONE]"
@@ -190,8 +263,7 @@ def written(chunks: list[dict[str, Any]]) -> str:
 
 def test_concurrent_mixed_requests_get_what_each_gets_alone(server: Served, mixtures: dict[int, Mixture]) -> None:
     asked = [(DOMAINS[number % 2], number, ("moa", "moa", "moa/beta", "base")[number % 4]) for number in range(16)]
-    with ThreadPoolExecutor(len(asked)) as pool:
-        replies = list(pool.map(lambda one: server.post(ask(one[0], one[1], model=one[2])), asked))
+    replies = together(server, len(asked), lambda each: server.post(ask(*asked[each][:2], model=asked[each][2])))
     for (domain, number, model), reply in zip(asked, replies, strict=True):
         forced = {"moa": None, "base": "base"}.get(model, model.removeprefix("moa/"))
         alone = mixtures[1].chat(question(domain, number), forced, max_new_tokens=16)
@@ -242,14 +314,13 @@ def test_streams_and_answers_of_any_length_and_options_share_batches(server: Ser
         return written(chunks), chunks[-2]["choices"][0]["finish_reason"], chunks[-1]["usage"]
 
     before = server.metrics()
-    with ThreadPoolExecutor(len(asked)) as pool:
-        replies = list(pool.map(put, range(len(asked))))
+    replies = together(server, len(asked), put)
     after = server.metrics()
     for number, (body, (text, finish, usage)) in enumerate(zip(asked, replies, strict=True)):
         alone = mixtures[1].chat(body["messages"], max_new_tokens=body["max_tokens"], **drawn[number % 4])
         assert (text, finish, usage["completion_tokens"]) == (alone.answer, alone.finish, alone.tokens)
     batches = after["moa_batch_rows_count"] - before["moa_batch_rows_count"]
-    assert batches <= 6 and after["moa_batch_rows_sum"] - before["moa_batch_rows_sum"] == 12
+    assert batches <= 2 and after["moa_batch_rows_sum"] - before["moa_batch_rows_sum"] == 12
 
 
 def test_a_stream_that_is_begun_anew_goes_on_where_it_was(mixtures: dict[int, Mixture],
@@ -264,7 +335,7 @@ def test_a_stream_that_is_begun_anew_goes_on_where_it_was(mixtures: dict[int, Mi
         return step(decoding, tokens)
 
     heard: dict[int, list[str]] = {0: [], 1: [], 2: []}
-    batcher = Batcher(answer, Limits(rows=3, pause=60))   # the third ends the pause
+    batcher = Batcher(answer, Limits(rows=3, pause=SOON))   # the third ends the pause
     monkeypatch.setattr(Decoding, "step", fail)
     served = Release("m", 1, "", mixture, 0, {})
     try:
@@ -273,7 +344,7 @@ def test_a_stream_that_is_begun_anew_goes_on_where_it_was(mixtures: dict[int, Mi
                        Hearing(heard[number].append, heard[number].append)).job() for number in heard]
         for job in jobs:
             batcher.submit(job)
-        answers = [job.done.result(60) for job in jobs]
+        answers = [job.done.result(SOON) for job in jobs]
     finally:
         batcher.close()
     assert len(calls) > 30, "the batch failed, and then each was written alone"
@@ -361,7 +432,7 @@ def test_the_openai_client(server: Served, mixtures: dict[int, Mixture]) -> None
 ])
 def test_what_is_refused(server: Served, change: dict[str, Any], status: int, code: str) -> None:
     body = json.dumps({**ask("alpha", 1), **change}).encode()
-    reply = httpx.post(f"{server.url}{CHAT}", content=body, headers={"Content-Type": "application/json"})
+    reply = server.send(body)
     assert 0 < len(refusal(reply, status, code)) < 400   # what was wrong may be long
 
 
@@ -372,8 +443,7 @@ def test_what_is_refused_never_reaches_a_neighbour(server: Served, mixtures: dic
            {"messages": [{"role": "user", "content": "\x1b[2J INJECTED"}]},
            {"messages": [{"role": "user", "content": "INJECTED" * 100}]}]
     asked = [{**ask("alpha", number), **(bad[number // 2] if number % 2 else {})} for number in range(2 * len(bad))]
-    with ThreadPoolExecutor(len(asked)) as pool:
-        replies = list(pool.map(server.post, asked))
+    replies = together(server, len(asked), lambda each: server.post(asked[each]), taken=len(bad))
     for number, reply in enumerate(replies):
         if number % 2:
             assert 400 <= reply.status_code < 500 and "text/event-stream" not in reply.headers["content-type"]
@@ -391,7 +461,7 @@ def test_what_is_refused_never_reaches_a_neighbour(server: Served, mixtures: dic
     (b"{}", {"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
 ])
 def test_what_is_no_body(server: Served, content: bytes, headers: dict[str, str], status: int, code: str) -> None:
-    reply = httpx.post(f"{server.url}{CHAT}", content=content, headers={"Content-Type": "application/json"} | headers)
+    reply = server.send(content, headers)
     assert refusal(reply, status, code)
 
 
@@ -401,16 +471,86 @@ def test_more_messages_than_a_template_is_rendered_for() -> None:
 
 
 def test_a_body_without_a_length_is_measured_as_it_comes(server: Served) -> None:
-    reply = httpx.post(f"{server.url}{CHAT}", content=iter([b" " * 5000] * 4),
-                       headers={"Content-Type": "application/json"})
+    reply = server.send(iter([b" " * 5000] * 4))
     assert refusal(reply, 413, "request_too_large")
 
 
 def test_other_paths_and_names(server: Served) -> None:
     assert refusal(server.post(ask("alpha", 1), headers={"Host": "evil.example"}), 403, "wrong_host")
-    assert refusal(httpx.get(f"{server.url}/v1/completions"), 404, "not_found")
-    assert refusal(httpx.get(f"{server.url}{CHAT}"), 405, "method_not_allowed")
-    assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok", "release": "moa-mixture/1"}
+    assert refusal(server.get("/v1/completions"), 404, "not_found")
+    assert refusal(server.get(CHAT), 405, "method_not_allowed")
+    assert server.get("/healthz").json() == {"status": "ok", "release": "moa-mixture/1"}
+
+
+def status(served: Served, *lines: bytes, target: bytes = b"/healthz", version: bytes = b"1.1") -> int:
+    """Of the answer to a GET with these header lines alone, sent as they are: clients refuse to write most of them."""
+    first = b" ".join([b"GET", target, b"HTTP/" + version])
+    with (served.connect(b"\r\n".join([first, *lines, b"Connection: close", b"", b""])) as connection,
+          connection.makefile("rb") as reply):
+        return int(reply.readline().split()[1])
+
+
+@pytest.mark.parametrize("host", [
+    "localhost", "LocalHost:8000", "127.0.0.1", "127.0.0.1:1", "127.255.3.4:65535", "[::1]", "[::1]:8000",
+    "[0:0:0:0:0:0:0:1]:80"])
+def test_this_machines_own_names_are_answered_to(server: Served, host: str) -> None:
+    assert status(server, b"Host: " + host.encode()) == 200
+
+
+@pytest.mark.parametrize("target", ["/healthz", "/v1/models", "/metrics", "/openapi.json", "/nowhere"])
+@pytest.mark.parametrize("host", [
+    "evil.example", "a{b.evil.example:8123", "a_b.evil.example", "127.0.0.1.evil.example", "localhost.evil.example",
+    "user@127.0.0.1", "evil.example@127.0.0.1", "127.0.0.1@evil.example", "localhost.", "localhost:", "localhost:x",
+    "localhost:99999", "localhost:8000:8000", "::1", "[::1", "[::1%lo]", "[::1%25lo]", "[127.0.0.1]", "[::2]",
+    "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "127.0.0.256", "0.0.0.0", "127.0.0.1, evil.example",
+    "127.0.0.1/evil.example", "127.0.0.1 evil.example", "http://127.0.0.1", "", "\x7f", "\u2028", "localho\u017ft"])
+def test_any_other_host_is_refused_whatever_is_asked(server: Served, host: str, target: str) -> None:
+    assert status(server, b"Host: " + host.encode(), target=target.encode()) in (400, 403)
+
+
+def test_a_host_that_is_missing_or_said_twice_or_elsewhere_is_refused(server: Served) -> None:
+    ours, theirs = b"Host: 127.0.0.1", b"Host: evil.example"
+    assert status(server) == 400 and status(server, version=b"1.0") == 403
+    assert status(server, ours, ours) == status(server, ours, theirs) == status(server, theirs, ours) == 400
+    for said in (b"X-Forwarded-Host: 127.0.0.1", b"X-Host: 127.0.0.1", b"Forwarded: host=127.0.0.1", b"X-Real-Ip: ::1"):
+        assert status(server, theirs, said) == 403
+    assert status(server, theirs, target=b"http://127.0.0.1/healthz") == 403   # a form for proxies
+    assert status(server, ours, target=b"http://evil.example/healthz") == 404
+
+
+PORTS = st.just("") | st.integers(0, 99_999).map(":{}".format) | st.sampled_from([":", ":x", ":-1", ":+1", ":1_0"])
+BYTES = st.integers(0, 260)
+HOSTS = st.one_of(
+    st.sampled_from(["localhost", "LOCALHOST", "[::1]", "::1", "[::]", "localhost.", "a{b", "127.1"]),
+    st.tuples(st.sampled_from([127, 127, 128]), BYTES, BYTES, BYTES).map(lambda four: ".".join(map(str, four))),
+    st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=12))
+NOISE = st.sampled_from(["", "", "", "", "{", "@", ".", ",", "%", "/", "\\", "_", " ", "\t", "#", "?", "evil.example"])
+
+
+def names_this_machine(host: str) -> bool:
+    """What a server without a key answers to, written without the help of any parser."""
+    name, port = host, "80"
+    if ":" in host and not host.endswith("]"):
+        name, _, port = host.rpartition(":")
+    four = name.split(".")
+    local = name.lower() in ("localhost", "[::1]") or (
+        len(four) == 4 and four[0] == "127" and all(each in NUMBERS[:256] for each in four))
+    return local and port.lstrip("0") in ("", *NUMBERS) and 1 <= len(port) <= 5
+
+
+NUMBERS = [str(number) for number in range(65_536)]
+
+
+@settings(max_examples=200)
+@given(before=NOISE, host=HOSTS, between=NOISE, port=PORTS, after=NOISE)
+def test_only_a_host_that_names_this_machine_is_answered(server: Served, before: str, host: str, between: str,
+                                                         port: str, after: str) -> None:
+    value = f"{before}{host}{between}{port}{after}"
+    found = status(server, b"Host: " + value.encode())
+    if names_this_machine(value.strip(" \t")):   # white space around a value is no part of it
+        assert found == 200, value
+    else:
+        assert found in (400, 403), value
 
 
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -423,7 +563,7 @@ KEYS = ("model", "messages", "max_tokens", "temperature", "top_p", "seed", "stop
 @given(changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
 def test_no_body_breaks_the_server(server: Served, changes: dict[str, Any]) -> None:
     body = json.dumps({**ask("alpha", 1), "max_tokens": 2, **changes}).encode()
-    reply = httpx.post(f"{server.url}{CHAT}", content=body, headers={"Content-Type": "application/json"}, timeout=120)
+    reply = server.send(body)
     assert reply.status_code in (200, 400, 404, 413), (body, reply.text)
     if reply.status_code != 200:
         assert reply.json()["error"]["message"]
@@ -475,6 +615,7 @@ def test_a_champion_that_cannot_be_loaded_changes_nothing(
     shutil.copytree(released[0].root, tmp_path / "copy")
     workspace, loaded = Workspace(tmp_path / "copy"), released[1]
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)   # MLflow leaves the address of another workspace there
+    monkeypatch.setattr("moa.serving.RETRY_SECONDS", math.inf)   # however long two looks take
     champions = Champions(workspace, loaded)
     assert str(tmp_path) in champions.registry.address
     first, alone = champions.now, champions.now.mixture.chat(question("alpha", 1), max_new_tokens=8)
@@ -502,12 +643,21 @@ def frozen(mixture: Mixture) -> set[int]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + SOON
     while time.monotonic() < until:
         if condition():
             return
-        time.sleep(0.002)   # an answer of the toy base is soon over
+        time.sleep(0.01)
     raise AssertionError("it never happened")
+
+
+def ended(served: Served) -> bool:
+    """Whether the server has begun to end: it takes no more connections."""
+    try:
+        served.connect().close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_a_key_a_full_queue_and_an_end_that_finishes_what_is_under_way(
@@ -515,40 +665,51 @@ def test_a_key_a_full_queue_and_an_end_that_finishes_what_is_under_way(
     (tmp_path / "key").write_text("sesame\n")
     with serving(released[0], "--key-file", str(tmp_path / "key"), "--max-waiting", "1", "--max-batch", "1",
                  environment={"MOA_API_KEY": "other"}) as served:
-        assert httpx.get(f"{served.url}/healthz").status_code == 200
+        assert served.get("/healthz").status_code == 200
         for path in ("/v1/models", "/metrics"):
             for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "sesame"}):
-                reply = httpx.get(f"{served.url}{path}", headers=headers)
+                reply = served.get(path, headers=headers)
                 assert refusal(reply, 401, "invalid_api_key") and reply.headers["www-authenticate"] == "Bearer"
         right = {"Authorization": "Bearer sesame"}
+        host, given, other = b"Host: moa.example", b"Authorization: Bearer sesame", b"Authorization: Bearer other"
+        for lines, expected in (((given,), 200), ((given, given), 401), ((given, other), 401), ((other, given), 401)):
+            assert status(served, host, *lines, target=b"/v1/models") == expected
+        assert status(served, host, given, target=b"/v1/models/") == 404   # no redirect to the caller's own Host
         assert refusal(served.post(ask("alpha", 1)), 401, "invalid_api_key")
         assert served.post(ask("alpha", 1), headers=right).status_code == 200
 
-        def long(number: int, **named: Any) -> httpx.Response:
+        def long(number: int) -> httpx.Response:
             return served.post({"messages": question("alpha", number), "model": "base", "max_tokens": 200},
-                               headers=right, **named)
+                               headers=right)
 
-        with ThreadPoolExecutor(8) as pool:
-            replies = list(pool.map(long, range(8)))
-        refused = [reply for reply in replies if reply.status_code == 429]
-        assert refused and {reply.status_code for reply in replies} == {200, 429}
-        assert refusal(refused[0], 429, "queue_full") and refused[0].headers["retry-after"] == "1"
+        with ThreadPoolExecutor(2) as pool, served.held() as worker:
+            first = pool.submit(long, 0)
+            wait_for(worker.begun)
+            second = pool.submit(long, 1)
+            wait_for(lambda: served.metrics(right)["moa_waiting"] == 1)
+            refused = long(2)
+            assert refusal(refused, 429, "queue_full") and refused.headers["retry-after"] == "1"
+            worker.let_go()
+            assert first.result().status_code == second.result().status_code == 200
 
-        with pytest.raises(httpx.ReadTimeout):   # a client that does not wait
-            long(1, timeout=0.05)
-        wait_for(lambda: served.metrics(right).get(f'moa_requests_total{{path="{CHAT}",status="499"}}') == 1)
-        wait_for(lambda: served.metrics(right)["moa_running"] == 0)
-        with ThreadPoolExecutor(1) as pool:
+        with served.held() as worker:
+            with served.connect(chat_bytes(ask("alpha", 1), "Authorization: Bearer sesame")):
+                wait_for(worker.begun)   # and then the client leaves
+            wait_for(lambda: served.metrics(right).get(f'moa_requests_total{{path="{CHAT}",status="499"}}') == 1)
+        wait_for(lambda: served.taken(right) == 0)
+        with ThreadPoolExecutor(1) as pool, served.held() as worker:
             last = pool.submit(long, 1)
-            wait_for(lambda: served.metrics(right)["moa_running"] == 1)
-            gone = httpx.Client()
-            with gone.stream("POST", f"{served.url}{CHAT}", json={**ask("alpha", 1), "stream": True}, headers=right):
+            wait_for(worker.begun)
+            with httpx.Client(timeout=SOON) as gone, gone.stream(
+                    "POST", f"{served.url}{CHAT}", json={**ask("alpha", 1), "stream": True}, headers=right):
                 pass   # opened, and left while it waits
-            gone.close()
             served.process.send_signal(signal.SIGINT)
+            wait_for(lambda: ended(served))
+            assert not last.done()
+            worker.let_go()
             assert last.result().status_code == 200
             assert last.result().json()["choices"][0]["finish_reason"] == "length"
-        assert served.process.wait(60) == 0
+        assert served.process.wait(SOON) == 0
 
 
 @pytest.mark.parametrize(("words", "environment", "sentence"), [
@@ -559,7 +720,7 @@ def test_a_key_a_full_queue_and_an_end_that_finishes_what_is_under_way(
 def test_what_cannot_begin(released: tuple[Workspace, Config], words: tuple[str, ...], environment: dict[str, str],
                            sentence: str) -> None:
     done = subprocess.run([sys.executable, "-m", "moa", "serve", "--port", "0", *words], cwd=released[0].root,
-                          text=True, capture_output=True, check=False, env={**os.environ, **environment}, timeout=120)
+                          text=True, capture_output=True, check=False, env={**os.environ, **environment}, timeout=SOON)
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 

@@ -1,7 +1,6 @@
 """`moa serve --backend`: one real server routes, a second one decodes; and what a backend may do wrong."""
 
 import asyncio
-import contextlib
 import json
 import os
 import subprocess
@@ -26,9 +25,11 @@ from moa.workspace import Workspace
 from tests.pipeline.test_serve import (
     CHAT,
     DOMAINS,
+    SOON,
     Served,
     ask,
     change_expert,
+    chat_bytes,
     first_release,
     pieces,
     refusal,
@@ -127,18 +128,21 @@ def test_answers_through_the_backend_are_counted(front: Served) -> None:
 def test_a_caller_that_leaves_is_forgotten_by_both(front: Served, behind: Served) -> None:
     right = {"Authorization": "Bearer sesame"}
     left = f'moa_requests_total{{path="{CHAT}",status="499"}}'
-
-    def leave() -> bool:
-        with contextlib.suppress(httpx.ReadTimeout):   # both servers wait 5 ms for newcomers before they begin
-            httpx.post(f"{front.url}{CHAT}", json=ask("alpha", 1), timeout=httpx.Timeout(60, read=0.012))
-        return front.metrics().get(left, 0) >= 1
-
-    wait_for(leave)
-    body = ask("alpha", 1, model="moa/alpha", stream=True)
-    with httpx.Client() as client, client.stream("POST", f"{front.url}{CHAT}", json=body) as reply:
-        assert reply.status_code == 200   # opened, and left
-    wait_for(lambda: behind.metrics(right)["moa_running"] == behind.metrics(right)["moa_waiting"] == 0)
-    assert front.post(ask("alpha", 1, model="moa/alpha")).status_code == 200
+    with front.held() as router:
+        with front.connect(chat_bytes(ask("alpha", 1))):
+            wait_for(router.begun)
+        wait_for(lambda: front.metrics().get(left) == 1)
+    named = ask("alpha", 1, model="moa/alpha")   # which needs no router
+    with behind.held() as decoder:
+        with front.connect(chat_bytes(named)):
+            wait_for(decoder.begun)
+        wait_for(lambda: front.metrics().get(left) == behind.metrics(right).get(left, 0) + 1 == 2)
+    wait_for(lambda: behind.taken(right) == 0)
+    with behind.held() as decoder, front.connect(chat_bytes({**named, "stream": True})) as connection:
+        assert connection.recv(1024).startswith(b"HTTP/1.1 200 ")   # opened, and left
+        wait_for(decoder.begun)
+    wait_for(lambda: behind.taken(right) == 0)
+    assert front.post(named).status_code == 200
 
 
 def test_an_expert_has_its_exported_name_too(released: tuple[Workspace, Config], front: Served, tmp_path: Path) -> None:
@@ -153,24 +157,24 @@ def test_a_champion_that_the_backend_lacks_is_named(released: tuple[Workspace, C
     workspace, loaded = released
     release.promote(workspace, loaded, 2, "better")
     try:
-        wait_for(lambda: httpx.get(f"{front.url}/healthz").json()["release"] == "moa-mixture/2")
+        wait_for(lambda: front.get("/healthz").json()["release"] == "moa-mixture/2")
         said = refusal(front.post(ask("alpha", 1, model="moa/alpha")), 503, "backend_lacks_model")
         assert "has no model 'alpha-" in said and "moa export DIR --format vllm" in said
         kept = front.post(ask("alpha", 1, model="moa/beta"))   # beta's expert is the same in both
         assert kept.status_code == 200 and kept.headers["x-moa-release"] == "moa-mixture/2"
     finally:
         release.promote(workspace, loaded, 1, "as it was")
-        wait_for(lambda: httpx.get(f"{front.url}/healthz").json()["release"] == "moa-mixture/1")
+        wait_for(lambda: front.get("/healthz").json()["release"] == "moa-mixture/1")
     assert front.post(ask("alpha", 1, model="moa/alpha")).status_code == 200
 
 
 def test_a_backend_that_is_gone(front: Served, behind: Served) -> None:
     behind.process.terminate()   # the last test that needs it
-    assert behind.process.wait(60) == 0
+    assert behind.process.wait(SOON) == 0
     for more in ({}, {"stream": True}):
         said = refusal(front.post(ask("alpha", 1, model="moa/alpha", **more)), 502, "backend_unreachable")
         assert behind.url in said and said.count(". ") == 0
-    assert httpx.get(f"{front.url}/healthz").status_code == 200
+    assert front.get("/healthz").status_code == 200
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
@@ -179,7 +183,7 @@ def test_a_backend_that_is_gone(front: Served, behind: Served) -> None:
 ])
 def test_what_cannot_begin(released: tuple[Workspace, Config], words: tuple[str, ...], sentence: str) -> None:
     done = subprocess.run([sys.executable, "-m", "moa", "serve", "--port", "0", *words], cwd=released[0].root,
-                          text=True, capture_output=True, check=False, env=dict(os.environ), timeout=120)
+                          text=True, capture_output=True, check=False, env=dict(os.environ), timeout=SOON)
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 
