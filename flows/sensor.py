@@ -18,30 +18,41 @@ from flows.attempt import Attempt
 from flows.learning import pending
 from flows.server import configured, headers
 from moa import incoming, ledger
-from moa.config import load
+from moa.config import Config, load
 from moa.errors import MoaError
 from moa.owner import Owner
+from moa.project import Names, owner
 from moa.workspace import Workspace, read_json
 
 ARRIVED = "moa.data.arrived"
-RESOURCE = "moa.domain."
 AGAIN = 45.0              # seconds between two nudges for the same thing: a run needs some of them to begin
 BACK_OFF = (60.0, 3600.0)   # seconds after a failed run, doubled with each, and at most
 
 
 def nudge(workspace: Workspace, names: Sequence[str] = (), url: str | None = None) -> bool:
-    """Tell Prefect that rows of these domains have arrived; whether somebody heard it."""
+    """Tell Prefect that rows of these domains have arrived; whether its server took it."""
     url = url or address(workspace)
     if url is None:
         return False
-    at = datetime.now(UTC).isoformat()
+    config, at = load(workspace.params), datetime.now(UTC).isoformat()
+    project, resource = related(workspace, config), Names.of(config).resource
     events = [{"occurred": at, "event": ARRIVED, "id": str(uuid.uuid4()), "payload": {"domain": name},
-               "resource": {"prefect.resource.id": f"{RESOURCE}{name}"}, "related": []} for name in names]
+               "resource": {"prefect.resource.id": resource("domain", name)},
+               "related": [{**project, "prefect.resource.role": "project"}] if project else []} for name in names]
     request = urllib.request.Request(f"{url.rstrip('/')}/events", json.dumps(events).encode(),   # noqa: S310
                                      {"Content-Type": "application/json", **headers()}, method="POST")
     with suppress(OSError, ValueError), urllib.request.urlopen(request, timeout=5) as reply:   # noqa: S310
         return bool(200 <= reply.status < 300)
     return False
+
+
+def related(workspace: Workspace, config: Config) -> dict[str, str] | None:
+    """The project that an event belongs to. It tells old workspaces, whose events are about the same resources, apart.
+
+    None in a shallow clone of an old workspace, which cannot tell.
+    """
+    project = owner(workspace, config)
+    return {"prefect.resource.id": f"moa.project.{project}"} if project else None
 
 
 def address(workspace: Workspace) -> str | None:

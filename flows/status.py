@@ -17,6 +17,7 @@ from flows.server import answers, headers
 from moa import ledger
 from moa.config import Config
 from moa.owner import Owner
+from moa.project import deployment
 from moa.workspace import Workspace, read_json
 
 LAST = 5   # lines of the ledger
@@ -38,7 +39,7 @@ def status(workspace: Workspace, config: Config) -> dict[str, Any]:
             "interrupted": sorted(interrupted.before) if interrupted and not owner.at_work() else None,
             "arrived": [{"domain": each.domain, "file": each.path.name, "size": each.size} for each in found.arrivals],
             "due": {"run": found.due.run, "reason": found.due.reason, "wait": found.due.wait},
-            "scheduled": _scheduled(url or "", workspace) if answering else [],
+            "scheduled": _scheduled(url or "", workspace, config) if answering else [],
             "ledger": ledger.read(workspace, last=LAST)}
 
 
@@ -57,10 +58,11 @@ def _up(workspace: Workspace) -> dict[str, Any] | None:
         return facts
 
 
-def _scheduled(url: str, workspace: Workspace) -> list[dict[str, str]]:
+def _scheduled(url: str, workspace: Workspace, config: Config) -> list[dict[str, str]]:
     """The next runs of this workspace's deployments, by Prefect's account."""
     with suppress(OSError, ValueError, KeyError):
-        known = _ask(url, "deployments/filter", {"deployments": {"tags": {"all_": ["moa"]}}})
+        mine = {"name": {"any_": [deployment(workspace, config)]}}
+        known = _ask(url, "deployments/filter", {"deployments": mine})
         ours = {each["id"]: each for each in known if each["parameters"].get("root") == str(workspace.root)}
         if not ours:
             return []
