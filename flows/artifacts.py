@@ -8,9 +8,11 @@ from typing import Any
 
 from flows.session import Result, Session
 from moa import ledger, report, report_facts
+from moa.config import load
+from moa.project import Names
 from moa.workspace import MANIFEST, Workspace, read_json
 
-REPORT, GATE, LEARNED = "moa-report", "moa-gate", "moa-learned"   # their keys: lower case, digits, dashes
+REPORT, GATE, LEARNED = "report", "gate", "learned"   # ends of their keys, which begin with the project's name
 
 
 def store(session: Session, result: Result) -> None:
@@ -18,9 +20,10 @@ def store(session: Session, result: Result) -> None:
     try:
         from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-        create_markdown_artifact(page(session, result), key=REPORT, description="Evaluation and release of this build")
+        key = Names.of(session.config).artifact
+        create_markdown_artifact(page(session, result), key(REPORT), "Evaluation and release of this build")
         if verdicts := table(result):
-            create_table_artifact(verdicts, key=GATE, description="What the gate said of this release")
+            create_table_artifact(verdicts, key(GATE), "What the gate said of this release")
     except Exception as error:   # the build is what counts, and it is done
         session.screen.say(f"Prefect did not keep this build's report: {type(error).__name__}: {error}")
 
@@ -36,7 +39,8 @@ def store_run(workspace: Workspace, before: int, facts: dict[str, Any]) -> None:
     try:
         from prefect.artifacts import create_markdown_artifact
 
-        create_markdown_artifact("\n\n".join(parts), key=LEARNED, description="What was learned, and why")
+        key = Names.of(load(workspace.params)).artifact(LEARNED)
+        create_markdown_artifact("\n\n".join(parts), key, "What was learned, and why")
     except Exception as error:
         print(f"moa: Prefect did not keep the account of this run: {type(error).__name__}: {error}", file=sys.stderr)
 

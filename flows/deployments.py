@@ -12,8 +12,9 @@ from prefect.flows import EntrypointType, Flow
 
 from flows.adapt import adapt, retrain
 from flows.drift import drift
-from flows.sensor import ARRIVED, RESOURCE
+from flows.sensor import ARRIVED, related
 from moa.config import Config, DriftParams, RetrainParams
+from moa.project import Names, deployment, former_deployments
 from moa.workspace import Workspace
 
 TAGS = ["moa"]
@@ -23,15 +24,28 @@ def deployments(workspace: Workspace, config: Config) -> list[Any]:
     """`adapt`, by event; `retrain` and `drift`, by their schedules in params.yaml."""
     arrived = DeploymentEventTrigger(
         name=f"rows arrived in {workspace.root.name}", expect={ARRIVED},
-        match={"prefect.resource.id": f"{RESOURCE}*"},
+        match={"prefect.resource.id": Names.of(config).resource("domain", "*")},
+        match_related=related(workspace, config) or {},
         parameters={"trigger": "rows of {{ event.payload.domain }} arrived"})
-    return [_deployed(workspace, adapt, triggers=[arrived]),
-            _deployed(workspace, retrain, schedules=_schedules(config.retrain)),
-            _deployed(workspace, drift, schedules=_schedules(config.drift))]
+    return [_deployed(workspace, config, adapt, triggers=[arrived]),
+            _deployed(workspace, config, retrain, schedules=_schedules(config.retrain)),
+            _deployed(workspace, config, drift, schedules=_schedules(config.drift))]
 
 
-def _deployed(workspace: Workspace, flow: Flow, **how: Any) -> Any:
-    return flow.to_deployment(name="moa", tags=TAGS, parameters={"root": str(workspace.root)},
+def delete_former(workspace: Workspace, config: Config) -> None:
+    """Delete what was deployed for this workspace under former names: it would go on beside what is served now."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
+
+    former = DeploymentFilter(name=DeploymentFilterName(any_=sorted(former_deployments(workspace, config))))
+    with get_client(sync_client=True) as client:
+        for each in client.read_deployments(deployment_filter=former):
+            if each.parameters.get("root") == str(workspace.root):
+                client.delete_deployment(each.id)
+
+
+def _deployed(workspace: Workspace, config: Config, flow: Flow, **how: Any) -> Any:
+    return flow.to_deployment(name=deployment(workspace, config), tags=TAGS, parameters={"root": str(workspace.root)},
                               entrypoint_type=EntrypointType.MODULE_PATH, enforce_parameter_schema=False, **how)
 
 

@@ -14,21 +14,23 @@ from moa import config, ledger
 from moa import drift as looking
 from moa.commands import printed
 from moa.errors import PipelineError
+from moa.project import Names
 from moa.registry import Registry
 from moa.workspace import Workspace
 
-ARTIFACT = "moa-drift"
+ARTIFACT = "drift"   # end of its key, which begins with the project's name
 
 
 @flow(name="drift", persist_result=False, validate_parameters=False)
 def drift(root: str = ".") -> dict[str, Any] | None:
     """Look at the prompts that `moa serve` kept; tell what was found. None before the first release."""
     workspace = Workspace.find(Path(root))
-    if Registry(workspace, config.load(workspace.params)).champion() is None:
+    settings = config.load(workspace.params)
+    if Registry(workspace, settings).champion() is None:
         return None   # nothing served, so nothing kept: a schedule may begin before the first release
     report = check(workspace)
     note(workspace, report)
-    announce(report)
+    announce(report, Names.of(settings))
     return report
 
 
@@ -50,11 +52,11 @@ def note(workspace: Workspace, report: dict[str, Any]) -> dict[str, Any] | None:
     return ledger.append(workspace, "drift", **facts)
 
 
-def announce(report: dict[str, Any]) -> None:
-    """For whoever listens: `moa.drift`, `moa.domain.missing` for each group, and a page in Prefect's own interface."""
-    resource = {"prefect.resource.id": f"moa.release.{report['release']}",
+def announce(report: dict[str, Any], names: Names) -> None:
+    """The events `moa.drift` and, for each group, `moa.domain.missing`; and a page in Prefect's own interface."""
+    resource = {"prefect.resource.id": names.resource("release", str(report["release"])),
                 "prefect.resource.name": f"{report['name']} version {report['release']}"}
-    create_markdown_artifact(key=ARTIFACT, markdown=looking.markdown(report),
+    create_markdown_artifact(key=names.artifact(ARTIFACT), markdown=looking.markdown(report),
                              description=looking.headline(report))
     emit_event("moa.drift", resource=resource, payload=looking.facts(report))
     for group in report["missing"]:

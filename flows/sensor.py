@@ -16,29 +16,40 @@ from flows import prefect_api
 from flows.attempt import Attempt
 from flows.learning import pending
 from moa import incoming, ledger
-from moa.config import load
+from moa.config import Config, load
 from moa.errors import MoaError
 from moa.owner import Owner
+from moa.project import Names, owner
 from moa.workspace import Workspace
 
 ARRIVED = "moa.data.arrived"
-RESOURCE = "moa.domain."
 AGAIN = 45.0              # seconds between two nudges for the same thing: a run needs some of them to begin
 BACK_OFF = (60.0, 3600.0)   # seconds after a failed run, doubled with each, and at most
 
 
 def nudge(workspace: Workspace, names: Sequence[str] = (), api: prefect_api.Api | None = None) -> bool:
-    """Tell Prefect that rows of these domains have arrived; whether somebody heard it."""
+    """Tell Prefect that rows of these domains have arrived; whether its server took it."""
     api = api or prefect_api.of(workspace)
     if api is None:
         return False
-    at = datetime.now(UTC).isoformat()
+    config, at = load(workspace.params), datetime.now(UTC).isoformat()
+    project, resource = related(workspace, config), Names.of(config).resource
     events = [{"occurred": at, "event": ARRIVED, "id": str(uuid.uuid4()), "payload": {"domain": name},
-               "resource": {"prefect.resource.id": f"{RESOURCE}{name}"}, "related": []} for name in names]
+               "resource": {"prefect.resource.id": resource("domain", name)},
+                "related": [{**project, "prefect.resource.role": "project"}] if project else []} for name in names]
     with suppress(OSError, ValueError):
         api.ask("events", events)
         return True
     return False
+
+
+def related(workspace: Workspace, config: Config) -> dict[str, str] | None:
+    """The project that an event belongs to. It tells old workspaces, whose events are about the same resources, apart.
+
+    None in a shallow clone of an old workspace, which cannot tell.
+    """
+    project = owner(workspace, config)
+    return {"prefect.resource.id": f"moa.project.{project}"} if project else None
 
 
 class Sensor:

@@ -11,6 +11,7 @@ from flows.learning import pending
 from moa import ledger
 from moa.config import Config
 from moa.owner import Owner
+from moa.project import deployment
 from moa.workspace import Workspace, read_json
 
 LAST = 5   # lines of the ledger
@@ -33,7 +34,7 @@ def status(workspace: Workspace, config: Config) -> dict[str, Any]:
             "interrupted": sorted(interrupted.before) if interrupted and not owner.at_work() else None,
             "arrived": [{"domain": each.domain, "file": each.path.name, "size": each.size} for each in found.arrivals],
             "due": {"run": found.due.run, "reason": found.due.reason, "wait": found.due.wait},
-            "scheduled": _scheduled(api, workspace) if api and answering else [],
+            "scheduled": _scheduled(api, workspace, config) if api and answering else [],
             "ledger": ledger.read(workspace, last=LAST)}
 
 
@@ -58,10 +59,11 @@ def _password(workspace: Workspace) -> str | None:
     return workspace.relative(path) if path.exists() else None
 
 
-def _scheduled(api: prefect_api.Api, workspace: Workspace) -> list[dict[str, str]]:
+def _scheduled(api: prefect_api.Api, workspace: Workspace, config: Config) -> list[dict[str, str]]:
     """The next runs of this workspace's deployments, by Prefect's account."""
     with suppress(OSError, ValueError, KeyError):
-        known = api.ask("deployments/filter", {"deployments": {"tags": {"all_": ["moa"]}}})
+        mine = {"name": {"any_": [deployment(workspace, config)]}}
+        known = api.ask("deployments/filter", {"deployments": mine})
         ours = {each["id"]: each for each in known if each["parameters"].get("root") == str(workspace.root)}
         if not ours:
             return []

@@ -94,8 +94,9 @@ def _serve(workspace: Workspace, config: Any) -> None:
     """Serve the flows until a signal. Prefect ends the runs that are under way, and their steps end with them."""
     from prefect import serve
 
-    from flows.deployments import deployments
+    from flows.deployments import delete_former, deployments
 
+    delete_former(workspace, config)
     warnings.filterwarnings("ignore", message="coroutine 'Runner.astop' was never awaited")   # its way of stopping
     with contextlib.suppress(KeyboardInterrupt):
         serve(*deployments(workspace, config), print_starting_message=False, pause_on_shutdown=False)

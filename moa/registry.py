@@ -4,8 +4,11 @@ A registration leaves a run (how it came about), a logged model (the files) and 
 the content. A version's existence means that it is complete; what a crash leaves before that is found by its digest
 and continued. With `moa.tracking` and `moa.pyfunc`, the only room that talks to MLflow.
 
-    moa-expert-NAME    adapter and manifest of one expert, without base weights
-    moa-mixture        the whole mixture and its reports, answering chat bodies; its tags hold the champion's history
+    moa-PROJECT-expert-NAME    adapter and manifest of one expert, without base weights
+    moa-PROJECT-mixture        the whole mixture and its reports, answering chat bodies; its tags hold the champion's
+                               history
+
+What these are called, and whose they are, is the business of `moa.project` and `moa.ownership`.
 """
 
 import json
@@ -20,6 +23,7 @@ from moa import digests, tracking
 from moa.config import Config
 from moa.errors import ArtifactError, RegistryError
 from moa.history import HISTORY, Entry, following, parse
+from moa.project import Names
 from moa.workspace import MANIFEST, Workspace, read_json, replace_directory
 
 CHAMPION = "champion"
@@ -68,19 +72,40 @@ class Registry:
     def __init__(self, workspace: Workspace, config: Config) -> None:
         self.workspace = workspace
         self.config = config
-        self.mixture_name = config.release.name
         self.address = tracking.uri(workspace)
-        self._opened: tuple[Any, str] | None = None
+        self.private = tracking.private(workspace)
+        self._client: Any = None
+        self._names: Names | None = None
+        self._experiment: str | None = None
 
     @property
     def client(self) -> Any:
-        return self.open()[0]
+        """MLflow's client."""
+        if self._client is None:
+            self._client = tracking.connect(self.workspace)
+        return self._client
 
     def open(self) -> tuple[Any, str]:
         """MLflow's client and the id of our experiment."""
-        if self._opened is None:
-            self._opened = tracking.connect(self.workspace)
-        return self._opened
+        if self._experiment is None:
+            self._experiment = tracking.experiment(self.workspace, self.client, self.names.experiment)
+        return self.client, self._experiment
+
+    @property
+    def names(self) -> Names:
+        """What this project's things are called here. Raises RegistryError when they are another project's."""
+        if self._names is not None:
+            return self._names
+        from moa import ownership
+
+        names, settled = ownership.resolve(self)
+        if settled:   # before the first release another process may still decide it
+            self._names = names
+        return names
+
+    @property
+    def mixture_name(self) -> str:
+        return self.names.mixture
 
     # Registration.
 
@@ -213,12 +238,15 @@ class Registry:
         The record comes first: a move without a record would hide who did it and why, while a record without its move
         shows as not effective, because its successor (or the alias) names another predecessor.
         """
+        from moa.ownership import claim
+
         with self._alone():
             wanted, current = self.get(version), self.champion()
             if instead_of != ANYONE and current is not None and current.version not in (instead_of, wanted.version):
                 raise RegistryError(f"Version {current.version} became champion meanwhile, and the gate has not "
                                     f"compared version {wanted.version} with it: run the same command again.")
             self.check(wanted)
+            claim(self, self.mixture_name)
             entry, new = following(self.history(), wanted.version, wanted.digest,
                                    current.version if current else None, reason, by)
             with tracking.talking(self.address):

@@ -7,6 +7,7 @@ from typing import Any
 
 from moa.config import Config
 from moa.history import Entry
+from moa.project import Names
 from moa.registry import MixtureVersion, Registry
 from moa.workspace import Workspace
 
@@ -20,9 +21,9 @@ def listed(workspace: Workspace, config: Config) -> dict[str, Any]:
     """Every release, newest first."""
     registry = Registry(workspace, config)
     if not registry.exists():
-        return {"name": config.release.name, "champion": None, "releases": []}
+        return {"name": Names.of(config).mixture, "champion": None, "releases": []}
     champion, served = registry.champion(), _served(registry.history())
-    return {"name": config.release.name, "champion": champion.version if champion else None,
+    return {"name": registry.mixture_name, "champion": champion.version if champion else None,
             "releases": [_facts(each, champion, served) for each in reversed(registry.versions())]}
 
 
@@ -67,8 +68,9 @@ def shown(workspace: Workspace, config: Config, version: int | str) -> dict[str,
 def history(workspace: Workspace, config: Config) -> dict[str, Any]:
     """Every change of champion, oldest first."""
     registry = Registry(workspace, config)
-    entries = registry.history() if registry.exists() else []
-    return {"name": config.release.name, "history": [asdict(entry) for entry in entries]}
+    if not registry.exists():
+        return {"name": Names.of(config).mixture, "history": []}
+    return {"name": registry.mixture_name, "history": [asdict(entry) for entry in registry.history()]}
 
 
 def diff(workspace: Workspace, config: Config, old: int, new: int) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def summary(workspace: Workspace, config: Config, release: Any) -> str:
                if release.get("waiting") else [])
     return "\n".join([
         "", text(table), "",
-        f"release   version {version} of {config.release.name} ({verdict}); {serving}",
+        f"release   version {version} of {release.get('name', config.release.name)} ({verdict}); {serving}",
         *waiting,
         f"report    {workspace.relative(workspace.reports)}/report.md, rows.parquet, summary.json",
         f"MLflow    mlflow ui --backend-store-uri {tracking}",

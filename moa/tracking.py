@@ -6,13 +6,13 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from moa.errors import RegistryError
 from moa.loopback import ask_directly
 from moa.workspace import Workspace
 
-EXPERIMENT = "moa"
 PROBE_SECONDS = 5
 
 # Read by MLflow when it is imported or at each call; what the user has set stays.
@@ -37,8 +37,14 @@ def shown(address: str) -> str:
     return re.sub(r"://[^/@]*@", "://", address)
 
 
-def connect(workspace: Workspace) -> tuple[Any, str]:
-    """A client and the id of our experiment, both ready for use. Raises RegistryError when nobody answers.
+def private(workspace: Workspace) -> bool:
+    """Whether the versions are in the workspace's own database, which no other project uses."""
+    kind, _, path = uri(workspace).partition(":///")
+    return kind == "sqlite" and Path(path).resolve() == (workspace.mlflow / "mlflow.db").resolve()
+
+
+def connect(workspace: Workspace) -> Any:
+    """A client, ready for use. Raises RegistryError when no server answers.
 
     A new database is made by one process while the others wait: MLflow's migrations do not survive company.
     """
@@ -52,16 +58,24 @@ def connect(workspace: Workspace) -> tuple[Any, str]:
 
         client = MlflowClient(tracking_uri=address, registry_uri=address)
         with _short_of_patience():
-            found = client.get_experiment_by_name(EXPERIMENT)
-        if found is None:
+            client.search_experiments(max_results=1)
+        return client
+
+
+def experiment(workspace: Workspace, client: Any, name: str) -> str:
+    """The id of the experiment `name`, made if there is none. Raises RegistryError when it was deleted."""
+    from filelock import FileLock
+
+    address = uri(workspace)
+    with talking(address), FileLock(workspace.mlflow / "open.lock"):
+        if (found := client.get_experiment_by_name(name)) is None:
             # A server chooses where its artifacts lie; in a database of ours they lie beside it.
-            ours = address.startswith("sqlite:") and "MLFLOW_TRACKING_URI" not in os.environ
-            place = (workspace.mlflow / "artifacts").as_uri() if ours else None
-            return client, str(client.create_experiment(EXPERIMENT, artifact_location=place))
+            place = (workspace.mlflow / "artifacts").as_uri() if private(workspace) else None
+            return str(client.create_experiment(name, artifact_location=place))
         if found.lifecycle_stage == "deleted":
-            raise RegistryError(f"The MLflow experiment {EXPERIMENT!r} at {shown(address)} was deleted: "
+            raise RegistryError(f"The MLflow experiment {name!r} at {shown(address)} was deleted: "
                                 f"run `mlflow experiments restore --experiment-id {found.experiment_id}`.")
-        return client, str(found.experiment_id)
+        return str(found.experiment_id)
 
 
 def pages(workspace: Workspace, port: int) -> tuple[list[str], dict[str, str]] | None:

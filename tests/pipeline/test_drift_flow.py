@@ -233,7 +233,7 @@ def test_the_flow_tells_prefect_and_the_ledger(prefect_url: str, workspace: Work
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
     from prefect.client.schemas.sorting import ArtifactSort
 
-    from flows.drift import ARTIFACT, drift, note
+    from flows.drift import drift, note
 
     serve(released, [*FAMILIAR, *STRANGE])
     report = drift(str(workspace.root))
@@ -253,7 +253,7 @@ def test_the_flow_tells_prefect_and_the_ledger(prefect_url: str, workspace: Work
     assert resource.items() <= missing["resource"].items() and missing["payload"]["prompts"] == 30
     assert set(missing["payload"]["examples"]) <= set(STRANGE)
     with get_client(sync_client=True) as client:
-        newest = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[ARTIFACT])),
+        newest = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["moa-drift"])),
                                        sort=ArtifactSort.UPDATED_DESC, limit=1)[0]
     assert "A domain may be missing: 30 prompts" in str(newest.data) and "| abstention | shifted |" in str(newest.data)
     assert newest.description == "moa-mixture version 1: shifted; a domain may be missing"

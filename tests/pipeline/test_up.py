@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +17,13 @@ from ruamel.yaml import YAML
 
 from flows import prefect_api
 from flows.sensor import nudge
-from moa import config, ledger
+from moa import config, init, ledger
 from moa.workspace import Workspace
 
 ROWS = 120
+PROJECT = "tiny-1a2b3c"
 PARAMS: dict[str, Any] = {
+    "project": PROJECT,
     "train": {"rank": 2, "alpha": 4.0, "epochs": 1, "batch_rows": 8, "learning_rate": 0.02, "batch_tokens": 2048},
     "evaluate": {"generate_rows": 2, "max_new_tokens": 8},
     "release": {"min_rows": 4, "metric_rows": 0},
@@ -125,7 +126,8 @@ def test_status_and_a_second_one(running: tuple[Workspace, "subprocess.Popen[str
 def test_the_same_for_a_work_pool(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
     """prefect.yaml deploys what `moa up` serves, and a worker of the pool runs it."""
     workspace, _ = running
-    shutil.copyfile(tiny.REPOSITORY / "prefect.yaml", workspace.root / "prefect.yaml")
+    scaffold = (init.SCAFFOLD / "prefect.yaml").read_text()
+    (workspace.root / "prefect.yaml").write_text(scaffold.replace(init.PROJECT, PROJECT))
     api = prefect_api.of(workspace)
     assert api is not None
 
@@ -133,18 +135,19 @@ def test_the_same_for_a_work_pool(running: tuple[Workspace, "subprocess.Popen[st
         subprocess.run([sys.executable, "-m", "prefect", "--no-prompt", *words], cwd=workspace.root, check=True,
                        env={**environment(), **api.environment()}, capture_output=True, text=True)
 
-    prefect("work-pool", "create", "moa", "--type", "process")
+    prefect("work-pool", "create", f"moa-{PROJECT}", "--type", "process")
     prefect("deploy", "--all")
     known = {(each["name"], each["entrypoint"].rsplit(".", 1)[-1]): each
              for each in api.ask("deployments/filter", {})}
-    assert known.keys() == {(name, flow) for name in ("moa", "pool") for flow in ("adapt", "retrain", "drift")}
-    served = {flow: [schedule["schedule"] for schedule in known["pool", flow]["schedules"]]
+    assert known.keys() == {(name, flow) for name in (f"moa-{PROJECT}", f"moa-{PROJECT}-pool")
+                            for flow in ("adapt", "retrain", "drift")}
+    served = {flow: [schedule["schedule"] for schedule in known[f"moa-{PROJECT}-pool", flow]["schedules"]]
               for flow in ("adapt", "retrain", "drift")}
     assert [each["cron"] for each in served["retrain"]] == [config.RetrainParams().cron]
     assert [each["cron"] for each in served["drift"]] == [config.DriftParams().cron] and not served["adapt"]
     already = len(told(workspace, "skipped", trigger="the pool"))
-    prefect("deployment", "run", "adapt/pool", "--param", 'trigger="the pool"')
-    prefect("worker", "start", "--pool", "moa", "--run-once")
+    prefect("deployment", "run", f"adapt/moa-{PROJECT}-pool", "--param", 'trigger="the pool"')
+    prefect("worker", "start", "--pool", f"moa-{PROJECT}", "--run-once")
     assert len(told(workspace, "skipped", trigger="the pool")) == already + 1
 
 

@@ -27,14 +27,21 @@ def contents(root: Path) -> dict[str, bytes]:
     return {name: (root / name).read_bytes() for name in listed.split("\0") if name}
 
 
+def scaffold(name: str, project: str) -> str:
+    return (init.SCAFFOLD / name).read_text().replace(init.PROJECT, project)
+
+
 def test_the_pipeline_is_this_repositorys() -> None:
     assert (init.SCAFFOLD / "pipeline.yaml").read_bytes() == (REPOSITORY / "dvc.yaml").read_bytes()
-    assert (init.SCAFFOLD / "prefect.yaml").read_bytes() == (REPOSITORY / "prefect.yaml").read_bytes()
+    ours = config.load(REPOSITORY / "params.yaml").project
+    assert ours and scaffold("prefect.yaml", ours) == (REPOSITORY / "prefect.yaml").read_text()
     assert (init.SCAFFOLD / "data" / "gitignore").read_bytes() == (REPOSITORY / "data" / ".gitignore").read_bytes()
 
 
-def test_the_parameters_are_valid_and_name_what_is_watched() -> None:
-    content = config.load(init.SCAFFOLD / "params.yaml")
+def test_the_parameters_are_valid_and_name_what_is_watched(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(scaffold("params.yaml", "shop-1a2b3c"))
+    content = config.load(tmp_path / "params.yaml")
+    assert content.project == "shop-1a2b3c"
     assert content.domains == {} and content.quickstart == [] and content.base.source == init.DEFAULT_BASE
     written = YAML(typ="safe").load(init.SCAFFOLD / "params.yaml")
     assert set(config.WATCHED) <= written.keys()
@@ -103,9 +110,29 @@ def test_a_base_that_is_none(source: str, sentence: str, tmp_path: Path) -> None
     assert not (tmp_path / "w").exists()
 
 
+def without_id(root: Path) -> dict[str, bytes]:
+    """`contents` with a placeholder for the id that params.yaml names."""
+    project = config.load(root / "params.yaml").project
+    assert project
+    return {name: data.replace(project.encode(), b"ID") for name, data in contents(root).items()}
+
+
+@pytest.mark.parametrize(("folder", "begins"), [("Kunden & Support", "kunden-support-"), ("日本", "project-"),
+                                                ("x" * 80, "x" * 24 + "-"), ("-a-", "a-")])
+def test_each_workspace_has_an_id_of_its_own(folder: str, begins: str, tmp_path: Path) -> None:
+    found = []
+    for place in ("one", "other"):
+        init.init(tmp_path / place / folder, None, tmp_path)
+        project = config.load(tmp_path / place / folder / "params.yaml").project
+        assert project and project.startswith(begins) and len(project) == len(begins) + 6
+        assert f"moa.project.{project}.domain.*" in (tmp_path / place / folder / "prefect.yaml").read_text()
+        found.append(project)
+    assert found[0] != found[1]
+
+
 def test_an_interrupted_init_is_run_again(tmp_path: Path) -> None:
     init.init(tmp_path / "whole", None, tmp_path)
-    wanted = contents(tmp_path / "whole")
+    wanted = without_id(tmp_path / "whole")
     write = workspace.write_whole
     for number in range(6):
         root, calls = tmp_path / f"w{number}", []
@@ -121,7 +148,7 @@ def test_an_interrupted_init_is_run_again(tmp_path: Path) -> None:
             init.init(root, None, tmp_path)
         assert not ((root / "params.yaml").exists() and (root / "dvc.yaml").exists())
         init.init(root, None, tmp_path)
-        assert contents(root) == wanted
+        assert without_id(root) == wanted   # one id, that which the first run chose
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
