@@ -1,7 +1,6 @@
 """A domain is checked on what is really prepared, and a row is found wherever it is: real DVC, real MLflow."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -29,8 +28,7 @@ LONG = " ".join(f"{number:x}" for number in range(60))
 def moa(workspace: Workspace, *words: str) -> subprocess.CompletedProcess[str]:
     """The command, from beside the workspace."""
     return subprocess.run([sys.executable, "-m", "moa", "--workspace", workspace.root.name, *words], text=True,
-                          capture_output=True, check=False, cwd=workspace.root.parent, env={
-                              **os.environ, "PYTHONPATH": str(tiny.REPOSITORY)})
+                          capture_output=True, check=False, cwd=workspace.root.parent)
 
 
 def write(workspace: Workspace, domain: str, rows: list[Any]) -> None:
