@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from moa import tracking
 from moa.errors import RegistryError
 from moa.registry import Registry, files
 from moa.workspace import MANIFEST, Workspace, write_json
+from tests.waiting import until
 
 MADE_BY_MLFLOW = ("mlflow.user", "mlflow.modelVersions")
 
@@ -58,21 +58,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, cwd=home, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(480):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=2).close()
-                break
-            except OSError:
-                assert process.poll() is None, "mlflow server ended"
-                time.sleep(0.25)
+        until(lambda: answers(address), process)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/health").close()
+    except OSError:
+        return False
+    return True
 
 
 def live(workspace: Workspace, address: str | None) -> Registry:
