@@ -21,7 +21,7 @@ from moa.errors import PipelineError
 from moa.leash import Leash
 from moa.workspace import Workspace
 
-START_SECONDS = 120.0
+START_SECONDS = 1200.0   # for one that neither answers nor ends; one that ends is noticed at once
 SETTLE_SECONDS = 5.0
 
 

@@ -41,12 +41,18 @@ class Gate:
     def __init__(self, folder: Path, function: str) -> None:
         """`function` is MODULE:NAME, such as "moa.experts:Checkpoint.save_now_and_then"."""
         self._path = folder / "gate"
-        self._path.touch()
         self.environment = {"MOA_TEST_HOLD": f"{function}={self._path}"}
+        self.close()
 
-    def reached(self) -> bool:
-        """Whether a process waits here, or did."""
-        return self._path.with_suffix(".reached").exists()
+    def reached(self) -> set[int]:
+        """The pids of all processes that waited here, or still do."""
+        try:
+            return {int(line) for line in self._path.with_suffix(".reached").read_text().split()}
+        except FileNotFoundError:
+            return set()
 
     def open(self) -> None:
         self._path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._path.touch()

@@ -18,7 +18,8 @@ def hold(module: Any, name: str, gate: Path) -> None:
     @functools.wraps(call)
     def held(*args: Any, **named: Any) -> Any:
         if gate.exists():
-            gate.with_suffix(".reached").touch()
+            with gate.with_suffix(".reached").open("a") as file:
+                file.write(f"{os.getpid()}\n")
         while gate.exists():
             time.sleep(POLL_SECONDS)
         return call(*args, **named)

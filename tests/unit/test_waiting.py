@@ -50,7 +50,7 @@ def test_a_gate_holds_a_process_until_it_is_opened(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
                           env={**os.environ, **gate.environment}) as process:
         assert process.stdout is not None and process.stdout.readline() == "before\n"
-        until(gate.reached, process)
+        assert until(gate.reached, process) == {process.pid}
         assert process.poll() is None
         gate.open()
         assert process.communicate()[0] == "after\n"
