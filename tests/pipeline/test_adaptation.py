@@ -20,6 +20,7 @@ from moa.workspace import MANIFEST, Workspace, read_json
 from tests.waiting import Gate, until
 
 ROWS = 150
+DOMAINS = ("alpha", "beta", "gamma")
 PARAMS: dict[str, Any] = {
     "train": {"rank": 2, "alpha": 4.0, "epochs": 2, "batch_rows": 8, "learning_rate": 0.02, "batch_tokens": 2048},
     "evaluate": {"generate_rows": 2, "max_new_tokens": 8},
@@ -91,12 +92,12 @@ def fresh(workspace: Workspace) -> bool:
 
 
 def made(root: Path) -> Workspace:
-    """A workspace of two domains with a champion."""
-    workspace = tiny.workspace(root, ("alpha", "beta"), rows=ROWS, **PARAMS)
+    """A workspace of three domains with a champion."""
+    workspace = tiny.workspace(root, DOMAINS, rows=ROWS, **PARAMS)
     subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True, env=environment())
     (root / ".gitignore").write_text(".moa/\n*.tmp\n")
-    for name in ("alpha", "beta"):
+    for name in DOMAINS:
         moa(workspace, "domain", "add", name)
     moa(workspace, "run", "--local")
     assert champion(workspace) == 1
@@ -127,18 +128,18 @@ def thorough(workspace: Workspace) -> None:
 def test_a_new_domain(workspace: Workspace) -> None:
     thorough(workspace)
     before = experts(workspace)
-    drop(workspace, "gamma", rows("gamma", range(ROWS)))
+    drop(workspace, "delta", rows("delta", range(ROWS)))
     done = adapt(workspace)
     assert done["state"] == "released" and done["version"] == champion(workspace) == 2
-    assert {name: digest for name, digest in experts(workspace).items() if name != "gamma"} == before
+    assert {name: digest for name, digest in experts(workspace).items() if name != "delta"} == before
     assert kinds(workspace) == ["started", "arrived", "start-chosen", "trained", "gate", "released", "forgetting",
                                 "finished"]
-    assert set(done["forgetting"]["golden"]) == {"alpha", "beta"} and done["forgetting"]["equal"]
+    assert set(done["forgetting"]["golden"]) == set(DOMAINS) and done["forgetting"]["equal"]
     chosen = ledger.read(workspace, kinds=["start-chosen"])[-1]
-    assert {each["parent"] for each in chosen["table"]} == {None, "alpha", "beta"}
+    assert {each["parent"] for each in chosen["table"]} == {None, *DOMAINS}
     assert not waiting(workspace) and fresh(workspace)
-    assert YAML(typ="safe").load(workspace.params)["domains"].keys() == {"alpha", "beta", "gamma"}
-    assert ledger.read(workspace, kinds=["trained"])[-1]["domains"] == ["gamma"]
+    assert YAML(typ="safe").load(workspace.params)["domains"].keys() == {*DOMAINS, "delta"}
+    assert ledger.read(workspace, kinds=["trained"])[-1]["domains"] == ["delta"]
 
 
 def test_the_same_file_again(workspace: Workspace) -> None:

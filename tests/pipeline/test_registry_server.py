@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_registry import CONFIG, _free_port, build, counts, register
+from test_registry import CONFIG, build, counts, register
 
 from flows import release
+from flows.server import free_port
 from moa import tracking
 from moa.errors import RegistryError
 from moa.registry import Registry, files
@@ -50,7 +51,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with a database and an artifact store of its own, and nothing in them."""
     home = tmp_path_factory.mktemp("server")
-    address = f"http://127.0.0.1:{(port := _free_port())}"
+    address = f"http://127.0.0.1:{(port := free_port())}"
     process = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
          "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--serve-artifacts",
