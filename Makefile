@@ -6,7 +6,7 @@ export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: demo demo-adapt test lint suite clean
+.PHONY: demo demo-adapt test lint suite test-random test-slow-model test-busy test-ways clean
 
 # pip compiles on one core. compileall uses them all, and fails of templates that are no Python, which is no harm.
 .venv/installed: pyproject.toml constraints.txt
@@ -27,8 +27,31 @@ lint: .venv/installed
 
 test: lint suite
 
+PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope \
+	--no-loadscope-reorder $(ARGS)
+
 suite: .venv/installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+	$(PYTEST)
+
+# The suite does not depend on the machine's speed or on the order of the tests. ARGS goes to pytest in each of these.
+test-ways: .venv/installed
+	$(MAKE) suite
+	$(MAKE) test-slow-model
+	$(MAKE) test-busy
+	$(MAKE) test-random
+
+# Each pass of the toy model takes ten times as long, in every process.
+test-slow-model: .venv/installed
+	MOA_TEST_SLOW_MODEL=10 $(PYTEST)
+
+# Two processes beside the tests do nothing but compute.
+test-busy: .venv/installed
+	yes > /dev/null & first=$$!; yes > /dev/null & second=$$!; \
+	trap 'kill $$first $$second' EXIT; trap 'exit 130' INT TERM; $(PYTEST)
+
+# pytest prints the seed: `make test-random ARGS=--random-order-seed=SEED` repeats an order.
+test-random: .venv/installed
+	$(PYTEST) --random-order
 
 clean:
 	rm -rf .venv .moa .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -45,7 +45,7 @@ class DaskEngine:
             self._cluster = LocalCluster(n_workers=workers, threads_per_worker=cores(workers), host="127.0.0.1",
                                          dashboard_address=None)
         try:
-            self._client = Client(self._cluster or address, timeout=10)
+            self._client = Client(self._cluster or address, timeout=60)
         except OSError as error:
             raise refused("dask", str(address), sentence(str(error))[:200]) from None
         self._base, self._bases = base, dict[str, Any]()   # as scattered to each worker

@@ -41,7 +41,7 @@ def main() -> int:
         print(f"\nAfter {time.monotonic() - began:.0f} s: {ask(workspace, question)}\n", flush=True)
     finally:
         up.send_signal(signal.SIGTERM)
-        up.wait(60)
+        up.wait()
     return subprocess.run([sys.executable, "-m", "moa", "eval"], cwd=workspace.root, env=environment(),
                           check=False).returncode
 

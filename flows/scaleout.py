@@ -27,8 +27,8 @@ from moa.experts import finished
 from moa.workspace import Workspace
 
 TRIES = 3
-PATIENCE = 60.0   # seconds
-TICK = 1.0        # seconds
+PATIENCE = 300.0   # seconds; on a slow machine, or one that has yet to be had, a worker takes minutes to begin
+TICK = 1.0         # seconds
 
 
 @dataclass

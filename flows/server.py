@@ -23,7 +23,7 @@ from moa.leash import Leash
 from moa.loopback import ask_directly
 from moa.workspace import Workspace
 
-START_SECONDS = 120.0
+START_SECONDS = 1200.0   # for one that neither answers nor ends; one that ends is noticed at once
 SETTLE_SECONDS = 5.0
 CLIENT = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_API_KEY", "PREFECT_HOME")   # set while one is used
 

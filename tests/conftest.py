@@ -1,6 +1,7 @@
 """What every test runs under: no network but the base, no telemetry, toy models on one thread; and what is shared."""
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,13 @@ settings.register_profile("moa", deadline=None, suppress_health_check=[HealthChe
 settings.load_profile("moa")
 
 torch.set_num_threads(1)
+
+# Every Python that a test starts imports `sitecustomize` from there. This one may have started without it.
+CHILDREN = str(Path(__file__).parent / "children")
+before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+os.environ["PYTHONPATH"] = os.pathsep.join([CHILDREN, *(folder for folder in before if folder not in ("", CHILDREN))])
+sys.path.insert(0, CHILDREN)
+importlib.import_module("moa_test_slow")
 
 # Modules that take minutes, longest first: they begin first, so that no worker is left with one at the end.
 LONG = ("test_adaptation", "test_up", "test_readme_runs", "test_release_faults", "test_release_commands", "test_poison",

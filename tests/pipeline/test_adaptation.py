@@ -4,10 +4,9 @@ real git, DVC, MLflow, and each run a process of its own, as `moa up` would star
 import json
 import os
 import resource
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,15 @@ from ruamel.yaml import YAML
 
 from moa import digests, ledger
 from moa.workspace import MANIFEST, Workspace, read_json
+from tests.waiting import Gate, until
 
 ROWS = 150
+DOMAINS = ("alpha", "beta", "gamma")
 PARAMS: dict[str, Any] = {
     "train": {"rank": 2, "alpha": 4.0, "epochs": 2, "batch_rows": 8, "learning_rate": 0.02, "batch_tokens": 2048},
     "evaluate": {"generate_rows": 2, "max_new_tokens": 8},
     "release": {"min_rows": 4, "metric_rows": 0, "tolerance": 0.06},   # one prompt of 26 may be left to the base
-    "adapt": {"settle": 0.0, "debounce": 0.0, "golden": 1},
+    "adapt": {"settle": 0.0, "debounce": 0.0, "golden": 0, "candidates": 0},
 }
 
 
@@ -46,7 +47,7 @@ def start(workspace: Workspace, *words: str, limit: int | None = None, **extra: 
 
 def moa(workspace: Workspace, *words: str, status: int = 0, **how: Any) -> str:
     process = start(workspace, *words, **how)
-    out, err = process.communicate(timeout=500)
+    out, err = process.communicate()
     assert process.returncode == status, f"{words}: {out}\n{err}"
     assert "Traceback" not in err
     return out if status == 0 else out + err
@@ -91,12 +92,12 @@ def fresh(workspace: Workspace) -> bool:
 
 
 def made(root: Path) -> Workspace:
-    """A workspace of two domains with a champion."""
-    workspace = tiny.workspace(root, ("alpha", "beta"), rows=ROWS, **PARAMS)
+    """A workspace of three domains with a champion."""
+    workspace = tiny.workspace(root, DOMAINS, rows=ROWS, **PARAMS)
     subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True, env=environment())
     (root / ".gitignore").write_text(".moa/\n*.tmp\n")
-    for name in ("alpha", "beta"):
+    for name in DOMAINS:
         moa(workspace, "domain", "add", name)
     moa(workspace, "run", "--local")
     assert champion(workspace) == 1
@@ -104,38 +105,48 @@ def made(root: Path) -> Workspace:
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return made(tmp_path_factory.mktemp("adapting") / "w")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = made(tmp_path_factory.mktemp("adapting") / "w")
+    shutil.copytree(workspace.root, workspace.root.with_name("kept"), symlinks=True)
+    return workspace
 
 
-def quicker(workspace: Workspace) -> None:
-    """From here on no candidates and no golden answers: what they show was shown."""
+@pytest.fixture
+def workspace(template: Workspace) -> Workspace:
+    """As it was first, and in the same folder, which MLflow's database names."""
+    shutil.rmtree(template.root)
+    shutil.copytree(template.root.with_name("kept"), template.root, symlinks=True)
+    return template
+
+
+def thorough(workspace: Workspace) -> None:
+    """With candidates and golden answers, which the other tests do without."""
     text = workspace.params.read_text()
-    workspace.params.write_text(text.replace("golden: 1", "golden: 0\n  candidates: 0"))
+    workspace.params.write_text(text.replace("golden: 0", "golden: 1").replace("candidates: 0", "candidates: 3"))
 
 
 def test_a_new_domain(workspace: Workspace) -> None:
+    thorough(workspace)
     before = experts(workspace)
-    drop(workspace, "gamma", rows("gamma", range(ROWS)))
+    drop(workspace, "delta", rows("delta", range(ROWS)))
     done = adapt(workspace)
     assert done["state"] == "released" and done["version"] == champion(workspace) == 2
-    assert {name: digest for name, digest in experts(workspace).items() if name != "gamma"} == before
+    assert {name: digest for name, digest in experts(workspace).items() if name != "delta"} == before
     assert kinds(workspace) == ["started", "arrived", "start-chosen", "trained", "gate", "released", "forgetting",
                                 "finished"]
-    assert set(done["forgetting"]["golden"]) == {"alpha", "beta"} and done["forgetting"]["equal"]
+    assert set(done["forgetting"]["golden"]) == set(DOMAINS) and done["forgetting"]["equal"]
     chosen = ledger.read(workspace, kinds=["start-chosen"])[-1]
-    assert {each["parent"] for each in chosen["table"]} == {None, "alpha", "beta"}
+    assert {each["parent"] for each in chosen["table"]} == {None, *DOMAINS}
     assert not waiting(workspace) and fresh(workspace)
-    assert YAML(typ="safe").load(workspace.params)["domains"].keys() == {"alpha", "beta", "gamma"}
-    assert ledger.read(workspace, kinds=["trained"])[-1]["domains"] == ["gamma"]
-    quicker(workspace)
+    assert YAML(typ="safe").load(workspace.params)["domains"].keys() == {*DOMAINS, "delta"}
+    assert ledger.read(workspace, kinds=["trained"])[-1]["domains"] == ["delta"]
 
 
 def test_the_same_file_again(workspace: Workspace) -> None:
     before, last = experts(workspace), len(ledger.read(workspace))
-    drop(workspace, "gamma", rows("gamma", range(ROWS)), "again.jsonl")
+    drop(workspace, "alpha", rows("alpha", range(ROWS)), "again.jsonl")
     assert adapt(workspace)["state"] == "skipped"
-    assert not waiting(workspace) and experts(workspace) == before and champion(workspace) == 2 and fresh(workspace)
+    assert not waiting(workspace) and experts(workspace) == before and champion(workspace) == 1 and fresh(workspace)
     assert "trained" not in kinds(workspace, last)
     assert adapt(workspace) == {"state": "skipped", "reason": "nothing that can be learned waits.", "wait": None}
 
@@ -194,13 +205,9 @@ def test_poison_is_refused_and_undone(workspace: Workspace) -> None:
 
 # Whatever ends a run, the next one ends what it began.
 
-def kill_when(process: subprocess.Popen[str], seen: Callable[[], bool]) -> None:
-    while not seen():
-        if process.poll() is not None:
-            out, err = process.communicate()
-            raise AssertionError(f"it ended before: {out}\n{err}")
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+def kill_when(process: subprocess.Popen[str], seen: Callable[[], object]) -> None:
+    until(seen, process)
+    process.kill()
     process.communicate()
 
 
@@ -208,36 +215,37 @@ def after(workspace: Workspace, last: int, kind: str) -> Callable[[], bool]:
     return lambda: any(entry["n"] > last and entry["kind"] == kind for entry in ledger.read(workspace))
 
 
-def log_of(workspace: Workspace, began: float, *names: str) -> Callable[[], bool]:
-    def seen() -> bool:
-        return any(path.stat().st_mtime > began for name in names for path in workspace.logs.glob(name))
-    return seen
-
-
 STEPS = ["ingest", "commit of rows", "choice of the start", "training", "commit of the expert", "assembling",
          "registration", "promotion"]
 
 
-def test_killed_at_every_step(workspace: Workspace) -> None:
+def test_killed_at_every_step(workspace: Workspace, tmp_path: Path) -> None:
     """kill -9 again and again during one adaptation, each time a step further; the last one ends it. Every second step,
     or every one with MOA_EVERY_STEP=1."""
-    version, last, began = champion(workspace), len(ledger.read(workspace)), time.time()
+    version, last = champion(workspace), len(ledger.read(workspace))
     drop(workspace, "onyx", rows("onyx", range(ROWS)))
     raw = workspace.raw("onyx")
-    moments: dict[str, Callable[[], bool]] = {
-        "ingest": lambda: workspace.journal.exists(),
+    shutil.rmtree(workspace.logs)   # so that a log which is there is of a step that has begun
+
+    def begun(name: str) -> Callable[[], bool]:
+        return lambda: any(workspace.logs.glob(name))
+
+    # The first is held there. What is seen of the others stays: a look that comes late kills later, which must do, too.
+    gate = Gate(tmp_path, "moa.versions:Versions.add")
+    moments: dict[str, Callable[[], object]] = {
+        "ingest": gate.reached,
         "commit of rows": lambda: workspace.tracked("onyx").exists() or any(raw.glob("*")),
         "choice of the start": after(workspace, last, "arrived"),
-        "training": log_of(workspace, began, "train@*onyx*.log"),
+        "training": begun("train@*onyx*.log"),
         "commit of the expert": lambda: (workspace.expert("onyx") / MANIFEST).exists(),
-        "assembling": log_of(workspace, began, "assemble.log"),
-        "registration": log_of(workspace, began, "evaluate.log"),
+        "assembling": begun("assemble.log"),
+        "registration": begun("evaluate.log"),
         "promotion": after(workspace, last, "gate"),
     }
     assert list(moments) == STEPS
     for seen in list(moments.values())[::1 if os.environ.get("MOA_EVERY_STEP") else 2]:
-        process = start(workspace, "adapt", "--local")
-        kill_when(process, seen)
+        kill_when(start(workspace, "adapt", "--local", **gate.environment), seen)
+        gate.open()
         assert champion(workspace) in (version, version + 1)
     if workspace.attempt.exists() or waiting(workspace):   # the last kill may have come after its end
         done = adapt(workspace)
@@ -248,8 +256,8 @@ def test_killed_at_every_step(workspace: Workspace) -> None:
     assert "taken-over" in kinds(workspace, last)
 
 
-def test_the_disk_is_full(workspace: Workspace) -> None:
-    """The rows that arrive here are those of the next two tests, too: one misfortune after the other."""
+def test_one_misfortune_after_the_other(workspace: Workspace) -> None:
+    """The same rows meet a full disk, an MLflow that does not answer, and two triggers at once."""
     raw, version = workspace.raw("alpha"), champion(workspace)
     before = digests.of_files(sorted(raw.iterdir()), raw)
     path = drop(workspace, "quilt", rows("quilt", range(ROWS)))
@@ -259,19 +267,15 @@ def test_the_disk_is_full(workspace: Workspace) -> None:
     assert champion(workspace) == version
     assert digests.of_files(sorted(raw.iterdir()), raw) == before
 
-
-def test_mlflow_unreachable(workspace: Workspace) -> None:
-    version, last = champion(workspace), len(ledger.read(workspace))
+    last = len(ledger.read(workspace))
     said = moa(workspace, "adapt", "--local", status=1, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert "MLflow" in said and ledger.read(workspace, kinds=["failed"])[-1]["n"] > last
     assert kinds(workspace, last).count("trained") == 1
     assert champion(workspace) == version and workspace.attempt.exists() and not waiting(workspace)
 
-
-def test_two_triggers_at_once(workspace: Workspace) -> None:
-    version, last = champion(workspace), len(ledger.read(workspace))
+    last = len(ledger.read(workspace))
     both = [start(workspace, "adapt", "--local", "--json") for _ in range(2)]
-    done = [json.loads(process.communicate(timeout=500)[0]) for process in both]
+    done = [json.loads(process.communicate()[0]) for process in both]
     assert [process.returncode for process in both] == [0, 0]
     states = sorted(each["state"] for each in done)
     assert states == ["released", "skipped"] and champion(workspace) == version + 1
@@ -281,21 +285,23 @@ def test_two_triggers_at_once(workspace: Workspace) -> None:
     assert "quilt" in experts(workspace) and fresh(workspace)
 
 
-def test_retraining(workspace: Workspace) -> None:
+def test_retraining(workspace: Workspace, tmp_path: Path) -> None:
+    drop(workspace, "alpha", rows("alpha", range(ROWS, 2 * ROWS)))
+    assert adapt(workspace)["state"] in ("released", "kept")
     nothing = json.loads(moa(workspace, "retrain", "--local", "--json"))
     assert nothing == {"state": "skipped", "reason": "nothing is stale"}
     before, version = experts(workspace), champion(workspace)
     continued = read_json(workspace.root / "data" / "starts.json")
     assert "alpha" in continued
-    began = time.time()
-    process = start(workspace, "retrain", "--from-scratch", "--local", "--json")
-    kill_when(process, log_of(workspace, began, "train@*.log"))
+    gate = Gate(tmp_path, "moa.experts:Checkpoint.save_now_and_then")
+    process = start(workspace, "retrain", "--from-scratch", "--local", "--json", **gate.environment)
+    kill_when(process, gate.reached)
     assert not (workspace.root / "data" / "starts.json").exists()
     assert adapt(workspace)["state"] == "skipped"   # whoever comes next puts back what was forgotten
     assert read_json(workspace.root / "data" / "starts.json") == continued and experts(workspace) == before
     assert ledger.read(workspace, kinds=["undone"])[-1]["reason"] == "the training from scratch was interrupted"
     process = start(workspace, "retrain", "--from-scratch", "--local", "--json")
-    done = json.loads(process.communicate(timeout=500)[0])
+    done = json.loads(process.communicate()[0])
     assert process.returncode == (done["state"] == "refused")
     if done["state"] == "released":
         assert experts(workspace) != before and champion(workspace) > version

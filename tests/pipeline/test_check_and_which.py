@@ -1,7 +1,6 @@
 """A domain is checked on what is really prepared, and a row is found wherever it is: real DVC, real MLflow."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -29,8 +28,7 @@ LONG = " ".join(f"{number:x}" for number in range(60))
 def moa(workspace: Workspace, *words: str) -> subprocess.CompletedProcess[str]:
     """The command, from beside the workspace."""
     return subprocess.run([sys.executable, "-m", "moa", "--workspace", workspace.root.name, *words], text=True,
-                          capture_output=True, check=False, cwd=workspace.root.parent, env={
-                              **os.environ, "PYTHONPATH": str(tiny.REPOSITORY)})
+                          capture_output=True, check=False, cwd=workspace.root.parent)
 
 
 def write(workspace: Workspace, domain: str, rows: list[Any]) -> None:
@@ -46,8 +44,8 @@ def own_rows(domain: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """Two domains, in raw rows of every fate."""
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """Two domains, in raw rows of every fate. To be copied."""
     root = tmp_path_factory.mktemp("checked") / "workspace"
     made = tiny.workspace(root, ("alpha", "beta"), prepare={"validation": 0.2, "test": 0.2, "min_rows": 10,
                                                             "redact": ["email"]})
@@ -63,18 +61,42 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def checked(raw: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Both domains prepared. To be copied."""
+    made = copied(raw, tmp_path_factory.mktemp("both"))
+    for domain in ("alpha", "beta"):
+        check(made, config.load(made.params), domain, [].append)
+    return made
+
+
+@pytest.fixture
+def unprepared(raw: Workspace, tmp_path: Path) -> Workspace:
+    return copied(raw, tmp_path)
+
+
+@pytest.fixture
+def workspace(checked: Workspace, tmp_path: Path) -> Workspace:
+    return copied(checked, tmp_path)
+
+
+def copied(workspace: Workspace, folder: Path) -> Workspace:
+    return Workspace(shutil.copytree(workspace.root, folder / "workspace", symlinks=True))
+
+
 def which(workspace: Workspace, words: str) -> dict[str, Any]:
     return whereabouts.which(workspace, config.load(workspace.params), words)
 
 
-def test_before_anything_is_prepared_a_row_is_found_in_its_file(workspace: Workspace) -> None:
-    row, = which(workspace, "THE  harbour,\nthe LIGHTHOUSE")["rows"]
+def test_before_anything_is_prepared_a_row_is_found_in_its_file(unprepared: Workspace) -> None:
+    row, = which(unprepared, "THE  harbour,\nthe LIGHTHOUSE")["rows"]
     assert row["places"] == ["data/raw/alpha/rows.jsonl:47"]
     assert (row["split"], row["why"], row["releases"]) == (None, "the domain was not prepared yet", [])
-    assert not workspace.mlflow.exists()   # asking makes no database
+    assert not unprepared.mlflow.exists()   # asking makes no database
 
 
-def test_check_prepares_one_domain_and_says_that_it_is_alone(workspace: Workspace) -> None:
+def test_check_prepares_one_domain_and_says_that_it_is_alone(unprepared: Workspace) -> None:
+    workspace = unprepared
     done = moa(workspace, "domain", "check", "alpha", "--json", "--html", "report/alpha.html")
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stderr.splitlines()] == ["base", "prepare@alpha"]
@@ -88,7 +110,9 @@ def test_check_prepares_one_domain_and_says_that_it_is_alone(workspace: Workspac
     assert (workspace.root.parent / "report/alpha.html").read_text().startswith("<!doctype html>")
 
 
-def test_check_finds_what_two_domains_share(workspace: Workspace) -> None:
+def test_check_finds_what_two_domains_share(unprepared: Workspace) -> None:
+    workspace = unprepared
+    check(workspace, config.load(workspace.params), "alpha", [].append)
     done = moa(workspace, "domain", "check", "beta", "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr.split() == ["prepare@beta", "..."]   # the base and alpha are fresh

@@ -213,7 +213,7 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 def add(workspace: Workspace, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "moa", "domain", "add", *words], cwd=workspace.root, text=True,
-                          capture_output=True, timeout=120, env=environment)
+                          capture_output=True, env=environment)
 
 
 def test_a_data_set_of_a_hub(workspace: Workspace, hub: dict[str, str]) -> None:

@@ -30,8 +30,7 @@ STAGES = ["base", "prepare@alpha", "prepare@beta", "train@alpha", "train@beta", 
 def moa(workspace: Workspace, *words: str) -> subprocess.CompletedProcess[str]:
     """The command, from beside the workspace."""
     return subprocess.run([sys.executable, "-m", "moa", "--workspace", workspace.root.name, *words], text=True,
-                          capture_output=True, check=False, cwd=workspace.root.parent, env={
-                              **os.environ, "PYTHONPATH": str(tiny.REPOSITORY)})
+                          capture_output=True, check=False, cwd=workspace.root.parent)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -61,7 +61,7 @@ def workspace(template: Path, tmp_path: Path) -> Workspace:
 
 def moa(workspace: Workspace, *words: str) -> str:
     done = subprocess.run([sys.executable, "-m", "moa", *words, "--workspace", str(workspace.root)],
-                          cwd=workspace.root.parent, capture_output=True, text=True, timeout=120)
+                          cwd=workspace.root.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

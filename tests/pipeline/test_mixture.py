@@ -186,7 +186,7 @@ def test_a_directory_answers_anywhere_without_a_network(built: tuple[Workspace, 
     asked = [prompt for domain in DOMAINS for prompt in prompts(built, domain)[:3]]
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, other.root, tmp_path / "carried" / "here", json.dumps(asked)], cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tiny.REPOSITORY)}, capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
         check=False)
     assert done.returncode == 0, done.stderr
     decisions, answers = json.loads(done.stdout)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from moa.errors import ConfigError, PipelineError, UsageError
 from moa.leash import Leash
 from moa.pipeline import Pipeline
 from moa.workspace import Workspace
+from tests.waiting import until
 
 EVERYTHING = {"base", "prepare@math", "prepare@sql", "train@math", "train@sql", "assemble", "evaluate"}
 
@@ -257,37 +257,30 @@ def start_driver(workspace: Workspace, step: str) -> tuple[subprocess.Popen[byte
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, workspace.root], cwd=Path(toy.__file__).parent,
                               stderr=subprocess.DEVNULL)
     log = workspace.root / "runs.log"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and driver.poll() is None:
-        for line in log.read_text().splitlines() if log.exists() else []:
-            if line.startswith(step):
-                return driver, int(line.rsplit(" ", 1)[1])
-        time.sleep(0.05)
-    raise AssertionError(f"{step} never began")
+
+    def began() -> list[int]:
+        lines = log.read_text().split("\n")[:-1] if log.exists() else []   # the last one may not be whole yet
+        return [int(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(step)]
+
+    return driver, until(began, driver)[0]
 
 
-def wait_gone(pid: int) -> None:
-    deadline = time.monotonic() + 15
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:
-            return
-        if state == "Z":
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"process {pid} is still there")
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 @pytest.mark.parametrize("step", ["prepare sql", "train"])
 def test_killed_in_mid_step(workspace: Workspace, step: str) -> None:
-    toy.control(workspace, sleep={"prepare@sql": 60} if step == "prepare sql" else {"train@sql": 60})
+    toy.control(workspace, hold=["prepare@sql" if step == "prepare sql" else "train@sql"])
     driver, pid = start_driver(workspace, step)
     with pytest.raises(PipelineError, match=rf"Another moa run \(pid {driver.pid}, since .*\) is working"):
         build(workspace)
     driver.kill()
     driver.wait()
-    wait_gone(pid)   # no orphan, without anybody looking for one
+    until(lambda: gone(pid))   # no orphan, and no one looked for it
     toy.control(workspace)
     toy.runs(workspace)
     assert build(workspace).failure() is None
@@ -298,21 +291,22 @@ def test_killed_in_mid_step(workspace: Workspace, step: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end(workspace: Workspace, number: int) -> None:
-    toy.control(workspace, sleep={"train@math": 60})
+    toy.control(workspace, hold=["train@math"])
     driver, pid = start_driver(workspace, "train")
     driver.send_signal(number)
-    assert driver.wait(20) == 130
-    wait_gone(pid)
+    assert driver.wait() == 130
+    until(lambda: gone(pid))
     with Pipeline(workspace).lock():
         pass
 
 
 def test_leash_ends_what_does_not_listen(tmp_path: Path) -> None:
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); signal.pause()"
     leash = Leash(["/bin/sh", "-c", f"{sys.executable} -c '{deaf}' & echo $!; wait"], cwd=tmp_path, env=os.environ)
     lines: list[str] = []
     leash.follow(lambda line: (lines.append(line), len(lines) == 2 and leash.release()))   # type: ignore[func-returns-value]
-    wait_gone(int(next(line for line in lines if line != "1")))
+    pid = int(next(line for line in lines if line != "1"))
+    until(lambda: gone(pid))
 
 
 def test_stale_path_locks_are_cleared(built: Workspace) -> None:

@@ -5,7 +5,7 @@ decide."""
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ def rows(domain: str, numbers: Iterable[int], *, permuted: bool = False) -> Rows
 class Shop:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self.kept = workspace.root.with_name("kept")   # what version 1 was made of
+        self.kept = workspace.root.with_name("kept")   # the workspace as it was when version 1 was released
+
     @property
     def settings(self) -> Config:
         return config.load(self.workspace.params)
@@ -82,8 +83,14 @@ def learner(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    """Version 1 is champion."""
+def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+    """Version 1 is champion. MLflow's database is not left open: `shop` puts another in its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+        yield _first(tmp_path_factory)
+
+
+def _first(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     workspace = tiny.workspace(
         tmp_path_factory.mktemp("poison") / "first", tuple(WORDS), rows=1,
         train={"rank": 4, "alpha": 8.0, "epochs": 8, "learning_rate": 0.02, "batch_tokens": 1024,
@@ -96,18 +103,15 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Shop:
         shop.arrive(domain, rows(domain, range(ROWS)), "rows")
     base.fetch(workspace, shop.settings.base)
     assert shop.rebuild(*WORDS)["champion"] == 1
-    shutil.copytree(workspace.data, shop.kept)
+    shutil.copytree(workspace.root, shop.kept, symlinks=True)
     return shop
-
-
 
 
 @pytest.fixture
 def shop(first: Shop) -> Shop:
-    """As it was when version 1 was released, but for what MLflow knows."""
-    shutil.rmtree(first.workspace.data)
-    shutil.copytree(first.kept, first.workspace.data)
-    first.domains(*WORDS)
+    """As it was when version 1 was released, at the same path each time: MLflow's database names it."""
+    shutil.rmtree(first.workspace.root)
+    shutil.copytree(first.kept, first.workspace.root, symlinks=True)
     return first
 
 

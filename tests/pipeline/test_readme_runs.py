@@ -58,7 +58,6 @@ def test_the_readme_has_commands() -> None:
     assert {words[0] for words in COMMANDS} >= {"plan", "run", "ask", "eval", "status", "compare", "train"}
 
 
-@pytest.mark.timeout(900)
 def test_every_command_of_the_readme_runs(workspace: Workspace, prefect_url: str) -> None:
     assert prefect_url   # which `moa run` finds in the environment: one server for all of them
     ran = []

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_registry import CONFIG, _free_port, build, counts, register
+from test_registry import CONFIG, build, counts, register
 
 from flows import release
+from flows.server import free_port
 from moa import tracking
 from moa.errors import RegistryError
 from moa.registry import Registry, files
 from moa.workspace import MANIFEST, Workspace, write_json
+from tests.waiting import until
 
 MADE_BY_MLFLOW = ("mlflow.user", "mlflow.modelVersions")
 
@@ -50,7 +51,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 @contextmanager
 def mlflow_server(home: Path) -> Iterator[str]:
     """The address of a server with a database and an artifact store of its own, and nothing in them."""
-    address = f"http://127.0.0.1:{(port := _free_port())}"
+    address = f"http://127.0.0.1:{(port := free_port())}"
     process = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
          "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--serve-artifacts",
@@ -58,21 +59,19 @@ def mlflow_server(home: Path) -> Iterator[str]:
         env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, cwd=home, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(480):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=2).close()
-                break
-            except OSError:
-                assert process.poll() is None, "mlflow server ended"
-                time.sleep(0.25)
+        until(lambda: answers(address), process)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/health").close()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def change_expert(workspace: Workspace, domain: str, scale: float) -> None:
     write_json(folder / MANIFEST, manifest)
 
 
+@pytest.fixture
+def put_back(released: tuple[Workspace, Config, dict[str, Any]], tmp_path: Path) -> Iterator[Path]:
+    """A copy of what the first release was made of, which is there again afterwards."""
+    data, kept = released[0].data, tmp_path / "data"
+    shutil.copytree(data, kept)
+    yield kept
+    shutil.rmtree(data)
+    shutil.copytree(kept, data)
+
+
 def test_the_first_release_becomes_champion(released: tuple[Workspace, Config, dict[str, Any]]) -> None:
     workspace, settings, result = released
     assert result["champion"] == result["version"] == 1
@@ -110,10 +121,8 @@ def test_mlflow_serves_chat_bodies(released: tuple[Workspace, Config, dict[str, 
 
 
 def test_a_spoilt_expert_is_refused_by_name_and_what_is_equal_is_not_promoted(
-        released: tuple[Workspace, Config, dict[str, Any]], tmp_path: Path) -> None:
+        released: tuple[Workspace, Config, dict[str, Any]], put_back: Path) -> None:
     workspace, settings, _ = released
-    kept = tmp_path / "alpha"
-    shutil.copytree(workspace.expert("alpha"), kept)
     change_expert(workspace, "alpha", 0.3)
     result = rebuild(workspace, settings)
     assert (result["version"], result["champion"]) == (2, 1)
@@ -126,7 +135,7 @@ def test_a_spoilt_expert_is_refused_by_name_and_what_is_equal_is_not_promoted(
     assert all(row["incumbent_loss"] == row["challenger_loss"] for row in beta)
 
     shutil.rmtree(workspace.expert("alpha"))
-    shutil.copytree(kept, workspace.expert("alpha"))
+    shutil.copytree(put_back / "experts" / "alpha", workspace.expert("alpha"))
     change_expert(workspace, "alpha", 1e-6)   # other bytes, the same answers
     result = rebuild(workspace, settings)
     assert (result["version"], result["champion"], result["decision"]["promote"]) == (3, 1, False)

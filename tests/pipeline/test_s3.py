@@ -4,7 +4,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from moa.ask import champion, open_mixture
 from moa.versions import Versions, initialise
 from moa.workspace import Workspace
 from tests import tiny
+from tests.waiting import until
 
 NAMES = ("alpha", "beta")
 QUESTION = [[{"role": "user", "content": "alpha: what is alpha 3?"}]]
@@ -40,9 +40,17 @@ class Store:
     def keys(self, prefix: str) -> str:
         return self.get(f"/moa?list-type=2&prefix={prefix}")
 
+    def created(self) -> bool:
+        """Make the bucket; whether the server was there to do it."""
+        try:
+            self.get("/moa", "PUT")
+        except OSError:
+            return False
+        return True
+
     def get(self, path: str, method: str = "GET") -> str:
         request = urllib.request.Request(f"{self.endpoint}{path}", method=method)
-        with urllib.request.urlopen(request, timeout=10) as reply:
+        with urllib.request.urlopen(request) as reply:
             return str(reply.read().decode())
 
 
@@ -63,13 +71,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
                                 "MLFLOW_S3_ENDPOINT_URL": made.endpoint, "MOA_DTYPE": "float32",
                                 "DVC_SITE_CACHE_DIR": str(tmp_path_factory.getbasetemp() / "site")}.items():
                 patch.setenv(name, value)
-            for _ in range(240):
-                try:
-                    made.get("/moa", "PUT")
-                    break
-                except OSError:
-                    assert process.poll() is None, "the S3 server ended"
-                    time.sleep(0.25)
+            until(made.created, process)
             yield made
     finally:
         process.kill()

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,15 @@ from moa.errors import ArtifactError, ConfigError, PipelineError
 from moa.leash import Leash
 from moa.parcel import Files
 from moa.pipeline import Pipeline
-from moa.progress import MARKER, Screen
+from moa.progress import Screen
 from moa.versions import initialise
 from moa.worker import work
 from moa.workspace import MANIFEST, Workspace
 from tests import tiny
+from tests.waiting import Gate, until
 
 NAMES = ("alpha", "beta")
-TRAIN = {"rank": 2, "alpha": 4.0, "epochs": 30, "batch_rows": 4, "batch_tokens": 256}   # some seconds
-WAIT = 90.0
+TRAIN = {"rank": 2, "alpha": 4.0, "epochs": 3, "batch_rows": 4, "batch_tokens": 256}
 FAILS = "echo moa: The loss is not finite. >&2; exit 1; :"   # a training that goes wrong
 
 
@@ -99,22 +98,37 @@ def configured(workspace: Workspace, **execution: Any) -> config.Config:
 
 # Clusters.
 
+PLACES = """
+import sys
+from flows import engines
+from moa.config import ExecutionParams
+engine = engines.connect(ExecutionParams(runner=sys.argv[1], address=sys.argv[2]), None)
+print(engine.places())
+engine.close()
+"""
+
+
 class Cluster:
     """A head and two workers, each with a home and a temporary folder of its own."""
 
     def __init__(self, engine: str, folder: Path) -> None:
         self.engine, self.folder = engine, folder
+        self.gate = Gate(folder, "moa.experts:Checkpoint.save_now_and_then")   # after a training's first step
+        self.gate.open()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.address = f"{'tcp://' if engine == 'dask' else ''}127.0.0.1:{self.port}"
-        self.processes = [self.start(number) for number in range(3)]   # the first is the head
+        self.processes = [self.start(0)]   # the head, without which workers give up
+        until(self.listens, self.processes[0])
+        self.processes += [self.start(1), self.start(2)]
 
     def start(self, number: int) -> subprocess.Popen[bytes]:
         home = self.folder / str(number)
-        home.mkdir()
+        home.mkdir(exist_ok=True)
         environment = {key: value for key, value in os.environ.items() if key != "MOA_WORKER_CACHE"}
-        environment |= {"HOME": str(home), "TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment |= {"HOME": str(home), "TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0",
+                        "RAY_raylet_start_wait_time_s": "3600", **self.gate.environment}
         log = (home / "log").open("wb")
         return subprocess.Popen(self.command(number, home), cwd=home, env=environment, stdin=subprocess.DEVNULL,
                                 stdout=log, stderr=log, start_new_session=True)
@@ -140,6 +154,14 @@ class Cluster:
     def listens(self) -> bool:
         with socket.socket() as door:
             return door.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def mend(self) -> None:
+        """Start the workers anew that were killed, and wait until the head counts both."""
+        for number, process in enumerate(self.processes):
+            if process.poll() is not None:
+                self.processes[number] = self.start(number)
+        command = [sys.executable, "-c", PLACES, self.engine, self.address]
+        until(lambda: subprocess.run(command, cwd=self.folder, text=True, capture_output=True).stdout.strip() == "2")
 
     def kill(self, domain: str) -> list[psutil.Process]:
         """End, with -9 and all at once, the worker that trains `domain`; the training that nobody ended."""
@@ -176,62 +198,61 @@ def trainings(word: str) -> list[psutil.Process]:
     return [each for each in found if "leash.py" not in " ".join(each.cmdline())]
 
 
-def until(true: Any, what: str) -> Any:
-    began = time.monotonic()
-    while not (found := true()):
-        assert time.monotonic() - began < WAIT, what
-        time.sleep(0.2)
-    return found
-
-
 @pytest.fixture(scope="module", params=["dask", "ray"])
-def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     made = Cluster(request.param, tmp_path_factory.mktemp(request.param))
     try:
-        until(made.listens, "the head listens")
         yield made
     finally:
         made.stop()
 
 
+@pytest.fixture
+def cluster(started: Cluster) -> Cluster:
+    """With both workers, whatever the test before did to them."""
+    started.mend()
+    return started
+
+
 def test_an_interrupted_run_ends_its_work_on_the_workers(cluster: Cluster, workspace: Workspace) -> None:
-    configured(workspace, runner=cluster.engine, address=cluster.address, group=1)   # a worker may come late
+    configured(workspace, runner=cluster.engine, address=cluster.address, group=1)
     seconds = str(100_000 + cluster.port)
     command = [sys.executable, "-P", "-m", "flows.scaleout", "--command", f"sleep {seconds}; :", "--domain", "alpha",
                "--domain", "beta"]
     leash = Leash(command, cwd=workspace.root, env=os.environ, stdout=subprocess.DEVNULL)
     try:
-        until(lambda: len(trainings(seconds)) == 2, "both workers have work")
+        until(lambda: len(trainings(seconds)) == 2)
     finally:
         leash.stop()
-    until(lambda: not trainings(seconds), "the workers stopped")
+    until(lambda: not trainings(seconds))   # the workers stopped them
 
 
 class Killing(Screen):
-    """Kills the worker that trains `alpha` when it has begun to learn."""
+    """Kills the worker that trains `alpha` when it has learned a step, at which both trainings are held until then."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__()
         self.cluster = cluster
         self.left: list[psutil.Process] = []
+        cluster.gate.close()
 
     def line(self, name: str, line: str) -> None:
-        _, found, text = line.partition(MARKER)
-        if found and not self.left:
-            record = json.loads(text)
-            if record["label"].endswith("train alpha") and 0 < record["done"] < record["total"]:
-                self.left = self.cluster.kill("alpha")
+        if line.endswith(": moa train --domain alpha") and not self.left:
+            until(lambda: self.cluster.gate.reached() & {each.pid for each in trainings("alpha")})
+            self.left = self.cluster.kill("alpha")
+            self.cluster.gate.open()
 
 
 def test_a_lost_workers_group_is_trained_elsewhere(cluster: Cluster, workspace: Workspace,
                                                    here: dict[str, dict[str, bytes]]) -> None:
-    configured(workspace, runner=cluster.engine, address=cluster.address, group=1)   # a worker may come late
+    configured(workspace, runner=cluster.engine, address=cluster.address, group=1)
     with contextlib.chdir(workspace.root), opened(workspace, Options()) as session:
         session.hooks, session.screen = (), Killing(cluster)
         result = build(session, LocalRunner(2))
     assert result.failure() is None and result.named("done") == ["train@alpha", "train@beta"]
     killed = session.screen.left
-    assert killed and not psutil.wait_procs(killed, timeout=WAIT)[1], "a training outlived its worker"
+    assert killed
+    psutil.wait_procs(killed)   # no training outlives its worker
     assert contents(workspace) == here
     assert not Pipeline(workspace).snapshot().stale
 
@@ -248,13 +269,12 @@ def test_a_cluster_of_this_machine_comes_and_goes_with_the_run(engine: str, work
     settings = configured(workspace, runner=engine, workers=1)
     command = [sys.executable, "-P", "-m", "flows.scaleout", "--command", FAILS, "--domain", "alpha"]
     mark = f"MOA_TEST_{workspace.root.parent.name}"   # every process of the cluster inherits it
-    done = subprocess.run(command, cwd=workspace.root, capture_output=True, text=True, timeout=WAIT,
+    done = subprocess.run(command, cwd=workspace.root, capture_output=True, text=True,
                           env={**os.environ, mark: "1"})
     assert done.returncode == 1 and settings.execution.address is None
     assert done.stderr.splitlines()[-1] == "moa: No expert from a worker (alpha: The loss is not finite)."
 
-    until(lambda: not [each for each in psutil.process_iter(["environ"]) if mark in (each.info["environ"] or ())],
-          "nothing of the cluster is left")
+    until(lambda: not [each for each in psutil.process_iter(["environ"]) if mark in (each.info["environ"] or ())])
 
 
 # Order and policy, with workers in this process.

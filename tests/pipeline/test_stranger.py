@@ -19,7 +19,7 @@ ROWS = 120
 
 def moa(*words: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    done = subprocess.run([sys.executable, "-m", "moa", *words], cwd=cwd, capture_output=True, text=True, timeout=500,
+    done = subprocess.run([sys.executable, "-m", "moa", *words], cwd=cwd, capture_output=True, text=True,
                           env=environment)
     assert done.returncode == status, f"{words}: {done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr

@@ -2,11 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from flows import prefect_api
 from flows.sensor import nudge
 from moa import config, init, ledger
 from moa.workspace import Workspace
+from tests.waiting import Gate, until
 
 ROWS = 120
 PROJECT = "tiny-1a2b3c"
@@ -46,50 +47,52 @@ def drop(workspace: Workspace, domain: str) -> Path:
     return path
 
 
-def until(seen: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 400) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := seen()):
-        assert process.poll() is None, f"moa up ended: {process.stdout.read() if process.stdout else ''}"
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.3)
-    return found
-
-
 def told(workspace: Workspace, kind: str, **facts: Any) -> list[dict[str, Any]]:
     return [entry for entry in ledger.read(workspace, kinds=[kind])
             if all(entry.get(key) == value for key, value in facts.items())]
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, "subprocess.Popen[str]"]]:
-    """`moa up` in a workspace without any domain, into which rows came before it was started."""
-    root = tmp_path_factory.mktemp("up") / "w"
+def empty(root: Path) -> Workspace:
+    """A workspace without any domain, into which the rows of one have come."""
     workspace = tiny.workspace(root, (), **PARAMS)
     subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True, env=environment())
     drop(workspace, "alpha")
-    process = subprocess.Popen([sys.executable, "-m", "moa", "up", "--no-ui"], cwd=root, env=environment(), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    yield workspace, process
-    if process.poll() is None:
+    return workspace
+
+
+def start(workspace: Workspace, **extra: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-m", "moa", "up", "--no-ui"], cwd=workspace.root, text=True,
+                            env={**environment(), **extra}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, "subprocess.Popen[str]"]]:
+    """`moa up`, started where rows waited, and done with them. The tests add to what it has learned, in any order."""
+    workspace = empty(tmp_path_factory.mktemp("up") / "w")
+    process = start(workspace)
+    try:
+        until(lambda: told(workspace, "released", version=1), process)
+        until(lambda: told(workspace, "finished"), process)
+        yield workspace, process
+    finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
-def test_rows_that_came_while_nobody_was_there(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
-    workspace, process = running
-    until(lambda: told(workspace, "released", version=1), process)
-    assert YAML(typ="safe").load(workspace.params)["domains"].keys() == {"alpha"}
+def test_rows_that_came_while_it_did_not_run(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
+    workspace, _ = running
+    assert "alpha" in YAML(typ="safe").load(workspace.params)["domains"]
     started = told(workspace, "started")[0]
     assert started["trigger"] == "rows of alpha arrived" and not list(workspace.incoming.rglob("*.jsonl"))
 
 
 def test_an_event_from_another_process_starts_a_run(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
     workspace, process = running
-    until(lambda: told(workspace, "finished"), process)
     assert nudge(workspace, ["elsewhere"])
     skipped = until(lambda: told(workspace, "skipped", trigger="rows of elsewhere arrived"), process)
-    assert skipped[0]["reason"] == "nothing that can be learned waits."
+    # The schedule may have started a run at the same moment.
+    assert re.match(r"nothing that can be learned waits\.$|Another moa run .* is working", skipped[0]["reason"])
 
 
 def test_rows_that_are_ingested_meanwhile(running: tuple[Workspace, "subprocess.Popen[str]"], tmp_path: Path) -> None:
@@ -100,23 +103,23 @@ def test_rows_that_are_ingested_meanwhile(running: tuple[Workspace, "subprocess.
                           env=environment(), capture_output=True, text=True).stdout
     assert "`moa up` runs here and will learn it." in said
     until(lambda: told(workspace, "released", version=2), process)
+    until(lambda: told(workspace, "finished", result="adaptation released")[1:], process)
     assert [path.name for path in sorted(workspace.data.glob("experts/*"))
             if path.is_dir()] == ["alpha", "beta"]
 
 
 def test_the_schedule_fires(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
     workspace, process = running
-    until(lambda: told(workspace, "finished", result="adaptation released")[1:], process)
-    already = len(told(workspace, "skipped", trigger="the schedule"))
-    skipped = until(lambda: told(workspace, "skipped", trigger="the schedule")[already:], process)
-    assert skipped[0]["reason"] == "nothing is stale"
+    already = len(told(workspace, "skipped", trigger="the schedule", reason="nothing is stale"))
+    until(lambda: told(workspace, "skipped", trigger="the schedule", reason="nothing is stale")[already:], process)
 
 
 def test_status_and_a_second_one(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
     workspace, process = running
     facts = json.loads(subprocess.run([sys.executable, "-m", "moa", "status", "--json"], cwd=workspace.root, check=True,
                                       env=environment(), capture_output=True, text=True).stdout)
-    assert facts["up"]["pid"] == process.pid and facts["prefect"]["answers"] and facts["champion"].endswith("version 2")
+    assert facts["up"]["pid"] == process.pid and facts["prefect"]["answers"]
+    assert facts["champion"].startswith("moa-mixture version ")
     assert {each["flow"] for each in facts["scheduled"]} >= {"retrain"}
     again = subprocess.run([sys.executable, "-m", "moa", "up"], cwd=workspace.root, env=environment(), text=True,
                            capture_output=True)
@@ -151,39 +154,35 @@ def test_the_same_for_a_work_pool(running: tuple[Workspace, "subprocess.Popen[st
     assert len(told(workspace, "skipped", trigger="the pool")) == already + 1
 
 
-def test_sigterm_ends_all_of_it(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
-    workspace, process = running
+def test_sigterm_ends_all_of_it_and_kill_leaves_no_process_behind(tmp_path: Path) -> None:
+    """What kill -9 of `moa up` in mid-training left half done is ended by the next one."""
+    workspace = empty(tmp_path / "w")
+    process = start(workspace)
+    until(lambda: told(workspace, "finished"), process)
     api = prefect_api.of(workspace)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate()
     assert process.returncode == 0, out
     assert "Traceback" not in out and "Watching  data/incoming/NAME/" in out
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive and api is not None and not api.answers() and not workspace.up.exists()
-    assert told(workspace, "down")
+    psutil.wait_procs(children)
+    assert api is not None and not api.answers() and not workspace.up.exists()
+    assert told(workspace, "released", version=1) and told(workspace, "down")
 
-
-def test_killed_it_leaves_nobody_behind(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
-    """kill -9 of `moa up` in mid-training; what was begun is ended by the next one."""
-    workspace, _ = running
     drop(workspace, "gamma")
-    began = len(told(workspace, "arrived"))
-    command = [sys.executable, "-m", "moa", "up", "--no-ui"]
-    process = subprocess.Popen(command, cwd=workspace.root, env=environment(), text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
-    until(lambda: told(workspace, "arrived")[began:], process)
+    gate = Gate(tmp_path, "moa.experts:Checkpoint.save_now_and_then")
+    process = start(workspace, **gate.environment)
+    until(gate.reached, process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not alive
+    psutil.wait_procs(children)
     assert workspace.attempt.exists()
-    process = subprocess.Popen(command, cwd=workspace.root, env=environment(), text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
+
+    process = start(workspace)
     try:
-        until(lambda: told(workspace, "released", version=3), process)
+        until(lambda: told(workspace, "released", version=2), process)
         assert told(workspace, "taken-over")
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate()

@@ -1,6 +1,7 @@
 """A workspace with real git and DVC whose stages have moa's names and take milliseconds.
 
-`control.json` tells the toy steps what to do wrong; `runs.log` is what they did. Neither is a dependency.
+`control.json` tells the toy steps what to do wrong, and which of them wait until it says otherwise; `runs.log` is what
+they did. Neither is a dependency.
 """
 
 import json
@@ -17,7 +18,10 @@ step, *rest = sys.argv[1:]
 parser = argparse.ArgumentParser()
 parser.add_argument("--domain", action="append", default=[])
 domains = parser.parse_args(rest).domain or [""]
-control = json.loads(pathlib.Path("control.json").read_text())
+def orders():
+    return json.loads(pathlib.Path("control.json").read_text())
+
+control = orders()
 data = pathlib.Path("data")
 
 def write(folder, content):
@@ -33,7 +37,8 @@ with open("runs.log", "a") as log:
     print(f"{step} {','.join(domains)} {os.getpid()}", file=log)
 for domain in domains:
     name = f"{step}@{domain}" if domain else step
-    time.sleep(control.get("sleep", {}).get(name, 0))
+    while name in orders().get("hold", []):
+        time.sleep(0.05)
     if name in control.get("fail", []):
         failed.append(domain or step)
         continue
@@ -108,7 +113,7 @@ def make(root: Path) -> Workspace:
     (root / "steps.py").write_text(STEPS)
     (root / "dvc.yaml").write_text(PIPELINE)
     workspace.params.write_text(PARAMS)
-    (root / ".gitignore").write_text(".moa/\nruns.log\ncontrol.json\n")
+    (root / ".gitignore").write_text(".moa/\nruns.log\ncontrol.json*\n")
     for domain in ("math", "sql"):
         add_rows(workspace, domain, domain)
     control(workspace)
@@ -130,7 +135,9 @@ def add_domain(workspace: Workspace, domain: str) -> None:
 
 
 def control(workspace: Workspace, **orders: object) -> None:
-    (workspace.root / "control.json").write_text(json.dumps(orders))
+    new = workspace.root / "control.json.tmp"   # a step that waits reads it all the time
+    new.write_text(json.dumps(orders))
+    new.replace(workspace.root / "control.json")
 
 
 def runs(workspace: Workspace) -> list[str]:

@@ -170,7 +170,7 @@ def test_dvc_that_had_hardly_begun(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     def moa(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-m", "moa", *words], cwd=tmp_path, capture_output=True, text=True,
-                              timeout=60, env={**os.environ, "COLUMNS": "100"})
+                              env={**os.environ, "COLUMNS": "100"})
 
     done = moa("init", "w", "--json")
     assert done.returncode == 0 and set(json.loads(done.stdout)["files"]) == FILES - {".dvc/.gitignore", ".dvc/config"}

@@ -241,11 +241,11 @@ def test_killed_and_run_again_gives_the_same_bytes(copy: tuple[Workspace, Config
     experts.train(workspace, settings, ["alpha2", "gamma"])
     whole = (workspace.expert("alpha2") / WEIGHTS).read_bytes(), manifest(workspace, "alpha2")
     shutil.rmtree(workspace.expert("alpha2"))
-    script = ("import sys, time; from moa import config, experts; from moa.workspace import Workspace; import torch; "
+    script = ("import signal, sys; from moa import config, experts; from moa.workspace import Workspace; import torch; "
               "torch.set_num_threads(1); experts.CHECKPOINT_SECONDS = 0.0; save = experts.Checkpoint.save\n"
               "def slow(self, learners):\n"
               "    save(self, learners)\n"
-              "    if learners[0].progress.step == 9: print('now', flush=True); time.sleep(600)\n"
+              "    if learners[0].progress.step == 9: print('now', flush=True); signal.pause()\n"
               "experts.Checkpoint.save = slow; w = Workspace.find(); "
               "experts.train(w, config.load(w.params), ['alpha2'])\n")
     with subprocess.Popen([sys.executable, "-c", script], cwd=workspace.root, stdout=subprocess.PIPE, text=True,
