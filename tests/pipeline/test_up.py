@@ -119,7 +119,7 @@ def test_status_and_a_second_one(running: tuple[Workspace, "subprocess.Popen[str
     facts = json.loads(subprocess.run([sys.executable, "-m", "moa", "status", "--json"], cwd=workspace.root, check=True,
                                       env=environment(), capture_output=True, text=True).stdout)
     assert facts["up"]["pid"] == process.pid and facts["prefect"]["answers"]
-    assert facts["champion"].startswith("moa-mixture version ")
+    assert facts["champion"].startswith(f"moa-{PROJECT}-mixture version ")
     assert {each["flow"] for each in facts["scheduled"]} >= {"retrain"}
     again = subprocess.run([sys.executable, "-m", "moa", "up"], cwd=workspace.root, env=environment(), text=True,
                            capture_output=True)
