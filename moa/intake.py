@@ -17,7 +17,8 @@ from typing import Any
 from moa import digests
 from moa.config import Domain
 from moa.conversation import Rejected, conversation, fields
-from moa.errors import DataError, UsageError
+from moa.errors import ArtifactError, DataError, UsageError, in_words, of_machine
+from moa.names import printable
 from moa.reading import FORMATS, files, read_file
 from moa.workspace import Workspace
 
@@ -133,11 +134,16 @@ def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[Foun
 
 
 def look(path: Path, origin: str) -> Found:
-    """The file at `path`, called `origin` by people. Raises DataError when it cannot be read."""
+    """The file at `path`, called `origin` by people.
+
+    Raises DataError when it cannot be read, and ArtifactError when the machine is to blame.
+    """
+    origin = printable(origin)
     try:
         return Found(path, stem(path.stem), digests.of_file(path), origin, path.stat().st_size)
     except OSError as error:
-        raise DataError(f"{origin} cannot be read: {error.strerror}.") from None
+        kind = ArtifactError if of_machine(error) else DataError
+        raise kind(f"{origin} cannot be read: {in_words(error)}.") from None
 
 
 def stem(name: str) -> str:
@@ -253,7 +259,7 @@ def _values(found: Found, limit: int) -> list[Any]:
 def _advice(columns: list[str]) -> str:
     if not columns:
         return "A row is an object with instruction and output, or with chat messages."
-    first, last = columns[0], columns[-1]
+    first, last = printable(columns[0]), printable(columns[-1])
     return (f"Its columns are {few(columns)}; say which holds what, for instance "
             f"--map instruction={first},output={last}.")
 
@@ -261,7 +267,7 @@ def _advice(columns: list[str]) -> str:
 def few(names: Sequence[str]) -> str:
     """The names, or the first of them and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(map(printable, names[:SHOWN])) + more
 
 
 def copy_checked(found: Found, target: Path, *, link: bool = False) -> None:
