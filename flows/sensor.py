@@ -20,6 +20,7 @@ from flows.server import configured, headers
 from moa import incoming, ledger
 from moa.config import load
 from moa.errors import MoaError
+from moa.names import printable
 from moa.owner import Owner
 from moa.workspace import Workspace, read_json
 
@@ -77,7 +78,7 @@ class Sensor:
         what, at = self._asked
         if what == signature and time.monotonic() - at < AGAIN:
             return []
-        if self.ask(names):
+        if self.ask([printable(name) for name in names]):
             self._asked = (signature, time.monotonic())
             return names
         return []

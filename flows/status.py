@@ -16,6 +16,7 @@ from flows.sensor import address
 from flows.server import answers, headers
 from moa import ledger
 from moa.config import Config
+from moa.names import printable
 from moa.owner import Owner
 from moa.workspace import Workspace, read_json
 
@@ -36,7 +37,8 @@ def status(workspace: Workspace, config: Config) -> dict[str, Any]:
             "up": _up(workspace), "prefect": {"url": url, "answers": answering},
             "working": owner.read() if owner.at_work() else None,
             "interrupted": sorted(interrupted.before) if interrupted and not owner.at_work() else None,
-            "arrived": [{"domain": each.domain, "file": each.path.name, "size": each.size} for each in found.arrivals],
+            "arrived": [{"domain": printable(each.domain), "file": printable(each.path.name), "size": each.size}
+                        for each in found.arrivals],
             "due": {"run": found.due.run, "reason": found.due.reason, "wait": found.due.wait},
             "scheduled": _scheduled(url or "", workspace) if answering else [],
             "ledger": ledger.read(workspace, last=LAST)}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moa import git
 from moa.errors import PipelineError
 from moa.leash import Leash
 from moa.progress import MARKER
@@ -27,9 +28,10 @@ OnLine = Callable[[str], None]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Environment of our children: this interpreter's scripts first on PATH, nobody phones home."""
+    """Environment of our children: this interpreter's scripts first on PATH, nobody phones home, and git
+    works in the repository where they stand."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1", **(extra or {})}
+    return {**git.environment(), **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1", **(extra or {})}
 
 
 def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: OnLine,

@@ -50,6 +50,12 @@ class RegistryError(MoaError):
     """MLflow cannot be reached, or lacks the version asked for."""
 
 
+class NothingReleased(RegistryError):
+    """There is no champion yet. Its exit code tells `moa up` that `moa serve` only waits for one."""
+
+    exit_code = 4
+
+
 def of_machine(error: BaseException) -> bool:
     """Whether the machine is to blame for `error`, by its number, and not the file that was being read."""
     return isinstance(error, OSError) and error.errno in OF_MACHINE

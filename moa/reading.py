@@ -98,7 +98,7 @@ def _rows(path: Path, name: str) -> Iterator[Raw]:
 
 
 def _too_deep(value: Any) -> bool:
-    """Whether `value` is nested deeper than DEEPEST. Goes level by level: a recursive walk might end the stack itself."""
+    """Whether `value` is nested deeper than DEEPEST. Goes level by level: a recursive walk might fail itself."""
     level: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(DEEPEST):
         if not level:

@@ -75,7 +75,8 @@ def zeros_in_fields(path: Path) -> None:
 
 BAD = {"zone.parquet": (unknown_zone, "zone.parquet"),
        "cut.parquet": (truncated, "cut.parquet is not a Parquet file"),
-       "pages.parquet": (broken_pages, "pages.parquet is not a Parquet file"), "deep.jsonl": (deep, "nested too deeply"),
+       "pages.parquet": (broken_pages, "pages.parquet is not a Parquet file"),
+       "deep.jsonl": (deep, "nested too deeply"),
        "number.jsonl": (huge_number, "4300 digits"), "surrogates.jsonl": (surrogates, "control characters"),
        "zeros.csv": (zeros, "zeros.csv"), "zeros.parquet": (zeros, "zeros.parquet is not a Parquet file"),
        "fields.csv": (zeros_in_fields, "instruction has control characters")}
