@@ -18,6 +18,7 @@ from flows.learning import pending
 from moa import incoming, ledger
 from moa.config import Config, load
 from moa.errors import MoaError
+from moa.names import printable
 from moa.owner import Owner
 from moa.project import Names, owner
 from moa.workspace import Workspace
@@ -78,7 +79,7 @@ class Sensor:
         what, at = self._asked
         if what == signature and time.monotonic() - at < AGAIN:
             return []
-        if self.ask(names):
+        if self.ask([printable(name) for name in names]):
             self._asked = (signature, time.monotonic())
             return names
         return []

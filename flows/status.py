@@ -10,6 +10,7 @@ from flows.attempt import Attempt
 from flows.learning import pending
 from moa import ledger
 from moa.config import Config
+from moa.names import printable
 from moa.owner import Owner
 from moa.project import deployment
 from moa.workspace import Workspace, read_json
@@ -32,7 +33,8 @@ def status(workspace: Workspace, config: Config) -> dict[str, Any]:
             "prefect": {"url": api.url if api else None, "answers": answering, "password": _password(workspace)},
             "working": owner.read() if owner.at_work() else None,
             "interrupted": sorted(interrupted.before) if interrupted and not owner.at_work() else None,
-            "arrived": [{"domain": each.domain, "file": each.path.name, "size": each.size} for each in found.arrivals],
+            "arrived": [{"domain": printable(each.domain), "file": printable(each.path.name), "size": each.size}
+                        for each in found.arrivals],
             "due": {"run": found.due.run, "reason": found.due.reason, "wait": found.due.wait},
             "scheduled": _scheduled(api, workspace, config) if api and answering else [],
             "ledger": ledger.read(workspace, last=LAST)}

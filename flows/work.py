@@ -4,7 +4,6 @@ Used by adaptation and retraining. Written once for every runner; knows no ML, a
 """
 
 import contextlib
-import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from flows.stages import build
 from moa import ledger, starts
 from moa.commits import commit
 from moa.config import Config, load
-from moa.errors import MoaError, PipelineError
+from moa.errors import MoaError, PipelineError, in_words
 from moa.starts import Start
 from moa.versions import Versions
 from moa.workspace import Workspace, read_json, write_json
@@ -90,9 +89,9 @@ def at_work(workspace: Workspace, runner: Runner, verbose: bool, after: After, w
 def failures_told(work: Work, what: str, began: float) -> Iterator[None]:
     try:
         yield
-    except (MoaError, OSError, sqlite3.OperationalError) as error:   # the last is a full disk's, in DVC's databases
+    except Exception as error:   # any library's: the sensor waits longer after each failure that the ledger tells
         with contextlib.suppress(OSError, MoaError):   # a full disk takes no more lines
-            work.say("failed", step=what, reason=str(error), seconds=round(time.monotonic() - began, 1))
+            work.say("failed", step=what, reason=in_words(error), seconds=round(time.monotonic() - began, 1))
         raise
     except KeyboardInterrupt:
         work.say("failed", step=what, reason="interrupted; the next run continues")

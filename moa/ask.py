@@ -7,7 +7,7 @@ from typing import Any
 from moa.base import load, pick_device
 from moa.config import Config
 from moa.config import load as load_config
-from moa.errors import RegistryError
+from moa.errors import NothingReleased
 from moa.workspace import Workspace
 
 
@@ -22,13 +22,13 @@ def open_mixture(directory: Path, workspace: Workspace | None = None) -> Any:
 
 
 def champion(workspace: Workspace, config: Config) -> tuple[Any, Path]:
-    """The champion's version and the folder of its content. Raises RegistryError when nothing was released."""
+    """The champion's version and the folder of its content. Raises NothingReleased when there is none."""
     from moa.registry import Registry
 
     registry = Registry(workspace, config)
     version = registry.champion()
     if version is None:
-        raise RegistryError("Nothing has been released yet, so there is no champion: run `moa run` first.")
+        raise NothingReleased("Nothing has been released yet, so there is no champion: run `moa run` first.")
     return version, registry.download(version.version)
 
 

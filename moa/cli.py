@@ -3,12 +3,13 @@
 import errno
 import sqlite3
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moa import __version__
+from moa import __version__, git
 from moa.cli_adapt import history, ingest
 from moa.cli_domain import domain_app
 from moa.cli_more import drift, expert_app, export, report
@@ -281,6 +282,10 @@ def evaluate() -> None:
 def main() -> None:
     """The console script. What the user can mend is one sentence; everything else keeps its traceback."""
     ask_directly()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):   # a terminal's encoding may lack a character: escape it, never fail
+            stream.reconfigure(errors="backslashreplace")
+    git.untie()
     try:
         app(standalone_mode=True)
     except MoaError as error:

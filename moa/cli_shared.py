@@ -40,14 +40,16 @@ class Place:
     directory: Path | None = None   # as --workspace names it; None = from the current folder upwards
 
     def workspace(self) -> Workspace:
-        """The workspace, with no abandoned change in it. Reads relative paths from its folder if --workspace was given,
-        so a command resolves its own arguments first."""
-        from moa import change
+        """The workspace, with no abandoned change and no unreadable name in it.
+
+        Reads relative paths from its folder if --workspace was given, so a command resolves its own arguments first.
+        """
+        from moa import change, origins
 
         if self.directory is not None:
             os.chdir(self.directory)   # relative paths in params.yaml and DVC's messages mean the workspace
         found = Workspace.find()
-        for line in change.recover(found):
+        for line in [*change.recover(found), *origins.recover(found)]:
             print(f"moa: {line}", file=sys.stderr)
         return found
 

@@ -19,8 +19,8 @@ SOURCES = (".py", ".c", ".h")
 MODULES: dict[str, tuple[str, ...]] = {
     "base": BASE,
     "quickstart": ("quickstart",),
-    "prepare": ("corpus.py", "reading.py", "conversation.py", "redact.py", "splits.py", "staging.py", "similar.py",
-                "quality.py", "concerns.py", *MODEL),
+    "prepare": ("corpus.py", "reading.py", "names.py", "conversation.py", "redact.py", "splits.py", "staging.py",
+                "similar.py", "quality.py", "concerns.py", *MODEL),
     "train": ("experts.py", "training.py", "attention.py", "fused.py", "shelf.py", "warm.py", *LAYER, *MODEL),
     "assemble": ("assemble.py", "joint.py", "training.py", "attention.py", "fused.py", "shelf.py", *ROUTING, *LAYER,
                  *MODEL),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moa import git
 from moa.errors import PipelineError
 from moa.leash import Leash
 from moa.loopback import direct
@@ -28,9 +29,11 @@ OnLine = Callable[[str], None]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Environment of our children: this interpreter's scripts first on PATH, no telemetry, no proxy before loopback."""
+    """Environment of our children: this interpreter's scripts first on PATH, no telemetry, no proxy before loopback, and
+    no variable that ties git to another repository than theirs."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, **direct(os.environ), **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1", **(extra or {})}
+    return {**git.environment(), **direct(os.environ), **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1",
+            **(extra or {})}
 
 
 def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: OnLine,

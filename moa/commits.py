@@ -1,7 +1,6 @@
 """What a release was made of, as one commit of the workspace's git. Knows nothing of releases."""
 
-import subprocess
-
+from moa import git
 from moa.errors import PipelineError
 from moa.workspace import Workspace
 
@@ -13,18 +12,12 @@ def commit(workspace: Workspace, message: str = "moa: what the next release is m
 
     Other changes, staged ones included, stay as they are. Raises PipelineError with git's own words.
     """
-    there = [name for name in MADE_OF if (workspace.root / name).exists()]
-    _git(workspace, "add", "--", *there)
-    if not _git(workspace, "diff", "--cached", "--name-only", "--", *there):
-        return None
-    _git(workspace, "commit", "--quiet", "--message", message, "--", *there)
-    return _git(workspace, "rev-parse", "HEAD")
-
-
-def _git(workspace: Workspace, *words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=workspace.root, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise PipelineError(f"`git {words[0]}` failed: {said[-1] if said else 'it said nothing'}; mend that, or set "
-                            "adapt.commit: false.")
-    return done.stdout.strip()
+    root, there = workspace.root, [name for name in MADE_OF if (workspace.root / name).exists()]
+    try:
+        git.run(root, "add", "--", *there)
+        if not git.run(root, "diff", "--cached", "--name-only", "--", *there):
+            return None
+        git.run(root, "commit", "--quiet", "--message", message, "--", *there)
+        return git.run(root, "rev-parse", "HEAD").strip()
+    except git.GitError as error:
+        raise PipelineError(f"{str(error).rstrip('.')}; mend that, or set adapt.commit: false.") from error

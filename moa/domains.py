@@ -6,17 +6,15 @@ Knows nothing of what the steps make of the rows; others' corpora and experts it
 import os
 import re
 import shutil
-import subprocess
-from collections.abc import Mapping, Sequence
-from io import StringIO
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 
 from moa import config as parameters
-from moa import intake, metrics, splice, starts
+from moa import git, intake, metrics, splice, starts
 from moa.change import changing
 from moa.config import Config, Domain, DomainName
 from moa.conversation import fields
@@ -24,6 +22,9 @@ from moa.errors import ArtifactError, UsageError
 from moa.experts import Checkpoint
 from moa.graph import PER_DOMAIN
 from moa.intake import Found, Hub
+from moa.names import escaped, storable
+from moa.origins import note as _note_origins
+from moa.origins import origins as origins
 from moa.versions import Versions
 from moa.workspace import Workspace, read_json, write_json
 
@@ -75,6 +76,10 @@ def add(workspace: Workspace, name: str, sources: Sequence[str], here: Path, rea
 
 def reading_of(config: Config, name: str, given: Mapping[str, Any]) -> Domain:
     """How the domain's rows are read: as params.yaml says, or as was asked. Raises UsageError for contradictions."""
+    for key, text in _texts(given):
+        if not storable(text):
+            raise UsageError(f"{OPTIONS[key]} {escaped(text)} is no UTF-8, and params.yaml cannot hold it: rename the "
+                             "column in the file.")
     if name in config.domains:
         domain = config.domains[name]
         for key, value in given.items():
@@ -95,6 +100,13 @@ def reading_of(config: Config, name: str, given: Mapping[str, Any]) -> Domain:
         if both := [key for key in ("instruction", "input") if key in given.get("map", {})]:
             raise UsageError(f"--template and --map {both[0]} contradict each other: the template is the instruction.")
     return Domain(**{"metric": METRIC, **given})
+
+
+def _texts(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every text among the options, with its option's key."""
+    for key, value in given.items():
+        yield from ((key, text) for text in (value.values() if isinstance(value, Mapping) else (value,))
+                    if isinstance(text, str))
 
 
 def _shown(value: Any) -> str:
@@ -119,6 +131,9 @@ def present(workspace: Workspace, name: str) -> list[Found]:
     if raw.is_symlink() or (raw.exists() and not raw.is_dir()):
         raise UsageError(f"{workspace.relative(raw)} is not a folder of its own; move it away, and name what it leads "
                          "to as the source.")
+    if odd := next((path for path in raw.rglob("*") if not storable(path.name)), None):
+        raise UsageError(f"The name of {escaped(workspace.relative(odd))} is no UTF-8, which DVC needs: rename it, or "
+                         f"move it away and name it as the source of `moa domain add {name}`.")
     return [intake.look(path, path.relative_to(raw).as_posix()) for path in intake.files(raw)]
 
 
@@ -147,7 +162,7 @@ def take_in(versions: Versions, name: str, domain: Domain, new: Mapping[str, Fou
                 for file, found in new.items():
                     intake.copy_checked(found, folder / file, link=link)
         versions.add(raw)
-        _note_origins(tracked, new)
+        _note_origins(tracked, {file: found.origin for file, found in new.items()})
         if wanted != text:
             change.write(params, wanted)
             parameters.load(params)
@@ -168,30 +183,14 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def origins(workspace: Workspace, name: str) -> dict[str, str]:
-    """Where each file in data/raw/NAME came from, as far as it was added by a command."""
-    path = workspace.tracked(name)
-    content = YAML(typ="safe").load(path) if path.exists() else None
-    return dict(((content or {}).get("meta") or {}).get("moa") or {})
-
-
-def _note_origins(tracked: Path, new: Mapping[str, Found]) -> None:
-    """In DVC's own file, which keeps what it does not know under `meta`."""
-    yaml, out = YAML(), StringIO()
-    content = yaml.load(tracked)
-    content.setdefault("meta", {}).setdefault("moa", {}).update({file: found.origin for file, found in new.items()})
-    if content["meta"]["moa"]:
-        yaml.dump(content, out)
-        tracked.write_text(out.getvalue(), encoding="utf-8")
-
-
 # Removing.
 
 def remove(workspace: Workspace, name: str, *, purge: bool = False) -> dict[str, Any]:
     """Take domain `name` out, with its rows, corpus and expert; what was done, and that the others are untouched.
 
-    With `purge`, what only it used leaves DVC's cache, too. Raises ConfigError when there is no such domain, and
-    ArtifactError when another domain would not be as before; then nothing has changed.
+    With `purge`, what only it used leaves DVC's cache, too. Raises ConfigError when there is no such domain,
+    ArtifactError when another domain would not be as before, and with `purge` GitError when git refuses to say what
+    earlier commits had; then nothing has changed.
     """
     versions = Versions(workspace)
     valid_name(name)
@@ -199,12 +198,13 @@ def remove(workspace: Workspace, name: str, *, purge: bool = False) -> dict[str,
         config = parameters.load(workspace.params)
         if not (_traces(workspace, name) or purge or name in config.quickstart):
             config.require_domain(name)
+        history = _history(workspace, name, required=purge)
         if purge and not versions.cache_is_ours():
             raise UsageError("DVC's cache lies outside this workspace, where other projects may use it: run the "
                              "command without --purge, and `dvc gc` for all of these projects together.")
-        done = _take_out(versions, name, f"moa domain remove {name}")
+        done = _take_out(versions, name, f"moa domain remove {name}", history)
         starts.prune(versions)   # not where an attempt is undone: it may put earlier starts back
-        return done | {"purged": _purge(versions, name) if purge else None}
+        return done | {"purged": _purge(versions, name) | {"shallow": history.shallow} if purge else None}
 
 
 def _folders(workspace: Workspace, name: str) -> list[Path]:
@@ -215,13 +215,13 @@ def _traces(workspace: Workspace, name: str) -> list[Path]:
     return [path for path in (*_folders(workspace, name), workspace.tracked(name)) if path.exists()]
 
 
-def _take_out(versions: Versions, name: str, what: str) -> dict[str, Any]:
+def _take_out(versions: Versions, name: str, what: str, history: "_History") -> dict[str, Any]:
     """What `remove` does once it holds the lock."""
     workspace = versions.workspace
     folders, tracked = _folders(workspace, name), workspace.tracked(name)
     stages = [f"{step}@{name}" for step in sorted(PER_DOMAIN)]
     config, there = parameters.load(workspace.params), _traces(workspace, name)
-    roots = _versions(versions, name, stages)
+    roots = _versions(versions, name, stages, history)
     text = workspace.params.read_bytes().decode("utf-8")
     wanted = splice.remove_domain(text, name)
     others = _others(versions, config, name)
@@ -270,20 +270,42 @@ def _require_same(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
                                     "changed.")
 
 
-def _versions(versions: Versions, name: str, stages: Sequence[str]) -> list[str]:
-    """Digests of what the domain has and, as far as git knows, had."""
+def _versions(versions: Versions, name: str, stages: Sequence[str], history: "_History") -> list[str]:
+    """Digests of what the domain has and, by `history`, had."""
     workspace, recorded = versions.workspace, versions.recorded()
     found = read_json(workspace.removed(name)) if workspace.removed(name).exists() else []
     found += [out["md5"] for stage in stages for out in recorded.get(stage, {}).get("outs", ()) if "md5" in out]
     tracked = workspace.tracked(name)
     texts = [tracked.read_text(encoding="utf-8")] if tracked.exists() else []
-    history = subprocess.run(["git", "log", "--all", "-p", "--format=", "--", workspace.relative(tracked)],
-                             cwd=workspace.root, capture_output=True, text=True, errors="replace", check=False)
-    found += re.findall(r"md5: ([0-9a-f]{32}(?:\.dir)?)", "\n".join([*texts, history.stdout]))
+    found += re.findall(r"md5: ([0-9a-f]{32}(?:\.dir)?)", "\n".join([*texts, history.text]))
     return sorted(set(found))
 
 
-def _purge(versions: Versions, name: str) -> dict[str, int]:
+class _History(NamedTuple):
+    """What git has of data/raw/NAME.dvc: every line it ever had, and whether commits are missing here."""
+
+    text: str
+    shallow: bool
+
+
+def _history(workspace: Workspace, name: str, *, required: bool = False) -> _History:
+    """Empty where there is no repository. Where git refuses to say, empty too, or a GitError if it is `required`."""
+    root = workspace.root
+    try:
+        if git.repository(root) is None:
+            return _History("", shallow=False)
+        # Of all branches and of commits that were amended away; of merges and side branches, which a file's history
+        # lacks by default; and whatever git's settings say of how differences are shown.
+        text = git.run(root, "log", "--all", "--reflog", "--full-history", "-m", "-p", "--text", "--no-ext-diff",
+                       "--no-textconv", "--format=", "--", workspace.relative(workspace.tracked(name)))
+        return _History(text, git.shallow(root))
+    except git.GitError:
+        if required:
+            raise
+        return _History("", shallow=False)
+
+
+def _purge(versions: Versions, name: str) -> dict[str, Any]:
     workspace = versions.workspace
     folders, roots = _folders(workspace, name), read_json(workspace.removed(name))
     shutil.rmtree(workspace.cache / "features", ignore_errors=True)   # of its prompts; can be computed again
@@ -320,7 +342,7 @@ def revert(versions: Versions, name: str, before: str | None) -> None:
     raw, tracked = workspace.raw(name), workspace.tracked(name)
     if before is None:
         if name in parameters.load(workspace.params).domains or _traces(workspace, name):
-            _take_out(versions, name, what)
+            _take_out(versions, name, what, _history(workspace, name))
         return
     if not before:
         with changing(workspace, what, files=[tracked, raw.parent / ".gitignore"], folders=[raw]) as change:

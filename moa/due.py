@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moa.config import AdaptParams
+from moa.names import printable
 
 GRAIN = 0.001   # seconds; file systems and sleeping are no finer
 
@@ -63,7 +64,7 @@ def _left(since: float | None, seconds: float, now: float) -> float:
 
 def _small(pending: Sequence[Pending], min_new: int) -> str:
     """The new domains that wait for more rows."""
-    parts = [f"{each.domain} has {_count(each.rows, 'usable row')}" for each in
+    parts = [f"{printable(each.domain)} has {_count(each.rows, 'usable row')}" for each in
              sorted(pending, key=lambda each: each.domain)]
     return f"{_listed(parts)}, and a new domain needs {min_new}" if parts else ""
 

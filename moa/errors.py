@@ -4,6 +4,11 @@ Each message is one sentence or two: what is wrong, where, what is allowed, what
 The command line prints it without a traceback and exits with `exit_code`.
 """
 
+import errno
+
+# What a full disk answers, or a process that has opened too many files: no file that is being read is to blame.
+OF_MACHINE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE})
+
 
 class MoaError(Exception):
     """Something the user can mend; everything else is a bug and keeps its traceback."""
@@ -43,3 +48,22 @@ class PipelineError(MoaError):
 
 class RegistryError(MoaError):
     """MLflow cannot be reached, or lacks the version asked for."""
+
+
+class NothingReleased(RegistryError):
+    """There is no champion yet. Its exit code tells `moa up` that `moa serve` only waits for one."""
+
+    exit_code = 4
+
+
+def of_machine(error: BaseException) -> bool:
+    """Whether the machine is to blame for `error`, by its number, and not the file that was being read."""
+    return isinstance(error, OSError) and error.errno in OF_MACHINE
+
+
+def in_words(error: BaseException) -> str:
+    """Another library's error on one line, without paths of this machine; of what kind it is where that says more."""
+    text = (error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split()))[:200]
+    if not text:
+        return type(error).__name__
+    return text if isinstance(error, OSError | MoaError) else f"{type(error).__name__}: {text}"

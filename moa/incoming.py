@@ -19,7 +19,8 @@ from moa.arrivals import Arrival, acceptable, count_rows, rows, settled, signatu
 from moa.config import Config, Domain, load
 from moa.errors import ArtifactError, DataError, UsageError
 from moa.intake import FORMATS, Found, Hub
-from moa.rejected import readable, reject
+from moa.names import printable
+from moa.rejected import reject
 from moa.versions import Versions
 from moa.workspace import Workspace, read_json, write_json
 
@@ -177,7 +178,8 @@ def _take_domain(versions: Versions, name: str, arrivals: Sequence[Arrival]) -> 
         domains.refuse_generated(versions, config, name)
         _refuse_foreign(workspace, config, name)
     except UsageError as error:
-        return Taken(name, new, [], [], reject(workspace, name, [each.path for each in arrivals], str(error)), None)
+        rejected = reject(workspace, name, [each.path for each in arrivals], str(error))
+        return Taken(printable(name), new, [], [], rejected, None)
     there = {found.digest for found in domains.present(workspace, name)}
     usable, bad = _looked_at(arrivals, config, name, there)
     if new and 0 < sum(each.rows for each in usable) < config.prepare.min_rows:
@@ -233,8 +235,8 @@ def _looked_at(arrivals: Sequence[Arrival], config: Config, name: str, there: se
 def _called(arrival: Arrival) -> str:
     """What people called the file."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(read_json(_origin_of(arrival.path))["origin"])
-    return readable(arrival.path.name)
+        return printable(str(read_json(_origin_of(arrival.path))["origin"]))
+    return printable(arrival.path.name)
 
 
 def _delete(seen: _Seen) -> None:

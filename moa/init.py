@@ -7,12 +7,11 @@ was interrupted is continued by running it again. Knows nothing of domains or of
 import json
 import os
 import re
-import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moa import sources
+from moa import git, sources
 from moa.errors import BaseModelError, UsageError
 from moa.project import fresh
 from moa.versions import initialise
@@ -46,9 +45,9 @@ def init(root: Path, base: str | None, here: Path) -> dict[str, Any]:
 
 def _make(root: Path, texts: dict[str, str], project: str) -> dict[str, Any]:
     root.mkdir(parents=True, exist_ok=True)
-    git = not _inside_git(root)
-    if git:
-        _git(root, "init", "-q")
+    new = git.repository(root) is None
+    if new:
+        git.run(root, "init", "-q")
     dvc = initialise(root)
     changed = [name for source, name in EXTENDED.items()
                if _extend(root / name, (SCAFFOLD / source).read_text("utf-8"))]
@@ -58,7 +57,7 @@ def _make(root: Path, texts: dict[str, str], project: str) -> dict[str, Any]:
     for name, text in {"params.yaml": texts["params.yaml"], **kept, **texts}.items():
         write_whole(root / name, text.encode("utf-8"))
         changed.append(name)
-    return {"workspace": str(root), "git": git, "dvc": dvc, "files": changed}
+    return {"workspace": str(root), "git": new, "dvc": dvc, "files": changed}
 
 
 def _base(source: str | None, here: Path, root: Path) -> str:
@@ -99,21 +98,6 @@ def _refuse_to_overwrite(root: Path, texts: dict[str, str]) -> None:
     if (root / "data").exists() and not (root / "data").is_dir():
         raise UsageError(f"{root / 'data'} is a file, and a workspace keeps its data in a folder of that name: name "
                          "another folder.")
-
-
-def _inside_git(root: Path) -> bool:
-    done = _git(root, "rev-parse", "--is-inside-work-tree", check=False)
-    return done.stdout.strip() == "true"
-
-
-def _git(root: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    try:
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise UsageError("git is not installed, and a workspace's history is kept in it: install git first.") from None
-    if check and done.returncode:
-        raise UsageError(f"`git {' '.join(words)}` failed in {root}: {' '.join(done.stderr.split())}")
-    return done
 
 
 def _extend(path: Path, text: str) -> bool:

@@ -17,7 +17,8 @@ from typing import Any
 from moa import digests
 from moa.config import Domain
 from moa.conversation import Rejected, conversation, fields
-from moa.errors import DataError, UsageError
+from moa.errors import ArtifactError, DataError, UsageError, in_words, of_machine
+from moa.names import printable, storable
 from moa.reading import FORMATS, files, read_file
 from moa.workspace import Workspace
 
@@ -110,7 +111,8 @@ def alive(pid: str) -> bool:
 
 def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[Found], list[str]]:
     path = (here / Path(source).expanduser()).resolve()
-    if not path.exists():
+    source = printable(source)
+    if not os.path.exists(path):   # noqa: PTH110 - False for a name that is too long, too
         raise UsageError(f"There is no file or folder {source}; a source is a {', '.join(FORMATS)} file, a folder of "
                          f"these, or {HUB}.")
     data = workspace.data.resolve()
@@ -124,7 +126,7 @@ def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[Foun
     if not path.is_dir():
         raise UsageError(f"{source} is neither a file nor a folder.")
     chosen = files(path)
-    others = sorted(other.relative_to(path).as_posix() for other in path.rglob("*")
+    others = sorted(printable(other.relative_to(path)) for other in path.rglob("*")
                     if other.is_file() and other not in set(chosen))
     if not chosen:
         raise UsageError(f"The folder {source} holds no {', '.join(FORMATS)} file"
@@ -133,11 +135,16 @@ def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[Foun
 
 
 def look(path: Path, origin: str) -> Found:
-    """The file at `path`, called `origin` by people. Raises DataError when it cannot be read."""
+    """The file at `path`, called `origin` by people.
+
+    Raises DataError when it cannot be read, and ArtifactError when the machine is to blame.
+    """
+    origin = printable(origin)
     try:
         return Found(path, stem(path.stem), digests.of_file(path), origin, path.stat().st_size)
     except OSError as error:
-        raise DataError(f"{origin} cannot be read: {error.strerror}.") from None
+        kind = ArtifactError if of_machine(error) else DataError
+        raise kind(f"{origin} cannot be read: {in_words(error)}.") from None
 
 
 def stem(name: str) -> str:
@@ -150,16 +157,20 @@ def stem(name: str) -> str:
 def _from_hub(source: str, hub: Hub, scratch: Path) -> Found:
     name, _, revision = source.removeprefix("hub:").partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UsageError(f"The source {source} is not understood; write {HUB}.")
+        raise UsageError(f"The source {printable(source)} is not understood; write {HUB}.")
     if revision and hub.revision not in (None, revision):
-        raise UsageError(f"{source} and --revision {hub.revision} contradict each other; give one revision.")
+        raise UsageError(f"{printable(source)} and --revision {printable(hub.revision or '')} contradict each other; "
+                         "give one revision.")
+    for part in (revision, hub.revision, hub.split, hub.subset):
+        if part and not storable(part):
+            raise UsageError(f"{printable(part)} is no UTF-8, and no part of a hub's data set is called so.")
     commit = _commit(name, revision or hub.revision or "main")
     split = hub.split or "train"
-    path = scratch / f"{name.replace('/', '-')}-{split}-{commit[:12]}.parquet"
+    path = scratch / f"{stem(f'{name}-{split}')}-{commit[:12]}.parquet"
     _download(name, commit, split, hub.subset, path)
     origin = f"hub:{name}@{commit} {f'{hub.subset} ' if hub.subset else ''}{split}"
-    return Found(path, stem(f"{name}-{f'{hub.subset}-' if hub.subset else ''}{split}"), digests.of_file(path), origin,
-                 path.stat().st_size)
+    return Found(path, stem(f"{name}-{f'{hub.subset}-' if hub.subset else ''}{split}"), digests.of_file(path),
+                 printable(origin), path.stat().st_size)
 
 
 def _commit(name: str, revision: str) -> str:
@@ -253,7 +264,7 @@ def _values(found: Found, limit: int) -> list[Any]:
 def _advice(columns: list[str]) -> str:
     if not columns:
         return "A row is an object with instruction and output, or with chat messages."
-    first, last = columns[0], columns[-1]
+    first, last = printable(columns[0]), printable(columns[-1])
     return (f"Its columns are {few(columns)}; say which holds what, for instance "
             f"--map instruction={first},output={last}.")
 
@@ -261,7 +272,7 @@ def _advice(columns: list[str]) -> str:
 def few(names: Sequence[str]) -> str:
     """The names, or the first of them and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(map(printable, names[:SHOWN])) + more
 
 
 def copy_checked(found: Found, target: Path, *, link: bool = False) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 from moa import digests
 from moa.config import Config
-from moa.domains import origins
 from moa.graph import Snapshot
 from moa.intake import few
+from moa.names import printable
+from moa.origins import origins
 from moa.pipeline import Pipeline
 from moa.reading import files
 from moa.workspace import MANIFEST, Workspace, read_json
@@ -54,7 +55,7 @@ def shown(workspace: Workspace, config: Config, name: str) -> dict[str, Any]:
     return {**_facts(workspace, config, Pipeline(workspace).snapshot(), name),
             "reading": config.domains[name].model_dump(exclude_unset=True),
             "generated": name in config.quickstart,
-            "sources": [{"name": path.relative_to(raw).as_posix(), "size": path.stat().st_size,
+            "sources": [{"name": printable(path.relative_to(raw)), "size": path.stat().st_size,
                          "digest": digests.of_file(path), "origin": known.get(path.relative_to(raw).as_posix())}
                         for path in files(raw)],
             "reasons": corpus.get("reasons", {}), "redacted": corpus.get("redacted", {}),
@@ -169,6 +170,9 @@ def removed_text(done: Mapping[str, Any]) -> str:
         if purged["kept"]:
             lines.append("If that is the mixture of now: `moa run`, and then "
                          f"`moa domain remove {name} --purge --yes` again.")
+        if purged["shallow"]:
+            lines.append("This clone of the repository is shallow: rows of commits that it lacks may still lie in DVC's"
+                         f" cache. Run `git fetch --unshallow`, then `moa domain remove {name} --purge --yes` again.")
         lines.append("Not touched: releases in MLflow, DVC remotes, and what git's history holds.")
     lines.append("Releases, and the mixture until the next `moa run`, still know it: `moa plan` shows what is stale.")
     return "\n".join(lines)

@@ -1,19 +1,21 @@
 """What a version came from: git commit, dirty flag, `dvc.lock`, figures. Knows nothing of MLflow."""
 
 import math
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moa import digests
+from moa import digests, git
 from moa.workspace import MANIFEST, Workspace, read_json
 
 Point = tuple[str, float, int]   # metric, value, step
 
 
 def of_workspace(workspace: Workspace) -> dict[str, str]:
-    """Tags that pin code and data; what does not exist (no git, nothing built by DVC) has none."""
+    """Tags that pin code and data; what does not exist (no repository, nothing built by DVC) has none.
+
+    Where git refuses to read the repository, `moa.git.refused` is its reason.
+    """
     tags = _git(workspace.root)
     lock = workspace.root / "dvc.lock"
     if lock.is_file():
@@ -70,28 +72,12 @@ def scores(summary: Path) -> Iterator[Point]:
 
 
 def _git(root: Path) -> dict[str, str]:
-    commit = git(root, "rev-parse", "HEAD")
-    if commit is None:
-        return {}
-    # dvc.lock differs after every build and has a digest of its own: it does not make a commit dirty.
-    changes = git(root, "status", "--porcelain", "--", ".", ":(exclude)dvc.lock")
-    return {"moa.git.commit": commit, "moa.git.dirty": "false" if changes == "" else "true"}
-
-
-def complete(root: Path) -> bool:
-    """Whether git has the whole history here; not in a shallow clone, nor where there is no repository."""
-    return git(root, "rev-parse", "--is-shallow-repository") == "false"
-
-
-def has_commit(root: Path, commit: str) -> bool:
-    """Whether the repository here has this commit."""
-    return git(root, "cat-file", "-e", f"{commit}^{{commit}}") is not None
-
-
-def git(root: Path, *words: str) -> str | None:
-    """Output of a git command, or None where git is missing or this is no repository."""
     try:
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+        if not git.commits(root):
+            return {}   # none, or one without a commit
+        commit = git.run(root, "rev-parse", "HEAD").strip()
+        # dvc.lock differs after every build and has a digest of its own: it does not make a commit dirty.
+        changes = git.run(root, "status", "--porcelain", "--", ".", ":(exclude)dvc.lock")
+    except git.GitError as error:
+        return {"moa.git.refused": str(error)}
+    return {"moa.git.commit": commit, "moa.git.dirty": "true" if changes else "false"}

@@ -6,7 +6,7 @@ them tell whose they are. A database in this workspace is nobody else's. Part of
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moa import lineage, project, tracking
+from moa import git, project, tracking
 from moa.errors import RegistryError
 from moa.project import Names
 from moa.workspace import MANIFEST, read_json
@@ -72,9 +72,9 @@ def _ours(registry: "Registry", model: Any) -> bool | None:
         return tag in project.owners(workspace, registry.config)
     versions = registry.client.search_model_versions(f"name='{model.name}'", max_results=10_000)
     commits = [each.tags.get("moa.git.commit") for each in versions]
-    if any(commit and lineage.has_commit(workspace.root, commit) for commit in commits):
+    if any(commit and git.has_commit(workspace.root, commit) for commit in commits):
         return True
-    if commits and all(commits) and lineage.complete(workspace.root):
+    if commits and all(commits) and git.complete(workspace.root) and git.commits(workspace.root):
         return False
     if {each.tags.get("moa.digest") for each in versions} & _built(registry):
         return True

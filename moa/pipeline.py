@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moa import change, code, lockfile, staleness, starts
+from moa import change, code, lockfile, origins, staleness, starts
 from moa.commands import OnLine, execute
 from moa.errors import PipelineError, UsageError
 from moa.graph import Graph, Reason, Snapshot, Stage
@@ -57,6 +57,7 @@ class Pipeline:
             with owner.seen():
                 self._clear_stale_locks()
                 change.undo(self.workspace)
+                origins.mend(self.workspace)
                 self._heal()
                 self._repository.kept = True
                 yield abandoned

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from moa import digests, lineage
+from moa import digests, git
 from moa.config import Config
 from moa.workspace import Workspace, write_whole
 
@@ -60,14 +60,14 @@ def fresh(folder: str) -> str:
 def owner(workspace: Workspace, config: Config) -> str | None:
     """The id by which this project's things are told from another's: its own, else that of its first commit.
 
-    Without commits it is a random one, kept in .moa. None in a shallow clone, which does not hold the first commit.
+    Without commits it is a random one, kept in .moa. None where the first commit cannot be read: in a shallow clone,
+    and where git refuses.
     """
     if config.project is not None:
         return config.project
     if (known := _first_commit(workspace) or _kept(workspace)) is not None:
         return known
-    shallow = lineage.git(workspace.root, "rev-parse", "HEAD") and not lineage.complete(workspace.root)
-    return None if shallow else _keep(workspace)
+    return _keep(workspace) if git.complete(workspace.root) else None
 
 
 def deployment(workspace: Workspace, config: Config) -> str:
@@ -92,10 +92,10 @@ def _deployment(project: str | None) -> str:
 
 def _first_commit(workspace: Workspace) -> str | None:
     """From the repository's first commit and the folder in it, which are the same in every whole clone."""
-    commit = lineage.git(workspace.root, "rev-list", "--max-parents=0", "--first-parent", "HEAD")
-    if not commit or not lineage.complete(workspace.root):
+    if not git.complete(workspace.root) or not git.commits(workspace.root):
         return None
-    folder = lineage.git(workspace.root, "rev-parse", "--show-prefix") or ""
+    commit = git.run(workspace.root, "rev-list", "--max-parents=0", "--first-parent", "HEAD").strip()
+    folder = git.run(workspace.root, "rev-parse", "--show-prefix").strip()
     return f"git-{digests.of_bytes(f'{commit} {folder}'.encode())[:12]}"
 
 

@@ -1,6 +1,7 @@
 """Files to raw rows: every row of every file, whatever it holds, one at a time. Knows nothing of what a row should be.
 
-What cannot be read as a row is one too: its value is the reason. A file that cannot be read at all is a DataError.
+What cannot be read as a row is one too: its value is the reason. A file that cannot be read at all is a DataError,
+whatever the library that reads it raises.
 Text is UTF-8, with or without a byte order mark, or UTF-16 with one; lines end with \\n, \\r\\n or \\r.
 """
 
@@ -12,13 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from moa.errors import DataError
+from moa.errors import ArtifactError, DataError, MoaError, in_words, of_machine
+from moa.names import escaped, printable
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+FORMATS = {".jsonl": "JSON lines", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
 LONGEST_LINE = 16 << 20    # characters; a longer one is refused unread
 LARGEST_JSON = 256 << 20   # bytes of a .json file, which is read in one piece
 REREAD = 1 << 20           # characters of a broken CSV record whose lines are read again, each on its own
 BATCH = 1024               # rows of a Parquet file in memory
+DEEPEST = 100              # lists and objects in each other; Python walks about 900 of them before its stack ends
 
 
 class Rejected(Exception):
@@ -63,7 +66,27 @@ def read(folder: Path, domain: str) -> Iterator[Raw]:
 
 
 def read_file(path: Path, name: str) -> Iterator[Raw]:
-    """Every row of one file, called `name` in messages. Raises DataError as `read` does."""
+    """Every row of one file, called `name` in messages.
+
+    Raises DataError when the file cannot be read, with the row after which, whatever the reason; and ArtifactError when
+    the machine is to blame (`moa.errors.of_machine`).
+    """
+    name, row = printable(name), 0
+    try:
+        for raw in _rows(path, name):
+            yield raw._replace(value=Rejected("nested too deeply")) if _too_deep(raw.value) else raw
+            row = raw.line
+    except MoaError:
+        raise
+    except Exception as error:   # of pyarrow, of its time zones, of the disk: any library's
+        if of_machine(error):
+            raise ArtifactError(f"{name} cannot be read now: {in_words(error)}; mend that and run the command again."
+                                ) from error
+        raise DataError(f"{name} is not a {FORMATS.get(path.suffix.lower(), 'text')} file that can be read (after row "
+                        f"{row}): {escaped(in_words(error))}") from error
+
+
+def _rows(path: Path, name: str) -> Iterator[Raw]:
     kind = path.suffix.lower()
     if kind == ".parquet":
         return _parquet(path, name)
@@ -72,6 +95,17 @@ def read_file(path: Path, name: str) -> Iterator[Raw]:
     if kind == ".json":
         return _json(path, name)
     return _separated(path, name, "\t" if kind == ".tsv" else ",")
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether `value` is nested deeper than DEEPEST. Goes level by level: a recursive walk might fail itself."""
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        if not level:
+            return False
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(inner, dict | list | tuple)]
+    return True
 
 
 # Text.
@@ -248,29 +282,27 @@ def _record(header: Sequence[str], fields: list[str] | Rejected) -> Mapping[str,
 
 
 def _parquet(path: Path, name: str) -> Iterator[Raw]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if twice := next((column for column in names if names.count(column) > 1), None):
-                raise DataError(f"{name}: the column {twice!r} stands twice; give each its own name.")
-            for batch in file.iter_batches(BATCH):
-                for value in _values(batch):
-                    number += 1
-                    yield Raw(name, number, value)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{name} is not a Parquet file that can be read (after row {number}): "
-                        f"{' '.join(str(error).split())[:200]}") from None
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if twice := next((column for column in names if names.count(column) > 1), None):
+            raise DataError(f"{name}: the column {twice!r} stands twice; give each its own name.")
+        for batch in file.iter_batches(BATCH):
+            for value in _values(batch):
+                number += 1
+                yield Raw(name, number, value)
 
 
 def _values(batch: Any) -> list[Any]:
+    """The rows of a batch; one with a value that Python cannot have (an unknown time zone, bytes that are no text) is a
+    reason."""
     try:
         return list(batch.to_pylist())
-    except (UnicodeDecodeError, ValueError, OverflowError) as error:
+    except Exception as error:
         if batch.num_rows == 1:
-            return [Rejected("not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not readable: {error}")]
+            return [Rejected("not UTF-8" if isinstance(error, UnicodeDecodeError) else
+                             f"not readable: {escaped(in_words(error))}")]
         half = batch.num_rows // 2
         return _values(batch.slice(0, half)) + _values(batch.slice(half))

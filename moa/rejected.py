@@ -17,6 +17,7 @@ from typing import Any
 from moa import digests
 from moa.errors import ArtifactError
 from moa.intake import stem
+from moa.names import escaped, printable
 from moa.workspace import Workspace, write_json
 
 LONGEST = 200   # bytes of a file's name, which gets a longer one beside it
@@ -37,9 +38,10 @@ def reject(workspace: Workspace, name: str, paths: Sequence[Path], reason: str, 
         try:
             target = _reject(workspace, name, path, reason, origin)
         except OSError as error:
-            raise ArtifactError(f"{readable(path.name)} cannot be put into {workspace.relative(workspace.rejected)}: "
+            raise ArtifactError(f"{printable(path.name)} cannot be put into {workspace.relative(workspace.rejected)}: "
                                 f"{error.strerror or error}; mend that, and the next run tries again.") from error
-        done.append({"file": readable(path.name), "reason": reason, "kept": readable(workspace.relative(target))})
+        done.append({"file": printable(path.name), "reason": escaped(reason),
+                     "kept": printable(workspace.relative(target))})
     return done
 
 
@@ -53,8 +55,8 @@ def _reject(workspace: Workspace, name: str, path: Path, reason: str, origin: st
     for left in folder.glob(".*.tmp"):   # by a process that was killed
         left.unlink(missing_ok=True)
     write_json(_reason_of(target), {
-        "reason": readable(reason), "at": datetime.now(UTC).isoformat(timespec="seconds"), "digest": digest,
-        "from": readable(os.path.relpath(path, workspace.root)), "origin": readable(origin or path.name)})
+        "reason": escaped(reason), "at": datetime.now(UTC).isoformat(timespec="seconds"), "digest": digest,
+        "from": printable(os.path.relpath(path, workspace.root)), "origin": printable(origin or path.name)})
     move = path.is_relative_to(workspace.incoming)
     if move and not path.is_symlink() and path.stat().st_dev == folder.stat().st_dev:
         path.replace(target)
@@ -89,8 +91,3 @@ def _free(folder: Path, path: Path, digest: str | None) -> Path:
 
 def _reason_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.reason.json")
-
-
-def readable(text: str) -> str:
-    """A file's name need not be text: what is none becomes question marks."""
-    return text.encode("utf-8", errors="replace").decode()

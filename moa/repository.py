@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from moa.commands import QUIET, sentence
 from moa.errors import PipelineError
+from moa.names import printable, storable
 
 T = TypeVar("T")
 READ = ("dvc.yaml", "dvc.lock", "params.yaml")   # what DVC makes its stages from
@@ -55,6 +56,9 @@ class Repository:
                 self.close()
                 reason = next((each.strerror for each in refused if not isinstance(each, FileNotFoundError)), None)
                 raise PipelineError(f"{what}: {sentence(reason or str(error))}") from error
+            except UnicodeEncodeError as error:   # in its database of digests
+                self.close()
+                raise PipelineError(f"{what}: {misnamed(self.root)}") from error
             except BaseException:
                 self.close()
                 raise
@@ -87,6 +91,12 @@ class Repository:
             self.close()
             self._open, self._read = Repo(str(self.root), _wait_for_lock=True), now
         return self._open
+
+
+def misnamed(root: Path) -> str:
+    """Which file DVC cannot keep because its name is no UTF-8, and what to do."""
+    odd = next((path for path in (root / "data").rglob("*") if not storable(path.name)), root)
+    return f"the name of {printable(os.path.relpath(odd, root) if odd != root else root)} is no UTF-8; rename it."
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

@@ -15,7 +15,7 @@ from typing import Any
 from moa.commands import QUIET, sentence
 from moa.errors import PipelineError
 from moa.pipeline import Pipeline
-from moa.repository import hushed, listening
+from moa.repository import hushed, listening, misnamed
 
 
 def initialise(root: Path) -> bool:
@@ -48,6 +48,9 @@ class Versions(Pipeline):
         try:
             with self._repo() as repo, listening(refused):
                 repo.add([str(folder)])
+        except UnicodeEncodeError as error:
+            raise PipelineError(f"DVC cannot version {self.workspace.relative(folder)}: {misnamed(self.workspace.root)}"
+                                ) from error
         except DvcException as error:
             if refused:
                 raise PipelineError(f"DVC cannot version {self.workspace.relative(folder)}: {refused[0].strerror}."
@@ -115,10 +118,16 @@ class Versions(Pipeline):
     def _repo(self) -> Iterator[Any]:
         """DVC's repository, from the workspace's root and without a word of its own."""
         os.environ.update({key: value for key, value in QUIET.items() if key.startswith("DVC")})
+        from dvc.exceptions import DvcException
         from dvc.repo import Repo
 
-        with _silence(), contextlib.chdir(self.workspace.root), Repo(_wait_for_lock=True) as repo:
-            yield repo
+        with _silence(), contextlib.chdir(self.workspace.root):
+            try:
+                opened = Repo(_wait_for_lock=True)
+            except DvcException as error:   # of git's repository, for one
+                raise PipelineError(f"DVC cannot read this workspace: {sentence(str(error))}") from error
+            with opened as repo:
+                yield repo
 
 
 @contextlib.contextmanager
