@@ -29,7 +29,7 @@ OnLine = Callable[[str], None]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Environment of our children: this interpreter's scripts first on PATH, no telemetry, no proxy before loopback, and
+    """Environment of our children: this interpreter's scripts first on PATH, no telemetry, no proxy before loopback,
     no variable that ties git to another repository than theirs."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return {**git.environment(), **direct(os.environ), **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1",
