@@ -86,9 +86,15 @@ def test_rows_that_came_while_nobody_was_there(running: tuple[Workspace, "subpro
 def test_an_event_from_another_process_starts_a_run(running: tuple[Workspace, "subprocess.Popen[str]"]) -> None:
     workspace, process = running
     until(lambda: told(workspace, "finished"), process)
-    assert nudge(workspace, ["elsewhere"])
-    skipped = until(lambda: told(workspace, "skipped", trigger="rows of elsewhere arrived"), process)
-    assert skipped[0]["reason"] == "nothing that can be learned waits."
+
+    def reason() -> str:
+        """Why the run that a nudge sets off does nothing: a scheduled one may be at work just then."""
+        already = len(told(workspace, "skipped", trigger="rows of elsewhere arrived"))
+        assert nudge(workspace, ["elsewhere"])
+        skipped = until(lambda: told(workspace, "skipped", trigger="rows of elsewhere arrived")[already:], process)
+        return str(skipped[0]["reason"])
+
+    until(lambda: reason() == "nothing that can be learned waits.", process)
 
 
 def test_rows_that_are_ingested_meanwhile(running: tuple[Workspace, "subprocess.Popen[str]"], tmp_path: Path) -> None:
