@@ -79,10 +79,16 @@ def experiment(workspace: Workspace, client: Any, name: str) -> str:
 
 
 def pages(workspace: Workspace, port: int) -> tuple[list[str], dict[str, str]] | None:
-    """The command that shows our database in a browser, and its environment; None when a server shows it already."""
+    """The command that shows our database in a browser, and its environment; None when a server shows it already.
+
+    A SQLite database is there, with its tables, before this returns: the server makes them without asking for the lock
+    under which `connect` does. Raises RegistryError.
+    """
     address = uri(workspace)
     if address.startswith(("http:", "https:")):
         return None
+    if address.startswith("sqlite:"):
+        connect(workspace)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--host", "127.0.0.1",
                "--port", str(port), "--workers", "1",
                # For this machine's programs and the server's own pages: not for the local network, which MLflow lets in

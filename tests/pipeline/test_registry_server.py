@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import urllib.request
@@ -215,3 +216,13 @@ def test_a_new_database_survives_company(tmp_path: Path) -> None:
     said = [user.communicate() for user in users]
     assert {user.returncode for user in users} == {0}, said
     assert len(set(said)) == 1 and said[0][1] == ""
+
+
+def test_the_database_is_whole_before_its_pages_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server makes tables without our lock: a command that opens the database meanwhile would find half of them."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    workspace = Workspace(tmp_path)
+    assert tracking.pages(workspace, _free_port())
+    named = "SELECT count(*) FROM experiments WHERE name = ?"
+    with sqlite3.connect(workspace.mlflow / "mlflow.db") as database:
+        assert database.execute(named, [tracking.EXPERIMENT]).fetchone() == (1,)
