@@ -1,4 +1,5 @@
-"""Slows the toy model: where MOA_TEST_SLOW_MODEL is 10, every pass takes ten times as long as it would.
+"""Slows the toy model: where MOA_TEST_SLOW_MODEL is 10, every pass takes ten times as long as it would
+on an idle machine.
 
 A pass is a forward or backward of a model in torch, or a decoding step that moa wrote out or compiled.
 """
@@ -23,19 +24,22 @@ _here = _Here()
 
 
 def slow_down(owner: Any, name: str, is_toy: Callable[[Any], bool]) -> None:
-    """Make the function `name` of a class or module sleep after each call whose first argument `is_toy`."""
+    """Make the function `name` of a class or module sleep after each call whose first argument `is_toy`.
+
+    For a multiple of the thread's own time: what a call waits for on a busy machine is not the model's.
+    """
     call = getattr(owner, name)
 
     @functools.wraps(call)
     def slow(*args: Any, **named: Any) -> Any:
         if _here.inside or not is_toy(args[0]):
             return call(*args, **named)
-        _here.inside, began = True, time.perf_counter()
+        _here.inside, began = True, time.thread_time()
         try:
             return call(*args, **named)
         finally:
             _here.inside = False
-            time.sleep((FACTOR - 1) * (time.perf_counter() - began))
+            time.sleep((FACTOR - 1) * (time.thread_time() - began))
 
     setattr(owner, name, slow)
 

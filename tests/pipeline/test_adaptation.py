@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,11 @@ from moa.workspace import MANIFEST, Workspace, read_json
 from tests.waiting import Gate, until
 
 ROWS = 150
-DOMAINS = ("alpha", "beta", "gamma")
 PARAMS: dict[str, Any] = {
     "train": {"rank": 2, "alpha": 4.0, "epochs": 2, "batch_rows": 8, "learning_rate": 0.02, "batch_tokens": 2048},
     "evaluate": {"generate_rows": 2, "max_new_tokens": 8},
     "release": {"min_rows": 4, "metric_rows": 0, "tolerance": 0.06},   # one prompt of 26 may be left to the base
-    "adapt": {"settle": 0.0, "debounce": 0.0, "golden": 0, "candidates": 0},
+    "adapt": {"settle": 0.0, "debounce": 0.0, "golden": 1},
 }
 
 
@@ -92,61 +92,67 @@ def fresh(workspace: Workspace) -> bool:
 
 
 def made(root: Path) -> Workspace:
-    """A workspace of three domains with a champion."""
-    workspace = tiny.workspace(root, DOMAINS, rows=ROWS, **PARAMS)
+    """A workspace of two domains with a champion."""
+    workspace = tiny.workspace(root, ("alpha", "beta"), rows=ROWS, **PARAMS)
     subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True, env=environment())
     (root / ".gitignore").write_text(".moa/\n*.tmp\n")
-    for name in DOMAINS:
+    for name in ("alpha", "beta"):
         moa(workspace, "domain", "add", name)
     moa(workspace, "run", "--local")
     assert champion(workspace) == 1
     return workspace
 
 
+@dataclass
+class Learned:
+    """A workspace that has learned its third domain, gamma; what its experts were before, and what was done."""
+
+    workspace: Workspace
+    before: dict[str, str]
+    done: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Learned:
     workspace = made(tmp_path_factory.mktemp("adapting") / "w")
+    before = experts(workspace)
+    drop(workspace, "gamma", rows("gamma", range(ROWS)))
+    done = adapt(workspace)
+    text = workspace.params.read_text()   # candidates and golden answers were in this adaptation; others do without
+    workspace.params.write_text(text.replace("golden: 1", "golden: 0\n  candidates: 0"))
     shutil.copytree(workspace.root, workspace.root.with_name("kept"), symlinks=True)
-    return workspace
+    return Learned(workspace, before, done)
 
 
 @pytest.fixture
-def workspace(template: Workspace) -> Workspace:
-    """As it was first, and in the same folder, which MLflow's database names."""
-    shutil.rmtree(template.root)
-    shutil.copytree(template.root.with_name("kept"), template.root, symlinks=True)
-    return template
+def workspace(learned: Learned) -> Workspace:
+    """As it was then, and in the same folder, which MLflow's database names."""
+    root = learned.workspace.root
+    shutil.rmtree(root)
+    shutil.copytree(root.with_name("kept"), root, symlinks=True)
+    return learned.workspace
 
 
-def thorough(workspace: Workspace) -> None:
-    """With candidates and golden answers, which the other tests do without."""
-    text = workspace.params.read_text()
-    workspace.params.write_text(text.replace("golden: 0", "golden: 1").replace("candidates: 0", "candidates: 3"))
-
-
-def test_a_new_domain(workspace: Workspace) -> None:
-    thorough(workspace)
-    before = experts(workspace)
-    drop(workspace, "delta", rows("delta", range(ROWS)))
-    done = adapt(workspace)
+def test_a_new_domain(workspace: Workspace, learned: Learned) -> None:
+    done, before = learned.done, learned.before
     assert done["state"] == "released" and done["version"] == champion(workspace) == 2
-    assert {name: digest for name, digest in experts(workspace).items() if name != "delta"} == before
+    assert {name: digest for name, digest in experts(workspace).items() if name != "gamma"} == before
     assert kinds(workspace) == ["started", "arrived", "start-chosen", "trained", "gate", "released", "forgetting",
                                 "finished"]
-    assert set(done["forgetting"]["golden"]) == set(DOMAINS) and done["forgetting"]["equal"]
+    assert set(done["forgetting"]["golden"]) == {"alpha", "beta"} and done["forgetting"]["equal"]
     chosen = ledger.read(workspace, kinds=["start-chosen"])[-1]
-    assert {each["parent"] for each in chosen["table"]} == {None, *DOMAINS}
+    assert {each["parent"] for each in chosen["table"]} == {None, "alpha", "beta"}
     assert not waiting(workspace) and fresh(workspace)
-    assert YAML(typ="safe").load(workspace.params)["domains"].keys() == {*DOMAINS, "delta"}
-    assert ledger.read(workspace, kinds=["trained"])[-1]["domains"] == ["delta"]
+    assert YAML(typ="safe").load(workspace.params)["domains"].keys() == {"alpha", "beta", "gamma"}
+    assert ledger.read(workspace, kinds=["trained"])[-1]["domains"] == ["gamma"]
 
 
 def test_the_same_file_again(workspace: Workspace) -> None:
     before, last = experts(workspace), len(ledger.read(workspace))
-    drop(workspace, "alpha", rows("alpha", range(ROWS)), "again.jsonl")
+    drop(workspace, "gamma", rows("gamma", range(ROWS)), "again.jsonl")
     assert adapt(workspace)["state"] == "skipped"
-    assert not waiting(workspace) and experts(workspace) == before and champion(workspace) == 1 and fresh(workspace)
+    assert not waiting(workspace) and experts(workspace) == before and champion(workspace) == 2 and fresh(workspace)
     assert "trained" not in kinds(workspace, last)
     assert adapt(workspace) == {"state": "skipped", "reason": "nothing that can be learned waits.", "wait": None}
 

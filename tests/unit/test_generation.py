@@ -6,7 +6,7 @@ the last bit; that float32 answers agree on a real base is tests/behaviour's to 
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -450,12 +450,29 @@ def test_a_stream_joined_is_the_answer(text: str, domain: str | None, start: int
 
 
 def test_a_stream_comes_while_it_is_written() -> None:
-    mixture = toy()
-    with forwards(mixture) as seen:
-        pieces = mixture.stream(ask("a long one"), "alpha", max_new_tokens=1000)
-        assert next(pieces) and len(seen) < 900
-        pieces.close()   # type: ignore[attr-defined]
-        assert len(seen) < 1000
+    """Its writer is held at the 20th pass until it is told to end: the first piece has come by then."""
+    mixture, began, pieces = toy(), list[threading.Event](), generation.pieces
+
+    def told(work: Callable[[Any, threading.Event], Any]) -> Iterator[str]:
+        def noted(tell: Any, cancelled: threading.Event) -> None:
+            began.append(cancelled)
+            work(tell, cancelled)
+        return pieces(noted)
+
+    with forwards(mixture) as seen, pytest.MonkeyPatch.context() as patch:
+        counted = Decoding.step
+
+        def held(batch: Decoding, tokens: torch.Tensor) -> torch.Tensor:
+            if len(seen) == 20:
+                began[0].wait()
+            return counted(batch, tokens)
+
+        patch.setattr(generation, "pieces", told)
+        patch.setattr(Decoding, "step", held)
+        stream = mixture.stream(ask("a long one"), "alpha", max_new_tokens=1000)
+        assert next(stream) and len(seen) <= 20
+        stream.close()   # type: ignore[attr-defined]
+        assert len(seen) <= 21
     assert idle(mixture)
     assert mixture.chat(ask("a"), "beta", max_new_tokens=4)
 
