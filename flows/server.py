@@ -12,7 +12,7 @@ import sys
 import time
 import tomllib
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,9 +28,11 @@ SETTLE_SECONDS = 5.0
 class Server:
     """Where Prefect is, once `ready` has returned."""
 
-    def __init__(self, url: str, leash: Leash | None = None, log: Path | None = None) -> None:
+    def __init__(self, url: str, begin: Callable[[], Leash] | None = None, log: Path | None = None) -> None:
+        """`begin` starts one of our own; None = somebody else's."""
         self.url = url
-        self._leash, self._log = leash, log
+        self._begin, self._log = begin, log
+        self._leash = begin() if begin is not None else None
 
     @property
     def own(self) -> bool:
@@ -47,6 +49,17 @@ class Server:
                                     "`moa run --local` does the same work without one.")
             time.sleep(0.1)
         return self.url
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was ours and ended by itself."""
+        return self._leash is not None and self._leash.ended
+
+    def restart(self) -> None:
+        """Start our own again, with its history, at the same address."""
+        assert self._begin is not None, "only our own server can be started again"
+        self.stop()   # what the server started may be left, and hold the port
+        self._leash = self._begin()
 
     def settle(self) -> None:
         """Let the last task states and log lines arrive: they are sent in the background."""
@@ -136,6 +149,10 @@ def _start(workspace: Workspace, ui: bool) -> Server:
     env.pop("PREFECT_API_URL", None)
     command = [sys.executable, "-m", "prefect", "server", "start", "--ui" if ui else "--no-ui", "--host", "127.0.0.1",
                "--port", str(port)]
-    with log.open("w", encoding="utf-8") as file:
-        leash = Leash(command, cwd=workspace.root, env=env, stdout=file, step=False)
-    return Server(f"http://127.0.0.1:{port}/api", leash, log)
+    log.unlink(missing_ok=True)
+
+    def begin() -> Leash:
+        with log.open("a", encoding="utf-8") as file:
+            return Leash(command, cwd=workspace.root, env=env, stdout=file, step=False)
+
+    return Server(f"http://127.0.0.1:{port}/api", begin, log)

@@ -29,12 +29,12 @@ def status(workspace: Workspace, config: Config) -> dict[str, Any]:
 
     snapshot, champion = Pipeline(workspace).snapshot(), Registry(workspace, config).champion()
     owner, found, interrupted = Owner.of(workspace), pending(workspace, config), Attempt.load(workspace)
-    url = address(workspace)
+    url, up = address(workspace), _up(workspace)
     answering = bool(url and answers(url))
     return {"workspace": str(workspace.root), "domains": list(config.domains),
             "champion": f"{champion.name} version {champion.version}" if champion else None,
             "stale": sorted(snapshot.stale), "pending": sorted(snapshot.affected),
-            "up": _up(workspace), "prefect": {"url": url, "answers": answering},
+            "up": up, "prefect": {"url": url, "answers": answering}, "troubles": _troubles(workspace, up),
             "working": owner.read() if owner.at_work() else None,
             "interrupted": sorted(interrupted.before) if interrupted and not owner.at_work() else None,
             "arrived": [{"domain": printable(each.domain), "file": printable(each.path.name), "size": each.size}
@@ -57,6 +57,14 @@ def _up(workspace: Workspace) -> dict[str, Any] | None:
             return None   # it was killed
     except Timeout:
         return facts
+
+
+def _troubles(workspace: Workspace, up: dict[str, Any] | None) -> list[str]:
+    """What `moa up` should keep alive and is down, or looks in vain; that it was killed itself."""
+    if up is None:
+        return ["moa up was killed: start it again"] if workspace.up.exists() else []
+    return [f"{name} is down since {part['since']}: {part['why']}" for name, part in up.get("parts", {}).items()
+            if part["state"] == "down"]
 
 
 def _scheduled(url: str, workspace: Workspace) -> list[dict[str, str]]:
@@ -93,13 +101,20 @@ def text(facts: dict[str, Any]) -> str:
     if facts["interrupted"]:
         lines.append(("", f"an adaptation of {_listed(facts['interrupted'])} was interrupted; the next run ends it"))
     lines.append(("moa up", f"since {up['since']} (pid {up['pid']})" if up else "does not run"))
+    lines += [("trouble", each) for each in facts["troubles"]]
     if prefect["url"]:
         lines.append(("prefect", prefect["url"].removesuffix("/api") + ("" if prefect["answers"] else ", no answer")))
-    lines += [(name, up[name]) for name in ("mlflow", "serve") if up and name in up]
+    lines += [(name, up[name] + _so_far(up, name)) for name in ("mlflow", "serve") if up and name in up]
     lines += [(f"next {each['flow']}", _near(each["at"])) for each in facts["scheduled"]]
     width = max(len(key) for key, _ in lines)
     shown = [f"{key:<{width}}  {value}" for key, value in lines]
     return "\n".join([*shown, *(["", ledger.text(facts["ledger"])] if facts["ledger"] else [])])
+
+
+def _so_far(up: dict[str, Any], name: str) -> str:
+    """Of a part that is not up: how it is."""
+    state = up.get("parts", {}).get(name, {"state": "up"})["state"]
+    return "" if state == "up" else f", {state}"
 
 
 def _listed(names: list[str]) -> str:
