@@ -18,7 +18,7 @@ from moa.workspace import Workspace
 def run(workspace: Workspace, options: Options, *, local: bool = False, verbose: bool = False) -> Result:
     """Build. A failed stage is in the result, see `Result.failure`; KeyboardInterrupt when told to end."""
     configuration(workspace)   # before anything is started
-    with _terminated_as_interrupted():
+    with terminated_as_interrupted():
         if not local:
             return _under_prefect(workspace, options, verbose)
         with opened(workspace, options, verbose=verbose) as session:
@@ -55,7 +55,7 @@ def learn(workspace: Workspace, what: str, *, local: bool = False, verbose: bool
     from flows import learning, retraining, server
 
     workers = load(workspace.params).execution.workers
-    with _terminated_as_interrupted():
+    with terminated_as_interrupted():
         if local:
             work: Any = learning.adapt if what == "adapt" else retraining.retrain
             found: dict[str, Any] = work(workspace, LocalRunner(workers), "a person", verbose=verbose, **how)
@@ -69,7 +69,7 @@ def learn(workspace: Workspace, what: str, *, local: bool = False, verbose: bool
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def terminated_as_interrupted() -> Iterator[None]:
     """SIGTERM ends a run as Ctrl-C does, and neither leaves a step behind."""
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

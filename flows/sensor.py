@@ -17,7 +17,7 @@ from flows.attempt import Attempt
 from flows.learning import pending
 from moa import incoming, ledger
 from moa.config import Config, load
-from moa.errors import MoaError
+from moa.errors import in_words
 from moa.names import printable
 from moa.owner import Owner
 from moa.project import Names, owner
@@ -62,6 +62,7 @@ class Sensor:
         self._seen: str | None = None             # signature of the last look: a file that still grows has another one
         self._asked: tuple[str, float] = ("", 0.0)
         self.trouble: str | None = None           # why the last look failed
+        self.looked = False                       # whether one was without trouble
 
     def look(self) -> list[str]:
         """Nudge if something is due and nobody is at work on it; the domains it nudged for."""
@@ -85,17 +86,15 @@ class Sensor:
         return []
 
     def run(self) -> None:
-        """Look every `adapt.poll` seconds. A look that fails says so once, and the next one is tried all the same."""
+        """Look every `adapt.poll` seconds. A look that fails sets `trouble`, and the next one is tried all the same."""
         poll = 2.0
         while not self._ended.wait(poll):
             try:
                 poll = load(self.workspace.params).adapt.poll
                 self.look()
-                self.trouble = None
-            except (MoaError, OSError) as error:
-                if str(error) != self.trouble:
-                    self.trouble = str(error)
-                    print(f"moa: data/incoming could not be looked at: {error}", flush=True)
+                self.trouble, self.looked = None, True
+            except Exception as error:   # whatever a file holds: the rows of other files must be learned
+                self.trouble = f"data/incoming could not be looked at: {in_words(error)}"
 
     def stop(self) -> None:
         self._ended.set()

@@ -11,7 +11,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,9 +31,11 @@ CLIENT = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_API_KEY", "PREF
 class Server:
     """Where Prefect is, once `ready` has returned."""
 
-    def __init__(self, api: Api, leash: Leash | None = None, log: Path | None = None) -> None:
+    def __init__(self, api: Api, begin: Callable[[], Leash] | None = None, log: Path | None = None) -> None:
+        """`begin` starts one of our own; None = somebody else's."""
         self.api = api
-        self._leash, self._log = leash, log
+        self._begin, self._log = begin, log
+        self._leash = begin() if begin is not None else None
 
     @property
     def own(self) -> bool:
@@ -57,6 +59,17 @@ class Server:
                                     "`moa run --local` does the same work without one.")
             time.sleep(0.1)
         return self.url
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was ours and ended by itself."""
+        return self._leash is not None and self._leash.ended
+
+    def restart(self) -> None:
+        """Start our own again, with its history, at the same address."""
+        assert self._begin is not None, "only our own server can be started again"
+        self.stop()   # what the server started may be left, and hold the port
+        self._leash = self._begin()
 
     def settle(self) -> None:
         """Let the last task states and log lines arrive: they are sent in the background."""
@@ -141,6 +154,10 @@ def _start(workspace: Workspace, ui: bool) -> Server:
         "PREFECT_SERVER_UI_ENABLED": str(ui), "PREFECT_SERVER_UI_API_URL": "/api", "PREFECT_SERVER_UI_SERVE_BASE": "/",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "NOTSET"})
     command = [sys.executable, "-P", "-m", "flows.prefect_server", str(port)]
-    with log.open("w", encoding="utf-8") as file:
-        leash = Leash(command, cwd=workspace.root, env=env, stdout=file, step=False)
-    return Server(api, leash, log)
+    log.unlink(missing_ok=True)
+
+    def begin() -> Leash:
+        with log.open("a", encoding="utf-8") as file:
+            return Leash(command, cwd=workspace.root, env=env, stdout=file, step=False)
+
+    return Server(api, begin, log)

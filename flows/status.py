@@ -24,12 +24,12 @@ def status(workspace: Workspace, config: Config) -> dict[str, Any]:
 
     snapshot, champion = Pipeline(workspace).snapshot(), Registry(workspace, config).champion()
     owner, found, interrupted = Owner.of(workspace), pending(workspace, config), Attempt.load(workspace)
-    api = prefect_api.of(workspace)
+    api, up = prefect_api.of(workspace), _up(workspace)
     answering = bool(api and api.answers())
     return {"workspace": str(workspace.root), "domains": list(config.domains),
             "champion": f"{champion.name} version {champion.version}" if champion else None,
             "stale": sorted(snapshot.stale), "pending": sorted(snapshot.affected),
-            "up": _up(workspace),
+            "up": up, "troubles": _troubles(workspace, up),
             "prefect": {"url": api.url if api else None, "answers": answering, "password": _password(workspace)},
             "working": owner.read() if owner.at_work() else None,
             "interrupted": sorted(interrupted.before) if interrupted and not owner.at_work() else None,
@@ -61,6 +61,14 @@ def _password(workspace: Workspace) -> str | None:
     return workspace.relative(path) if path.exists() else None
 
 
+def _troubles(workspace: Workspace, up: dict[str, Any] | None) -> list[str]:
+    """What `moa up` should keep alive and is down, or looks in vain; that it was killed itself."""
+    if up is None:
+        return ["moa up was killed: start it again"] if workspace.up.exists() else []
+    return [f"{name} is down since {part['since']}: {part['why']}" for name, part in up.get("parts", {}).items()
+            if part["state"] == "down"]
+
+
 def _scheduled(api: prefect_api.Api, workspace: Workspace, config: Config) -> list[dict[str, str]]:
     """The next runs of this workspace's deployments, by Prefect's account."""
     with suppress(OSError, ValueError, KeyError):
@@ -89,15 +97,22 @@ def text(facts: dict[str, Any]) -> str:
     if facts["interrupted"]:
         lines.append(("", f"an adaptation of {_listed(facts['interrupted'])} was interrupted; the next run ends it"))
     lines.append(("moa up", f"since {up['since']} (pid {up['pid']})" if up else "does not run"))
+    lines += [("trouble", each) for each in facts["troubles"]]
     if prefect["url"]:
         lines.append(("prefect", prefect["url"].removesuffix("/api") + ("" if prefect["answers"] else ", no answer")))
         if prefect["password"]:
             lines.append(("", f"password: in {prefect['password']}"))
-    lines += [(name, up[name]) for name in ("mlflow", "serve") if up and name in up]
+    lines += [(name, up[name] + _so_far(up, name)) for name in ("mlflow", "serve") if up and name in up]
     lines += [(f"next {each['flow']}", _near(each["at"])) for each in facts["scheduled"]]
     width = max(len(key) for key, _ in lines)
     shown = [f"{key:<{width}}  {value}" for key, value in lines]
     return "\n".join([*shown, *(["", ledger.text(facts["ledger"])] if facts["ledger"] else [])])
+
+
+def _so_far(up: dict[str, Any], name: str) -> str:
+    """Of a part that is not up: how it is."""
+    state = up.get("parts", {}).get(name, {"state": "up"})["state"]
+    return "" if state == "up" else f", {state}"
 
 
 def _listed(names: list[str]) -> str:

@@ -6,24 +6,29 @@ if asked the pages of MLflow and `moa serve`. Nothing in here is needed for a re
 
 import contextlib
 import os
+import signal
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from flows import server
+from flows.keeping import CALM, PAUSES, Command, Keeper, State
+from flows.launch import terminated_as_interrupted
 from flows.sensor import Sensor, nudge
 from moa import ledger, tracking
-from moa.commands import environment
 from moa.config import load
-from moa.errors import PipelineError
-from moa.leash import Leash, stop_all
-from moa.workspace import Workspace, write_json, write_private
+from moa.errors import NothingReleased, PipelineError, in_words
+from moa.leash import stop_all
+from moa.workspace import Workspace, write_private
 
 Say = Callable[[str], None]
+MOST_ENDS = 5   # of the Prefect server in a row, before `moa up` ends: whoever started it may do better
+WAITS = {NothingReleased.exit_code: "nothing has been released yet"}
 
 
 def _print(line: str) -> None:
@@ -40,7 +45,10 @@ class Also:
 
 
 def up(workspace: Workspace, also: Also, say: Say = _print, *, verbose: bool = False) -> None:
-    """Keep the workspace current until Ctrl-C or SIGTERM. Raises PipelineError when it already is."""
+    """Keep the workspace current until Ctrl-C or SIGTERM.
+
+    Raises PipelineError when it already is, and when the Prefect server ends again and again.
+    """
     config = load(workspace.params)
     os.environ["PREFECT_RUNNER_POLL_FREQUENCY"] = os.environ.get("PREFECT_RUNNER_POLL_FREQUENCY", "2")
     with _alone(workspace), contextlib.ExitStack() as stack:
@@ -52,23 +60,31 @@ def up(workspace: Workspace, also: Also, say: Say = _print, *, verbose: bool = F
 
             close_abandoned()
         say(f"Prefect   {prefect.url.removesuffix('/api')}   {stack.enter_context(_password(workspace, prefect))}")
+        hopeless: list[str] = []   # why nothing here can go on
+
+        def give_up(why: str) -> None:
+            hopeless.append(why)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        keeper = Keeper(workspace.up, facts, say, give_up)
+        stack.callback(keeper.stop)
+        keeper.keep(_Prefect(prefect), most=MOST_ENDS)
         for name, port, command, extra in _others(workspace, also):
-            stack.callback(Kept(workspace, name, command, extra).stop)
+            keeper.keep(Command(workspace, name, command, port, extra, WAITS))
             facts[name] = f"http://127.0.0.1:{port}"
             say(f"{name:<9} {facts[name]}")
-        write_json(workspace.up, facts)
-        stack.callback(workspace.up.unlink, missing_ok=True)
+        keeper.keep(_Watch(Sensor(workspace, lambda names: nudge(workspace, names, prefect.api))))
         ledger.append(workspace, "up", pid=os.getpid(), url=prefect.url)
         stack.callback(ledger.append, workspace, "down", pid=os.getpid())
-        sensor = Sensor(workspace, lambda names: nudge(workspace, names, prefect.api))
-        thread = threading.Thread(target=sensor.run, name="moa-sensor", daemon=True)
-        stack.callback(thread.join, 10)
-        stack.callback(sensor.stop)
-        thread.start()
+        keeper.start()
         say(f"Watching  {workspace.relative(workspace.incoming)}/NAME/   "
             f"(retraining: {config.retrain.cron or 'by hand'}; drift: {config.drift.cron or 'by hand'})")
         say("Ctrl-C ends everything.")
-        _serve(workspace, config)
+        with contextlib.suppress(KeyboardInterrupt):
+            _serve(workspace, config, prefect, keeper)
+        stop_all()
+        if hopeless:
+            raise PipelineError(f"`moa up` gave up: {hopeless[0]} What waits in data/incoming stays there.")
 
 
 @contextlib.contextmanager
@@ -90,17 +106,85 @@ def _password(workspace: Workspace, prefect: server.Server) -> Iterator[str]:
         path.unlink(missing_ok=True)
 
 
-def _serve(workspace: Workspace, config: Any) -> None:
-    """Serve the flows until a signal. Prefect ends the runs that are under way, and their steps end with them."""
+def _serve(workspace: Workspace, config: Any, prefect: server.Server, keeper: Keeper) -> None:
+    """Serve the flows until a signal. Prefect ends the runs that are under way, and their steps end with them.
+
+    Prefect's runner ends by itself when its server does not answer for some seconds: it begins again when it does.
+    """
     from prefect import serve
 
     from flows.deployments import delete_former, deployments
 
     delete_former(workspace, config)
     warnings.filterwarnings("ignore", message="coroutine 'Runner.astop' was never awaited")   # its way of stopping
-    with contextlib.suppress(KeyboardInterrupt):
-        serve(*deployments(workspace, config), print_starting_message=False, pause_on_shutdown=False)
-    stop_all()
+    ends = 0
+    while True:
+        began = time.monotonic()
+        keeper.tell("flows", "up", restarted=ends > 0)
+        try:
+            with terminated_as_interrupted():   # until Prefect has a handler of its own
+                serve(*deployments(workspace, config), print_starting_message=False, pause_on_shutdown=False)
+            return
+        except SystemExit:   # Prefect's answer to SIGTERM
+            return
+        except Exception as error:   # of Prefect, of its HTTP client, or a group of these
+            ends = 1 if time.monotonic() - began > CALM else ends + 1
+            pause = min(PAUSES[0] * 2 ** (ends - 1), PAUSES[1])
+            keeper.tell("flows", "down", f"no longer served ({in_words(error)}); again when Prefect answers")
+        with terminated_as_interrupted():
+            time.sleep(pause)
+            while not prefect.api.answers():
+                time.sleep(1.0)
+
+
+class _Prefect:
+    """The Prefect server as a part: our own is started again, another's is only looked at."""
+
+    name = "prefect"
+
+    def __init__(self, prefect: server.Server) -> None:
+        self.prefect = prefect
+        self._answered = True   # it was ready before
+
+    def state(self) -> State:
+        if self.prefect.ended:
+            return State("ended", "ended (its output: .moa/logs/prefect-server.log)")
+        if self.prefect.api.answers():
+            self._answered = True
+            return State("up")
+        return State("down", "does not answer") if self._answered else State("starting")
+
+    def start(self) -> None:
+        self._answered = False
+        self.prefect.restart()
+
+    def stop(self) -> None:
+        """`server.running` ends it, when the last lines of its history have arrived."""
+
+
+class _Watch:
+    """The sensor as a part, in a thread."""
+
+    name = "sensor"
+
+    def __init__(self, sensor: Sensor) -> None:
+        self.sensor = sensor
+        self.start()
+
+    def state(self) -> State:
+        if not self._thread.is_alive():
+            return State("ended", "its thread ended")
+        if self.sensor.trouble is not None:
+            return State("down", self.sensor.trouble)
+        return State("up" if self.sensor.looked else "starting")
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self.sensor.run, name="moa-sensor", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.sensor.stop()
+        self._thread.join(10)
 
 
 def _others(workspace: Workspace, also: Also) -> Iterator[tuple[str, int, list[str], dict[str, str]]]:
@@ -112,35 +196,6 @@ def _others(workspace: Workspace, also: Also) -> Iterator[tuple[str, int, list[s
     if also.serve is not None:
         port = also.serve or server.free_port()
         yield "serve", port, [sys.executable, "-m", "moa", "serve", "--port", str(port)], {}
-
-
-class Kept:
-    """A command that is started again when it ends, until `stop`: `moa serve` before there is a champion, for one."""
-
-    PAUSE = 10.0   # seconds before it is started again
-
-    def __init__(self, workspace: Workspace, name: str, command: Sequence[str], extra: dict[str, str]) -> None:
-        self.workspace, self.command, self.extra = workspace, command, extra
-        self.log = workspace.logs / f"up-{name}.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._ended = threading.Event()
-        self._leash = self._start()
-        self._thread = threading.Thread(target=self._keep, name=f"moa-{name}", daemon=True)
-        self._thread.start()
-
-    def _start(self) -> Leash:
-        with self.log.open("a", encoding="utf-8") as file:
-            return Leash(self.command, cwd=self.workspace.root, env=environment(self.extra), stdout=file, step=False)
-
-    def _keep(self) -> None:
-        while not self._ended.wait(1.0):
-            if self._leash.ended and not self._ended.wait(self.PAUSE):
-                self._leash = self._start()
-
-    def stop(self) -> None:
-        self._ended.set()
-        self._thread.join()
-        self._leash.stop()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moa.cli_shared import opened
-from moa.errors import ConfigError, RegistryError, UsageError
+from moa.errors import NothingReleased, RegistryError, UsageError
 
 
 def serve(
@@ -60,7 +60,7 @@ def serve(
         run(workspace, config, settings)
     except RegistryError:
         if not config.domains:   # then nothing can have been released either
-            raise ConfigError(NO_DOMAIN) from None
+            raise NothingReleased(NO_DOMAIN) from None
         raise
 
 

@@ -29,7 +29,8 @@ def up(
 
 
 def status(as_json: AsJson = False) -> None:
-    """Show the workspace and its champion, who is at work, what is scheduled, what waits and what happened last."""
+    """Show the workspace and its champion, who is at work, what is scheduled, what waits and what happened last. Exit
+    code 1 when something that `moa up` keeps alive is down, or `moa up` itself was killed."""
     from flows.status import status as facts_of
     from flows.status import text
 
@@ -38,6 +39,8 @@ def status(as_json: AsJson = False) -> None:
         print_json(facts)
     else:
         print(text(facts))
+    if facts["troubles"]:
+        raise typer.Exit(1)
 
 
 def adapt(local: Local = False, as_json: AsJson = False, verbose: Verbose = False) -> None:

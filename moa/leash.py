@@ -31,7 +31,7 @@ class Leash:
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, *command], cwd=cwd, env=dict(env), stdin=subprocess.PIPE,
             stdout=stdout, stderr=subprocess.STDOUT, start_new_session=True, text=True, errors="replace", bufsize=1)
-        self.stopped = False
+        self.stopped = self._cleared = False
         if step:
             with _guard:
                 _running.add(self)
@@ -68,6 +68,10 @@ class Leash:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        if not self._cleared:   # a supervisor that was killed itself, or whose command was, leaves the others behind
+            self._cleared = True
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._forget()
 
     def _forget(self) -> None:

@@ -222,7 +222,7 @@ def test_the_database_is_whole_before_its_pages_are_started(tmp_path: Path, monk
     """The server makes tables without our lock: a command that opens the database meanwhile would find half of them."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     workspace = Workspace(tmp_path)
-    assert tracking.pages(workspace, _free_port())
+    assert tracking.pages(workspace, free_port())
     named = "SELECT count(*) FROM experiments WHERE name = ?"
     with sqlite3.connect(workspace.mlflow / "mlflow.db") as database:
         assert database.execute(named, [tracking.EXPERIMENT]).fetchone() == (1,)
