@@ -224,7 +224,7 @@ def test_everything_comes_back_and_the_rows_are_learned(tmp_path: Path) -> None:
         until(lambda: {name: each["state"] for name, each in parts(workspace).items()} == wanted, process)
         done = moa(workspace, "status", "--json")
         assert done.returncode == 0 and json.loads(done.stdout)["troubles"] == []
-        for name, words in (("mlflow", ("-m", "mlflow")), ("prefect", ("-m", "prefect", "server", "start"))):
+        for name, words in (("mlflow", ("-m", "mlflow")), ("prefect", ("-P", "-m", "flows.prefect_server"))):
             for child in commands(process, *words):
                 child.kill()
             until(lambda name=name: parts(workspace)[name]["restarts"] >= 1, process)
@@ -257,7 +257,7 @@ def test_a_prefect_server_that_cannot_live_ends_moa_up(tmp_path: Path) -> None:
         (workspace.prefect / "prefect.db").write_text("no database\n" * 100)
         for each in workspace.prefect.glob("prefect.db-*"):
             each.unlink()
-        for child in commands(process, "-m", "prefect", "server", "start"):
+        for child in commands(process, "-P", "-m", "flows.prefect_server"):
             child.kill()
         until(lambda: parts(workspace)["prefect"]["state"] == "down", process)
         shown = moa(workspace, "status")
