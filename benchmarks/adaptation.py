@@ -32,15 +32,20 @@ import torch
 from common import REAL, REPOSITORY, goal, machine, pick_device, real_base, real_workspace
 from ruamel.yaml import YAML
 
-from moa import adapters, bundle, config, corpus, digests, experts, parent, quickstart, router, rows, starts
-from moa import assemble as assembling
-from moa.base import Base, load_tokenizer
-from moa.config import AdaptParams, TrainParams
-from moa.lora import ExpertStack, LoraSpec
-from moa.tokens import Encoded, Encoder
-from moa.training import Learner, cotrain, seed_for
-from moa.versions import Versions, initialise
-from moa.workspace import MANIFEST, Workspace, write_json
+from moa.base.encoding import Encoded, Encoder
+from moa.base.pin import Base, load_tokenizer
+from moa.core import config, digests
+from moa.core.config import AdaptParams, TrainParams
+from moa.core.files import write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.data import corpus, prepare, quickstart
+from moa.experts import peft_format, train
+from moa.experts.cotraining import Learner, cotrain, seed_for
+from moa.experts.lora import ExpertStack, LoraSpec
+from moa.mixture import artifact, parent_selection, router
+from moa.mixture import assemble as assembling
+from moa.workspace import warm_starts
+from moa.workspace.data_versions import Versions, initialise
 
 PARENTS = ("geography", "scholar", "math")
 PAIRS = (("geography", "imdb", "related"), ("scholar", "yelp", "related"), ("math", "imdb", "unrelated"))
@@ -99,9 +104,9 @@ def tried(base: Base, begin: torch.Tensor, validation: Sequence[Encoded]) -> dic
     stack = ExpertStack(base.model, [SPEC])
     stack.weights[0] = begin
     adapt = AdaptParams()
-    losses = parent.losses(base, stack, 1, validation[:adapt.candidate_rows])
+    losses = parent_selection.losses(base, stack, 1, validation[:adapt.candidate_rows])
     stack.remove()
-    return parent.choose([{"parent": None, "loss": losses[0]}, {"parent": "it", "loss": losses[1]}],
+    return parent_selection.choose([{"parent": None, "loss": losses[0]}, {"parent": "it", "loss": losses[1]}],
                          adapt.candidate_gain) | {"base": losses[0], "candidate": losses[1]}
 
 
@@ -204,13 +209,13 @@ def toy_experts(workspace: Workspace, settings: config.Config, domains: Sequence
         part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(0)) * 1e-3)
     near = settings.model_copy(update={"prepare": settings.prepare.model_copy(update={"near_duplicate": 0.0})})
     for name in [*domains, NEW]:
-        counted = corpus.prepare(workspace, near, name)
+        counted = prepare.prepare(workspace, near, name)
         if name == NEW:
             continue
         folder = workspace.expert(name)
-        adapters.save(stack, 0, folder, base.pin.source)
+        peft_format.save(stack, 0, folder, base.pin.source)
         write_json(folder / MANIFEST, {
-            "kind": "expert", "domain": name, "digest": bundle.expert_digest(folder), "corpus": counted["digest"],
+            "kind": "expert", "domain": name, "digest": artifact.expert_digest(folder), "corpus": counted["digest"],
             "base": {key: getattr(base.pin, key) for key in ("source", "weights", "tokenizer", "template", "digest")},
             "rank": SPEC.rank, "alpha": SPEC.alpha})
     stack.remove()
@@ -249,15 +254,15 @@ def added(workspace: Workspace, count: int, training: dict[str, float]) -> dict[
     settings = write_params(workspace, [*names(count), NEW], rows_per_epoch)
     seconds: dict[str, float] = {}
     with clock(seconds, "choice"):
-        found = parent.candidates(workspace, settings, NEW)
+        found = parent_selection.candidates(workspace, settings, NEW)
     with clock(seconds, "start"):
-        starts.use(versions, NEW, found["chosen"] or names(1)[0])   # a toy knows nothing, but begins like any other
+        warm_starts.use(versions, NEW, found["chosen"] or names(1)[0])   # a toy knows nothing
     with clock(seconds, "DVC"):
         versions.snapshot()
     if not training:
         with clock(training, "training"):
-            experts.train(workspace, settings, [NEW])
-    assert experts.finished(workspace, settings, NEW)
+            train.train(workspace, settings, [NEW])
+    assert train.finished(workspace, settings, NEW)
     cached = set((workspace.cache / "features").iterdir())
     with clock(seconds, "router and mixture"):
         assembling.assemble(workspace, settings)
@@ -267,10 +272,10 @@ def added(workspace: Workspace, count: int, training: dict[str, float]) -> dict[
         versions.record([f"prepare@{NEW}", f"train@{NEW}", "assemble"])
         versions.snapshot()
     curve = json.loads((workspace.expert(NEW) / MANIFEST).read_text())["curve"]
-    starts.forget(versions, [NEW])
-    starts.prune(versions)
+    warm_starts.forget(versions, [NEW])
+    warm_starts.prune(versions)
     return {"cpu seconds": training | seconds, "steps": curve[-1]["step"], "tokens": curve[-1]["tokens"],
-            "rows": len(rows.read(workspace.corpus(NEW), "train")), "table": found["table"],
+            "rows": len(corpus.read(workspace.corpus(NEW), "train")), "table": found["table"],
             "share": sum(seconds.values()) / training["training"]}
 
 

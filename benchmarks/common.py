@@ -14,10 +14,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from moa import base
-from moa.config import BaseParams
-from moa.errors import BaseModelError, UsageError
-from moa.workspace import Workspace
+from moa.base import pin
+from moa.core.config import BaseParams
+from moa.core.errors import BaseModelError, UsageError
+from moa.core.paths import Workspace
 
 T = TypeVar("T")
 
@@ -27,10 +27,10 @@ RESAMPLES = 10_000
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")   # those that decide how fast a dtype is
 
 
-def real_base(device: base.Device | None = None) -> base.Base:
+def real_base(device: pin.Device | None = None) -> pin.Base:
     """The default base, frozen and in eval mode: the current workspace's where it was built, else .moa/real-base's,
     which is fetched on first use."""
-    return base.load(real_workspace(), REAL, device)
+    return pin.load(real_workspace(), REAL, device)
 
 
 def real_workspace() -> Workspace:
@@ -42,23 +42,23 @@ def real_workspace() -> Workspace:
         workspaces = [kept]
     for workspace in workspaces:
         try:
-            base.verify(workspace, REAL)
+            pin.verify(workspace, REAL)
             return workspace
         except BaseModelError:
             continue
-    base.fetch(kept, REAL)
+    pin.fetch(kept, REAL)
     return kept
 
 
-def pick_device(device: str = "auto", dtype: str | None = None) -> base.Device:
+def pick_device(device: str = "auto", dtype: str | None = None) -> pin.Device:
     """moa's own choice of device and dtype, unless `dtype` is named; every core computes, or OMP_NUM_THREADS of them:
     beside other work fewer threads are faster, because all wait for the slowest."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
-    picked = base.pick_device(device)
-    return base.Device(picked.device, dtype, "--dtype says so") if dtype else picked
+    picked = pin.pick_device(device)
+    return pin.Device(picked.device, dtype, "--dtype says so") if dtype else picked
 
 
-def machine(device: base.Device) -> dict[str, object]:
+def machine(device: pin.Device) -> dict[str, object]:
     """What a figure depends on: cores, CPU flags, device, dtype, versions."""
     cpuinfo = Path("/proc/cpuinfo")
     found = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()

@@ -31,9 +31,9 @@ from common import goal, interleave, machine, pick_device, ratio
 from shapes import CONFIGS, base_of
 from torch import Tensor
 
-from moa import generation
-from moa.generation import Options, Order
-from moa.lora import ExpertStack, LoraSpec
+from moa.experts.lora import ExpertStack, LoraSpec
+from moa.mixture.generation import engine
+from moa.mixture.generation.engine import Options, Order
 
 EXPERTS = 16
 SPEC = LoraSpec(rank=8, alpha=16)
@@ -154,7 +154,7 @@ def moa(stack: ExpertStack, tokenizer: Any, prompts_BT: Tensor, tokens: int, exp
     orders = [Order(prompt=prompt, limit=tokens + 2, options=Options(), cancelled=stamps if row == 0 else None)
               for row, prompt in enumerate(prompts_BT.tolist())]
     chosen = None if experts is None else torch.tensor(experts, device=prompts_BT.device)
-    written = generation.write(stack.model, endless, orders,
+    written = engine.write(stack.model, endless, orders,
                                lambda rows: stack.select(None if chosen is None else chosen[rows]))
     stack.select(None)
     if keep is not None:

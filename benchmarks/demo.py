@@ -10,7 +10,7 @@ import json
 import pyarrow.parquet as pq
 from common import goal, interval
 
-from moa.workspace import Workspace
+from moa.core.paths import Workspace
 
 GENERATED = ("math", "sql", "extract")   # corpora of our own making; the rest is real input
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from common import goal
 
-from moa.gate import Rules, Score, decide
+from moa.evaluation.gate import Rules, Score, decide
 
 DOMAINS = ("extract", "math", "python", "sql")
 ROWS = (20, 40, 80, 160)

@@ -40,12 +40,15 @@ from common import goal, interleave, machine, pick_device, ratio
 from safetensors.torch import load_file, save_file
 from shapes import CONFIGS, base_of
 
-from moa import adapters, bundle, digests
-from moa.base import Base
-from moa.lora import ExpertStack, LoraSpec
-from moa.mixture import Mixture
-from moa.router import Router
-from moa.workspace import MANIFEST, write_json
+from moa.base.pin import Base
+from moa.core import digests
+from moa.core.files import write_json
+from moa.core.paths import MANIFEST
+from moa.experts import peft_format
+from moa.experts.lora import ExpertStack, LoraSpec
+from moa.mixture import artifact
+from moa.mixture.mixture import Mixture
+from moa.mixture.router import Router
 
 SPEC = LoraSpec(rank=8, alpha=16)
 SPREAD = 0.02          # of B's random values, as in mixed_batch.py
@@ -124,21 +127,21 @@ def run(args: argparse.Namespace, folder: Path) -> None:
 def make(base: Base, folder: Path, count: int) -> float:
     """PEFT directories `pool/e0`, `pool/e1`, ... of random experts whose B is not zero; those that are there stay."""
     start, pool = time.perf_counter(), folder / "pool"
-    missing = [expert for expert in range(count) if not (pool / f"e{expert}" / adapters.CONFIG).is_file()]
+    missing = [expert for expert in range(count) if not (pool / f"e{expert}" / peft_format.CONFIG).is_file()]
     if not missing:
         return 0.0
     stack = ExpertStack(own(base).model, [SPEC])
     stack.initialise(0, seed=0)
-    adapters.save(stack, 0, folder / "pattern", base.pin.source)
-    pattern = load_file(folder / "pattern" / adapters.WEIGHTS)
+    peft_format.save(stack, 0, folder / "pattern", base.pin.source)
+    pattern = load_file(folder / "pattern" / peft_format.WEIGHTS)
     for expert in missing:   # each its own bytes: links would be read once for all
         generator = torch.Generator().manual_seed(expert)
         tensors = {name: torch.empty_like(tensor).uniform_(-1, 1, generator=generator).mul_(
             SPREAD if ".lora_B." in name else tensor.shape[1] ** -0.5) for name, tensor in pattern.items()}
         here = pool / f"e{expert}"
         here.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, here / adapters.WEIGHTS, metadata={"format": "pt"})
-        shutil.copyfile(folder / "pattern" / adapters.CONFIG, here / adapters.CONFIG)   # last: now it is complete
+        save_file(tensors, here / peft_format.WEIGHTS, metadata={"format": "pt"})
+        shutil.copyfile(folder / "pattern" / peft_format.CONFIG, here / peft_format.CONFIG)   # last: now it is complete
     os.sync()   # what is not written yet cannot be dropped from the file cache
     return time.perf_counter() - start
 
@@ -152,17 +155,17 @@ def seal(base: Base, folder: Path, count: int) -> None:
     known = folder / "digests.json"
     found = json.loads(known.read_text()) if known.is_file() else {}
     for label in labels:
-        (place / bundle.EXPERTS / label).mkdir(parents=True)
+        (place / artifact.EXPERTS / label).mkdir(parents=True)
         for file in (folder / "pool" / label).iterdir():
-            os.link(file, place / bundle.EXPERTS / label / file.name)
-        found[label] = found.get(label) or bundle.expert_digest(folder / "pool" / label)
+            os.link(file, place / artifact.EXPERTS / label / file.name)
+        found[label] = found.get(label) or artifact.expert_digest(folder / "pool" / label)
         pinned[label] = {"digest": found[label]}
     known.write_text(json.dumps(found))
     router = random_router(base, labels)
-    save_file(router.tensors(), place / bundle.ROUTER)
+    save_file(router.tensors(), place / artifact.ROUTER)
     manifest = {"kind": "mixture", "base": asdict(base.pin), "prompt": {"system": None, "max_tokens": 1024},
                 "labels": labels, "experts": pinned,
-                "router": {"digest": digests.of_file(place / bundle.ROUTER), **router.facts()}}
+                "router": {"digest": digests.of_file(place / artifact.ROUTER), **router.facts()}}
     write_json(place / MANIFEST, manifest | {"digest": digests.of_json(manifest)})
 
 
@@ -295,7 +298,7 @@ def page_in(mixture: Mixture, folder: Path, args: argparse.Namespace) -> dict[st
 
 def forget(folder: Path) -> None:
     """Let the system drop every expert's file from its cache, where it can."""
-    for path in (folder / "pool").glob(f"*/{adapters.WEIGHTS}") if hasattr(os, "posix_fadvise") else ():
+    for path in (folder / "pool").glob(f"*/{peft_format.WEIGHTS}") if hasattr(os, "posix_fadvise") else ():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

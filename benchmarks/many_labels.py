@@ -29,9 +29,9 @@ from routing import encode, prefill, timed
 from shapes import CONFIGS, base_of
 from torch import Tensor, nn
 
-from moa.base import Base
-from moa.calibration import SHALLOWEST, calibrate, fit
-from moa.router import Router, features
+from moa.base.pin import Base
+from moa.mixture.calibration import SHALLOWEST, calibrate, fit
+from moa.mixture.router import Router, features
 
 TOPICS, FOREIGN, OWN, SHARED = 64, 4, 14, 4
 TASKS = (

@@ -32,8 +32,8 @@ from common import goal, interleave, machine, pick_device, ratio, real_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moa import adapters
-from moa.lora import ExpertStack, LoraSpec
+from moa.experts import peft_format
+from moa.experts.lora import ExpertStack, LoraSpec
 
 SPEC = LoraSpec(rank=8, alpha=16)
 MIXED, XLORA = (1, 4, 8, 16), (4, 16)
@@ -119,18 +119,18 @@ def make_experts(base: Any, folder: Path) -> list[Path]:
     directories = [folder / str(expert) for expert in range(EXPERTS)]
     for expert, directory in enumerate(directories):
         stack.initialise(expert, seed=expert)
-        adapters.save(stack, expert, directory, "base")
+        peft_format.save(stack, expert, directory, "base")
         generator = torch.Generator().manual_seed(expert)
         tensors = {name: torch.randn(tensor.shape, generator=generator) * SPREAD if ".lora_B." in name else tensor
-                   for name, tensor in load_file(directory / adapters.WEIGHTS).items()}
-        save_file(tensors, directory / adapters.WEIGHTS, metadata={"format": "pt"})
+                   for name, tensor in load_file(directory / peft_format.WEIGHTS).items()}
+        save_file(tensors, directory / peft_format.WEIGHTS, metadata={"format": "pt"})
     return directories
 
 
 def load_ours(base: Any, experts: list[Path]) -> ExpertStack:
     stack = ExpertStack(shared_copy(base), [SPEC] * len(experts))
     for expert, directory in enumerate(experts):
-        adapters.load(stack, expert, directory)
+        peft_format.load(stack, expert, directory)
     return stack
 
 

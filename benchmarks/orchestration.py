@@ -29,11 +29,11 @@ from pathlib import Path
 
 from common import goal, interleave, machine, pick_device, ratio
 
-from moa import rows
-from moa.commands import environment
-from moa.init import init
-from moa.pipeline import Pipeline
-from moa.workspace import Workspace
+from moa.core.paths import Workspace
+from moa.core.subprocesses import environment
+from moa.data import corpus
+from moa.workspace.init import init
+from moa.workspace.pipeline import Pipeline
 
 Seconds = dict[str, list[float]]   # by system, of every repeat
 
@@ -90,11 +90,11 @@ for domain in domains:
 # `moa`, but for the question whether an expert is the one that these inputs give: no training wrote these. "steps"
 # leaves out what follows the last step, which for a changed mixture would ask both releases for answers.
 DRIVER = """
-import sys, flows.session, moa.experts
-from moa.cli import app
-moa.experts.finished = lambda *_: True
+import sys, flows.steps.session, moa.experts.train
+from moa.cli.main import app
+moa.experts.train.finished = lambda *_: True
 if sys.argv.pop(1) == "steps":
-    flows.session._release_hooks = lambda *_: []
+    flows.steps.session._release_hooks = lambda *_: []
 app()
 """
 
@@ -147,8 +147,8 @@ def make(root: Path, count: int) -> tuple[Workspace, list[str]]:
     pipeline = root / "dvc.yaml"
     pipeline.write_text(pipeline.read_text().replace("cmd: moa ", f"cmd: {' '.join(PYTHON)} "))
     (root / "steps.py").write_text(STEPS)
-    row = rows.Row("0" * 32, ({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}), 1, 1)
-    pq.write_table(rows.table([row]), root / "test.parquet")
+    row = corpus.Row("0" * 32, ({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}), 1, 1)
+    pq.write_table(corpus.table([row]), root / "test.parquet")
     change(workspace, {name: name for name in names})
     Pipeline(workspace).snapshot()   # leaves the digests of moa's code, which DVC reads
     return workspace, names

@@ -27,8 +27,8 @@ from common import REPOSITORY, goal, machine, pick_device, real_base
 from routing import MAX_ABSTENTION, TWINS, Side, quickstart_corpora, shared_corpora, sides_of, stack
 from torch import Tensor
 
-from moa.calibration import SCORE, calibrate, fit
-from moa.router import Router, Score
+from moa.mixture.calibration import SCORE, calibrate, fit
+from moa.mixture.router import Router, Score
 
 FIXED = (0, 3, 7, 15, 29)
 SCORES: tuple[Score, ...] = get_args(Score)

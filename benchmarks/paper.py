@@ -35,17 +35,19 @@ from typing import Any
 import torch
 from common import REPOSITORY, goal, interval, machine, pick_device, real_base
 
-from moa import digests, generation, metrics
-from moa.base import Base
-from moa.batches import collate, microbatches, row_losses
-from moa.calibration import calibrate, fit
-from moa.config import TrainParams
-from moa.heads import Heads, chooser, heads_at_work, prompt_mask
-from moa.joint import forget_labels, train_jointly
-from moa.lora import ExpertStack, LoraSpec
-from moa.router import Router, features
-from moa.tokens import Encoded, Encoder
-from moa.training import Learner, cotrain, seed_for
+from moa.base.encoding import Encoded, Encoder
+from moa.base.pin import Base
+from moa.core import digests
+from moa.core.config import TrainParams
+from moa.evaluation import metrics
+from moa.experts.batches import collate, microbatches, row_losses
+from moa.experts.cotraining import Learner, cotrain, seed_for
+from moa.experts.lora import ExpertStack, LoraSpec
+from moa.mixture.calibration import calibrate, fit
+from moa.mixture.generation import engine
+from moa.mixture.joint_training import forget_labels, train_jointly
+from moa.mixture.layer_routing import Heads, chooser, heads_at_work, prompt_mask
+from moa.mixture.router import Router, features
 
 DOMAINS = ("math", "code", "sql", "medicine")
 RULES = ("last", "vote", "early")
@@ -212,7 +214,7 @@ def score(lab: Lab, stack: ExpertStack | None, wanted: Sequence[tuple[int, int]]
             mask = torch.tensor([[column >= longest - len(prompt) for column in range(longest)] for prompt in prompts])
             chosen = torch.tensor([wanted[place][1] for place in places], device=lab.base.device.device)
             with using(lab, stack, chosen, blend, mask.to(chosen.device)):
-                written = generation.decode(model, lab.base.tokenizer, prompts, ANSWER[domain], generation.Options())
+                written = engine.decode(model, lab.base.tokenizer, prompts, ANSWER[domain], engine.Options())
             answers |= {place: row.text.strip() for place, row in zip(places, written, strict=True)}
     return {pair: (losses[place], answers.get(place)) for place, pair in enumerate(wanted)}
 

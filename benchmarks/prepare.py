@@ -24,11 +24,11 @@ from typing import Any
 
 from common import goal, real_workspace
 
-from moa import corpus
-from moa.base import BasePin, load_tokenizer
-from moa.config import BaseParams, Config, Domain
-from moa.tokens import Encoder
-from moa.workspace import Workspace
+from moa.base.encoding import Encoder
+from moa.base.pin import BasePin, load_tokenizer
+from moa.core.config import BaseParams, Config, Domain
+from moa.core.paths import Workspace
+from moa.data import prepare
 
 ROWS_A_SECOND, GIBIBYTES = 20_000, 2.0
 NAME = "generated"
@@ -77,9 +77,9 @@ def generate(path: Path, rows: int) -> None:
 
 def measured(root: Path) -> dict[str, Any]:
     """In a process of its own: prepare the corpus under `root`."""
-    corpus.pin = lambda _: BasePin("none", "w", "t", "c", "d", 1, "None")
+    prepare.pin = lambda _: BasePin("none", "w", "t", "c", "d", 1, "None")
     began, cpu = time.perf_counter(), time.process_time()
-    manifest = corpus.prepare(Workspace(root), CONFIG, NAME, Words())   # type: ignore[arg-type]
+    manifest = prepare.prepare(Workspace(root), CONFIG, NAME, Words())   # type: ignore[arg-type]
     seconds = time.perf_counter() - began
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {"seconds": seconds, "cpu seconds": time.process_time() - cpu, "GiB": peak / 1024**2,
@@ -96,8 +96,8 @@ def tokenizing(rows: int) -> float:
     talks = [[{"role": "user", "content": record["instruction"]}, {"role": "assistant", "content": record["output"]}]
              for record in records]
     began = time.perf_counter()
-    for begin in range(0, len(talks), corpus.BATCH):
-        encoder.lengths([encoder.pieces(talk) for talk in talks[begin:begin + corpus.BATCH]])
+    for begin in range(0, len(talks), prepare.BATCH):
+        encoder.lengths([encoder.pieces(talk) for talk in talks[begin:begin + prepare.BATCH]])
     return len(talks) / (time.perf_counter() - began)
 
 

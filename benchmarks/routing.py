@@ -35,12 +35,12 @@ from common import REPOSITORY, goal, interleave, machine, pick_device, ratio, re
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moa import quickstart
-from moa.base import Base
-from moa.batches import collate, microbatches
-from moa.calibration import calibrate, expected_calibration_error, fit
-from moa.router import FEATURE_TOKENS, Router, features
-from moa.tokens import Encoded, Encoder
+from moa.base.encoding import Encoded, Encoder
+from moa.base.pin import Base
+from moa.data import quickstart
+from moa.experts.batches import collate, microbatches
+from moa.mixture.calibration import calibrate, expected_calibration_error, fit
+from moa.mixture.router import FEATURE_TOKENS, Router, features
 
 ROWS = {"train": 48, "validation": 30, "test": 40}   # a domain
 MANY = {"train": 24, "validation": 12, "test": 15}   # a domain, where there are 32

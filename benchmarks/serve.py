@@ -35,14 +35,17 @@ import httpx
 from common import REPOSITORY, goal, machine, pick_device, real_workspace
 from ruamel.yaml import YAML
 
-from flows import release
-from moa import base, config, corpus, experts, rows
-from moa.assemble import assemble
-from moa.config import Config
-from moa.errors import MoaError
-from moa.quickstart import write
-from moa.registry import Registry
-from moa.workspace import Workspace
+from flows.steps import release
+from moa.base import pin
+from moa.core import config
+from moa.core.config import Config
+from moa.core.errors import MoaError
+from moa.core.paths import Workspace
+from moa.data import corpus, prepare
+from moa.data.quickstart import write
+from moa.experts import train
+from moa.mixture.assemble import assemble
+from moa.release.registry import Registry
 
 DOMAINS = ("math", "sql")
 PROMPTS = 64
@@ -173,16 +176,16 @@ def make(workspace: Workspace, releases: int) -> tuple[Workspace, Config]:
     before = Path.cwd()
     os.chdir(workspace.root)
     try:
-        base.fetch(workspace, settings.base)
+        pin.fetch(workspace, settings.base)
         for domain in DOMAINS:
             write(domain, workspace.raw(domain))
-            corpus.prepare(workspace, settings, domain)
+            prepare.prepare(workspace, settings, domain)
         for number in range(1, releases + 1):
             groups["train"]["rows_per_epoch"] = 8 * number
             with workspace.params.open("w", encoding="utf-8") as file:
                 YAML().dump(groups, file)
             settings = config.load(workspace.params)
-            experts.train(workspace, settings, DOMAINS)
+            train.train(workspace, settings, DOMAINS)
             assemble(workspace, settings)
             release.register_mixture(workspace, settings, release.register_experts(workspace, settings))
         champion(workspace, settings, 1)
@@ -195,8 +198,8 @@ def champion(workspace: Workspace, settings: Config, version: int) -> None:
     release.promote(workspace, settings, version, "benchmark")
 
 
-def _row(workspace: Workspace, domain: str, number: int) -> rows.Row:
-    found = rows.read(workspace.corpus(domain), "test")
+def _row(workspace: Workspace, domain: str, number: int) -> corpus.Row:
+    found = corpus.read(workspace.corpus(domain), "test")
     return found[number % len(found)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from common import pick_device, real_base
 
-from moa.base import Base, BasePin, Device
+from moa.base.pin import Base, BasePin, Device
 
 REAL_NAME = "smollm2"
 # What the published config.json says; vocab_size None = the byte tokenizer's.

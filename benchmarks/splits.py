@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from common import REPOSITORY, goal, machine, pick_device, real_base, real_workspace
 
-from moa import corpus, rows, similar
-from moa.batches import collate, microbatches
-from moa.config import BaseParams, Config, Domain, PrepareParams, TrainParams
-from moa.lora import ExpertStack, LoraSpec
-from moa.tokens import Encoder
-from moa.training import Learner, cotrain, forced, seed_for
-from moa.workspace import Workspace
+from moa.base.encoding import Encoder
+from moa.core.config import BaseParams, Config, Domain, PrepareParams, TrainParams
+from moa.core.paths import Workspace
+from moa.data import corpus, near_duplicates, prepare
+from moa.experts.batches import collate, microbatches
+from moa.experts.cotraining import Learner, cotrain, forced, seed_for
+from moa.experts.lora import ExpertStack, LoraSpec
 
 SOURCE = "sql.jsonl"
 NEAR = 0.9
 
 
-def prepared(root: Path, source: Path, name: str, domain: Domain, near: float) -> dict[str, list[rows.Row]]:
+def prepared(root: Path, source: Path, name: str, domain: Domain, near: float) -> dict[str, list[corpus.Row]]:
     """The splits of one way to prepare `source`."""
     workspace = Workspace(root / name)
     workspace.raw(name).mkdir(parents=True)
@@ -42,32 +42,32 @@ def prepared(root: Path, source: Path, name: str, domain: Domain, near: float) -
     workspace.base.symlink_to(base.base)
     config = Config(base=BaseParams(source="path:none"), domains={name: domain},
                     prepare=PrepareParams(near_duplicate=near))
-    counted = corpus.prepare(workspace, config, name)["rows"]
+    counted = prepare.prepare(workspace, config, name)["rows"]
     print(f"{name}: {counted}", flush=True)
-    return {split: rows.read(workspace.corpus(name), split) for split in rows.SPLITS}
+    return {split: corpus.read(workspace.corpus(name), split) for split in corpus.SPLITS}
 
 
-def answer(row: rows.Row) -> str:
+def answer(row: corpus.Row) -> str:
     return " ".join(row.reference.lower().split())
 
 
-def query(row: rows.Row) -> str:
+def query(row: corpus.Row) -> str:
     """The answer but for its constants."""
     return re.sub(r"\"[^\"]*\"|'[^']*'|[\d.]+", "?", answer(row))
 
 
-def leaks(splits: dict[str, list[rows.Row]]) -> dict[str, float]:
+def leaks(splits: dict[str, list[corpus.Row]]) -> dict[str, float]:
     """Shares of test rows with their answer, or with a near-duplicate, in training."""
     train, test = splits["train"], splits["test"]
     seen, queries = {answer(row) for row in train}, {query(row) for row in train}
     texts = [" ".join(message["content"] for message in row.messages) for row in [*train, *test]]
-    near = {j for i, j, _ in similar.pairs(texts, NEAR) if i < len(train) <= j}
+    near = {j for i, j, _ in near_duplicates.pairs(texts, NEAR) if i < len(train) <= j}
     return {"same answer": sum(answer(row) in seen for row in test) / len(test),
             "same query": sum(query(row) in queries for row in test) / len(test),
             "near-duplicate": len(near) / len(test), "test rows": len(test)}
 
 
-def pretended(splits: dict[str, list[rows.Row]], count: int) -> dict[str, Any]:
+def pretended(splits: dict[str, list[corpus.Row]], count: int) -> dict[str, Any]:
     """Losses (nats a token) of base and expert on test rows, by whether the expert has seen their query."""
     base = real_base(pick_device())
     encoder = Encoder(base.tokenizer, "", 1024)

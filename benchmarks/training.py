@@ -31,7 +31,7 @@ from common import goal, interleave, machine, pick_device, ratio
 from shapes import CONFIGS, REAL_NAME
 from training_process import SYSTEMS, Job
 
-from moa.config import TrainParams
+from moa.core.config import TrainParams
 
 DEFAULT = ("floor-4", "ours-4", "ours-1", "ours-8", "trl-4", "trl-fast-4", "trainer-4", "side-4")
 OVER_TRL, OF_FLOOR, MEMORY = 2.5, 0.8, 1.3     # goals on 2 cores

@@ -18,14 +18,14 @@ import torch
 from common import pick_device
 from shapes import base_of
 
-from moa import adapters
-from moa.base import Base
-from moa.batches import collate, microbatches, row_losses
-from moa.config import TrainParams
-from moa.lora import ExpertStack, LoraSpec
-from moa.quickstart import GENERATORS
-from moa.tokens import Encoded, Encoder
-from moa.training import Learner, cotrain, data_order, learning_rate, seed_for, validation_losses
+from moa.base.encoding import Encoded, Encoder
+from moa.base.pin import Base
+from moa.core.config import TrainParams
+from moa.data.quickstart import GENERATORS
+from moa.experts import peft_format
+from moa.experts.batches import collate, microbatches, row_losses
+from moa.experts.cotraining import Learner, cotrain, data_order, learning_rate, seed_for, validation_losses
+from moa.experts.lora import ExpertStack, LoraSpec
 
 DOMAINS = ("math", "sql", "extract", "python")
 VALIDATION = 12   # rows of a domain
@@ -92,7 +92,7 @@ def ours(base: Base, job: Job, ready: Callable[[], None]) -> Taken:
     cotrain(base.model, stack, learners, job.params.batch_tokens)
     ended = clock(base)
     for learner in learners:
-        adapters.save(stack, learner.expert, Path(job.folder) / learner.name, base.pin.source)
+        peft_format.save(stack, learner.expert, Path(job.folder) / learner.name, base.pin.source)
     return Taken(ended - began, sum(learner.progress.seen_tokens for learner in learners), ended)
 
 
@@ -191,7 +191,7 @@ def score(base: Base, folder: Path, experts: Sequence[int], rows: int) -> dict[s
     stack = ExpertStack(base.model, [LoraSpec(8, 16.0)] * len(experts), TARGETS).trainable(True)
     learners = []
     for place, expert in enumerate(experts):
-        adapters.load(stack, place, folder / str(expert))
+        peft_format.load(stack, place, folder / str(expert))
         train, validation = rows_of(base, expert, rows)
         learners.append(Learner(str(expert), place, stack, train, validation, TrainParams(validation_rows=VALIDATION)))
     return validation_losses(base.model, stack, learners, TrainParams().batch_tokens)

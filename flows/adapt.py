@@ -1,4 +1,4 @@
-"""Adaptation and retraining as Prefect flows: what `moa up` serves. Their order and policy are in `flows.learning`."""
+"""Adaptation and retraining as Prefect flows: what `moa up` serves. Order and policy are in `flows.steps.learning`."""
 
 import os
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 from prefect import flow
 
-from flows import artifacts, learning, retraining
+from flows import artifacts
 from flows.build import PrefectRunner
-from moa import ledger
-from moa.config import load
-from moa.leash import end_with_parent
-from moa.workspace import Workspace
+from flows.steps import event_log, learning, retraining
+from moa.core.config import load
+from moa.core.paths import Workspace
+from moa.core.supervisor import end_with_parent
 
 if "PREFECT__FLOW_RUN_ID" in os.environ:   # a runner started this process for one flow run
     end_with_parent()                      # and when it is killed, it cannot end us
@@ -38,4 +38,4 @@ def retrain(root: str = ".", trigger: str = "the schedule", from_scratch: bool |
 def _opened(root: str) -> tuple[Workspace, PrefectRunner, int]:
     """The workspace, a runner for it, and how many lines its ledger has."""
     workspace = Workspace.find(Path(root))
-    return workspace, PrefectRunner(load(workspace.params).execution.workers), len(ledger.read(workspace))
+    return workspace, PrefectRunner(load(workspace.params).execution.workers), len(event_log.read(workspace))

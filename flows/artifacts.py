@@ -6,11 +6,14 @@ They say what the report says, for whoever looks at Prefect. Knows nothing of ho
 import sys
 from typing import Any
 
-from flows.session import Result, Session
-from moa import ledger, report, report_facts
-from moa.config import load
-from moa.project import Names
-from moa.workspace import MANIFEST, Workspace, read_json
+from flows.steps import event_log
+from flows.steps.session import Result, Session
+from moa.core.config import load
+from moa.core.files import read_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.core.project import Names
+from moa.reports import facts as report_facts
+from moa.reports import text as report
 
 REPORT, GATE, LEARNED = "report", "gate", "learned"   # ends of their keys, which begin with the project's name
 
@@ -31,9 +34,9 @@ def store(session: Session, result: Result) -> None:
 def store_run(workspace: Workspace, before: int, facts: dict[str, Any]) -> None:
     """What an adaptation or a retraining decided, by the ledger's lines after the first `before`, and what its release
     kept of the one before. Whatever goes wrong is said, and fails nothing."""
-    from moa import forgetting
+    from moa.release import forgetting
 
-    parts = [f"## {facts['state']}", _fenced(ledger.text(ledger.read(workspace)[before:]))]
+    parts = [f"## {facts['state']}", _fenced(event_log.text(event_log.read(workspace)[before:]))]
     if kept := facts.get("forgetting"):
         parts += ["## What it kept", _fenced(forgetting.text(kept))]
     try:

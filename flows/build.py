@@ -1,4 +1,4 @@
-"""The build as a Prefect flow: each stage a task, its state what happened to it. The order is in `flows.stages`.
+"""The build as a Prefect flow: each stage a task, its state what happened. `flows.steps.stage_order` has the order.
 
 Prefect's task cache stays off: DVC alone knows what is fresh, and such a stage ends in a state named `Cached`.
 """
@@ -13,12 +13,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled, Completed, Crashed
 
 from flows import artifacts
-from flows.runner import Call, Outcome, attempt
-from flows.session import Options, opened
-from flows.stages import build as build_stages
-from moa.errors import PipelineError
-from moa.leash import stop_all
-from moa.workspace import Workspace
+from flows.steps.runner import Call, Outcome, attempt
+from flows.steps.session import Options, opened
+from flows.steps.stage_order import build as build_stages
+from moa.core.errors import PipelineError
+from moa.core.paths import Workspace
+from moa.core.supervisor import stop_all
 
 
 class PrefectRunner:

@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moa import ledger
-from moa.commands import environment
-from moa.config import load
-from moa.quickstart import write
-from moa.workspace import Workspace, write_whole
+from flows.steps import event_log
+from moa.core.config import load
+from moa.core.files import write_atomic
+from moa.core.paths import Workspace
+from moa.core.subprocesses import environment
+from moa.data.quickstart import write
 
 NAME = "calendar"
 PATIENCE = 3600.0   # seconds until we stop believing
@@ -33,7 +34,7 @@ def main() -> int:
     up = subprocess.Popen([sys.executable, "-m", "moa", "up", "--no-ui"], cwd=workspace.root, env=environment())
     try:
         wait(lambda: up.poll() is None and workspace.up.exists(), up)
-        last = len(ledger.read(workspace))
+        last = len(event_log.read(workspace))
         began = time.monotonic()
         arrive(workspace, rows)
         print(f"\ndata/incoming/{NAME}/rows.jsonl has arrived{' again' if known else ''}.\n", flush=True)
@@ -47,7 +48,7 @@ def main() -> int:
 
 
 def arrive(workspace: Workspace, rows: bytes) -> None:
-    write_whole(workspace.incoming / NAME / "rows.jsonl", rows)
+    write_atomic(workspace.incoming / NAME / "rows.jsonl", rows)
 
 
 def ask(workspace: Workspace, question: str) -> str:
@@ -72,10 +73,10 @@ def follow(workspace: Workspace, last: int, up: "subprocess.Popen[bytes]") -> No
     """Print the ledger's lines as they come, to the end of the run."""
     def ended() -> bool:
         nonlocal last
-        for entry in ledger.read(workspace):
+        for entry in event_log.read(workspace):
             if entry["n"] > last:
                 last = entry["n"]
-                print(ledger.text([entry]), flush=True)
+                print(event_log.text([entry]), flush=True)
                 if entry["kind"] in ("finished", "failed"):
                     return True
         return False

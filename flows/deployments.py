@@ -13,9 +13,9 @@ from prefect.flows import EntrypointType, Flow
 from flows.adapt import adapt, retrain
 from flows.drift import drift
 from flows.sensor import ARRIVED, related
-from moa.config import Config, DriftParams, RetrainParams
-from moa.project import Names, deployment, former_deployments
-from moa.workspace import Workspace
+from moa.core.config import Config, DriftParams, RetrainParams
+from moa.core.paths import Workspace
+from moa.core.project import Names, deployment, former_deployments
 
 TAGS = ["moa"]
 

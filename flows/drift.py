@@ -10,13 +10,14 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
 
-from moa import config, ledger
-from moa import drift as looking
-from moa.commands import printed
-from moa.errors import PipelineError
-from moa.project import Names
-from moa.registry import Registry
-from moa.workspace import Workspace
+from flows.steps import event_log
+from moa.core import config
+from moa.core.errors import PipelineError
+from moa.core.paths import Workspace
+from moa.core.project import Names
+from moa.core.subprocesses import printed
+from moa.release.registry import Registry
+from moa.serving import drift as looking
 
 ARTIFACT = "drift"   # end of its key, which begins with the project's name
 
@@ -45,11 +46,11 @@ def check(workspace: Workspace) -> dict[str, Any]:
 def note(workspace: Workspace, report: dict[str, Any]) -> dict[str, Any] | None:
     """A line in the ledger where the check says something else than the last one did: what was added, or None."""
     facts = looking.facts(report)
-    last = ledger.read(workspace, last=1, kinds=["drift"])
+    last = event_log.read(workspace, last=1, kinds=["drift"])
     told = {name: facts[name] for name in looking.NEWS}
     if last and told == {name: last[0].get(name) for name in looking.NEWS}:
         return None
-    return ledger.append(workspace, "drift", **facts)
+    return event_log.append(workspace, "drift", **facts)
 
 
 def announce(report: dict[str, Any], names: Names) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flows.runner import LocalRunner
-from flows.session import Options, Result, configuration, opened
-from flows.stages import build as build_stages
-from moa.config import load
-from moa.errors import PipelineError
-from moa.leash import stop_all
-from moa.workspace import Workspace
+from flows.steps.runner import LocalRunner
+from flows.steps.session import Options, Result, configuration, opened
+from flows.steps.stage_order import build as build_stages
+from moa.core.config import load
+from moa.core.errors import PipelineError
+from moa.core.paths import Workspace
+from moa.core.supervisor import stop_all
 
 
 def run(workspace: Workspace, options: Options, *, local: bool = False, verbose: bool = False) -> Result:
@@ -26,10 +26,11 @@ def run(workspace: Workspace, options: Options, *, local: bool = False, verbose:
 
 
 def _under_prefect(workspace: Workspace, options: Options, verbose: bool) -> Result:
-    from flows import server
+    from flows import prefect_server
 
     # The session looks at the pipeline while the server starts.
-    with server.running(workspace, verbose=verbose) as prefect, opened(workspace, options, verbose=verbose) as session:
+    with (prefect_server.running(workspace, verbose=verbose) as prefect,
+          opened(workspace, options, verbose=verbose) as session):
         prefect.ready()
         from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -52,7 +53,8 @@ def _under_prefect(workspace: Workspace, options: Options, verbose: bool) -> Res
 def learn(workspace: Workspace, what: str, *, local: bool = False, verbose: bool = False,
           **how: Any) -> dict[str, Any]:
     """One adaptation or retraining (`what`: adapt, retrain) from a command line; `how` goes to it."""
-    from flows import learning, retraining, server
+    from flows import prefect_server
+    from flows.steps import learning, retraining
 
     workers = load(workspace.params).execution.workers
     with terminated_as_interrupted():
@@ -60,7 +62,7 @@ def learn(workspace: Workspace, what: str, *, local: bool = False, verbose: bool
             work: Any = learning.adapt if what == "adapt" else retraining.retrain
             found: dict[str, Any] = work(workspace, LocalRunner(workers), "a person", verbose=verbose, **how)
             return found
-        with server.running(workspace, verbose=verbose) as prefect:
+        with prefect_server.running(workspace, verbose=verbose) as prefect:
             prefect.ready()
             from flows import adapt
 

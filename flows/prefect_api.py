@@ -11,8 +11,9 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from flows.prefect_settings import setting
-from moa import loopback
-from moa.workspace import Workspace, read_json
+from moa.core import loopback
+from moa.core.files import read_json
+from moa.core.paths import Workspace
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,16 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from flows import prefect_api
-from flows.attempt import Attempt
-from flows.learning import pending
-from moa import incoming, ledger
-from moa.config import Config, load
-from moa.errors import in_words
-from moa.names import printable
-from moa.owner import Owner
-from moa.project import Names, owner
-from moa.workspace import Workspace
+from flows.steps import event_log
+from flows.steps.attempt import Attempt
+from flows.steps.learning import pending
+from moa.core.config import Config, load
+from moa.core.errors import in_words
+from moa.core.names import printable
+from moa.core.paths import Workspace
+from moa.core.project import Names, owner
+from moa.workspace import incoming
+from moa.workspace.lock import Owner
 
 ARRIVED = "moa.data.arrived"
 AGAIN = 45.0              # seconds between two nudges for the same thing: a run needs some of them to begin
@@ -103,7 +104,7 @@ class Sensor:
 def _not_before(workspace: Workspace) -> float:
     """When a run may be asked for again after those that failed, in seconds since 1970."""
     failed: list[dict[str, Any]] = []
-    for entry in reversed(ledger.read(workspace, last=50, kinds=["failed", "finished"])):
+    for entry in reversed(event_log.read(workspace, last=50, kinds=["failed", "finished"])):
         if entry["kind"] == "finished":
             break
         failed.append(entry)

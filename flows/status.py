@@ -6,21 +6,22 @@ from datetime import datetime
 from typing import Any
 
 from flows import prefect_api
-from flows.attempt import Attempt
-from flows.learning import pending
-from moa import ledger
-from moa.config import Config
-from moa.names import printable
-from moa.owner import Owner
-from moa.project import deployment
-from moa.workspace import Workspace, read_json
+from flows.steps import event_log
+from flows.steps.attempt import Attempt
+from flows.steps.learning import pending
+from moa.core.config import Config
+from moa.core.files import read_json
+from moa.core.names import printable
+from moa.core.paths import Workspace
+from moa.core.project import deployment
+from moa.workspace.lock import Owner
 
 LAST = 5   # lines of the ledger
 
 
 def status(workspace: Workspace, config: Config) -> dict[str, Any]:
-    from moa.pipeline import Pipeline
-    from moa.registry import Registry
+    from moa.release.registry import Registry
+    from moa.workspace.pipeline import Pipeline
 
     snapshot, champion = Pipeline(workspace).snapshot(), Registry(workspace, config).champion()
     owner, found, interrupted = Owner.of(workspace), pending(workspace, config), Attempt.load(workspace)
@@ -37,7 +38,7 @@ def status(workspace: Workspace, config: Config) -> dict[str, Any]:
                         for each in found.arrivals],
             "due": {"run": found.due.run, "reason": found.due.reason, "wait": found.due.wait},
             "scheduled": _scheduled(api, workspace, config) if api and answering else [],
-            "ledger": ledger.read(workspace, last=LAST)}
+            "ledger": event_log.read(workspace, last=LAST)}
 
 
 def _up(workspace: Workspace) -> dict[str, Any] | None:
@@ -106,7 +107,7 @@ def text(facts: dict[str, Any]) -> str:
     lines += [(f"next {each['flow']}", _near(each["at"])) for each in facts["scheduled"]]
     width = max(len(key) for key, _ in lines)
     shown = [f"{key:<{width}}  {value}" for key, value in lines]
-    return "\n".join([*shown, *(["", ledger.text(facts["ledger"])] if facts["ledger"] else [])])
+    return "\n".join([*shown, *(["", event_log.text(facts["ledger"])] if facts["ledger"] else [])])
 
 
 def _so_far(up: dict[str, Any], name: str) -> str:

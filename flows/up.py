@@ -16,15 +16,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from flows import server
-from flows.keeping import CALM, PAUSES, Command, Keeper, State
+from flows import prefect_server
+from flows.keep_alive import CALM, PAUSES, Command, Keeper, State
 from flows.launch import terminated_as_interrupted
 from flows.sensor import Sensor, nudge
-from moa import ledger, tracking
-from moa.config import load
-from moa.errors import NothingReleased, PipelineError, in_words
-from moa.leash import stop_all
-from moa.workspace import Workspace, write_private
+from flows.steps import event_log
+from moa.core.config import load
+from moa.core.errors import NothingReleased, PipelineError, in_words
+from moa.core.files import write_private
+from moa.core.paths import Workspace
+from moa.core.supervisor import stop_all
+from moa.release import mlflow_client
 
 Say = Callable[[str], None]
 MOST_ENDS = 5   # of the Prefect server in a row, before `moa up` ends: whoever started it may do better
@@ -52,7 +54,7 @@ def up(workspace: Workspace, also: Also, say: Say = _print, *, verbose: bool = F
     config = load(workspace.params)
     os.environ["PREFECT_RUNNER_POLL_FREQUENCY"] = os.environ.get("PREFECT_RUNNER_POLL_FREQUENCY", "2")
     with _alone(workspace), contextlib.ExitStack() as stack:
-        prefect = stack.enter_context(server.running(workspace, verbose=verbose, ui=also.ui))
+        prefect = stack.enter_context(prefect_server.running(workspace, verbose=verbose, ui=also.ui))
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
         facts = {"pid": os.getpid(), "api": prefect.ready(), "since": _now()}
         if prefect.own:
@@ -74,8 +76,8 @@ def up(workspace: Workspace, also: Also, say: Say = _print, *, verbose: bool = F
             facts[name] = f"http://127.0.0.1:{port}"
             say(f"{name:<9} {facts[name]}")
         keeper.keep(_Watch(Sensor(workspace, lambda names: nudge(workspace, names, prefect.api))))
-        ledger.append(workspace, "up", pid=os.getpid(), url=prefect.url)
-        stack.callback(ledger.append, workspace, "down", pid=os.getpid())
+        event_log.append(workspace, "up", pid=os.getpid(), url=prefect.url)
+        stack.callback(event_log.append, workspace, "down", pid=os.getpid())
         keeper.start()
         say(f"Watching  {workspace.relative(workspace.incoming)}/NAME/   "
             f"(retraining: {config.retrain.cron or 'by hand'}; drift: {config.drift.cron or 'by hand'})")
@@ -88,7 +90,7 @@ def up(workspace: Workspace, also: Also, say: Say = _print, *, verbose: bool = F
 
 
 @contextlib.contextmanager
-def _password(workspace: Workspace, prefect: server.Server) -> Iterator[str]:
+def _password(workspace: Workspace, prefect: prefect_server.Server) -> Iterator[str]:
     """Keep our own server's password where the owner and `moa ingest` find it; yields what is said of it.
 
     Only the file's name is printed: what `moa up` prints may end in a log that other people read.
@@ -106,7 +108,7 @@ def _password(workspace: Workspace, prefect: server.Server) -> Iterator[str]:
         path.unlink(missing_ok=True)
 
 
-def _serve(workspace: Workspace, config: Any, prefect: server.Server, keeper: Keeper) -> None:
+def _serve(workspace: Workspace, config: Any, prefect: prefect_server.Server, keeper: Keeper) -> None:
     """Serve the flows until a signal. Prefect ends the runs that are under way, and their steps end with them.
 
     Prefect's runner ends by itself when its server does not answer for some seconds: it begins again when it does.
@@ -142,7 +144,7 @@ class _Prefect:
 
     name = "prefect"
 
-    def __init__(self, prefect: server.Server) -> None:
+    def __init__(self, prefect: prefect_server.Server) -> None:
         self.prefect = prefect
         self._answered = True   # it was ready before
 
@@ -190,11 +192,11 @@ class _Watch:
 def _others(workspace: Workspace, also: Also) -> Iterator[tuple[str, int, list[str], dict[str, str]]]:
     """Name, port, command and environment of what else is asked for."""
     if also.mlflow is not None:
-        port = also.mlflow or server.free_port()
-        if found := tracking.pages(workspace, port):
+        port = also.mlflow or prefect_server.free_port()
+        if found := mlflow_client.pages(workspace, port):
             yield "mlflow", port, *found
     if also.serve is not None:
-        port = also.serve or server.free_port()
+        port = also.serve or prefect_server.free_port()
         yield "serve", port, [sys.executable, "-m", "moa", "serve", "--port", str(port)], {}
 
 

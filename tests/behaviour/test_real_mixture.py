@@ -7,11 +7,15 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from moa import base, config, corpus, experts, quickstart, rows
-from moa.assemble import assemble
-from moa.config import Config
-from moa.mixture import BASE, Mixture
-from moa.workspace import MANIFEST, Workspace, read_json
+from moa.base import pin
+from moa.core import config
+from moa.core.config import Config
+from moa.core.files import read_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.data import corpus, prepare, quickstart
+from moa.experts import train
+from moa.mixture.assemble import assemble
+from moa.mixture.mixture import BASE, Mixture
 
 pytestmark = pytest.mark.real
 DOMAINS = {"extract": "json_equal", "math": "final_number"}
@@ -46,8 +50,8 @@ def built(real_base: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tup
     settings = config.load(workspace.params)
     for domain in DOMAINS:
         quickstart.write(domain, workspace.raw(domain), rows=50)
-        corpus.prepare(workspace, settings, domain)
-    experts.train(workspace, settings, list(DOMAINS))
+        prepare.prepare(workspace, settings, domain)
+    train.train(workspace, settings, list(DOMAINS))
     assemble(workspace, settings)
     return workspace, settings
 
@@ -55,12 +59,12 @@ def built(real_base: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tup
 @pytest.fixture(scope="module")
 def mixture(built: tuple[Workspace, Config]) -> Mixture:
     """In float32, where equality can be asked for."""
-    exact = base.Device("cpu", "float32", "sums that can be compared")
-    return Mixture.load(built[0].mixture, base.load(built[0], built[1].base, exact))
+    exact = pin.Device("cpu", "float32", "sums that can be compared")
+    return Mixture.load(built[0].mixture, pin.load(built[0], built[1].base, exact))
 
 
 def test_routing_goes_by_content(built: tuple[Workspace, Config], mixture: Mixture) -> None:
-    held_out = [(domain, row) for domain in DOMAINS for row in rows.read(built[0].corpus(domain), "test")[:5]]
+    held_out = [(domain, row) for domain in DOMAINS for row in corpus.read(built[0].corpus(domain), "test")[:5]]
     assert len(held_out) == 10
     decisions = mixture.route([row.prompt for _, row in held_out])
     assert [decision.domain for decision in decisions] == [domain for domain, _ in held_out]
@@ -69,7 +73,7 @@ def test_routing_goes_by_content(built: tuple[Workspace, Config], mixture: Mixtu
 
 def test_two_steps_help(built: tuple[Workspace, Config], mixture: Mixture) -> None:
     for domain in DOMAINS:
-        content = [row.messages for row in rows.read(built[0].corpus(domain), "validation")[:2]]
+        content = [row.messages for row in corpus.read(built[0].corpus(domain), "validation")[:2]]
         forced, alone = (_mean(mixture.losses(content, [answerer] * 2)) for answerer in (domain, BASE))
         assert forced < alone
         # What training noted is the same quantity, in the dtype that it ran in.
@@ -82,7 +86,7 @@ def _mean(losses: list[tuple[float, int]]) -> float:
 
 def test_a_mixed_batch_answers_as_one_by_one(built: tuple[Workspace, Config], mixture: Mixture) -> None:
     asked = [(row.prompt, domain) for content, domain in zip([*DOMAINS] * 3, [*DOMAINS, BASE] * 2, strict=True)
-             for row in rows.read(built[0].corpus(content), "test")[:1]]
+             for row in corpus.read(built[0].corpus(content), "test")[:1]]
     together = mixture.generate(*map(list, zip(*asked, strict=True)), max_new_tokens=24)
     assert together == [mixture.chat(prompt, domain, max_new_tokens=24) for prompt, domain in asked]
     assert len({one.answer for one in together}) > 3
@@ -93,15 +97,15 @@ def test_peft_agrees_and_the_base_is_unchanged(built: tuple[Workspace, Config], 
     from peft import PeftModel
 
     workspace, settings = built
-    encoded = {domain: torch.tensor([mixture.encoder.row(rows.read(workspace.corpus(domain), "test")[0].messages).ids])
-               for domain in DOMAINS}
+    first = {domain: corpus.read(workspace.corpus(domain), "test")[0] for domain in DOMAINS}
+    encoded = {domain: torch.tensor([mixture.encoder.row(row.messages).ids]) for domain, row in first.items()}
     ours = {}
     with torch.inference_mode():
         for domain, ids in encoded.items():
             mixture.stack.select(torch.tensor([mixture.expert_of(domain)]))
             ours[domain] = mixture.base.model(ids).logits
     mixture.stack.select(None)
-    plain = base.load(workspace, settings.base, mixture.base.device)   # verified against the manifest's digests
+    plain = pin.load(workspace, settings.base, mixture.base.device)   # verified against the manifest's digests
     weights = dict(plain.model.named_parameters())
     for name, parameter in mixture.base.model.named_parameters():
         if ".a_ERI" not in name and ".b_EOR" not in name:
@@ -115,5 +119,5 @@ def test_peft_agrees_and_the_base_is_unchanged(built: tuple[Workspace, Config], 
 
 def test_no_row_is_on_two_sides(built: tuple[Workspace, Config]) -> None:
     for domain in DOMAINS:
-        sides = [{row.id for row in rows.read(built[0].corpus(domain), split)} for split in rows.SPLITS]
+        sides = [{row.id for row in corpus.read(built[0].corpus(domain), split)} for split in corpus.SPLITS]
         assert not sides[0] & sides[1] | sides[0] & sides[2] | sides[1] & sides[2]

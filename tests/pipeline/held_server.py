@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moa import cli, serve_connections, serving
-from moa.batching import Job
+from moa.cli import main
+from moa.serving import active_release, connections
+from moa.serving.batcher import Job
 
 HOLD = Path(os.environ["MOA_TEST_HOLD"])
 BEGUN = HOLD.with_name(f"{HOLD.name}.begun")
@@ -34,7 +35,7 @@ def held(work: Work) -> Work:
     return wait
 
 
-serving.answer, serving.decide = held(serving.answer), held(serving.decide)
-serve_connections.Bounds = partial(   # type: ignore[misc, assignment]
-    serve_connections.Bounds, **json.loads(os.environ.get("MOA_TEST_BOUNDS", "{}")))
-cli.main()
+active_release.answer, active_release.decide = held(active_release.answer), held(active_release.decide)
+connections.Bounds = partial(   # type: ignore[misc, assignment]
+    connections.Bounds, **json.loads(os.environ.get("MOA_TEST_BOUNDS", "{}")))
+main.main()

@@ -16,8 +16,10 @@ import pytest
 import tiny
 from ruamel.yaml import YAML
 
-from moa import digests, ledger
-from moa.workspace import MANIFEST, Workspace, read_json
+from flows.steps import event_log
+from moa.core import digests
+from moa.core.files import read_json
+from moa.core.paths import MANIFEST, Workspace
 from tests.waiting import Gate, until
 
 ROWS = 150
@@ -74,7 +76,7 @@ def champion(workspace: Workspace) -> int:
 
 
 def kinds(workspace: Workspace, since: int = 0) -> list[str]:
-    return [entry["kind"] for entry in ledger.read(workspace) if entry["n"] > since]
+    return [entry["kind"] for entry in event_log.read(workspace) if entry["n"] > since]
 
 
 def experts(workspace: Workspace) -> dict[str, str]:
@@ -141,15 +143,15 @@ def test_a_new_domain(workspace: Workspace, learned: Learned) -> None:
     assert kinds(workspace) == ["started", "arrived", "start-chosen", "trained", "gate", "released", "forgetting",
                                 "finished"]
     assert set(done["forgetting"]["golden"]) == {"alpha", "beta"} and done["forgetting"]["equal"]
-    chosen = ledger.read(workspace, kinds=["start-chosen"])[-1]
+    chosen = event_log.read(workspace, kinds=["start-chosen"])[-1]
     assert {each["parent"] for each in chosen["table"]} == {None, "alpha", "beta"}
     assert not waiting(workspace) and fresh(workspace)
     assert YAML(typ="safe").load(workspace.params)["domains"].keys() == {"alpha", "beta", "gamma"}
-    assert ledger.read(workspace, kinds=["trained"])[-1]["domains"] == ["gamma"]
+    assert event_log.read(workspace, kinds=["trained"])[-1]["domains"] == ["gamma"]
 
 
 def test_the_same_file_again(workspace: Workspace) -> None:
-    before, last = experts(workspace), len(ledger.read(workspace))
+    before, last = experts(workspace), len(event_log.read(workspace))
     drop(workspace, "gamma", rows("gamma", range(ROWS)), "again.jsonl")
     assert adapt(workspace)["state"] == "skipped"
     assert not waiting(workspace) and experts(workspace) == before and champion(workspace) == 2 and fresh(workspace)
@@ -171,14 +173,14 @@ def test_new_rows_continue_the_expert(workspace: Workspace) -> None:
 
 
 def test_unusable_files_are_set_aside(workspace: Workspace) -> None:
-    last, version = len(ledger.read(workspace)), champion(workspace)
+    last, version = len(event_log.read(workspace)), champion(workspace)
     folder = workspace.root / "data" / "incoming"
     (folder / "delta").mkdir(parents=True, exist_ok=True)
     (folder / "delta" / "notes.txt").write_text("hello")
     (folder / "delta" / "broken.jsonl").write_text("{\n")
     assert adapt(workspace)["state"] == "skipped"
     assert not waiting(workspace) and champion(workspace) == version
-    rejected = [entry for entry in ledger.read(workspace, kinds=["rejected"]) if entry["n"] > last]
+    rejected = [entry for entry in event_log.read(workspace, kinds=["rejected"]) if entry["n"] > last]
     assert {entry["file"] for entry in rejected} == {"notes.txt", "broken.jsonl"}
     aside = folder / ".rejected" / "delta"
     assert (aside / "notes.txt").read_text() == "hello"
@@ -206,7 +208,7 @@ def test_poison_is_refused_and_undone(workspace: Workspace) -> None:
     aside = workspace.root / "data" / "incoming" / ".rejected" / "beta"
     reason, = [read_json(path)["reason"] for path in aside.glob("poison*.reason.json")]
     assert reason.startswith("the gate refused it: ") and "beta" in reason
-    assert ledger.read(workspace, kinds=["undone"])[-1]["domains"] == ["beta"]
+    assert event_log.read(workspace, kinds=["undone"])[-1]["domains"] == ["beta"]
 
 
 # Whatever ends a run, the next one ends what it began.
@@ -218,7 +220,7 @@ def kill_when(process: subprocess.Popen[str], seen: Callable[[], object]) -> Non
 
 
 def after(workspace: Workspace, last: int, kind: str) -> Callable[[], bool]:
-    return lambda: any(entry["n"] > last and entry["kind"] == kind for entry in ledger.read(workspace))
+    return lambda: any(entry["n"] > last and entry["kind"] == kind for entry in event_log.read(workspace))
 
 
 STEPS = ["ingest", "commit of rows", "choice of the start", "training", "commit of the expert", "assembling",
@@ -228,7 +230,7 @@ STEPS = ["ingest", "commit of rows", "choice of the start", "training", "commit 
 def test_killed_at_every_step(workspace: Workspace, tmp_path: Path) -> None:
     """kill -9 again and again during one adaptation, each time a step further; the last one ends it. Every second step,
     or every one with MOA_EVERY_STEP=1."""
-    version, last = champion(workspace), len(ledger.read(workspace))
+    version, last = champion(workspace), len(event_log.read(workspace))
     drop(workspace, "onyx", rows("onyx", range(ROWS)))
     raw = workspace.raw("onyx")
     shutil.rmtree(workspace.logs)   # so that a log which is there is of a step that has begun
@@ -237,7 +239,7 @@ def test_killed_at_every_step(workspace: Workspace, tmp_path: Path) -> None:
         return lambda: any(workspace.logs.glob(name))
 
     # The first is held there. What is seen of the others stays: a look that comes late kills later, which must do, too.
-    gate = Gate(tmp_path, "moa.versions:Versions.add")
+    gate = Gate(tmp_path, "moa.workspace.data_versions:Versions.add")
     moments: dict[str, Callable[[], object]] = {
         "ingest": gate.reached,
         "commit of rows": lambda: workspace.tracked("onyx").exists() or any(raw.glob("*")),
@@ -273,13 +275,13 @@ def test_one_misfortune_after_the_other(workspace: Workspace) -> None:
     assert champion(workspace) == version
     assert digests.of_files(sorted(raw.iterdir()), raw) == before
 
-    last = len(ledger.read(workspace))
+    last = len(event_log.read(workspace))
     said = moa(workspace, "adapt", "--local", status=1, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
-    assert "MLflow" in said and ledger.read(workspace, kinds=["failed"])[-1]["n"] > last
+    assert "MLflow" in said and event_log.read(workspace, kinds=["failed"])[-1]["n"] > last
     assert kinds(workspace, last).count("trained") == 1
     assert champion(workspace) == version and workspace.attempt.exists() and not waiting(workspace)
 
-    last = len(ledger.read(workspace))
+    last = len(event_log.read(workspace))
     both = [start(workspace, "adapt", "--local", "--json") for _ in range(2)]
     done = [json.loads(process.communicate()[0]) for process in both]
     assert [process.returncode for process in both] == [0, 0]
@@ -299,13 +301,13 @@ def test_retraining(workspace: Workspace, tmp_path: Path) -> None:
     before, version = experts(workspace), champion(workspace)
     continued = read_json(workspace.root / "data" / "starts.json")
     assert "alpha" in continued
-    gate = Gate(tmp_path, "moa.experts:Checkpoint.save_now_and_then")
+    gate = Gate(tmp_path, "moa.experts.train:Checkpoint.save_now_and_then")
     process = start(workspace, "retrain", "--from-scratch", "--local", "--json", **gate.environment)
     kill_when(process, gate.reached)
     assert not (workspace.root / "data" / "starts.json").exists()
     assert adapt(workspace)["state"] == "skipped"   # whoever comes next puts back what was forgotten
     assert read_json(workspace.root / "data" / "starts.json") == continued and experts(workspace) == before
-    assert ledger.read(workspace, kinds=["undone"])[-1]["reason"] == "the training from scratch was interrupted"
+    assert event_log.read(workspace, kinds=["undone"])[-1]["reason"] == "the training from scratch was interrupted"
     process = start(workspace, "retrain", "--from-scratch", "--local", "--json")
     done = json.loads(process.communicate()[0])
     assert process.returncode == (done["state"] == "refused")

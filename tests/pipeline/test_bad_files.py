@@ -17,15 +17,16 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.runner import LocalRunner
-from flows.work import at_work, failures_told, nothing
-from moa import domains, incoming, ledger
-from moa.config import Domain
-from moa.conversation import conversation
-from moa.errors import DataError
-from moa.init import init
-from moa.reading import Rejected, read_file
-from moa.workspace import Workspace
+from flows.steps import event_log
+from flows.steps.run_context import at_work, failures_told, nothing
+from flows.steps.runner import LocalRunner
+from moa.core.config import Domain
+from moa.core.errors import DataError
+from moa.core.paths import Workspace
+from moa.data.conversations import conversation
+from moa.data.readers import Rejected, read_file
+from moa.workspace import domains, incoming
+from moa.workspace.init import init
 
 ROW = {"instruction": "Ask?", "output": "Say."}
 DEEP = 900   # within what Python's JSON reads, beyond what code that walks a value recursively can take
@@ -118,7 +119,7 @@ def test_bad_files_are_put_aside_and_good_rows_are_taken_in(workspace: Workspace
     assert incoming.waiting(workspace) == []
     assert sorted(path.read_text() for path in workspace.raw("tax").iterdir()) == sorted([jsonl(0, 40), jsonl(1000, 3)])
     for domain in ("tax", "law"):
-        told = {each["file"]: each["reason"] for each in ledger.read(workspace, kinds=["rejected"])
+        told = {each["file"]: each["reason"] for each in event_log.read(workspace, kinds=["rejected"])
                 if each["domain"] == domain}
         assert told.keys() == BAD.keys()
         for name, (_, reason) in BAD.items():
@@ -170,7 +171,7 @@ def test_a_failure_that_is_no_error_of_ours_is_told(workspace: Workspace) -> Non
     with (pytest.raises(KeyError), at_work(workspace, LocalRunner(1), False, nothing, wait=0.0) as work,
           failures_told(work, "adaptation", time.monotonic())):
         raise KeyError("Mars/Olympus")
-    told, = ledger.read(workspace, kinds=["failed"])
+    told, = event_log.read(workspace, kinds=["failed"])
     assert told["reason"] == "KeyError: 'Mars/Olympus'"
 
 

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import toy
 
-from flows import server
+from flows import prefect_server
 from flows.launch import run
 from flows.prefect_api import Api
-from flows.session import Options
-from moa.workspace import Workspace
+from flows.steps.session import Options
+from moa.core.paths import Workspace
 
 EVERYTHING = {"base", "prepare@math", "prepare@sql", "train@math", "train@sql", "assemble", "evaluate"}
 
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    monkeypatch.setattr("moa.experts.finished", toy.finished)
-    monkeypatch.setattr("flows.session._release_hooks", lambda *_: [("register", lambda: {"version": 1})])
+    monkeypatch.setattr("moa.experts.train.finished", toy.finished)
+    monkeypatch.setattr("flows.steps.session._release_hooks", lambda *_: [("register", lambda: {"version": 1})])
     return toy.make(tmp_path / "w")
 
 
@@ -30,7 +30,7 @@ def last_run(url: str) -> tuple[str, dict[str, str]]:
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
     from prefect.client.schemas.sorting import FlowRunSort
 
-    server.Server(Api(url)).settle()
+    prefect_server.Server(Api(url)).settle()
     with get_client(sync_client=True) as client:
         newest = client.read_flow_runs(limit=1, sort=FlowRunSort.START_TIME_DESC)[0]
         tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[newest.id])))
@@ -62,7 +62,7 @@ def test_states(prefect_url: str, workspace: Workspace) -> None:
     assert result.release == {"version": 1} and not toy.runs(workspace)
 
 
-# What a release leaves, as flows.release says it, with a metric that could not tell.
+# What a release leaves, as flows.steps.release says it, with a metric that could not tell.
 COMPARED = {"verdict": "pass", "reason": "loss -0.3 nats", "rows": 53, "unmatched": 0, "point": -0.3,
             "interval": [-0.4, -0.2], "improved": True}
 UNKNOWN = {"verdict": "not enough data", "reason": "6 answers to compare, 20 are needed", "rows": 6, "unmatched": 0,
@@ -92,7 +92,7 @@ def artifacts_of_the_last_run() -> dict[str, Any]:
 
 def test_a_build_leaves_its_report_and_the_gates_verdicts(prefect_url: str, workspace: Workspace,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.session._release_hooks", lambda *_: [("promote", lambda: RELEASE)])
+    monkeypatch.setattr("flows.steps.session._release_hooks", lambda *_: [("promote", lambda: RELEASE)])
     steps = workspace.root / "steps.py"
     steps.write_text(steps.read_text().replace(
         'read(data / "mixture"))})', 'read(data / "mixture"))})\n        '

@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import tiny
 
-from moa import base, config, digests, lookalike, quality_page, whereabouts
-from moa.check import check
-from moa.errors import UsageError
-from moa.lineage import dvc_outputs
-from moa.registry import Registry
-from moa.versions import Versions
-from moa.workspace import MANIFEST, Workspace, read_json, write_json
+from moa.base import pin
+from moa.core import config, digests
+from moa.core.errors import UsageError
+from moa.core.files import read_json, write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.data import overlap
+from moa.release.lineage import dvc_outputs
+from moa.release.registry import Registry
+from moa.reports import quality, row_lookup
+from moa.workspace.data_versions import Versions
+from moa.workspace.domain_check import check
 
 BASE = {"digest": "b" * 64, "weights": "w", "tokenizer": "t", "template": "c", "source": "path:toy"}
 SECRET = "Write to ada@mail.example about the harbour, the lighthouse and every ship that ever came in."
@@ -85,7 +89,7 @@ def copied(workspace: Workspace, folder: Path) -> Workspace:
 
 
 def which(workspace: Workspace, words: str) -> dict[str, Any]:
-    return whereabouts.which(workspace, config.load(workspace.params), words)
+    return row_lookup.which(workspace, config.load(workspace.params), words)
 
 
 def test_before_anything_is_prepared_a_row_is_found_in_its_file(unprepared: Workspace) -> None:
@@ -123,7 +127,7 @@ def test_check_finds_what_two_domains_share(unprepared: Workspace) -> None:
     ran: list[str] = []
     report = check(workspace, config.load(workspace.params), "alpha", ran.append)
     assert ran == []
-    assert "! 6 rows stand in beta too, word for word" in quality_page.text(report)
+    assert "! 6 rows stand in beta too, word for word" in quality.text(report)
     strange = report["across"]["neighbours"]
     learned = {row["id"] for row in which(workspace, "beta ")["rows"] if (row["domain"], row["split"]) == (
         "alpha", "train")}
@@ -154,7 +158,7 @@ def test_a_near_duplicate_names_the_row_that_stands_for_it(workspace: Workspace)
 def test_words_that_mean_nobody_are_refused(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="too short"):
         which(workspace, " a ")
-    monkeypatch.setattr(whereabouts, "MOST", 10)
+    monkeypatch.setattr(row_lookup, "MOST", 10)
     with pytest.raises(UsageError, match="more than 10 rows"):
         which(workspace, "alpha")
 
@@ -210,7 +214,7 @@ def test_a_deleted_row_is_still_found_in_the_releases_that_hold_it(workspace: Wo
     assert (gone["places"], gone["split"]) == ([], None)
     assert gone["why"] == "it is gone from data/raw, but releases hold it"
     assert gone["releases"] == held["releases"]
-    text = whereabouts.text(which(workspace, "the lighthouse and every ship"))
+    text = row_lookup.text(which(workspace, "the lighthouse and every ship"))
     did = {"train": "learned from it", "validation": "was validated on it", "test": "was tested on it"}
     assert f"  no longer in data/raw\n  release 1 (champion) {did[held['split']]}" in text
     still, = which(workspace, own_rows("alpha")[3]["instruction"])["rows"]
@@ -247,7 +251,7 @@ def test_the_input_embeddings_are_read_without_a_model(tmp_path: Path, architect
         (tmp_path / "tiny-base/model.safetensors").unlink(missing_ok=True)
         assert len(list((tmp_path / "tiny-base").glob("model-*.safetensors"))) > 1
     place = Workspace(tmp_path)
-    base.fetch(place, config.BaseParams(source="path:tiny-base"))
+    pin.fetch(place, config.BaseParams(source="path:tiny-base"))
     ids = np.array([0, 7, 200])
-    found = lookalike.embeddings(tmp_path / "tiny-base", ids)
+    found = overlap.embeddings(tmp_path / "tiny-base", ids)
     assert np.array_equal(found, model.get_input_embeddings().weight.detach().float().numpy()[ids])

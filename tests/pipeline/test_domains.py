@@ -16,12 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
-from moa import config, domains, inventory
-from moa.errors import DataError, UsageError
-from moa.graph import RESTORE
-from moa.init import init
-from moa.pipeline import Pipeline
-from moa.workspace import Workspace
+from moa.core import config
+from moa.core.errors import DataError, UsageError
+from moa.core.paths import Workspace
+from moa.reports import domains as inventory
+from moa.workspace import domains
+from moa.workspace.init import init
+from moa.workspace.pipeline import Pipeline
+from moa.workspace.stage_graph import RESTORE
 
 COMMIT = "0123456789" * 4
 

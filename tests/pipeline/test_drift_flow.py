@@ -15,15 +15,20 @@ from typing import Any
 import httpx
 import pytest
 
-from flows import release, server
-from moa import base, config, corpus, evidence, experts, ledger
-from moa.ask import champion, open_mixture
-from moa.assemble import assemble
-from moa.config import Config
-from moa.errors import ArtifactError, PipelineError
-from moa.evidence import Keeper, Kept
-from moa.mixture import Mixture
-from moa.workspace import Workspace
+from flows import prefect_server
+from flows.steps import event_log, release
+from moa.base import pin
+from moa.core import config
+from moa.core.config import Config
+from moa.core.errors import ArtifactError, PipelineError
+from moa.core.paths import Workspace
+from moa.data import prepare
+from moa.experts import train
+from moa.mixture.assemble import assemble
+from moa.mixture.mixture import Mixture
+from moa.release.champion import champion, open_mixture
+from moa.serving import prompt_log
+from moa.serving.prompt_log import Keeper, Kept
 from tests import tiny
 from tests.waiting import until
 
@@ -42,10 +47,10 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Released]:
             train={"rank": 2, "alpha": 4.0, "epochs": 1, "rows_per_epoch": 4, "validation_rows": 2},
             drift={"min_prompts": 40, "cluster": 10})
         loaded = config.load(workspace.params)
-        base.fetch(workspace, loaded.base)
+        pin.fetch(workspace, loaded.base)
         for domain in DOMAINS:
-            corpus.prepare(workspace, loaded, domain)
-        experts.train(workspace, loaded, DOMAINS)
+            prepare.prepare(workspace, loaded, domain)
+        train.train(workspace, loaded, DOMAINS)
         assemble(workspace, loaded)
         release.register_mixture(workspace, loaded, release.register_experts(workspace, loaded))
         release.promote(workspace, loaded, 1, "first release")
@@ -56,7 +61,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Released]:
 def workspace(released: Released) -> Workspace:
     """The same with nothing kept and nothing noted."""
     found = released[0]
-    shutil.rmtree(evidence.folder(found), ignore_errors=True)
+    shutil.rmtree(prompt_log.folder(found), ignore_errors=True)
     found.ledger.unlink(missing_ok=True)
     return found
 
@@ -90,7 +95,7 @@ STRANGE = questions("gamma", range(30))
 # The check.
 
 def test_familiar_prompts_are_stable_and_named_domains_are_left_out(workspace: Workspace, released: Released) -> None:
-    from moa.drift import check
+    from moa.serving.drift import check
 
     serve(released, FAMILIAR)
     serve(released, STRANGE, forced=True, score=None, confidence=None, abstained=False, domain="beta")
@@ -105,7 +110,7 @@ def test_familiar_prompts_are_stable_and_named_domains_are_left_out(workspace: W
 
 def test_a_missing_domain_is_found_once_it_has_enough_different_prompts(workspace: Workspace,
                                                                         released: Released) -> None:
-    from moa.drift import check, text
+    from moa.serving.drift import check, text
 
     serve(released, FAMILIAR)
     serve(released, STRANGE[:9] * 5)   # often asked, but nine questions
@@ -126,7 +131,7 @@ def test_a_missing_domain_is_found_once_it_has_enough_different_prompts(workspac
 
 def test_what_an_earlier_release_abstained_on_counts_only_as_long_as_it_is_strange(workspace: Workspace,
                                                                                    released: Released) -> None:
-    from moa.drift import check
+    from moa.serving.drift import check
 
     serve(released, [*STRANGE[:15], *FAMILIAR[:20]], release=7, digest="an earlier release", abstained=True)
     report = check(workspace, released[1])
@@ -137,7 +142,7 @@ def test_what_an_earlier_release_abstained_on_counts_only_as_long_as_it_is_stran
 
 def test_many_abstained_prompts_are_sampled_the_same_way_each_time(workspace: Workspace, released: Released,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    from moa import drift
+    from moa.serving import drift
 
     monkeypatch.setattr(drift, "SAMPLE", 20)
     serve(released, STRANGE)
@@ -148,7 +153,7 @@ def test_many_abstained_prompts_are_sampled_the_same_way_each_time(workspace: Wo
 
 def test_what_it_is_compared_with_is_computed_once_a_release(workspace: Workspace, released: Released,
                                                              tmp_path: Path) -> None:
-    from moa.drift import check
+    from moa.serving.drift import check
 
     serve(released, FAMILIAR)
     shutil.rmtree(workspace.cache / "drift", ignore_errors=True)
@@ -188,7 +193,7 @@ def serving(workspace: Workspace, *words: str) -> Iterator[str]:
 
 
 def test_a_server_keeps_what_it_was_asked(workspace: Workspace, released: Released) -> None:
-    from moa.serve import Settings
+    from moa.serving.server import Settings
 
     _, loaded, mixture = released
     assert Settings().keep == loaded.drift.keep == 0   # only where somebody asks for it
@@ -198,7 +203,7 @@ def test_a_server_keeps_what_it_was_asked(workspace: Workspace, released: Releas
             body = {"model": "moa/beta" if number == 2 else "moa", "max_tokens": 2, "stream": number == 1,
                     "messages": [{"role": "user", "content": text}]}
             assert httpx.post(f"{url}/chat/completions", json=body, timeout=None).status_code == 200
-    kept = list(evidence.read(workspace))
+    kept = list(prompt_log.read(workspace))
     assert [each.text for each in kept] == [*asked[:2], "beta: write to [EMAIL]", asked[3]]
     version = champion(workspace, loaded)[0]
     assert {(each.release, each.digest) for each in kept} == {(1, version.digest)}
@@ -217,7 +222,7 @@ def events(url: str, name: str) -> list[Any]:
     """What Prefect has of these events once there are any: they are sent, and stored, in the background."""
     from prefect.client.orchestration import get_client
 
-    server.Server(url).settle()
+    prefect_server.Server(url).settle()
     asked = {"filter": {"event": {"name": [name]}}, "limit": 50}
     with get_client(sync_client=True) as client:
         return until(lambda: list(client._client.post("/events/filter", json=asked).json()["events"]))
@@ -234,9 +239,9 @@ def test_the_flow_tells_prefect_and_the_ledger(prefect_url: str, workspace: Work
     report = drift(str(workspace.root))
     assert report is not None and report["verdict"] == "shifted" and len(report["missing"]) == 1
 
-    (line,) = ledger.read(workspace, kinds=["drift"])
+    (line,) = event_log.read(workspace, kinds=["drift"])
     assert line["verdict"] == "shifted" and line["release"] == 1 and "abstention" in line["shifted"]
-    assert "a domain may be missing: 30 prompts" in ledger.text([line])
+    assert "a domain may be missing: 30 prompts" in event_log.text([line])
     assert note(workspace, report) is None   # the same again is no news
     assert (note(workspace, report | {"missing": [], "verdict": "stable"}) or {})["n"] == line["n"] + 1
     assert (note(workspace, report) or {})["n"] == line["n"] + 2
@@ -260,6 +265,6 @@ def test_before_the_first_release_there_is_nothing_to_say(prefect_url: str, tmp_
     assert prefect_url
     empty = tiny.workspace(tmp_path / "w")
     assert drift(str(empty.root)) is None
-    assert ledger.read(empty) == []
+    assert event_log.read(empty) == []
     with pytest.raises(PipelineError, match="could not be looked at: Nothing has been released yet, so there is no"):
         check(empty)   # the command's own words

@@ -14,14 +14,23 @@ import pytest
 import tiny
 import torch
 
-from moa import admission, assemble, base, bundle, config, corpus, evaluate, experts, report_facts, report_page
-from moa import export as exporting
-from moa import plan as planning
-from moa.ask import open_mixture
-from moa.errors import ArtifactError, ConfigError, DataError, RegistryError, UsageError
-from moa.pipeline import Pipeline
-from moa.registry import Registry
-from moa.workspace import MANIFEST, Workspace, read_json, write_json
+from moa.base import pin
+from moa.core import config
+from moa.core.errors import ArtifactError, ConfigError, DataError, RegistryError, UsageError
+from moa.core.files import read_json, write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.data import prepare
+from moa.evaluation import evaluate
+from moa.experts import train
+from moa.mixture import artifact, assemble
+from moa.release import export as exporting
+from moa.release.champion import open_mixture
+from moa.release.registry import Registry
+from moa.reports import facts as report_facts
+from moa.reports import page as report_page
+from moa.workspace import import_expert
+from moa.workspace import plan as planning
+from moa.workspace.pipeline import Pipeline
 
 QUESTION = [{"role": "user", "content": "alpha: what is alpha 3 of 832?"}]
 STAGES = ["base", "prepare@alpha", "prepare@beta", "train@alpha", "train@beta", "assemble", "evaluate"]
@@ -52,10 +61,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     read = config.load(made.params)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(root)
-        base.fetch(made, read.base)
+        pin.fetch(made, read.base)
         for domain in read.domains:
-            corpus.prepare(made, read, domain)
-        experts.train(made, read, list(read.domains))
+            prepare.prepare(made, read, domain)
+        train.train(made, read, list(read.domains))
         assemble.assemble(made, read)
         evaluate.evaluate(made, read)
         pipeline = Pipeline(made)
@@ -101,10 +110,10 @@ def test_exported_experts_are_the_mixtures_in_plain_peft(workspace: Workspace, t
         entry = manifest["experts"][label]
         folder = tmp_path / "out" / entry["path"]
         assert entry["path"] == f"{label}-{entry['digest'][:12]}" and entry["rank"] == 2
-        assert bundle.expert_digest(folder) == entry["digest"] == mixture.experts[label]
+        assert artifact.expert_digest(folder) == entry["digest"] == mixture.experts[label]
         with mixture._using([number]):
             wanted = logits(mixture.base.model, ids)
-        plain = PeftModel.from_pretrained(base.load(workspace, read(workspace).base).model, folder).eval()
+        plain = PeftModel.from_pretrained(pin.load(workspace, read(workspace).base).model, folder).eval()
         torch.testing.assert_close(logits(plain, ids), wanted, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(wanted, logits(mixture.base.model, ids), atol=1e-4)   # experts do something
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -201,14 +210,14 @@ def test_an_imported_expert_is_fresh_until_what_it_is_measured_on_changes(worksp
     assert done.returncode == 0, done.stderr
     assert "rank 3, q_proj, up_proj" in done.stdout and "only its shapes could be compared" in done.stdout
     manifest = read_json(workspace.expert("beta") / MANIFEST)
-    assert manifest["source"] == "imported" and manifest["digest"] == bundle.expert_digest(workspace.expert("beta"))
+    assert manifest["source"] == "imported" and manifest["digest"] == artifact.expert_digest(workspace.expert("beta"))
     assert manifest["corpus"] == read_json(workspace.corpus("beta") / MANIFEST)["digest"]
     assert planned(workspace) == {"assemble": ("data/experts changed",)}
     shown = moa(workspace, "plan")
     assert shown.returncode == 0 and "train@beta" not in shown.stdout and "assemble" in shown.stdout
     # The steps after it take it as it is, and training finds nothing to do.
     before = (workspace.expert("beta") / "adapter_model.safetensors").read_bytes()
-    experts.train(workspace, read(workspace), ["alpha", "beta"])
+    train.train(workspace, read(workspace), ["alpha", "beta"])
     assemble.assemble(workspace, read(workspace))
     assert (workspace.expert("beta") / "adapter_model.safetensors").read_bytes() == before
     same_as_peft(workspace, outside)
@@ -220,7 +229,7 @@ def test_an_imported_expert_is_fresh_until_what_it_is_measured_on_changes(worksp
     changed = config.load(workspace.params)
     plan = planning.make(Pipeline(workspace).snapshot(), changed, planning.Statistics.read(workspace, changed))
     assert plan.imported == ("beta",) and "Imported, and replaced if it is trained here: beta." in plan.text()
-    assert not experts.finished(workspace, changed, "beta")
+    assert not train.finished(workspace, changed, "beta")
     workspace.params.write_text(text)
     rows = workspace.raw("beta") / "rows.jsonl"
     rows.write_text(rows.read_text() + json.dumps(tiny.row("beta", 77)) + "\n")
@@ -230,7 +239,7 @@ def test_an_imported_expert_is_fresh_until_what_it_is_measured_on_changes(worksp
 
 def test_dvc_brings_the_imported_expert_back_and_not_the_one_trained_before(workspace: Workspace,
                                                                             tmp_path: Path) -> None:
-    done = admission.admit(workspace, trained_elsewhere(workspace, tmp_path / "outside"), "beta")
+    done = import_expert.admit(workspace, trained_elsewhere(workspace, tmp_path / "outside"), "beta")
     shutil.rmtree(workspace.expert("beta"))
     pipeline = Pipeline(workspace)
     with pipeline.lock():
@@ -260,21 +269,21 @@ def same_as_peft(workspace: Workspace, outside: Path) -> None:
     ids = mixture.encoder.prompt(QUESTION)
     with mixture._using([mixture.labels.index("beta")]):
         answered = logits(mixture.base.model, ids)
-    plain = PeftModel.from_pretrained(base.load(workspace, read(workspace).base).model, outside).eval()
+    plain = PeftModel.from_pretrained(pin.load(workspace, read(workspace).base).model, outside).eval()
     torch.testing.assert_close(answered, logits(plain, ids), rtol=1e-4, atol=1e-5)
 
 
 def test_an_exported_expert_comes_in_by_its_bases_digest(workspace: Workspace, tmp_path: Path) -> None:
     done = exporting.export(workspace, read(workspace), tmp_path / "out", "peft")
     alpha = done["experts"]["alpha"]
-    taken = admission.admit(workspace, tmp_path / "out" / alpha["path"], "beta")
+    taken = import_expert.admit(workspace, tmp_path / "out" / alpha["path"], "beta")
     assert taken["base"]["compared_by"] == "digest" and taken["digest"] == alpha["digest"]
-    assert "Its base is this workspace's, by digest." in admission.text(taken)
+    assert "Its base is this workspace's, by digest." in import_expert.text(taken)
     manifest = read_json(tmp_path / "out" / alpha["path"] / MANIFEST)
     manifest["base"]["template"] = "0" * 64
     write_json(tmp_path / "out" / alpha["path"] / MANIFEST, manifest)
     with pytest.raises(ArtifactError, match=r"the template of this workspace's base \(path:tiny-base\) differ"):
-        admission.admit(workspace, tmp_path / "out" / alpha["path"], "beta")
+        import_expert.admit(workspace, tmp_path / "out" / alpha["path"], "beta")
 
 
 def state(workspace: Workspace) -> dict[str, bytes]:
@@ -291,7 +300,7 @@ def test_a_refused_or_broken_import_changes_nothing(workspace: Workspace, tmp_pa
     assert done.returncode == 1 and "run `moa domain add gamma FILE` first" in done.stderr
     assert "Traceback" not in done.stderr
     with pytest.raises(ConfigError, match="No domain 'gamma'"):
-        admission.admit(workspace, outside, "gamma")
+        import_expert.admit(workspace, outside, "gamma")
     with monkeypatch.context() as patched:
         def crash(*_: Any) -> None:
             (workspace.root / "dvc.lock").write_text("cut o")
@@ -299,12 +308,12 @@ def test_a_refused_or_broken_import_changes_nothing(workspace: Workspace, tmp_pa
 
         patched.setattr(Pipeline, "record", crash)
         with pytest.raises(KeyboardInterrupt):
-            admission.admit(workspace, outside, "beta")
+            import_expert.admit(workspace, outside, "beta")
     assert state(workspace) == before and not workspace.journal.exists()
     rows = workspace.raw("beta") / "rows.jsonl"
     rows.write_text(rows.read_text() + json.dumps(tiny.row("beta", 78)) + "\n")
     with pytest.raises(DataError, match="run `moa domain check beta` first, which prepares it"):
-        admission.admit(workspace, outside, "beta")
+        import_expert.admit(workspace, outside, "beta")
 
 
 # The page.

@@ -11,16 +11,21 @@ import pytest
 import tiny
 import torch
 
-from flows import release
-from moa import base, cli, config, corpus, digests, experts
-from moa.adapters import CONFIG, WEIGHTS
-from moa.assemble import assemble
-from moa.cli_shared import place
-from moa.config import Config, PromptParams
-from moa.errors import PipelineError
-from moa.evaluate import evaluate
-from moa.registry import Registry
-from moa.workspace import MANIFEST, Workspace, read_json, write_json
+from flows.steps import release
+from moa.base import pin
+from moa.cli import main
+from moa.cli.app import place
+from moa.core import config, digests
+from moa.core.config import Config, PromptParams
+from moa.core.errors import PipelineError
+from moa.core.files import read_json, write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.data import prepare
+from moa.evaluation.evaluate import evaluate
+from moa.experts import train
+from moa.experts.peft_format import CONFIG, WEIGHTS
+from moa.mixture.assemble import assemble
+from moa.release.registry import Registry
 
 DOMAINS = ("alpha", "beta")
 FIRST, NOISE, PROMPT = 1, 2, 3   # the versions
@@ -55,10 +60,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     made = tiny.workspace(tmp_path_factory.mktemp("kept"), DOMAINS, rows=60, adapt={"golden": GOLDEN},
                           evaluate={"generate_rows": 4, "max_new_tokens": 8})
     settings = config.load(made.params)
-    base.fetch(made, settings.base)
+    pin.fetch(made, settings.base)
     for domain in DOMAINS:
-        corpus.prepare(made, settings, domain)
-    experts.train(made, settings, DOMAINS)
+        prepare.prepare(made, settings, domain)
+    train.train(made, settings, DOMAINS)
     assert rebuilt(made, settings, "first") == FIRST
     spoil(made, "beta")
     assert rebuilt(made, settings, "a drill") == NOISE
@@ -75,7 +80,7 @@ def moa(workspace: Workspace, *words: str) -> tuple[int, str, str]:
         patch.setattr(place, "directory", None)
         patch.setattr(sys, "argv", ["moa", "release", "forgetting", *words])
         try:
-            cli.main()
+            main.main()
         except SystemExit as ended:
             code = int(ended.code or 0)
     return code, out.getvalue(), err.getvalue()

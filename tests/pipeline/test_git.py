@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from moa import git, lineage
-from moa.commands import environment
-from moa.commits import commit
-from moa.domains import add
-from moa.errors import PipelineError
-from moa.init import init
-from moa.workspace import Workspace
+from moa.core import git
+from moa.core.errors import PipelineError
+from moa.core.paths import Workspace
+from moa.core.subprocesses import environment
+from moa.release import lineage
+from moa.workspace.commits import commit
+from moa.workspace.domains import add
+from moa.workspace.init import init
 
 COMMITTER = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
              for what, value in (("NAME", "somebody"), ("EMAIL", "somebody@example.org"))}

@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 
-from moa import change, config, domains, incoming, ledger
-from moa.errors import ArtifactError, DataError, MoaError, UsageError
-from moa.incoming import Arrival
-from moa.init import init
-from moa.intake import Hub
-from moa.pipeline import Pipeline
-from moa.versions import Versions
-from moa.workspace import Workspace
+from flows.steps import event_log
+from moa.core import config, transaction
+from moa.core.errors import ArtifactError, DataError, MoaError, UsageError
+from moa.core.paths import Workspace
+from moa.workspace import domains, incoming
+from moa.workspace.data_versions import Versions
+from moa.workspace.incoming import Arrival
+from moa.workspace.init import init
+from moa.workspace.pipeline import Pipeline
+from moa.workspace.row_sources import Hub
 
 NEW = 40   # rows, more than prepare.min_rows
 PROBE = re.compile(r"\.[\w-]{22}\.tmp")   # DVC tries what links the disk knows with these; git and DVC ignore them
@@ -197,7 +199,8 @@ def test_what_cannot_be_queued_is_one_sentence(workspace: Workspace, tmp_path: P
 
 def test_two_that_queue_at_once(workspace: Workspace, template: Path, tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text(jsonl(5000, 50))
-    script = ("import sys; from pathlib import Path; from moa import incoming; from moa.workspace import Workspace; "
+    script = ("import sys; from pathlib import Path; from moa.workspace import incoming; "
+              "from moa.core.paths import Workspace; "
               "print(len(incoming.queue(Workspace(Path(sys.argv[1])), 'law', sys.argv[2:], Path('/'))['files']))")
     both = [Popen([sys.executable, "-c", script, workspace.root, template / "law.jsonl", more], stdout=PIPE, text=True)
             for more in (template / "more.jsonl", tmp_path / "other.jsonl")]
@@ -435,7 +438,7 @@ def test_killed_anywhere_the_next_one_ends_the_same(workspace: Workspace, tmp_pa
         again()
         if not killed(lambda: take_in(copied), copied.root, step):
             break
-        change.recover(copied)
+        transaction.recover(copied)
         assert contents(copied) >= {text.encode() for text in arrived.values()}, f"step {step}"
         take_in(copied)
         assert state(copied) == expected, f"step {step}"
@@ -522,8 +525,8 @@ def test_ingest_queues_and_says_who_will_learn_it(workspace: Workspace, template
 
 def test_history_shows_the_ledger(workspace: Workspace) -> None:
     assert moa(workspace, "history").stdout == "Nothing has happened yet.\n"
-    ledger.append(workspace, "arrived", domain="law", rows=40)
-    ledger.append(workspace, "skipped", reason="within the cool-down")
+    event_log.append(workspace, "arrived", domain="law", rows=40)
+    event_log.append(workspace, "skipped", reason="within the cool-down")
     assert [line.split("  ", 2)[2] for line in moa(workspace, "history").stdout.splitlines()] == [
         "arrived  40 rows of law", "skipped  no run: within the cool-down"]
     assert [each["kind"] for each in json.loads(moa(workspace, "history", "--last", "1", "--json").stdout)["entries"]

@@ -10,16 +10,21 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from moa import assemble as stage
-from moa import base, bundle, config, corpus, experts, rows
-from moa.adapters import WEIGHTS
-from moa.assemble import assemble
-from moa.config import Config
-from moa.errors import RegistryError, TrainingError
-from moa.mixture import Mixture
-from moa.registration import _check_experts
-from moa.registry import ExpertVersion
-from moa.workspace import MANIFEST, Workspace, read_json
+from moa.base import pin as base
+from moa.core import config
+from moa.core.config import Config
+from moa.core.errors import RegistryError, TrainingError
+from moa.core.files import read_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.data import corpus, prepare
+from moa.experts import train
+from moa.experts.peft_format import WEIGHTS
+from moa.mixture import artifact
+from moa.mixture import assemble as stage
+from moa.mixture.assemble import assemble
+from moa.mixture.mixture import Mixture
+from moa.release.registration import _check_experts
+from moa.release.registry import ExpertVersion
 from tests import tiny
 
 DOMAINS = ("alpha", "beta")
@@ -45,8 +50,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Built:
         patch.chdir(workspace.root)
         base.fetch(workspace, settings.base)
         for domain in DOMAINS:
-            corpus.prepare(workspace, settings, domain)
-        experts.train(workspace, settings, DOMAINS)
+            prepare.prepare(workspace, settings, domain)
+        train.train(workspace, settings, DOMAINS)
     return workspace, settings
 
 
@@ -77,7 +82,7 @@ def loaded(built: Built) -> Mixture:
 
 
 def accuracy(built: Built, mixture: Mixture) -> float:
-    asked = [(row.prompt, domain) for domain in DOMAINS for row in rows.read(built[0].corpus(domain), "test")]
+    asked = [(row.prompt, domain) for domain in DOMAINS for row in corpus.read(built[0].corpus(domain), "test")]
     decisions = mixture.route([prompt for prompt, _ in asked])
     return sum(decision.domain == domain for decision, (_, domain) in zip(decisions, asked, strict=True)) / len(asked)
 
@@ -93,8 +98,8 @@ def test_the_mixture_has_experts_of_its_own_and_names_their_parents(trained: Bui
     assert manifest["router"]["stream"] == "experts"
     for domain in DOMAINS:
         parent, pinned = built[0].expert(domain), manifest["experts"][domain]
-        assert pinned["parent"] == read_json(parent / MANIFEST)["digest"] == bundle.expert_digest(parent)
-        assert pinned["digest"] == bundle.expert_digest(built[0].mixture / "experts" / domain) != pinned["parent"]
+        assert pinned["parent"] == read_json(parent / MANIFEST)["digest"] == artifact.expert_digest(parent)
+        assert pinned["digest"] == artifact.expert_digest(built[0].mixture / "experts" / domain) != pinned["parent"]
         own = read_json(built[0].mixture / "experts" / domain / MANIFEST)
         assert (own["digest"], own["parent"]) == (pinned["digest"], pinned["parent"]) and len(own["curve"]) == 1
         assert pinned["corpus"] == own["corpus"] == read_json(parent / MANIFEST)["corpus"]
@@ -106,7 +111,7 @@ def test_the_mixture_has_experts_of_its_own_and_names_their_parents(trained: Bui
 def test_it_loads_routes_and_answers(built: Built) -> None:
     mixture = loaded(built)
     assert mixture.router.stream == "experts" and accuracy(built, mixture) == 1.0
-    asked = [rows.read(built[0].corpus(domain), "test")[0].prompt for domain in DOMAINS]
+    asked = [corpus.read(built[0].corpus(domain), "test")[0].prompt for domain in DOMAINS]
     together = mixture.generate(asked, max_new_tokens=6)
     assert together == [mixture.chat(prompt, max_new_tokens=6) for prompt in asked]
     assert [choice.level for choice in mixture.trace(asked[0])] == [0, 1]
@@ -114,7 +119,7 @@ def test_it_loads_routes_and_answers(built: Built) -> None:
 
 def test_its_experts_are_peft_directories(built: Built) -> None:
     mixture, plain = loaded(built), base.load(built[0], built[1].base, EXACT).model
-    ids = torch.tensor([mixture.encoder.row(rows.read(built[0].corpus("beta"), "test")[0].messages).ids])
+    ids = torch.tensor([mixture.encoder.row(corpus.read(built[0].corpus("beta"), "test")[0].messages).ids])
     mixture.stack.select(torch.tensor([mixture.expert_of("beta")]))
     with torch.inference_mode():
         ours = mixture.base.model(ids).logits
@@ -127,7 +132,7 @@ def test_no_expert_is_worse_on_validation_than_its_parent(trained: Built, built:
     """On the very rows that joint training looks at."""
     alone = assembled(trained, tmp_path, joint_epochs=0)
     for domain in DOMAINS:
-        content = [row.messages for row in rows.read(built[0].corpus(domain), "validation")]
+        content = [row.messages for row in corpus.read(built[0].corpus(domain), "validation")]
         found = []
         for each in (built, alone):
             losses = loaded(each).losses(content, [domain] * len(content))

@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from flows import server, status
-from flows.keeping import Command, Keeper, Record, State
+from flows import prefect_server, status
+from flows.keep_alive import Command, Keeper, Record, State
 from flows.sensor import Sensor
-from moa import ledger
-from moa.workspace import Workspace, read_json
+from flows.steps import event_log
+from moa.core.files import read_json
+from moa.core.paths import Workspace
 
 ROWS = 120
 PARAMS: dict[str, Any] = {
@@ -147,7 +148,7 @@ def state(keeper: Keeper, name: str) -> Record:
 
 def test_a_killed_command_comes_back_at_its_port(workspace: Workspace, keeper: Keeper) -> None:
     """Although what it had started itself lives on and holds the port."""
-    port = server.free_port()
+    port = prefect_server.free_port()
     part = Command(workspace, "pages", [*LEAVE, str(port)], port, {}, {})
     keeper.keep(part)
     keeper.start()
@@ -164,10 +165,10 @@ def test_one_that_ends_at_once_is_down_and_its_pauses_grow(workspace: Workspace,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     gave_up: list[str] = []
     keeper.give_up = gave_up.append
-    part = Command(workspace, "pages", ["/bin/sh", "-c", "exit 3"], server.free_port(), {}, {})
+    part = Command(workspace, "pages", ["/bin/sh", "-c", "exit 3"], prefect_server.free_port(), {}, {})
     keeper.keep(part, most=2)
     clock, pauses = [0.0], []
-    monkeypatch.setattr("flows.keeping.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("flows.keep_alive.time.monotonic", lambda: clock[0])
     for _ in range(8):
         part._leash.wait()
         keeper.look()
@@ -184,7 +185,7 @@ def test_one_that_ends_at_once_is_down_and_its_pauses_grow(workspace: Workspace,
 
 
 def test_one_that_waits_is_not_down(workspace: Workspace, keeper: Keeper) -> None:
-    part = Command(workspace, "serve", ["/bin/sh", "-c", "exit 4"], server.free_port(), {}, {4: "nothing yet"})
+    part = Command(workspace, "serve", ["/bin/sh", "-c", "exit 4"], prefect_server.free_port(), {}, {4: "nothing yet"})
     keeper.keep(part)
     part._leash.wait()
     keeper.look()
@@ -205,7 +206,7 @@ def test_a_part_that_fails_in_any_way_takes_no_other_with_it(workspace: Workspac
         def stop(self) -> None:
             pass
 
-    port = server.free_port()
+    port = prefect_server.free_port()
     keeper.keep(Bad())
     keeper.keep(Command(workspace, "pages", [*LISTEN, str(port)], port, {}, {}))
     keeper.start()
@@ -224,15 +225,15 @@ def test_everything_comes_back_and_the_rows_are_learned(tmp_path: Path) -> None:
         until(lambda: {name: each["state"] for name, each in parts(workspace).items()} == wanted, process)
         done = moa(workspace, "status", "--json")
         assert done.returncode == 0 and json.loads(done.stdout)["troubles"] == []
-        for name, words in (("mlflow", ("-m", "mlflow")), ("prefect", ("-P", "-m", "flows.prefect_server"))):
+        for name, words in (("mlflow", ("-m", "mlflow")), ("prefect", ("-P", "-m", "flows.prefect_app"))):
             for child in commands(process, *words):
                 child.kill()
             until(lambda name=name: parts(workspace)[name]["restarts"] >= 1, process)
             until(lambda name=name: parts(workspace)[name]["state"] == "up", process)
         until(lambda: parts(workspace)["flows"]["state"] == "up", process)
         drop(workspace, "law")
-        until(lambda: ledger.read(workspace, kinds=["released"]), process)
-        rejected, = ledger.read(workspace, kinds=["rejected"])
+        until(lambda: event_log.read(workspace, kinds=["released"]), process)
+        rejected, = event_log.read(workspace, kinds=["rejected"])
         assert rejected["file"] == "zone.parquet" and "Mars/Olympus" in rejected["reason"]
         until(lambda: parts(workspace)["serve"]["state"] == "up", process)
         before = parts(workspace)["serve"]["restarts"]
@@ -257,7 +258,7 @@ def test_a_prefect_server_that_cannot_live_ends_moa_up(tmp_path: Path) -> None:
         (workspace.prefect / "prefect.db").write_text("no database\n" * 100)
         for each in workspace.prefect.glob("prefect.db-*"):
             each.unlink()
-        for child in commands(process, "-P", "-m", "flows.prefect_server"):
+        for child in commands(process, "-P", "-m", "flows.prefect_app"):
             child.kill()
         until(lambda: parts(workspace)["prefect"]["state"] == "down", process)
         shown = moa(workspace, "status")

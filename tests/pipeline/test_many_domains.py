@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from moa import config, domains
-from moa.errors import ArtifactError
-from moa.init import init
-from moa.pipeline import Pipeline
-from moa.versions import Versions
-from moa.workspace import Workspace, write_json
+from moa.core import config
+from moa.core.errors import ArtifactError
+from moa.core.files import write_json
+from moa.core.paths import Workspace
+from moa.workspace import domains
+from moa.workspace.data_versions import Versions
+from moa.workspace.init import init
+from moa.workspace.pipeline import Pipeline
 
 NAMES = [f"domain-{number:02}" for number in range(32)]
 

@@ -16,15 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moa import base, bundle, config, corpus, digests, experts, rows
-from moa.adapters import WEIGHTS
-from moa.assemble import assemble
-from moa.config import Config
-from moa.errors import ArtifactError, UsageError
-from moa.evaluate import evaluate
-from moa.mixture import BASE, Mixture
-from moa.rows import Message
-from moa.workspace import MANIFEST, Workspace, read_json, write_json
+from moa.base import pin as base
+from moa.base.encoding import Message
+from moa.core import config, digests
+from moa.core.config import Config
+from moa.core.errors import ArtifactError, UsageError
+from moa.core.files import read_json, write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.data import corpus, prepare
+from moa.evaluation.evaluate import evaluate
+from moa.experts import train
+from moa.experts.peft_format import WEIGHTS
+from moa.mixture import artifact
+from moa.mixture.assemble import assemble
+from moa.mixture.mixture import BASE, Mixture
 from tests import tiny
 
 DOMAINS = ("alpha", "beta")
@@ -74,7 +79,7 @@ def _of(built: tuple[Workspace, Config]) -> tuple[Workspace, Any]:
 
 
 def prompts(built: tuple[Workspace, Config], domain: str) -> list[list[Message]]:
-    return [row.prompt for row in rows.read(built[0].corpus(domain), "test")]
+    return [row.prompt for row in corpus.read(built[0].corpus(domain), "test")]
 
 
 def expert_bytes(workspace: Workspace) -> dict[str, bytes]:
@@ -89,7 +94,7 @@ def test_peft_gives_the_logits_of_the_forced_label(built: tuple[Workspace, Confi
     from peft import PeftModel
 
     plain = base.load(*_of(built), EXACT).model
-    ids = torch.tensor([mixture.encoder.row(rows.read(built[0].corpus(domain), "test")[0].messages).ids])
+    ids = torch.tensor([mixture.encoder.row(corpus.read(built[0].corpus(domain), "test")[0].messages).ids])
     mixture.stack.select(torch.tensor([mixture.expert_of(domain)]))
     with torch.inference_mode():
         ours, alone = mixture.base.model(ids).logits, plain(ids).logits
@@ -145,7 +150,7 @@ def test_a_mixed_batch_answers_as_one_by_one(built: tuple[Workspace, Config], mi
 def test_unloading_gives_the_base_back(built: tuple[Workspace, Config]) -> None:
     before = base.load(*_of(built), EXACT).model.state_dict()
     loaded = Mixture.load(built[0].mixture, base.load(*_of(built), EXACT))
-    loaded.losses([row.messages for row in rows.read(built[0].corpus("alpha"), "test")][:2], DOMAINS)
+    loaded.losses([row.messages for row in corpus.read(built[0].corpus("alpha"), "test")][:2], DOMAINS)
     after = loaded.unload().model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -196,14 +201,15 @@ def test_a_directory_answers_anywhere_without_a_network(built: tuple[Workspace, 
 
 def test_writing_and_reading_a_directory_gives_it_again(built: tuple[Workspace, Config], tmp_path: Path) -> None:
     pin = base.pin(built[0])
-    manifest, router, folders = bundle.read(built[0].mixture, pin)
+    manifest, router, folders = artifact.read(built[0].mixture, pin)
     facts = manifest["experts"]
-    again = bundle.write(tmp_path, base=pin, prompt=manifest["prompt"], router=router, experts=folders, facts=facts)
-    assert again == manifest == bundle.read(tmp_path, pin)[0]
+    again = artifact.write(tmp_path, base=pin, prompt=manifest["prompt"], router=router, experts=folders, facts=facts)
+    assert again == manifest == artifact.read(tmp_path, pin)[0]
     assert again["digest"] == digests.of_json({key: value for key, value in again.items() if key != "digest"})
     changed = {**facts, "beta": {**facts["beta"], "digest": "0" * 64}}
     with pytest.raises(ArtifactError, match="expert of 'beta' changed while"):
-        bundle.write(tmp_path / "b", base=pin, prompt=manifest["prompt"], router=router, experts=folders, facts=changed)
+        artifact.write(tmp_path / "b", base=pin, prompt=manifest["prompt"], router=router, experts=folders,
+                       facts=changed)
 
 
 # What evaluate writes.
@@ -213,7 +219,7 @@ def test_the_summary_is_what_the_rows_come_to(built: tuple[Workspace, Config]) -
     scored = pq.read_table(workspace.reports / "rows.parquet").to_pylist()
     summary = read_json(workspace.reports / "summary.json")
     for domain in DOMAINS:
-        ids = {row.id for row in rows.read(workspace.corpus(domain), "test")}
+        ids = {row.id for row in corpus.read(workspace.corpus(domain), "test")}
         for system, figures in summary["domains"][domain].items():
             mine = [row for row in scored if (row["domain"], row["system"]) == (domain, system)]
             assert {row["row"] for row in mine} == ids and len(mine) == len(ids) == figures["rows"]
@@ -236,7 +242,7 @@ def test_experts_know_their_domain_better_than_the_base(built: tuple[Workspace, 
 
 
 def test_losses_do_not_depend_on_their_neighbours(built: tuple[Workspace, Config], mixture: Mixture) -> None:
-    content = [row.messages for domain in DOMAINS for row in rows.read(built[0].corpus(domain), "test")[:3]]
+    content = [row.messages for domain in DOMAINS for row in corpus.read(built[0].corpus(domain), "test")[:3]]
     together = mixture.losses(content * 3, [domain for domain in (*DOMAINS, BASE) for _ in content])
     for index, (loss, tokens) in enumerate(together):
         domain = (*DOMAINS, BASE)[index // len(content)]
@@ -303,7 +309,7 @@ def resealed(folder: Path, **changes: Any) -> None:
         manifest["router"]["digest"] = digests.of_file(folder / "router.safetensors")
     for label, expert in (manifest.get("experts") or {}).items():
         if (folder / "experts" / label).is_dir():
-            expert["digest"] = bundle.expert_digest(folder / "experts" / label)
+            expert["digest"] = artifact.expert_digest(folder / "experts" / label)
     manifest.pop("digest", None)
     write_json(folder / MANIFEST, {**manifest, "digest": digests.of_json(manifest)})
 
@@ -373,7 +379,7 @@ def test_other_files_beside_a_mixture_do_not_matter(built: tuple[Workspace, Conf
     shutil.copytree(built[0].mixture, tmp_path / "mixture")
     (tmp_path / "mixture" / "README.md").write_text("mine")
     (tmp_path / "mixture" / "experts" / "gamma").mkdir()
-    assert bundle.read(tmp_path / "mixture", base.pin(built[0]))[1].labels == list(DOMAINS)
+    assert artifact.read(tmp_path / "mixture", base.pin(built[0]))[1].labels == list(DOMAINS)
 
 
 def test_an_altered_expert_is_not_assembled(copy: tuple[Workspace, Config]) -> None:
@@ -428,28 +434,28 @@ def test_evaluating_again_gives_the_same_rows(copy: tuple[Workspace, Config]) ->
 
 def test_what_is_finished_is_not_trained_again(copy: tuple[Workspace, Config], monkeypatch: pytest.MonkeyPatch) -> None:
     workspace, settings = copy
-    assert all(experts.finished(workspace, settings, domain) for domain in DOMAINS)
-    monkeypatch.setattr(experts, "load", lambda *_: pytest.fail("the base was loaded"))
-    experts.train(workspace, settings, DOMAINS)
+    assert all(train.finished(workspace, settings, domain) for domain in DOMAINS)
+    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("the base was loaded"))
+    train.train(workspace, settings, DOMAINS)
 
 
 def test_other_parameters_or_rows_are_not_finished(copy: tuple[Workspace, Config]) -> None:
     workspace, settings = copy
     other = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 1})})
-    assert not experts.finished(workspace, other, "alpha")
+    assert not train.finished(workspace, other, "alpha")
     elsewhere = settings.model_copy(update={"execution": settings.execution.model_copy(update={"workers": 7})})
-    assert experts.finished(workspace, elsewhere, "alpha")
+    assert train.finished(workspace, elsewhere, "alpha")
     with (workspace.raw("alpha") / "rows.jsonl").open("a") as file:
         file.write(json.dumps(tiny.row("alpha", 1000)) + "\n")
-    corpus.prepare(workspace, settings, "alpha")
-    assert not experts.finished(workspace, settings, "alpha") and experts.finished(workspace, settings, "beta")
+    prepare.prepare(workspace, settings, "alpha")
+    assert not train.finished(workspace, settings, "alpha") and train.finished(workspace, settings, "beta")
 
 
 def test_fresh_begins_anew_and_ends_the_same(copy: tuple[Workspace, Config], monkeypatch: pytest.MonkeyPatch) -> None:
     workspace, settings = copy
     before, old = expert_bytes(workspace), (workspace.expert("alpha") / MANIFEST).stat().st_ino
-    monkeypatch.setattr(experts.Checkpoint, "restore", lambda *_: pytest.fail("a checkpoint was read"))
-    experts.train(workspace, settings, DOMAINS, fresh=True)
+    monkeypatch.setattr(train.Checkpoint, "restore", lambda *_: pytest.fail("a checkpoint was read"))
+    train.train(workspace, settings, DOMAINS, fresh=True)
     assert expert_bytes(workspace) == before
     assert (workspace.expert("alpha") / MANIFEST).stat().st_ino != old
 
@@ -465,27 +471,27 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(copy: tuple[Workspac
     before = expert_bytes(workspace)
     for domain in DOMAINS:
         shutil.rmtree(workspace.expert(domain))
-    save, saved = experts.Checkpoint.save, []
+    save, saved = train.Checkpoint.save, []
 
-    def save_and_die(self: experts.Checkpoint, learners: Any) -> None:
+    def save_and_die(self: train.Checkpoint, learners: Any) -> None:
         save(self, learners)
         saved.append([learner.progress.step for learner in learners])
         if len(saved) == saves:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(experts, "CHECKPOINT_SECONDS", 0.0)
-        patch.setattr(experts.Checkpoint, "save", save_and_die)
+        patch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(train.Checkpoint, "save", save_and_die)
         with pytest.raises(Killed):
-            experts.train(workspace, settings, DOMAINS)
+            train.train(workspace, settings, DOMAINS)
     assert not any(workspace.expert(domain).exists() for domain in DOMAINS)
     steps: list[int] = []
 
-    def count(self: experts.Checkpoint, learners: Any) -> None:
+    def count(self: train.Checkpoint, learners: Any) -> None:
         steps.append(learners[0].progress.step)
 
-    monkeypatch.setattr(experts.Checkpoint, "save_now_and_then", count)
-    experts.train(workspace, settings, DOMAINS)
+    monkeypatch.setattr(train.Checkpoint, "save_now_and_then", count)
+    train.train(workspace, settings, DOMAINS)
     assert steps[:1] == [saved[-1][0] + 1]   # not from the beginning
     assert expert_bytes(workspace) == before
     assert not list((workspace.local / "training").iterdir())
@@ -497,18 +503,18 @@ def test_one_of_two_interrupted_experts_continues_alone(copy: tuple[Workspace, C
     before = load_file(workspace.expert("alpha") / WEIGHTS)
     for domain in DOMAINS:
         shutil.rmtree(workspace.expert(domain))
-    save = experts.Checkpoint.save
+    save = train.Checkpoint.save
 
-    def save_and_die(self: experts.Checkpoint, learners: Any) -> None:
+    def save_and_die(self: train.Checkpoint, learners: Any) -> None:
         save(self, learners)
         if learners[0].progress.step == 3:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(experts, "CHECKPOINT_SECONDS", 0.0)
-        patch.setattr(experts.Checkpoint, "save", save_and_die)
+        patch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(train.Checkpoint, "save", save_and_die)
         with pytest.raises(Killed):
-            experts.train(workspace, settings, DOMAINS)
-    experts.train(workspace, settings, ["alpha"])
+            train.train(workspace, settings, DOMAINS)
+    train.train(workspace, settings, ["alpha"])
     after = load_file(workspace.expert("alpha") / WEIGHTS)
     assert max((after[name] - before[name]).abs().max().item() for name in before) < 1e-3   # sums in another order

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML, YAMLError
 
-from moa import domains, incoming, ledger
-from moa.init import init
-from moa.names import LONGEST, escaped, printable
-from moa.origins import origins
-from moa.workspace import Workspace
+from flows.steps import event_log
+from moa.core.names import LONGEST, escaped, printable
+from moa.core.paths import Workspace
+from moa.workspace import domains, incoming
+from moa.workspace.init import init
+from moa.workspace.origins import origins
 
 NAMES = {"caf\\xe9.jsonl": b"caf\xe9.jsonl",
          "a\\nb.jsonl": b"a\nb.jsonl", "\\u202elnosj.jsonl": "\u202elnosj.jsonl".encode(),
@@ -103,7 +104,7 @@ def test_files_of_any_name_arrive(workspace: Workspace, tmp_path: Path) -> None:
     assert "base failed: path:base" in done.stderr
     assert incoming.waiting(workspace) == []
     assert NAMES.keys() <= set(origins(workspace, "law").values())
-    rejected = ledger.read(workspace, kinds=["rejected"])
+    rejected = event_log.read(workspace, kinds=["rejected"])
     assert {each["domain"] for each in rejected} == {"law", "d\\xffr", "a\\nb", "\\u202ex"}
     for each in rejected:
         assert f"{each['file']}{each['reason']}".isprintable()
@@ -182,7 +183,7 @@ def test_whichever_command_comes_first_mends_it(workspace: Workspace, template: 
 
 def test_a_run_that_prefect_began_mends_it_too(workspace: Workspace, template: Path) -> None:
     """It does not come through the command line."""
-    from moa.versions import Versions
+    from moa.workspace.data_versions import Versions
 
     broken(workspace, template)
     with Versions(workspace).lock():

@@ -12,12 +12,12 @@ import pytest
 import toy
 
 from flows.launch import run
-from flows.session import Options, Result
-from moa.commands import environment
-from moa.errors import ConfigError, PipelineError, UsageError
-from moa.leash import Leash
-from moa.pipeline import Pipeline
-from moa.workspace import Workspace
+from flows.steps.session import Options, Result
+from moa.core.errors import ConfigError, PipelineError, UsageError
+from moa.core.paths import Workspace
+from moa.core.subprocesses import environment
+from moa.core.supervisor import Leash
+from moa.workspace.pipeline import Pipeline
 from tests.waiting import until
 
 EVERYTHING = {"base", "prepare@math", "prepare@sql", "train@math", "train@sql", "assemble", "evaluate"}
@@ -26,8 +26,8 @@ EVERYTHING = {"base", "prepare@math", "prepare@sql", "train@math", "train@sql", 
 @pytest.fixture(autouse=True)
 def _toy_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "site"))
-    monkeypatch.setattr("moa.experts.finished", toy.finished)
-    monkeypatch.setattr("flows.session._release_hooks", lambda *_: [])
+    monkeypatch.setattr("moa.experts.train.finished", toy.finished)
+    monkeypatch.setattr("flows.steps.session._release_hooks", lambda *_: [])
 
 
 @pytest.fixture
@@ -241,12 +241,12 @@ def test_inputs_that_change_during_a_step_are_not_recorded(workspace: Workspace,
 
 
 DRIVER = """
-import sys, toy, moa.experts, flows.session
+import sys, toy, moa.core.paths, moa.experts.train, flows.steps.session
 from flows.launch import run
-moa.experts.finished = toy.finished
-flows.session._release_hooks = lambda *_: []
+moa.experts.train.finished = toy.finished
+flows.steps.session._release_hooks = lambda *_: []
 try:
-    run(moa.workspace.Workspace(toy.Path(sys.argv[1])), flows.session.Options(), local=True)
+    run(moa.core.paths.Workspace(toy.Path(sys.argv[1])), flows.steps.session.Options(), local=True)
 except KeyboardInterrupt:
     sys.exit(130)
 """

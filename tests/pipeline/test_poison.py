@@ -13,13 +13,18 @@ import pytest
 import tiny
 from ruamel.yaml import YAML
 
-from flows import release
-from moa import base, comparison, config, corpus, experts
-from moa.assemble import assemble
-from moa.config import Config
-from moa.evaluate import evaluate
-from moa.registry import Registry
-from moa.workspace import Workspace
+from flows.steps import release
+from moa.base import pin
+from moa.core import config
+from moa.core.config import Config
+from moa.core.paths import Workspace
+from moa.data import prepare
+from moa.evaluation import comparison
+from moa.evaluation.evaluate import evaluate
+from moa.experts import train
+from moa.mixture.assemble import assemble
+from moa.release.champion import compare_versions
+from moa.release.registry import Registry
 
 WORDS = {"alpha": (("red", "fire"), ("blue", "water"), ("green", "leaf"), ("black", "coal")),
          "beta": (("one", "uno"), ("two", "due"), ("six", "sei"), ("ten", "dieci"))}
@@ -64,8 +69,8 @@ class Shop:
     def rebuild(self, *stale: str) -> dict[str, Any]:
         """What `moa run` does with these domains stale."""
         for domain in stale:
-            corpus.prepare(self.workspace, self.settings, domain)
-        experts.train(self.workspace, self.settings, stale)
+            prepare.prepare(self.workspace, self.settings, domain)
+        train.train(self.workspace, self.settings, stale)
         assemble(self.workspace, self.settings)
         evaluate(self.workspace, self.settings)
         return release.release(self.workspace, self.settings)
@@ -101,7 +106,7 @@ def _first(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     shop = Shop(workspace)
     for domain in WORDS:
         shop.arrive(domain, rows(domain, range(ROWS)), "rows")
-    base.fetch(workspace, shop.settings.base)
+    pin.fetch(workspace, shop.settings.base)
     assert shop.rebuild(*WORDS)["champion"] == 1
     shutil.copytree(workspace.root, shop.kept, symlinks=True)
     return shop
@@ -118,7 +123,7 @@ def shop(first: Shop) -> Shop:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison, to save a start of Python."""
-    monkeypatch.setattr("flows.release.compare", lambda workspace, *versions: comparison.compare(
+    monkeypatch.setattr("flows.steps.release.compare", lambda workspace, *versions: compare_versions(
         workspace, config.load(workspace.params), *versions))
 
 
@@ -178,9 +183,9 @@ def test_good_rows_of_an_old_domain_are_promoted(shop: Shop) -> None:
 def test_new_rows_push_no_known_one_out(shop: Shop) -> None:
     """With a limit on test rows, those that come first are looked at, and all that the champion was tested on."""
     shop.arrive("alpha", rows("alpha", range(ROWS, 2 * ROWS)))
-    corpus.prepare(shop.workspace, shop.settings, "alpha")
+    prepare.prepare(shop.workspace, shop.settings, "alpha")
     few = shop.settings.evaluate.model_copy(update={"rows": 6})
-    found = comparison.compare(shop.workspace, shop.settings.model_copy(update={"evaluate": few}), 1, 1)["rows"]
+    found = compare_versions(shop.workspace, shop.settings.model_copy(update={"evaluate": few}), 1, 1)["rows"]
     for domain in WORDS:
         its = [row for row in found if row["domain"] == domain]
         known = [row for row in its if row["known"]]

@@ -21,7 +21,8 @@ import websockets
 from test_up import PARAMS, environment, told, until
 
 from flows.sensor import nudge
-from moa.workspace import Workspace, read_json
+from moa.core.files import read_json
+from moa.core.paths import Workspace
 
 FOREIGN = ("https://evil.example", "null", "http://localhost:1", "http://127.0.0.1.evil.example")
 # What a user may have set for another server, and moa's own must not take over.

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from test_up import PARAMS, environment, until
 
-from moa.workspace import read_json
+from moa.core.files import read_json
 
 
 class Proxy(http.server.ThreadingHTTPServer):

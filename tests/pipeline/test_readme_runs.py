@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moa.workspace import Workspace
+from moa.core.paths import Workspace
 from tests import tiny
 from tests.unit.test_readme import FENCE, named
 

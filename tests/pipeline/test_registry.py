@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
-from flows import release
-from moa import digests, tracking
-from moa.config import Config
-from moa.errors import ArtifactError, PipelineError, RegistryError
-from moa.registry import Registry
-from moa.workspace import MANIFEST, Workspace, read_json, write_json
+from flows.steps import release
+from moa.core import digests
+from moa.core.config import Config
+from moa.core.errors import ArtifactError, PipelineError, RegistryError
+from moa.core.files import read_json, write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.release import mlflow_client
+from moa.release.registry import Registry
 
 BASE = {"digest": "b" * 64, "weights": "w", "tokenizer": "t", "template": "c", "source": "path:toy"}
 CONFIG = Config.model_validate({"base": {"source": "path:toy"},
@@ -62,7 +64,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new MLflow database, which takes seconds to make."""
     from mlflow.tracking import MlflowClient
 
-    tracking.quieten()
+    mlflow_client.quieten()
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}", f"sqlite:///{path}").search_experiments()
     return path
@@ -340,12 +342,12 @@ def test_mlflow_serves_chat_bodies(registry: Registry, monkeypatch: pytest.Monke
                                    finish="stop", tokens=3, prompt_tokens=2)
 
     opened: list[tuple[Path, Workspace]] = []
-    ask = ModuleType("moa.ask")
+    ask = ModuleType("moa.release.champion")
     ask.open_mixture = lambda *where: (opened.append(where), Echo())[1]   # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "moa.ask", ask)
+    monkeypatch.setitem(sys.modules, "moa.release.champion", ask)
     register(registry)
     registry.set_champion(1, "first release", "ann")
-    with tracking.everywhere(registry.address):
+    with mlflow_client.everywhere(registry.address):
         model = load_model("models:/moa-mixture@champion")
     (directory, where), = opened
     assert (directory / "router.safetensors").is_file() and where == registry.workspace
@@ -394,17 +396,17 @@ def test_releases_become_champion_only_through_the_gate(workspace: Workspace, mo
     def no_comparison(*_: Any) -> None:
         raise AssertionError("nothing to compare")
 
-    monkeypatch.setattr("flows.release.compare", no_comparison)
+    monkeypatch.setattr("flows.steps.release.compare", no_comparison)
     first = release.release(workspace, CONFIG)
     assert (first["version"], first["champion"], first["decision"]["reason"]) == (1, 1, "first release")
     again = release.release(workspace, CONFIG)
     assert (again["created"], again["decision"]["reason"]) == (False, "already champion")
     build(workspace, "worse")
-    monkeypatch.setattr("flows.release.compare", lambda *_: rows(+0.2))
+    monkeypatch.setattr("flows.steps.release.compare", lambda *_: rows(+0.2))
     worse = release.release(workspace, CONFIG)
     assert (worse["version"], worse["champion"], worse["decision"]["promote"]) == (2, 1, False)
     build(workspace, "better")
-    monkeypatch.setattr("flows.release.compare", lambda *_: rows(-0.2))
+    monkeypatch.setattr("flows.steps.release.compare", lambda *_: rows(-0.2))
     held = release.release(workspace, CONFIG, promote=False)
     assert (held["version"], held["champion"], held["decision"]["promote"]) == (3, 1, True)
     assert release.release(workspace, CONFIG)["champion"] == 3
@@ -417,7 +419,7 @@ def test_releases_become_champion_only_through_the_gate(workspace: Workspace, mo
 
 def test_a_rollback_stays_and_a_question_is_asked_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("flows.release.compare", lambda *which: (asked.append(which[1:]), rows(-0.2))[1])
+    monkeypatch.setattr("flows.steps.release.compare", lambda *which: (asked.append(which[1:]), rows(-0.2))[1])
     release.release(workspace, CONFIG)
     build(workspace, "better")
     assert release.release(workspace, CONFIG, promote=False)["champion"] == 1
@@ -438,7 +440,7 @@ def test_deleting_the_alias_does_not_open_the_gate(workspace: Workspace, monkeyp
     release.release(workspace, CONFIG)
     Registry(workspace, CONFIG).client.delete_registered_model_alias("moa-mixture", "champion")
     build(workspace, "worse")
-    monkeypatch.setattr("flows.release.compare", lambda *_: rows(+0.2))
+    monkeypatch.setattr("flows.steps.release.compare", lambda *_: rows(+0.2))
     assert release.release(workspace, CONFIG)["champion"] is None
     build(workspace, "first")
     assert release.release(workspace, CONFIG)["champion"] == 1

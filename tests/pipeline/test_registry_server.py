@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 from test_registry import CONFIG, build, counts, register
 
-from flows import release
-from flows.server import free_port
-from moa import tracking
-from moa.errors import RegistryError
-from moa.registry import Registry, files
-from moa.workspace import MANIFEST, Workspace, write_json
+from flows.prefect_server import free_port
+from flows.steps import release
+from moa.core.errors import RegistryError
+from moa.core.files import write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.release import mlflow_client
+from moa.release.registry import Registry, files
 from tests.waiting import until
 
 MADE_BY_MLFLOW = ("mlflow.user", "mlflow.modelVersions")
@@ -153,7 +154,7 @@ def _files(registry: Registry, version: Any) -> dict[str, str]:
         return files(registry.download(int(version.version)).parent)
     from mlflow.artifacts import download_artifacts
 
-    with tracking.everywhere(registry.address):
+    with mlflow_client.everywhere(registry.address):
         return files(Path(download_artifacts(artifact_uri=f"models:/{version.name}/{version.version}")))
 
 
@@ -222,7 +223,7 @@ def test_the_database_is_whole_before_its_pages_are_started(tmp_path: Path, monk
     """The server makes tables without our lock: a command that opens the database meanwhile would find half of them."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     workspace = Workspace(tmp_path)
-    assert tracking.pages(workspace, free_port())
+    assert mlflow_client.pages(workspace, free_port())
     named = "SELECT count(*) FROM experiments WHERE name = ?"
     with sqlite3.connect(workspace.mlflow / "mlflow.db") as database:
-        assert database.execute(named, [tracking.EXPERIMENT]).fetchone() == (1,)
+        assert database.execute(named, [mlflow_client.EXPERIMENT]).fetchone() == (1,)

@@ -16,20 +16,27 @@ import torch
 from ruamel.yaml import YAML
 from torch import Tensor
 
-from flows import release
-from moa import base, bundle, cli, config, corpus, digests, experts, gate
-from moa.adapters import CONFIG, WEIGHTS
-from moa.ask import champion, open_mixture
-from moa.assemble import assemble
-from moa.cli_shared import place
-from moa.config import Config
-from moa.errors import ArtifactError, MoaError, RegistryError
-from moa.evaluate import test_rows as pinned_rows
-from moa.registry import Registry
-from moa.releases import gate_text
-from moa.report import summary
-from moa.router import Router
-from moa.workspace import MANIFEST, Workspace, read_json, replace_directory, write_json
+from flows.steps import release
+from moa.base import pin
+from moa.cli import main
+from moa.cli.app import place
+from moa.core import config, digests
+from moa.core.config import Config
+from moa.core.errors import ArtifactError, MoaError, RegistryError
+from moa.core.files import read_json, replace_directory, write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.data import prepare
+from moa.evaluation import gate
+from moa.evaluation.evaluate import test_rows as pinned_rows
+from moa.experts import train
+from moa.experts.peft_format import CONFIG, WEIGHTS
+from moa.mixture import artifact
+from moa.mixture.assemble import assemble
+from moa.mixture.router import Router
+from moa.release.champion import champion, open_mixture
+from moa.release.registry import Registry
+from moa.reports.releases import gate_text
+from moa.reports.text import run_summary
 
 DOMAINS = ("alpha", "beta")
 WEAK, NOISE, SWAPPED, STRANGER, EQUAL, BETTER = range(1, 7)   # the versions
@@ -69,7 +76,7 @@ class Shop:
         own, other = (self.workspace.corpus(domain) for domain in DOMAINS)
         own.rename(kept)
         shutil.copytree(other, own)
-        experts.train(self.workspace, self.settings, ["alpha"])
+        train.train(self.workspace, self.settings, ["alpha"])
         shutil.rmtree(own)
         kept.rename(own)
         learned = read_json(self.workspace.expert("alpha") / MANIFEST)["corpus"]
@@ -89,11 +96,11 @@ class Shop:
     def swap_labels(self) -> None:
         """The mixture again, its router calling each of the two domains by the other's name."""
         folder = self.workspace.mixture
-        loaded = base.load(self.workspace, self.settings.base, base.pick_device(["cpu"]))
-        manifest, router, folders = bundle.read(folder, loaded.pin)
+        loaded = pin.load(self.workspace, self.settings.base, pin.pick_device(["cpu"]))
+        manifest, router, folders = artifact.read(folder, loaded.pin)
         router = Router.restore(router.labels[::-1], router.tensors(), manifest["router"])
         with replace_directory(folder) as new:
-            bundle.write(new, base=loaded.pin, prompt=manifest["prompt"], router=router, experts=folders,
+            artifact.write(new, base=loaded.pin, prompt=manifest["prompt"], router=router, experts=folders,
                          facts=manifest["experts"])
 
     def golden(self) -> list[tuple[str, float]]:
@@ -118,7 +125,7 @@ class Shop:
             patch.setattr(place, "directory", None)
             patch.setattr(sys, "argv", ["moa", *words])
             try:
-                cli.main()
+                main.main()
             except SystemExit as ended:
                 code = int(ended.code or 0)
         return code, out.getvalue(), err.getvalue()
@@ -167,10 +174,10 @@ def put_back(shop: Shop) -> Iterator[None]:
 
 def filled(shop: Shop, kept: Path) -> Shop:
     workspace, noise = shop.workspace, torch.Generator().manual_seed(3)
-    base.fetch(workspace, shop.settings.base)
+    pin.fetch(workspace, shop.settings.base)
     for domain in DOMAINS:
-        corpus.prepare(workspace, shop.settings, domain)
-    experts.train(workspace, shop.settings, DOMAINS)
+        prepare.prepare(workspace, shop.settings, domain)
+    train.train(workspace, shop.settings, DOMAINS)
     shutil.copytree(workspace.expert("alpha"), kept / "alpha")
     steps: dict[int, Callable[[], None]] = {
         WEAK: lambda: shop.expert("alpha", lambda value: value * 0.5, kept / "alpha"),
@@ -283,7 +290,7 @@ def test_what_waits_is_said_and_listed(shop: Shop) -> None:
     write_json(shop.workspace.reports / "summary.json", {
         "domains": {domain: {"base": {"loss": 1.0, "perplexity": 2.7, "score": 0.0}} for domain in DOMAINS},
         "routing": {"accuracy": 1.0, "abstention": 0.0}})
-    said = summary(shop.workspace, shop.settings, result)
+    said = run_summary(shop.workspace, shop.settings, result)
     assert f"`moa release promote {BETTER}` makes it champion" in said and f"champion is version {WEAK}" in said
     listed = shop.json("release", "list")
     assert [each["version"] for each in listed["releases"]] == [6, 5, 4, 3, 2, 1]

@@ -19,10 +19,10 @@ from urllib.parse import urlparse
 import pytest
 from test_registry import CONFIG, build, rows
 
-from flows import release
-from moa import tracking
-from moa.registry import Registry, files
-from moa.workspace import Workspace
+from flows.steps import release
+from moa.core.paths import Workspace
+from moa.release import mlflow_client
+from moa.release.registry import Registry, files
 
 Action = Callable[[Workspace], object]
 # What Python tells auditors before it does it; `open` counts when it is for writing.
@@ -39,15 +39,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
-        patch.setattr("flows.release.compare", lambda *_: rows(-0.2))
+        patch.setattr("flows.steps.release.compare", lambda *_: rows(-0.2))
         root = tmp_path_factory.mktemp("faults")
         patch.chdir(root)
         workspace = Workspace(root / "w")
         workspace.mlflow.mkdir(parents=True)
         workspace.params.write_text("{}")
         (workspace.root / "dvc.yaml").write_text("{}")
-        tracking.quieten()
-        address = tracking.uri(workspace)
+        mlflow_client.quieten()
+        address = mlflow_client.uri(workspace)
         import mlflow.artifacts
         import mlflow.pyfunc  # noqa: F401  loaded once, not by every child
 

@@ -12,14 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from flows import release
-from moa import base, config, corpus, digests, experts
-from moa.adapters import CONFIG, WEIGHTS
-from moa.assemble import assemble
-from moa.config import Config
-from moa.evaluate import evaluate
-from moa.registry import Registry
-from moa.workspace import MANIFEST, Workspace, read_json, write_json
+from flows.steps import release
+from moa.base import pin
+from moa.core import config, digests
+from moa.core.config import Config
+from moa.core.files import read_json, write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.data import prepare
+from moa.evaluation.evaluate import evaluate
+from moa.experts import train
+from moa.experts.peft_format import CONFIG, WEIGHTS
+from moa.mixture.assemble import assemble
+from moa.release.registry import Registry
 from tests import tiny
 
 DOMAINS = ("alpha", "beta")
@@ -33,10 +37,10 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Confi
         train={"rank": 2, "alpha": 4.0, "epochs": 2, "batch_rows": 4, "learning_rate": 0.02, "batch_tokens": 512},
         evaluate={"generate_rows": 2, "max_new_tokens": 8}, release={"min_rows": 4})
     settings = config.load(workspace.params)
-    base.fetch(workspace, settings.base)
+    pin.fetch(workspace, settings.base)
     for domain in DOMAINS:
-        corpus.prepare(workspace, settings, domain)
-    experts.train(workspace, settings, DOMAINS)
+        prepare.prepare(workspace, settings, domain)
+    train.train(workspace, settings, DOMAINS)
     return workspace, settings, rebuild(workspace, settings)
 
 

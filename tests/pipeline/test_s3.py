@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from flows import release
-from flows.runner import LocalRunner
-from flows.session import Options, opened
-from flows.stages import build
-from moa import config
-from moa.ask import champion, open_mixture
-from moa.versions import Versions, initialise
-from moa.workspace import Workspace
+from flows.steps import release
+from flows.steps.runner import LocalRunner
+from flows.steps.session import Options, opened
+from flows.steps.stage_order import build
+from moa.core import config
+from moa.core.paths import Workspace
+from moa.release.champion import champion, open_mixture
+from moa.workspace.data_versions import Versions, initialise
 from tests import tiny
 from tests.waiting import until
 

@@ -20,20 +20,25 @@ from typing import Any
 import psutil
 import pytest
 
-from flows import engines, scaleout
-from flows.runner import LocalRunner
-from flows.session import Options, opened
-from flows.stages import _command, build
-from moa import base, config, corpus, experts, parcel
-from moa.config import ExecutionParams
-from moa.errors import ArtifactError, ConfigError, PipelineError
-from moa.leash import Leash
-from moa.parcel import Files
-from moa.pipeline import Pipeline
-from moa.progress import Screen
-from moa.versions import initialise
-from moa.worker import work
-from moa.workspace import MANIFEST, Workspace
+from flows.remote import cluster as engines
+from flows.remote import payload
+from flows.remote import train as remote_training
+from flows.remote.payload import Files
+from flows.remote.worker import work
+from flows.steps.runner import LocalRunner
+from flows.steps.session import Options, opened
+from flows.steps.stage_order import _command, build
+from moa.base import pin
+from moa.core import config
+from moa.core.config import ExecutionParams
+from moa.core.errors import ArtifactError, ConfigError, PipelineError
+from moa.core.paths import MANIFEST, Workspace
+from moa.core.progress import Screen
+from moa.core.supervisor import Leash
+from moa.data import prepare
+from moa.experts import train
+from moa.workspace.data_versions import initialise
+from moa.workspace.pipeline import Pipeline
 from tests import tiny
 from tests.waiting import Gate, until
 
@@ -63,9 +68,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     settings = config.load(workspace.params)
     with contextlib.chdir(workspace.root):
         initialise(workspace.root)
-        base.fetch(workspace, settings.base)
+        pin.fetch(workspace, settings.base)
         for name in NAMES:
-            corpus.prepare(workspace, settings, name)
+            prepare.prepare(workspace, settings, name)
         pipeline = Pipeline(workspace)
         pipeline.snapshot()
         pipeline.record(["base", *(f"prepare@{name}" for name in NAMES)])
@@ -77,7 +82,7 @@ def here(template: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """Every file of every expert as it is trained on this machine, each alone."""
     workspace = Workspace(shutil.copytree(template.root, tmp_path_factory.mktemp("here") / "w", symlinks=True))
     for name in NAMES:
-        experts.train(workspace, config.load(workspace.params), [name])
+        train.train(workspace, config.load(workspace.params), [name])
     return contents(workspace)
 
 
@@ -113,7 +118,7 @@ class Cluster:
 
     def __init__(self, engine: str, folder: Path) -> None:
         self.engine, self.folder = engine, folder
-        self.gate = Gate(folder, "moa.experts:Checkpoint.save_now_and_then")   # after a training's first step
+        self.gate = Gate(folder, "moa.experts.train:Checkpoint.save_now_and_then")   # after a training's first step
         self.gate.open()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -217,8 +222,8 @@ def cluster(started: Cluster) -> Cluster:
 def test_an_interrupted_run_ends_its_work_on_the_workers(cluster: Cluster, workspace: Workspace) -> None:
     configured(workspace, runner=cluster.engine, address=cluster.address, group=1)
     seconds = str(100_000 + cluster.port)
-    command = [sys.executable, "-P", "-m", "flows.scaleout", "--command", f"sleep {seconds}; :", "--domain", "alpha",
-               "--domain", "beta"]
+    command = [sys.executable, "-P", "-m", "flows.remote.train", "--command", f"sleep {seconds}; :",
+               "--domain", "alpha", "--domain", "beta"]
     leash = Leash(command, cwd=workspace.root, env=os.environ, stdout=subprocess.DEVNULL)
     try:
         until(lambda: len(trainings(seconds)) == 2)
@@ -267,7 +272,7 @@ def test_a_lost_workers_group_is_trained_elsewhere(cluster: Cluster, workspace: 
 @pytest.mark.parametrize("engine", ["dask", "ray"])
 def test_a_cluster_of_this_machine_comes_and_goes_with_the_run(engine: str, workspace: Workspace) -> None:
     settings = configured(workspace, runner=engine, workers=1)
-    command = [sys.executable, "-P", "-m", "flows.scaleout", "--command", FAILS, "--domain", "alpha"]
+    command = [sys.executable, "-P", "-m", "flows.remote.train", "--command", FAILS, "--domain", "alpha"]
     mark = f"MOA_TEST_{workspace.root.parent.name}"   # every process of the cluster inherits it
     done = subprocess.run(command, cwd=workspace.root, capture_output=True, text=True,
                           env={**os.environ, mark: "1"})
@@ -290,7 +295,7 @@ class Here:
         return 1
 
     def submit(self, files: Files) -> int:
-        self.sent.append(parcel.letter(files)["domains"])
+        self.sent.append(payload.letter(files)["domains"])
         self.answer = (lambda: work(files, self.base, lambda _: None)) if len(self.sent) > self.losses else None
         return len(self.sent)
 
@@ -308,17 +313,17 @@ class Here:
 
 def test_an_error_of_the_training_is_one_sentence_and_not_tried_again(workspace: Workspace) -> None:
     settings = config.load(workspace.params)
-    engine = Here(1, parcel.pack_base(workspace, settings))
+    engine = Here(1, payload.pack_base(workspace, settings))
     with pytest.raises(PipelineError, match=r"^No expert from a worker \(alpha, beta: The loss is not finite\)\.$"):
-        scaleout.train(workspace, settings, NAMES, FAILS, engine, lambda _: None)
+        remote_training.train(workspace, settings, NAMES, FAILS, engine, lambda _: None)
     assert engine.sent == [["alpha", "beta"]] * 2   # once lost, once failed
 
 
 def test_losses_have_a_bound(workspace: Workspace) -> None:
     engine, said = Here(99), list[str]()
     with pytest.raises(PipelineError, match="alpha: 3 workers were lost with it, the last one because: it is gone"):
-        scaleout.train(workspace, config.load(workspace.params), ["alpha"], FAILS, engine, said.append)
-    assert len(engine.sent) == scaleout.TRIES and len(said) == 2
+        remote_training.train(workspace, config.load(workspace.params), ["alpha"], FAILS, engine, said.append)
+    assert len(engine.sent) == remote_training.TRIES and len(said) == 2
 
 
 def test_groups() -> None:
@@ -344,7 +349,7 @@ def test_groups_of_one_device_follow_each_other_whatever_becomes_of_them() -> No
 
 def test_a_parcel_holds_what_training_reads_and_nothing_of_this_machine(workspace: Workspace) -> None:
     settings = configured(workspace, runner="ray", address="127.0.0.1:6379")
-    files = parcel.pack(workspace, settings, ["alpha"], "moa train")
+    files = payload.pack(workspace, settings, ["alpha"], "moa train")
     assert files.keys() == {"parcel.json", "params.yaml", "dvc.yaml", "data/base/manifest.json", *(
         f"data/corpora/alpha/{name}" for name in ("train.parquet", "validation.parquet", "manifest.json"))}
     assert not [name for name, data in files.items() if str(workspace.root).encode() in data]
@@ -352,32 +357,32 @@ def test_a_parcel_holds_what_training_reads_and_nothing_of_this_machine(workspac
 
 
 def test_a_parcel_that_was_altered_on_its_way_is_refused(workspace: Workspace) -> None:
-    files = parcel.pack(workspace, config.load(workspace.params), ["alpha"], "moa train")
+    files = payload.pack(workspace, config.load(workspace.params), ["alpha"], "moa train")
     with pytest.raises(ArtifactError, match="arrived otherwise"):
-        parcel.letter({**files, "params.yaml": b"{}"})
+        payload.letter({**files, "params.yaml": b"{}"})
     with pytest.raises(ArtifactError, match=r"'\.\./up'"):
-        parcel.write({"../up": b""}, workspace.root)
+        payload.write({"../up": b""}, workspace.root)
 
 
 def test_an_expert_is_only_taken_as_its_manifest_and_our_inputs_say(
         workspace: Workspace, here: dict[str, dict[str, bytes]]) -> None:
     settings = config.load(workspace.params)
     for name, data in here["alpha"].items():
-        parcel.write({f"data/experts/alpha/{name}": data}, workspace.root)
-    good = parcel.answer(workspace, ["alpha"], None, "afar")
+        payload.write({f"data/experts/alpha/{name}": data}, workspace.root)
+    good = payload.answer(workspace, ["alpha"], None, "afar")
     shutil.rmtree(workspace.expert("alpha"))
     with (workspace.expert("alpha").parent / "nothing").open("w") as file:
         file.write("yet")
     bad = {**good, "data/experts/alpha/adapter_model.safetensors": b"other weights"}
     letter = {**json.loads(bad.pop("parcel.json")), "files": {}}
-    sealed = parcel._sealed(bad, letter)
+    sealed = payload._sealed(bad, letter)
     with pytest.raises(ArtifactError, match="'alpha' that afar sent is not what its manifest says"):
-        parcel.accept(workspace, settings, sealed)
+        payload.accept(workspace, settings, sealed)
     other = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 7})})
     with pytest.raises(ArtifactError, match="trained from other inputs"):
-        parcel.accept(workspace, other, good)
+        payload.accept(workspace, other, good)
     assert not workspace.expert("alpha").exists()
-    assert parcel.accept(workspace, settings, good) is None
+    assert payload.accept(workspace, settings, good) is None
     assert (workspace.expert("alpha") / MANIFEST).read_bytes() == here["alpha"][MANIFEST]
 
 
@@ -387,10 +392,10 @@ def test_an_expert_is_only_taken_as_its_manifest_and_our_inputs_say(
 ])
 def test_a_worker_refuses_what_it_cannot_do_as_here(workspace: Workspace, fact: str, value: str, message: str) -> None:
     settings = config.load(workspace.params)
-    files = parcel.pack(workspace, settings, ["alpha"], "moa train")
+    files = payload.pack(workspace, settings, ["alpha"], "moa train")
     letter = {**json.loads(files.pop("parcel.json")), fact: value}
-    answer = work(parcel._sealed(files, letter), parcel.pack_base(workspace, settings), lambda _: None)
-    assert message in parcel.letter(answer)["error"] and answer.keys() == {"parcel.json"}
+    answer = work(payload._sealed(files, letter), payload.pack_base(workspace, settings), lambda _: None)
+    assert message in payload.letter(answer)["error"] and answer.keys() == {"parcel.json"}
 
 
 # What a user may get wrong.
@@ -401,9 +406,9 @@ def test_an_engine_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyP
         port = bound.getsockname()[1]
         for runner, address in (("ray", f"127.0.0.1:{port}"), ("dask", f"tcp://127.0.0.1:{port}")):
             with pytest.raises(ConfigError, match=f"No {runner.capitalize()} cluster answers at .*{port}.*start one"):
-                engines.connect(ExecutionParams(runner=runner, address=address), None)
+                remote_training.connect(ExecutionParams(runner=runner, address=address), None)
     with pytest.raises(ConfigError, match="'somewhere' has no host and port: write tcp://HOST:8786"):
-        engines.connect(ExecutionParams(runner="dask", address="somewhere"), None)
+        remote_training.connect(ExecutionParams(runner="dask", address="somewhere"), None)
     monkeypatch.setattr(engines, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="ray is not installed: run `pip install"):
         engines.require(ExecutionParams(runner="ray"))

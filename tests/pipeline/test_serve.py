@@ -27,20 +27,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows import release
-from moa import base, config, corpus, digests, experts
-from moa.adapters import CONFIG, WEIGHTS
-from moa.assemble import assemble
-from moa.batching import Batcher, Limits
-from moa.chat import ChatError, Trimmed, read
-from moa.config import Config
-from moa.decoding import Decoding
-from moa.errors import RegistryError
-from moa.mixture import Answer, Mixture
-from moa.registry import Registry
-from moa.serve import Settings, serve
-from moa.serving import Ask, Champions, Hearing, Release, answer
-from moa.workspace import MANIFEST, Workspace, read_json, write_json
+from flows.steps import release
+from moa.base import pin
+from moa.core import config, digests
+from moa.core.config import Config
+from moa.core.errors import RegistryError
+from moa.core.files import read_json, write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.data import prepare
+from moa.experts import train
+from moa.experts.peft_format import CONFIG, WEIGHTS
+from moa.mixture.assemble import assemble
+from moa.mixture.generation.decoding import Decoding
+from moa.mixture.mixture import Answer, Mixture
+from moa.release.registry import Registry
+from moa.serving.active_release import Ask, Champions, Hearing, Release, answer
+from moa.serving.batcher import Batcher, Limits
+from moa.serving.protocol import ChatError, Trimmed, read
+from moa.serving.server import Settings, serve
 from tests import tiny
 
 DOMAINS = ("alpha", "beta")
@@ -150,10 +154,10 @@ def first_release(folder: Path, context: int = 2048) -> tuple[Workspace, Config]
     about = workspace.root / "tiny-base" / "config.json"
     write_json(about, {**read_json(about), "max_position_embeddings": context})
     loaded = config.load(workspace.params)
-    base.fetch(workspace, loaded.base)
+    pin.fetch(workspace, loaded.base)
     for domain in DOMAINS:
-        corpus.prepare(workspace, loaded, domain)
-    experts.train(workspace, loaded, DOMAINS)
+        prepare.prepare(workspace, loaded, domain)
+    train.train(workspace, loaded, DOMAINS)
     change_expert(workspace, "alpha", 1)   # a tiny base barely trained says one thing whatever it is asked
     change_expert(workspace, "beta", 2)
     register(workspace, loaded)
@@ -194,7 +198,7 @@ def mixtures(released: tuple[Workspace, Config]) -> dict[int, Mixture]:
     """Both releases in this process, each on a base of its own."""
     workspace, loaded = released
     registry = Registry(workspace, loaded)
-    return {version: Mixture.load(registry.download(version), base.load(workspace, loaded.base)) for version in (1, 2)}
+    return {version: Mixture.load(registry.download(version), pin.load(workspace, loaded.base)) for version in (1, 2)}
 
 
 @contextmanager
@@ -615,7 +619,7 @@ def test_a_champion_that_cannot_be_loaded_changes_nothing(
     shutil.copytree(released[0].root, tmp_path / "copy")
     workspace, loaded = Workspace(tmp_path / "copy"), released[1]
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)   # MLflow leaves the address of another workspace there
-    monkeypatch.setattr("moa.serving.RETRY_SECONDS", math.inf)   # however long two looks take
+    monkeypatch.setattr("moa.serving.active_release.RETRY_SECONDS", math.inf)   # however long two looks take
     champions = Champions(workspace, loaded)
     assert str(tmp_path) in champions.registry.address
     first, alone = champions.now, champions.now.mixture.chat(question("alpha", 1), max_new_tokens=8)

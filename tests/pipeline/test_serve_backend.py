@@ -15,13 +15,13 @@ from typing import Any
 import httpx
 import pytest
 
-from flows import release
-from moa.backend import Backend
-from moa.chat import ChatError, Question
-from moa.config import Config
-from moa.errors import UsageError
-from moa.export import export
-from moa.workspace import Workspace
+from flows.steps import release
+from moa.core.config import Config
+from moa.core.errors import UsageError
+from moa.core.paths import Workspace
+from moa.release.export import export
+from moa.serving.protocol import ChatError, Question
+from moa.serving.upstream import Backend
 from tests.pipeline.test_serve import (
     CHAT,
     DOMAINS,

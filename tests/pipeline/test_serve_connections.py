@@ -15,8 +15,8 @@ from contextlib import ExitStack, contextmanager
 import httpx
 import pytest
 
-from moa.config import Config
-from moa.workspace import Workspace
+from moa.core.config import Config
+from moa.core.paths import Workspace
 from tests.pipeline.test_serve import CHAT, SOON, Served, ask, chat_bytes, first_release, serving, wait_for
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n"

@@ -11,13 +11,12 @@ from typing import Any, cast
 import pytest
 from jsonschema import Draft202012Validator
 
-from moa.chat import WITHOUT_EFFECT
-from moa.config import Config
-from moa.pyfunc import OPTIONS
-from moa.serve import Server, Settings, build
-from moa.serve_metrics import PATHS, Metrics
-from moa.serve_openapi import document
-from moa.workspace import Workspace
+from moa.core.config import Config
+from moa.core.paths import Workspace
+from moa.serving.metrics import PATHS, Metrics
+from moa.serving.openapi import document
+from moa.serving.protocol import OPTIONS, WITHOUT_EFFECT
+from moa.serving.server import Server, Settings, build
 from tests.pipeline.test_serve import CHAT, Served, first_release, question, serving
 
 KEY = "Bearer sesame"

@@ -9,16 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from moa import base, config, corpus, domains, experts, starts
-from moa.adapters import WEIGHTS
-from moa.assemble import assemble
-from moa.commands import environment
-from moa.config import Config
-from moa.errors import ArtifactError, PipelineError
-from moa.starts import Start
-from moa.versions import Versions, initialise
-from moa.warm import digest
-from moa.workspace import MANIFEST, Workspace, read_json
+from moa.base import pin
+from moa.core import config
+from moa.core.config import Config
+from moa.core.errors import ArtifactError, PipelineError
+from moa.core.files import read_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.core.subprocesses import environment
+from moa.data import prepare
+from moa.experts import train
+from moa.experts.peft_format import WEIGHTS
+from moa.experts.warm_start import digest
+from moa.mixture.assemble import assemble
+from moa.workspace import domains, warm_starts
+from moa.workspace.data_versions import Versions, initialise
+from moa.workspace.warm_starts import Start
 from tests import tiny
 
 NAMES = ("alpha", "beta-2", "2024")   # a name may be all digits
@@ -48,10 +53,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         patch.setenv("MOA_DTYPE", "float32")
         patch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "site"))
         initialise(root)
-        base.fetch(workspace, settings.base)
+        pin.fetch(workspace, settings.base)
         for name in NAMES:
-            corpus.prepare(workspace, settings, name)
-        experts.train(workspace, settings, NAMES)
+            prepare.prepare(workspace, settings, name)
+        train.train(workspace, settings, NAMES)
         assemble(workspace, settings)
         versions = Versions(workspace)
         versions.snapshot()
@@ -112,65 +117,65 @@ def test_every_domain_has_a_key_whatever_comes_and_goes(workspace: Workspace, tm
 @pytest.mark.parametrize(("name", "parent"), [("beta-2", "alpha"), ("2024", "2024")])
 def test_a_start_makes_one_training_stale(workspace: Workspace, name: str, parent: str) -> None:
     versions = Versions(workspace)
-    start = starts.use(versions, name, parent)
-    assert start == Start(parent, expert_digest(workspace, parent)) and starts.read(workspace) == {name: start}
+    start = warm_starts.use(versions, name, parent)
+    assert start == Start(parent, expert_digest(workspace, parent)) and warm_starts.read(workspace) == {name: start}
     snapshot = versions.snapshot()
     assert set(snapshot.stale) == {f"train@{name}", "evaluate"}
     assert snapshot.affected == {f"train@{name}", *FOLLOWS}
     assert read_json(workspace.projection) == {**dict.fromkeys(NAMES), name: read_json(workspace.starts)[name]}
-    starts.forget(versions, [name, "law"])
+    warm_starts.forget(versions, [name, "law"])
     assert set(stale(workspace)) == {"evaluate"} and not workspace.starts.exists()
 
 
 def test_another_start_is_a_change_and_the_same_start_is_none(workspace: Workspace, settings: Config) -> None:
     versions = Versions(workspace)
-    starts.use(versions, "beta-2", "alpha")
-    first = experts.fingerprint(workspace, settings, "beta-2")
-    experts.train(workspace, settings, ["beta-2"])
+    warm_starts.use(versions, "beta-2", "alpha")
+    first = train.fingerprint(workspace, settings, "beta-2")
+    train.train(workspace, settings, ["beta-2"])
     versions.record(["train@beta-2"])
     assert set(stale(workspace)) == FOLLOWS
-    starts.use(versions, "beta-2", "alpha")
+    warm_starts.use(versions, "beta-2", "alpha")
     assert set(stale(workspace)) == FOLLOWS
-    starts.use(versions, "beta-2", "2024")
+    warm_starts.use(versions, "beta-2", "2024")
     assert set(stale(workspace)) == {"train@beta-2", *FOLLOWS}
-    assert experts.fingerprint(workspace, settings, "beta-2") != first
+    assert train.fingerprint(workspace, settings, "beta-2") != first
 
 
 def test_dvc_brings_back_an_expert_by_its_start(workspace: Workspace, settings: Config) -> None:
     versions = Versions(workspace)
     afresh = (workspace.expert("beta-2") / WEIGHTS).read_bytes()
-    starts.use(versions, "beta-2", "alpha")
-    experts.train(workspace, settings, ["beta-2"])
+    warm_starts.use(versions, "beta-2", "alpha")
+    train.train(workspace, settings, ["beta-2"])
     versions.record(["train@beta-2"])
-    warm, before = (workspace.expert("beta-2") / WEIGHTS).read_bytes(), starts.read(workspace)
+    warm, before = (workspace.expert("beta-2") / WEIGHTS).read_bytes(), warm_starts.read(workspace)
     assert warm != afresh
-    starts.forget(versions, ["beta-2"])
+    warm_starts.forget(versions, ["beta-2"])
     for wanted in (afresh, warm):
         assert "train@beta-2" in stale(workspace) and versions.restorable(["train@beta-2"]) == {"train@beta-2"}
         lines: list[str] = []
         versions.reproduce("train@beta-2", lines.append)
         assert not lines   # nothing was trained
         assert (workspace.expert("beta-2") / WEIGHTS).read_bytes() == wanted
-        assert experts.finished(workspace, settings, "beta-2")
-        starts.restore(versions, before)
+        assert train.finished(workspace, settings, "beta-2")
+        warm_starts.restore(versions, before)
 
 
 def test_params_that_cannot_be_read_change_nothing(workspace: Workspace) -> None:
     versions = Versions(workspace)
-    start = starts.use(versions, "beta-2", "alpha")
+    start = warm_starts.use(versions, "beta-2", "alpha")
     shown = workspace.projection.read_bytes()
     for text in ("domains: [", "domains: 3\n", "3\n"):
         workspace.params.write_text(text)
         with pytest.raises(PipelineError):
             versions.snapshot()
-        assert workspace.projection.read_bytes() == shown and starts.read(workspace) == {"beta-2": start}
+        assert workspace.projection.read_bytes() == shown and warm_starts.read(workspace) == {"beta-2": start}
 
 
 # What is kept.
 
 def test_the_parent_is_kept_as_it_was_and_git_sees_what_it_needs(workspace: Workspace) -> None:
     versions = Versions(workspace)
-    start = starts.use(versions, "beta-2", "alpha")
+    start = warm_starts.use(versions, "beta-2", "alpha")
     kept = workspace.parent(start.digest)
     assert kept.name == start.digest[:16] and digest(kept) == start.digest
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == {
@@ -182,37 +187,37 @@ def test_the_parent_is_kept_as_it_was_and_git_sees_what_it_needs(workspace: Work
     assert {path for path in seen if "parents" in path or "starts" in path} == {
         "data/starts.json", f"data/parents/{kept.name}.dvc", "data/parents/.gitignore"}
     written = (kept / WEIGHTS).stat().st_ino
-    starts.use(versions, "2024", "alpha")   # one copy for both
+    warm_starts.use(versions, "2024", "alpha")   # one copy for both
     assert parents(workspace) == [".gitignore", kept.name, f"{kept.name}.dvc"]
-    assert (kept / WEIGHTS).stat().st_ino == written and set(starts.read(workspace)) == {"beta-2", "2024"}
+    assert (kept / WEIGHTS).stat().st_ino == written and set(warm_starts.read(workspace)) == {"beta-2", "2024"}
 
 
 def test_the_sentence_about_missing_bytes_says_what_helps(workspace: Workspace, settings: Config) -> None:
-    start = starts.use(Versions(workspace), "beta-2", "alpha")
+    start = warm_starts.use(Versions(workspace), "beta-2", "alpha")
     kept = workspace.parent(start.digest)
     for damage, words in ((lambda: shutil.rmtree(kept), ("checkout",)),
                           (lambda: (kept / WEIGHTS).write_bytes(b"x"), ("checkout", "--force"))):
         damage()
         with pytest.raises(ArtifactError) as error:
-            experts.train(workspace, settings, ["beta-2"])
+            train.train(workspace, settings, ["beta-2"])
         command = [*words, f"data/parents/{kept.name}.dvc"]
         assert f"`dvc {' '.join(command)}`" in str(error.value)
         assert dvc(workspace, *command).returncode == 0 and digest(kept) == start.digest
-    experts.train(workspace, settings, ["beta-2"])
+    train.train(workspace, settings, ["beta-2"])
     assert read_json(workspace.expert("beta-2") / MANIFEST)["parent"]["digest"] == start.digest
 
 
 def test_an_expert_that_is_not_there_or_not_itself_is_no_parent(workspace: Workspace) -> None:
     versions = Versions(workspace)
     with pytest.raises(ArtifactError, match="Domain 'law' has no expert to begin at: run `moa train --domain law` fir"):
-        starts.use(versions, "beta-2", "law")
+        warm_starts.use(versions, "beta-2", "law")
     with (workspace.expert("alpha") / WEIGHTS).open("ab") as file:
         file.write(b"x")
     with pytest.raises(ArtifactError, match="'alpha' is not the one its manifest names: run `moa train --domain alpha"):
-        starts.use(versions, "beta-2", "alpha")
+        warm_starts.use(versions, "beta-2", "alpha")
     (workspace.expert("alpha") / MANIFEST).write_text("[]")
     with pytest.raises(ArtifactError, match="The manifest of the expert of 'alpha' cannot be read: run"):
-        starts.use(versions, "beta-2", "alpha")
+        warm_starts.use(versions, "beta-2", "alpha")
     assert not workspace.starts.exists() and not parents(workspace)
 
 
@@ -220,7 +225,8 @@ class Killed(BaseException):
     """As sudden as a signal: nothing in moa catches it."""
 
 
-@pytest.mark.parametrize("at", ["shutil.copyfile", "moa.versions.Versions.add", "moa.starts.write_json"])
+@pytest.mark.parametrize("at", ["shutil.copyfile", "moa.workspace.data_versions.Versions.add",
+                                "moa.workspace.warm_starts.write_json"])
 def test_a_start_that_was_cut_off_is_none_and_is_made_the_next_time(workspace: Workspace, at: str,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     versions = Versions(workspace)
@@ -231,57 +237,58 @@ def test_a_start_that_was_cut_off_is_none_and_is_made_the_next_time(workspace: W
     with monkeypatch.context() as patch:
         patch.setattr(at, die)
         with pytest.raises(Killed):
-            starts.use(versions, "beta-2", "alpha")
-    assert starts.read(workspace) == {} and set(stale(workspace)) == {"evaluate"}
-    start = starts.use(versions, "beta-2", "alpha")
-    assert starts.read(workspace) == {"beta-2": start} and digest(workspace.parent(start.digest)) == start.digest
+            warm_starts.use(versions, "beta-2", "alpha")
+    assert warm_starts.read(workspace) == {} and set(stale(workspace)) == {"evaluate"}
+    start = warm_starts.use(versions, "beta-2", "alpha")
+    assert warm_starts.read(workspace) == {"beta-2": start} and digest(workspace.parent(start.digest)) == start.digest
     assert len(parents(workspace)) == 3
 
 
 def test_prune_keeps_what_a_start_names(workspace: Workspace) -> None:
     versions = Versions(workspace)
-    before = starts.read(workspace)
-    one = starts.use(versions, "beta-2", "alpha")
-    two = starts.use(versions, "2024", "2024")
-    assert starts.prune(versions) == []
-    both = starts.read(workspace)
-    assert starts.forget(versions, ["beta-2"]) == ["beta-2"]
-    assert starts.prune(versions) == [f"data/parents/{one.digest[:16]}"]
+    before = warm_starts.read(workspace)
+    one = warm_starts.use(versions, "beta-2", "alpha")
+    two = warm_starts.use(versions, "2024", "2024")
+    assert warm_starts.prune(versions) == []
+    both = warm_starts.read(workspace)
+    assert warm_starts.forget(versions, ["beta-2"]) == ["beta-2"]
+    assert warm_starts.prune(versions) == [f"data/parents/{one.digest[:16]}"]
     assert parents(workspace) == [".gitignore", two.digest[:16], f"{two.digest[:16]}.dvc"]
     assert (workspace.parents / ".gitignore").read_text() == f"/{two.digest[:16]}\n"
     with pytest.raises(ArtifactError, match=rf"The start of beta-2 cannot be put back: data/parents/{one.digest[:16]}"):
-        starts.restore(versions, both)
-    starts.restore(versions, before)
+        warm_starts.restore(versions, both)
+    warm_starts.restore(versions, before)
     (workspace.parents / f"{two.digest[:16]}.dvc").unlink()   # a prune was cut off here
-    assert starts.prune(versions) == [f"data/parents/{two.digest[:16]}"] and not workspace.parents.exists()
+    assert warm_starts.prune(versions) == [f"data/parents/{two.digest[:16]}"] and not workspace.parents.exists()
     assert set(stale(workspace)) == {"evaluate"}
 
 
 @pytest.mark.parametrize("purge", [False, True])
 def test_a_domain_that_goes_takes_its_start_along(workspace: Workspace, settings: Config, purge: bool) -> None:
     versions = Versions(workspace)
-    other = starts.use(versions, "beta-2", "alpha")
-    own = starts.use(versions, "alpha", "alpha")
+    other = warm_starts.use(versions, "beta-2", "alpha")
+    own = warm_starts.use(versions, "alpha", "alpha")
     assert own.digest == other.digest
-    starts.use(versions, "2024", "2024")
+    warm_starts.use(versions, "2024", "2024")
     cached = {path for path in (workspace.root / ".dvc" / "cache").rglob("*") if path.is_file()}
     domains.remove(workspace, "2024", purge=purge)
-    assert set(starts.read(workspace)) == {"alpha", "beta-2"}
+    assert set(warm_starts.read(workspace)) == {"alpha", "beta-2"}
     assert parents(workspace) == [".gitignore", own.digest[:16], f"{own.digest[:16]}.dvc"]
     kept = {path for path in cached if path.exists()}
     assert (kept == cached) != purge
     domains.remove(workspace, "alpha")
-    assert starts.read(workspace) == {"beta-2": other}   # whose training still begins at the expert that was alpha's
-    experts.train(workspace, config.load(workspace.params), ["beta-2"])
+    assert warm_starts.read(workspace) == {"beta-2": other}   # beta-2 still begins at alpha's expert
+    train.train(workspace, config.load(workspace.params), ["beta-2"])
     assert read_json(workspace.expert("beta-2") / MANIFEST)["parent"] == {"domain": "alpha", "digest": own.digest}
 
 
 def test_what_ends_a_removal_puts_the_start_back(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     versions = Versions(workspace)
-    start = starts.use(versions, "2024", "2024")
+    start = warm_starts.use(versions, "2024", "2024")
     with monkeypatch.context() as patch:
-        patch.setattr("moa.domains.write_json", lambda *_: (_ for _ in ()).throw(OSError(28, os.strerror(28), "x")))
+        patch.setattr("moa.workspace.domains.write_json",
+                      lambda *_: (_ for _ in ()).throw(OSError(28, os.strerror(28), "x")))
         with pytest.raises(ArtifactError, match="nothing was changed"):
             domains.remove(workspace, "2024")
-    assert starts.read(workspace) == {"2024": start} and len(parents(workspace)) == 3
+    assert warm_starts.read(workspace) == {"2024": start} and len(parents(workspace)) == 3
     assert set(stale(workspace)) == {"train@2024", "evaluate"}

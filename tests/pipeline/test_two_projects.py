@@ -18,14 +18,16 @@ from ruamel.yaml import YAML
 from test_registry import build, register
 from test_registry_server import mlflow_server
 
-from flows import release, status
+from flows import status
 from flows.sensor import nudge
-from moa import config, init, ledger
-from moa.config import Config
-from moa.errors import RegistryError
-from moa.pipeline import Pipeline
-from moa.registry import Registry
-from moa.workspace import Workspace
+from flows.steps import event_log, release
+from moa.core import config
+from moa.core.config import Config
+from moa.core.errors import RegistryError
+from moa.core.paths import Workspace
+from moa.release.registry import Registry
+from moa.workspace import init
+from moa.workspace.pipeline import Pipeline
 
 DOMAINS = {"math": {"metric": "final_number"}, "sql": {"metric": "sql_result"}}
 TAG = "moa.project"   # of a registered model
@@ -262,7 +264,7 @@ def until(seen: Callable[[], Any], what: str, *processes: "subprocess.Popen[str]
 
 def skipped(workspace: Workspace) -> list[str]:
     """What set off the runs that found nothing to learn."""
-    return [entry["trigger"] for entry in ledger.read(workspace, kinds=["skipped"])]
+    return [entry["trigger"] for entry in event_log.read(workspace, kinds=["skipped"])]
 
 
 def idle(root: Path, project: str | None) -> Workspace:

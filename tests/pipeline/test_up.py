@@ -17,8 +17,10 @@ from ruamel.yaml import YAML
 
 from flows import prefect_api
 from flows.sensor import nudge
-from moa import config, init, ledger
-from moa.workspace import Workspace
+from flows.steps import event_log
+from moa.core import config
+from moa.core.paths import Workspace
+from moa.workspace import init
 from tests.waiting import Gate, until
 
 ROWS = 120
@@ -48,7 +50,7 @@ def drop(workspace: Workspace, domain: str) -> Path:
 
 
 def told(workspace: Workspace, kind: str, **facts: Any) -> list[dict[str, Any]]:
-    return [entry for entry in ledger.read(workspace, kinds=[kind])
+    return [entry for entry in event_log.read(workspace, kinds=[kind])
             if all(entry.get(key) == value for key, value in facts.items())]
 
 
@@ -170,7 +172,7 @@ def test_sigterm_ends_all_of_it_and_kill_leaves_no_process_behind(tmp_path: Path
     assert told(workspace, "released", version=1) and told(workspace, "down")
 
     drop(workspace, "gamma")
-    gate = Gate(tmp_path, "moa.experts:Checkpoint.save_now_and_then")
+    gate = Gate(tmp_path, "moa.experts.train:Checkpoint.save_now_and_then")
     process = start(workspace, **gate.environment)
     until(gate.reached, process)
     children = psutil.Process(process.pid).children(recursive=True)

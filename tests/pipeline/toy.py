@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moa.workspace import Workspace
+from moa.core.paths import Workspace
 
 STEPS = '''
 import argparse, json, os, pathlib, shutil, sys, time

@@ -11,11 +11,14 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from moa import admission, base, config
-from moa.adapters import CONFIG, WEIGHTS
-from moa.base import BasePin
-from moa.errors import ArtifactError, UsageError
-from moa.workspace import MANIFEST, Workspace, write_json
+from moa.base import pin
+from moa.base.pin import BasePin
+from moa.core import config
+from moa.core.errors import ArtifactError, UsageError
+from moa.core.files import write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.experts.peft_format import CONFIG, WEIGHTS
+from moa.workspace import import_expert
 
 COMMIT, OTHER = "0123456789" * 4, "9876543210" * 4
 
@@ -23,7 +26,7 @@ COMMIT, OTHER = "0123456789" * 4, "9876543210" * 4
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     made = tiny.workspace(tmp_path_factory.mktemp("admission") / "workspace", ("alpha",))
-    base.fetch(made, config.load(made.params).base)
+    pin.fetch(made, config.load(made.params).base)
     return made
 
 
@@ -49,7 +52,7 @@ def inspect(workspace: Workspace, folder: Path, pinned: BasePin | None = None, *
     read = config.load(workspace.params)
     for group, values in groups.items():
         read = read.model_copy(update={group: getattr(read, group).model_copy(update=values)})
-    return admission.inspect(workspace, read, folder, pinned or base.pin(workspace))
+    return import_expert.inspect(workspace, read, folder, pinned or pin.pin(workspace))
 
 
 def edit(folder: Path, **fields: Any) -> None:
@@ -128,7 +131,7 @@ def test_joint_training_has_room_for_its_own_targets_alone(workspace: Workspace,
 
 
 def test_a_manifest_that_names_another_base_is_refused(workspace: Workspace, outside: Path) -> None:
-    pinned = base.pin(workspace)
+    pinned = pin.pin(workspace)
     own = {"weights": pinned.weights, "tokenizer": pinned.tokenizer, "template": pinned.template,
            "source": "path:other"}
     write_json(outside / MANIFEST, {"kind": "expert", "base": own})
@@ -153,7 +156,7 @@ def test_a_manifest_that_names_another_base_is_refused(workspace: Workspace, out
 def test_a_bases_name_counts_where_names_mean_something(workspace: Workspace, outside: Path, ours: str, said: str,
                                                         revision: str | None, by: str | None) -> None:
     edit(outside, base_model_name_or_path=said, revision=revision)
-    pinned = replace(base.pin(workspace), source=ours)
+    pinned = replace(pin.pin(workspace), source=ours)
     if by is None:
         with pytest.raises(ArtifactError, match=rf"was trained on {said}.* and this workspace's base is {ours}"):
             inspect(workspace, outside, pinned)

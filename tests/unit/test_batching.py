@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moa.batching import Batcher, Closed, Full, Job, Limits
+from moa.serving.batcher import Batcher, Closed, Full, Job, Limits
 
 SOON = 120   # seconds, until a hanging test fails
 

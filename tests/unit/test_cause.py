@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moa.cause import causes
+from moa.evaluation.attribution import causes
 
 DOMAINS = ("alpha", "beta")
 

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from moa import change, config, domains
-from moa import plan as planning
-from moa.errors import ArtifactError, DataError, PipelineError
-from moa.init import init
-from moa.pipeline import Pipeline
-from moa.versions import Versions
-from moa.workspace import Workspace
+from moa.core import config, transaction
+from moa.core.errors import ArtifactError, DataError, PipelineError
+from moa.core.paths import Workspace
+from moa.workspace import domains
+from moa.workspace import plan as planning
+from moa.workspace.data_versions import Versions
+from moa.workspace.init import init
+from moa.workspace.pipeline import Pipeline
 
 # What Python tells auditors before it does it; `open` counts when it is for writing.
 STEPS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod", "os.truncate", "shutil.copyfile"}
@@ -123,7 +124,7 @@ def test_killed_at_any_step_it_leaves_the_old_state_or_the_new(
         workspace = copied()
         if not ended(workspace, action, step):
             break
-        change.recover(workspace)
+        transaction.recover(workspace)
         found = state(workspace)
         assert found in (old, new), f"step {step}"
         assert not workspace.journal.exists()
@@ -136,12 +137,12 @@ def test_undoing_can_itself_be_killed(template: Path, copied: Callable[[], Works
     for step in range(1, 100):
         workspace = copied()
         with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(change, "undo", lambda _: [])   # the process is gone
+            patch.setattr(transaction, "undo", lambda _: [])   # the process is gone
             patch.setattr(Versions, "add", _interrupt)
             add_more(workspace, template)
         assert workspace.journal.exists() and state(workspace) != old
-        survived = not ended(workspace, change.recover, step)
-        change.recover(workspace)
+        survived = not ended(workspace, transaction.recover, step)
+        transaction.recover(workspace)
         assert state(workspace) == old
         if survived:
             break
@@ -174,7 +175,8 @@ def test_a_source_that_changes_while_it_is_copied(template: Path, copied: Callab
     workspace = copied()
     old = state(workspace)
     copy = shutil.copyfile
-    monkeypatch.setattr("moa.intake.shutil.copyfile", lambda source, target: copy(template / "sport.jsonl", target))
+    monkeypatch.setattr("moa.workspace.row_sources.shutil.copyfile",
+                        lambda source, target: copy(template / "sport.jsonl", target))
     with pytest.raises(DataError, match=r"more.jsonl changed while it was copied"):
         add_more(workspace, template)
     assert state(workspace) == old
@@ -184,12 +186,12 @@ def test_what_somebody_did_since_is_kept(template: Path, copied: Callable[[], Wo
     workspace = copied()
     old = state(workspace)
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(change, "undo", lambda _: [])
-        patch.setattr("moa.domains.parameters.load", _after_writing(workspace))
+        patch.setattr(transaction, "undo", lambda _: [])
+        patch.setattr("moa.workspace.domains.parameters.load", _after_writing(workspace))
         add_new(workspace, template)
     workspace.params.write_text(workspace.params.read_text() + "# mine\n")
     (workspace.raw("law") / "mine.jsonl").write_text(ROWS)
-    said = change.recover(workspace)
+    said = transaction.recover(workspace)
     assert state(workspace) == old
     assert (workspace.kept / "params.yaml").read_text().endswith("# mine\n")
     assert (workspace.kept / "data/raw/law/mine.jsonl").read_text() == ROWS
@@ -212,11 +214,11 @@ def _after_writing(workspace: Workspace) -> Callable[[Path], config.Config]:
 def test_a_change_that_is_being_made_is_left_alone(copied: Callable[[], Workspace], template: Path) -> None:
     workspace = copied()
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(change, "undo", lambda _: [])
+        patch.setattr(transaction, "undo", lambda _: [])
         patch.setattr(Versions, "add", _interrupt)
         add_more(workspace, template)
     with FileLock(workspace.lock):
-        assert change.recover(workspace) == [] and workspace.journal.exists()
+        assert transaction.recover(workspace) == [] and workspace.journal.exists()
         with pytest.raises(PipelineError, match="Another moa run"):
             add_more(workspace, template)
     add_more(workspace, template)   # undoes it itself, under its own lock

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from moa import cli
-from moa.cli_shared import Place
-from moa.errors import PipelineError
+from moa.cli import main
+from moa.cli.app import Place
+from moa.core.errors import PipelineError
 
 HEAVY = ("torch", "transformers", "prefect", "mlflow", "dvc", "peft", "datasets", "pydantic", "networkx")
 PARAMS = ("prompt: {}\nprepare: {}\ntrain: {}\nassemble: {}\nevaluate: {}\n"
@@ -20,13 +20,13 @@ def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str
 
 
 def test_help_imports_nothing_heavy() -> None:
-    script = f"import sys, moa.cli; print([name for name in {HEAVY} if name in sys.modules])"
+    script = f"import sys, moa.cli.main; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_the_local_flow_and_the_policy_import_no_prefect_and_no_torch() -> None:
-    script = ("import sys, flows.launch, flows.stages, flows.server; "
+    script = ("import sys, flows.launch, flows.steps.stage_order, flows.prefect_server; "
               "print([name for name in ('torch', 'transformers', 'prefect', 'mlflow', 'peft') if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -35,7 +35,7 @@ def test_the_local_flow_and_the_policy_import_no_prefect_and_no_torch() -> None:
 def test_help_names_every_command() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for command in cli.app.registered_commands:
+    for command in main.app.registered_commands:
         assert command.callback is not None
         assert f" {command.name or command.callback.__name__} " in done.stdout
     assert " domain " in done.stdout
@@ -80,7 +80,7 @@ def test_what_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(Place, "workspace", fail)
     monkeypatch.setattr(sys, "argv", ["moa", "plan"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     printed = capsys.readouterr()
     assert ended.value.code == code and printed.err.startswith("moa: ") and not printed.out
 
@@ -92,4 +92,4 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Place, "workspace", fail)
     monkeypatch.setattr(sys, "argv", ["moa", "plan"])
     with pytest.raises(ZeroDivisionError):
-        cli.main()
+        main.main()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moa.commands import last_error
+from moa.core.subprocesses import last_error
 
 
 @pytest.mark.parametrize(("lines", "reason"), [

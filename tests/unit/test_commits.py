@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from moa.commits import commit
-from moa.errors import PipelineError
-from moa.workspace import Workspace
+from moa.core.errors import PipelineError
+from moa.core.paths import Workspace
+from moa.workspace.commits import commit
 
 
 def git(root: Path, *words: str) -> str:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from moa import config
-from moa.errors import ConfigError
+from moa.core import config
+from moa.core.errors import ConfigError
 
 GOOD = "base: {source: 'path:x'}\ndomains:\n  math: {metric: exact}\n"
 GROUPS = "prompt: {}\nprepare: {}\ntrain: {}\nassemble: {}\nevaluate: {}\n"

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 
-from moa import corpus, rows, staging
-from moa.base import BasePin
-from moa.config import BaseParams, Config, Domain, PrepareParams
-from moa.errors import DataError
-from moa.workspace import Workspace
+from moa.base.pin import BasePin
+from moa.core.config import BaseParams, Config, Domain, PrepareParams
+from moa.core.errors import DataError
+from moa.core.paths import Workspace
+from moa.data import corpus as rows
+from moa.data import prepare as corpus
+from moa.data import row_store
 
 
 class LetterTokenizer:
@@ -354,8 +356,8 @@ def test_shared_names_of_chat_turns_and_a_system_column(tmp_path: Path) -> None:
 def test_many_rows_pass_through_buckets_in_the_order_of_their_ids(tmp_path: Path,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "FLUSH", 64)
-        patch.setattr(staging, "ROW_GROUP", 50)
+        patch.setattr(row_store, "FLUSH", 64)
+        patch.setattr(row_store, "ROW_GROUP", 50)
         patch.setattr(corpus, "BATCH", 32)
         small = prepared(tmp_path / "a", [row(number) for number in range(500)])
     assert list(small.items()) == list(prepared(tmp_path / "b", [row(number) for number in range(500)]).items())

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moa import adapters
-from moa.batches import collate, microbatches, row_losses
-from moa.config import TrainParams
-from moa.lora import ExpertStack, LoraSpec
-from moa.tokens import Encoded
-from moa.training import Learner, cotrain, data_order, seed_for, validation_losses
+from moa.base.encoding import Encoded
+from moa.core.config import TrainParams
+from moa.experts import peft_format
+from moa.experts.batches import collate, microbatches, row_losses
+from moa.experts.cotraining import Learner, cotrain, data_order, seed_for, validation_losses
+from moa.experts.lora import ExpertStack, LoraSpec
 
 VOCABULARY = 64
 PARAMS = TrainParams(rank=4, epochs=2, batch_rows=3, learning_rate=0.02, batch_tokens=50, validation_rows=4)
@@ -80,7 +80,7 @@ def train(plans: Sequence[Plan], batch_tokens: int = 50, dtype: torch.dtype = to
     """Train `plans` together; per name the expert's tensors and its learner."""
     model, stack, learners = prepared(plans, dtype)
     cotrain(model, stack, learners, batch_tokens, after_step)
-    return {plan.name: (adapters.state(stack, expert), learners[expert]) for expert, plan in enumerate(plans)}
+    return {plan.name: (peft_format.state(stack, expert), learners[expert]) for expert, plan in enumerate(plans)}
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -225,7 +225,7 @@ def test_resumed_equals_uninterrupted(at: int) -> None:
         learner.restore(progress, tensors)
     cotrain(model, stack, again, 50)
     for expert, plan in enumerate(plans):
-        assert difference(adapters.state(stack, expert), whole[plan.name][0]) == 0
+        assert difference(peft_format.state(stack, expert), whole[plan.name][0]) == 0
         assert again[expert].progress == whole[plan.name][1].progress
 
 

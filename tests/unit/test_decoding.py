@@ -16,11 +16,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from moa import generation, llama, packing
-from moa.decoding import Decoding
-from moa.generation import Options
-from moa.llama import LlamaDecoding
-from moa.lora import ExpertStack, LoraSpec
+from moa.experts.lora import ExpertStack, LoraSpec
+from moa.mixture.generation import engine, llama, packing
+from moa.mixture.generation.decoding import Decoding
+from moa.mixture.generation.engine import Options
+from moa.mixture.generation.llama import LlamaDecoding
 from tests import tiny
 
 FAST = ("llama", "qwen2")
@@ -49,7 +49,7 @@ def stack_on(model: Any, targets: str | list[str] = "all-linear") -> ExpertStack
 
 def prompts_of(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(len(lengths))
-    return generation._padded([torch.randint(3, 250, (length,), generator=random).tolist() for length in lengths])
+    return engine._padded([torch.randint(3, 250, (length,), generator=random).tolist() for length in lengths])
 
 
 def walk(kind: type[Decoding], stack: ExpertStack, lengths: list[int], experts: list[int], stays: list[list[int]],
@@ -112,7 +112,7 @@ def test_an_expert_that_is_no_number_stays_its_own() -> None:
 def test_greedy_tokens_are_those_of_transformers_generate(architecture: str) -> None:
     model = model_of(architecture)
     ids, mask = prompts_of([5, 12, 1])
-    written = generation.decode(model, tiny.tokenizer(), [row[mask[b] == 1].tolist() for b, row in enumerate(ids)], 80,
+    written = engine.decode(model, tiny.tokenizer(), [row[mask[b] == 1].tolist() for b, row in enumerate(ids)], 80,
                                 Options())
     reference = model.generate(ids, attention_mask=mask, generation_config=GenerationConfig(
         max_new_tokens=80, do_sample=False))[:, ids.shape[1]:].tolist()

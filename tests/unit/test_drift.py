@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moa import discovery, shift
-from moa.shift import Seen
+from moa.serving import discovery, drift_statistics
+from moa.serving.drift_statistics import Seen
 
 DOMAINS = ("code", "law", "math", "tales")
 LIMIT = 0.25
@@ -23,22 +23,23 @@ def test_the_index_is_symmetric_and_never_negative(data: st.DataObject) -> None:
     first = data.draw(counts)
     second = data.draw(st.lists(st.integers(0, 500), min_size=len(first), max_size=len(first)))
     assume(sum(first) and sum(second))
-    number = shift.psi(first, second)
-    assert number == pytest.approx(shift.psi(second, first))
+    number = drift_statistics.psi(first, second)
+    assert number == pytest.approx(drift_statistics.psi(second, first))
     assert number >= -1e-12 and math.isfinite(number)
 
 
 @given(counts, st.integers(1, 50))
 def test_equal_shares_have_index_zero_however_many_rows(first: list[int], times: int) -> None:
     assume(sum(first))
-    assert shift.psi(first, [times * count for count in first]) == pytest.approx(0, abs=1e-9)
+    assert drift_statistics.psi(first, [times * count for count in first]) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_index_is_the_textbooks_where_rows_are_many() -> None:
     first, second = [0.5, 0.3, 0.2], [0.4, 0.3, 0.3]
     textbook = sum((p - q) * math.log(p / q) for p, q in zip(first, second, strict=True))
-    assert shift.psi([1e9 * p for p in first], [1e9 * q for q in second]) == pytest.approx(textbook, rel=1e-6)
-    assert math.isnan(shift.psi([0, 0], [1, 2]))
+    found = drift_statistics.psi([1e9 * p for p in first], [1e9 * q for q in second])
+    assert found == pytest.approx(textbook, rel=1e-6)
+    assert math.isnan(drift_statistics.psi([0, 0], [1, 2]))
 
 
 # Verdicts.
@@ -54,9 +55,9 @@ def prompts(source: np.random.Generator, number: int, *, shares: Sequence[float]
     return found
 
 
-def judged(traffic: list[Seen], validation: list[Seen], least: int = 100) -> dict[str, shift.Measure]:
-    found = shift.measures(traffic, validation, window=1000, least=least, psi_limit=LIMIT)
-    assert tuple(measure.name for measure in found) == shift.MEASURES
+def judged(traffic: list[Seen], validation: list[Seen], least: int = 100) -> dict[str, drift_statistics.Measure]:
+    found = drift_statistics.measures(traffic, validation, window=1000, least=least, psi_limit=LIMIT)
+    assert tuple(measure.name for measure in found) == drift_statistics.MEASURES
     return {measure.name: measure for measure in found}
 
 
@@ -68,9 +69,9 @@ def test_unchanged_traffic_is_seldom_called_shifted(rows: int, asked: int) -> No
         source = np.random.default_rng([rows, seed])
         # Another mix of domains than validation's is no shift of the score.
         measures = judged(prompts(source, asked, shares=(0.7, 0.1, 0.1, 0.1)), prompts(source, rows))
-        alarms += shift.overall(list(measures.values())) == "shifted"
+        alarms += drift_statistics.overall(list(measures.values())) == "shifted"
         large += (measures["score"].number or 0) >= LIMIT
-    assert alarms <= shift.FALSE_ALARMS * checks
+    assert alarms <= drift_statistics.FALSE_ALARMS * checks
     assert large > checks / 4 or rows > 60
 
 
@@ -80,7 +81,7 @@ def test_a_shift_of_every_kind_is_found_and_no_other_measure_says_so() -> None:
         validation, before = prompts(source, 200), prompts(source, 300)
         moved = judged(prompts(source, 300, lower=0.08), validation)
         assert (moved["score"].verdict, moved["confidence"].verdict) == ("shifted", "shifted")
-        assert moved["score"].p is not None and moved["score"].p < shift.ALPHA
+        assert moved["score"].p is not None and moved["score"].p < drift_statistics.ALPHA
         assert moved["abstention"].verdict == moved["domains"].verdict == "stable"
 
         left = judged(prompts(source, 300, abstaining=0.2), validation)
@@ -96,7 +97,7 @@ def test_too_few_prompts_have_no_verdict() -> None:
     validation = prompts(source, 100)
     few = judged(prompts(source, 99, lower=0.5), validation)
     assert {measure.verdict for measure in few.values()} == {"not enough data"}
-    assert shift.overall(list(few.values())) == "not enough data"
+    assert drift_statistics.overall(list(few.values())) == "not enough data"
     assert "99 prompts, and a verdict needs 100" in few["score"].reason
     one_window = judged(prompts(source, 150, shares=(1, 0, 0, 0)), validation)["domains"]
     assert one_window.verdict == "not enough data" and (one_window.number or 0) > LIMIT

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moa.config import AdaptParams
-from moa.due import GRAIN, Due, Pending, decide
+from flows.steps.adapt_policy import GRAIN, Due, Pending, decide
+from moa.core.config import AdaptParams
 
 NOW, MIN_NEW = 1_800_000_000.0, 30
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from moa.forgetting import changes, complaint, figures, paired, text, word_for_word
-from moa.routes import exact_test, moves, sign_test
-from moa.rows import Row
+from moa.data.corpus import Row
+from moa.evaluation.routing_changes import exact_test, moves, sign_test
+from moa.release.forgetting import changes, complaint, figures, paired, text, word_for_word
 
 ROWS = [Row(str(number), ({"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": "x"}),
             3, 1) for number in range(3)]

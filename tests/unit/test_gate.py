@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moa.gate import Decision, Rules, Score, decide, judge
-from moa.releases import gate_text
+from moa.evaluation.gate import Decision, Rules, Score, decide, judge
+from moa.reports.releases import gate_text
 
 DOMAINS = ("math", "python", "sql")
 QUICK = Rules(resamples=2_000)

@@ -20,17 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from moa import generation, pyfunc
-from moa.base import Base, BasePin, Device
-from moa.calibration import fit
-from moa.decoding import Decoding
-from moa.errors import UsageError
-from moa.generation import Options, Writing
-from moa.lora import ExpertStack, LoraSpec
-from moa.mixture import BASE, Answer, Listener, Mixture, Request, answering
-from moa.router import features
-from moa.sampling import Sampling, generator
-from moa.tokens import Encoder
+from moa.base.encoding import Encoder
+from moa.base.pin import Base, BasePin, Device
+from moa.core.errors import UsageError
+from moa.experts.lora import ExpertStack, LoraSpec
+from moa.mixture.calibration import fit
+from moa.mixture.generation import engine
+from moa.mixture.generation.decoding import Decoding
+from moa.mixture.generation.engine import Options, Writing
+from moa.mixture.generation.sampling import Sampling, generator
+from moa.mixture.mixture import BASE, Answer, Listener, Mixture, Request, answering
+from moa.mixture.router import features
+from moa.serving import pyfunc
 from tests import tiny
 
 LABELS = ["alpha", "beta"]
@@ -96,7 +97,7 @@ def test_a_batch_writes_the_tokens_of_its_rows_alone(architecture: str, rows: li
         by = [domain or answering(mixture.route([prompt])[0]) for prompt, domain in zip(prompts, domains, strict=True)]
         for group in (range(len(rows)), *([index] for index in range(len(rows)))):
             mixture.stack.select(torch.tensor([mixture.expert_of(by[index]) for index in group]))
-            tokens += [row.ids for row in generation.decode(
+            tokens += [row.ids for row in engine.decode(
                 mixture.base.model, mixture.base.tokenizer, [mixture.encoder.prompt(prompts[index]) for index in group],
                 limit, Options())]
             mixture.stack.select(None)
@@ -118,7 +119,7 @@ def test_the_cache_changes_nothing(architecture: str) -> None:
     for _ in range(12):
         with torch.no_grad():
             ids.append(int(mixture.base.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    row, = generation.decode(mixture.base.model, mixture.base.tokenizer, [prompt], 12, Options())
+    row, = engine.decode(mixture.base.model, mixture.base.tokenizer, [prompt], 12, Options())
     mixture.stack.select(None)
     assert ids[len(prompt):][:len(row.ids)] == row.ids
 
@@ -171,12 +172,12 @@ def test_every_end_token_of_the_base_and_the_tokenizer_ends_an_answer() -> None:
     mixture = toy()
     prompt, whole = ask("How does it end?"), Options(max_new_tokens=20)
     mixture.stack.select(torch.tensor([0]))
-    free, = generation.decode(mixture.base.model, mixture.base.tokenizer, [mixture.encoder.prompt(prompt)], 20, whole)
+    free, = engine.decode(mixture.base.model, mixture.base.tokenizer, [mixture.encoder.prompt(prompt)], 20, whole)
     mixture.stack.select(None)
     assert free.finish == "length" and len(free.ids) == 20
     last = next(place for place in range(4, 20) if free.ids[place] not in free.ids[:place])
     with ending_at(mixture, [0, free.ids[last]]):
-        assert mixture.base.tokenizer.eos_token_id in generation.end_tokens(mixture.base.model, mixture.base.tokenizer)
+        assert mixture.base.tokenizer.eos_token_id in engine.end_tokens(mixture.base.model, mixture.base.tokenizer)
         answer = mixture.chat(prompt, "alpha", max_new_tokens=20)
         assert (answer.finish, answer.tokens) == ("stop", last + 1)
         assert answer.answer == mixture.base.tokenizer.decode(free.ids[:last], skip_special_tokens=True).strip()
@@ -345,7 +346,7 @@ def test_a_cancelled_stream_leaves_the_others_whole() -> None:
                     listener=stayer.listener()),
             Request(messages=ask("Me too"), domain=BASE, options=Options(max_new_tokens=30))])
     alone = mixture.chat(ask("I leave"), "alpha", max_new_tokens=30)
-    said = cut.answer.rstrip(generation.UNFINISHED)   # it may be cut within a character
+    said = cut.answer.rstrip(engine.UNFINISHED)   # it may be cut within a character
     assert cut.tokens < 10 < alone.tokens and alone.answer.startswith(said) and said
     assert whole == mixture.chat(ask("I stay"), "beta", max_new_tokens=30) and stayer.text().strip() == whole.answer
     assert plain == mixture.chat(ask("Me too"), BASE, max_new_tokens=30)
@@ -451,7 +452,7 @@ def test_a_stream_joined_is_the_answer(text: str, domain: str | None, start: int
 
 def test_a_stream_comes_while_it_is_written() -> None:
     """Its writer is held at the 20th pass until it is told to end: the first piece has come by then."""
-    mixture, began, pieces = toy(), list[threading.Event](), generation.pieces
+    mixture, began, pieces = toy(), list[threading.Event](), engine.pieces
 
     def told(work: Callable[[Any, threading.Event], Any]) -> Iterator[str]:
         def noted(tell: Any, cancelled: threading.Event) -> None:
@@ -467,7 +468,7 @@ def test_a_stream_comes_while_it_is_written() -> None:
                 began[0].wait()
             return counted(batch, tokens)
 
-        patch.setattr(generation, "pieces", told)
+        patch.setattr(engine, "pieces", told)
         patch.setattr(Decoding, "step", held)
         stream = mixture.stream(ask("a long one"), "alpha", max_new_tokens=1000)
         assert next(stream) and len(seen) <= 20

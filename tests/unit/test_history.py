@@ -2,7 +2,7 @@
 
 import pytest
 
-from moa.history import Entry, before, following, parse
+from moa.release.champion_history import Entry, before, following, parse
 
 
 def entries(*versions: int, interrupted: tuple[int, ...] = ()) -> list[Entry]:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from moa import config, init, workspace
-from moa.errors import BaseModelError, PipelineError, UsageError
-from moa.pipeline import Pipeline
-from moa.workspace import Workspace
+from moa.core import config, files
+from moa.core.errors import BaseModelError, PipelineError, UsageError
+from moa.core.paths import Workspace
+from moa.workspace import init
+from moa.workspace.pipeline import Pipeline
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = {".dvc/.gitignore", ".dvc/config", ".dvcignore", ".gitignore", "data/.gitignore", "data/README.md", "dvc.yaml",
@@ -133,7 +134,7 @@ def test_each_workspace_has_an_id_of_its_own(folder: str, begins: str, tmp_path:
 def test_an_interrupted_init_is_run_again(tmp_path: Path) -> None:
     init.init(tmp_path / "whole", None, tmp_path)
     wanted = without_id(tmp_path / "whole")
-    write = workspace.write_whole
+    write = files.write_atomic
     for number in range(6):
         root, calls = tmp_path / f"w{number}", []
 
@@ -144,7 +145,7 @@ def test_an_interrupted_init_is_run_again(tmp_path: Path) -> None:
             write(path, data)
 
         with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(init, "write_whole", stop)
+            patch.setattr(init, "write_atomic", stop)
             init.init(root, None, tmp_path)
         assert not ((root / "params.yaml").exists() and (root / "dvc.yaml").exists())
         init.init(root, None, tmp_path)

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moa import joint
-from moa.batches import Batch, collate, row_losses
-from moa.calibration import fit
-from moa.config import TrainParams
-from moa.heads import Heads, Use, chooser, heads_at_work, prompt_mask
-from moa.joint import forget_labels, train_jointly
-from moa.lora import ExpertStack, LoraSpec
-from moa.router import Router, decoder_layers, features, pooled
-from moa.tokens import Encoded
-from moa.training import Learner, recomputing
+from moa.base.encoding import Encoded
+from moa.core.config import TrainParams
+from moa.experts.batches import Batch, collate, row_losses
+from moa.experts.cotraining import Learner, recomputing
+from moa.experts.lora import ExpertStack, LoraSpec
+from moa.mixture import joint_training
+from moa.mixture.calibration import fit
+from moa.mixture.joint_training import forget_labels, train_jointly
+from moa.mixture.layer_routing import Heads, Use, chooser, heads_at_work, prompt_mask
+from moa.mixture.router import Router, decoder_layers, features, pooled
 from tests.tiny import ARCHITECTURES
 
 LABELS = ["a", "b", "c"]
@@ -117,7 +117,7 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Tensor
         seen[self.name].append(self.weights.grad.clone())
         update(self, *args)
 
-    monkeypatch.setattr(joint.torch.optim.AdamW, "step", spy_step)
+    monkeypatch.setattr(joint_training.torch.optim.AdamW, "step", spy_step)
     monkeypatch.setattr(Learner, "update", spy_update)
     yield seen
 

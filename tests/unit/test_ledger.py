@@ -11,9 +11,9 @@ from subprocess import Popen
 
 import pytest
 
-from moa import ledger
-from moa.errors import ArtifactError
-from moa.workspace import Workspace
+from flows.steps import event_log
+from moa.core.errors import ArtifactError
+from moa.core.paths import Workspace
 
 
 @pytest.fixture
@@ -22,40 +22,40 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 def test_entries_are_numbered_and_come_back(workspace: Workspace) -> None:
-    assert ledger.read(workspace) == []
-    first = ledger.append(workspace, "arrived", domain="law", rows=3)
-    second = ledger.append(workspace, "skipped", reason="Two\nlines, Zürich", path=Path("a"))
-    ledger.append(workspace, "arrived", domain="tax", rows=4)
+    assert event_log.read(workspace) == []
+    first = event_log.append(workspace, "arrived", domain="law", rows=3)
+    second = event_log.append(workspace, "skipped", reason="Two\nlines, Zürich", path=Path("a"))
+    event_log.append(workspace, "arrived", domain="tax", rows=4)
     assert (first["n"], second["n"], first["rows"], second["path"]) == (1, 2, 3, "a")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first["at"])
-    assert ledger.read(workspace)[:2] == [first, second]
-    assert [entry["n"] for entry in ledger.read(workspace, last=2)] == [2, 3]
-    assert [entry["n"] for entry in ledger.read(workspace, last=1, kinds=["arrived"])] == [3]
-    assert ledger.read(workspace, last=0) == [] == ledger.read(workspace, kinds=[])
+    assert event_log.read(workspace)[:2] == [first, second]
+    assert [entry["n"] for entry in event_log.read(workspace, last=2)] == [2, 3]
+    assert [entry["n"] for entry in event_log.read(workspace, last=1, kinds=["arrived"])] == [3]
+    assert event_log.read(workspace, last=0) == [] == event_log.read(workspace, kinds=[])
     assert len(workspace.ledger.read_bytes().splitlines()) == 3
 
 
 @pytest.mark.parametrize("cut", [1, 10, 30, -1])
 def test_a_torn_line_breaks_neither_reading_nor_the_next_append(workspace: Workspace, cut: int) -> None:
-    ledger.append(workspace, "up", pid=1)
+    event_log.append(workspace, "up", pid=1)
     whole = workspace.ledger.read_bytes()
-    ledger.append(workspace, "skipped", reason="übel")
+    event_log.append(workspace, "skipped", reason="übel")
     line = workspace.ledger.read_bytes()[len(whole):]
     torn = line[:cut]   # -1: only the end of the line is missing, so the entry is whole
     workspace.ledger.write_bytes(whole + torn)
     kept = 2 if cut == -1 else 1
-    assert len(ledger.read(workspace)) == kept
-    assert ledger.append(workspace, "down", pid=1)["n"] == kept + 1
-    assert [entry["n"] for entry in ledger.read(workspace)] == list(range(1, kept + 2))
+    assert len(event_log.read(workspace)) == kept
+    assert event_log.append(workspace, "down", pid=1)["n"] == kept + 1
+    assert [entry["n"] for entry in event_log.read(workspace)] == list(range(1, kept + 2))
     assert torn in workspace.ledger.read_bytes()   # nothing was taken away
 
 
 def test_lines_that_are_no_entries_are_passed_over(workspace: Workspace) -> None:
-    ledger.append(workspace, "up", pid=1)
+    event_log.append(workspace, "up", pid=1)
     with workspace.ledger.open("ab") as file:
         file.write(b'[]\n{"n": "x"}\n\xff\xfe\n{"n": 7}\n')
-    assert [entry["n"] for entry in ledger.read(workspace)] == [1]
-    assert ledger.append(workspace, "down", pid=1)["n"] == 2
+    assert [entry["n"] for entry in event_log.read(workspace)] == [1]
+    assert event_log.append(workspace, "down", pid=1)["n"] == 2
 
 
 WRITER = """
@@ -85,15 +85,15 @@ def test_several_writers_and_one_that_is_killed(workspace: Workspace) -> None:
     for each in writers:
         each.communicate()
         assert each.returncode == 0
-    last = ledger.append(workspace, "down", pid=1)
-    entries = ledger.read(workspace)
+    last = event_log.append(workspace, "down", pid=1)
+    entries = event_log.read(workspace)
     promised = 40 + len(rest) + int(said) + 1
     assert [entry["n"] for entry in entries] == list(range(1, last["n"] + 1))
     assert len(entries) - 1 in (promised, promised + 1)   # it may have been killed before it could say so
 
 
 def test_a_full_disk_leaves_no_half_a_line(workspace: Workspace) -> None:
-    ledger.append(workspace, "up", pid=1)
+    event_log.append(workspace, "up", pid=1)
     before = workspace.ledger.read_bytes()
     child = os.fork()
     if child == 0:   # the operating system refuses what goes beyond
@@ -102,7 +102,7 @@ def test_a_full_disk_leaves_no_half_a_line(workspace: Workspace) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, len(before) + 50))
             try:
-                ledger.append(workspace, "skipped", reason="x" * 100)
+                event_log.append(workspace, "skipped", reason="x" * 100)
             except ArtifactError as error:
                 status = 0 if str(error) == ("ledger.jsonl cannot be written: File too large; mend that and run the "
                                              "command again.") else 2
@@ -115,9 +115,9 @@ def test_a_full_disk_leaves_no_half_a_line(workspace: Workspace) -> None:
 # For people.
 
 def test_every_kind_has_a_meaning_and_a_sentence() -> None:
-    assert ledger.KINDS.keys() == ledger.SENTENCES.keys()
-    for kind in ledger.KINDS:
-        assert "{" not in ledger.sentence({"n": 1, "at": "", "kind": kind})
+    assert event_log.KINDS.keys() == event_log.SENTENCES.keys()
+    for kind in event_log.KINDS:
+        assert "{" not in event_log.sentence({"n": 1, "at": "", "kind": kind})
 
 
 @pytest.mark.parametrize(("kind", "facts", "sentence"), [
@@ -136,13 +136,13 @@ def test_every_kind_has_a_meaning_and_a_sentence() -> None:
     ("invented", {}, ""),
 ])
 def test_sentences(kind: str, facts: dict[str, object], sentence: str) -> None:
-    assert ledger.sentence({"n": 1, "at": "2026-01-02T03:04:05+00:00", "kind": kind, **facts}) == sentence
+    assert event_log.sentence({"n": 1, "at": "2026-01-02T03:04:05+00:00", "kind": kind, **facts}) == sentence
 
 
 def test_one_line_for_each_entry(workspace: Workspace) -> None:
-    assert ledger.text([]) == "Nothing has happened yet."
+    assert event_log.text([]) == "Nothing has happened yet."
     for number in range(10):
-        ledger.append(workspace, "drift" if number % 2 else "start-chosen", domain="law", reason="a\nb")
-    lines = ledger.text(ledger.read(workspace)).splitlines()
+        event_log.append(workspace, "drift" if number % 2 else "start-chosen", domain="law", reason="a\nb")
+    lines = event_log.text(event_log.read(workspace)).splitlines()
     assert len(lines) == 10 and re.match(r" 1  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d  start-chosen  law begins", lines[0])
     assert json.loads(workspace.ledger.read_text().splitlines()[0])["reason"] == "a\nb"

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from moa.loopback import direct
+from moa.core.loopback import direct
 
 PROXY = "http://proxy.example:3128"
 

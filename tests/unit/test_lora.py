@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moa import adapters
-from moa.adapters import CONFIG, WEIGHTS
-from moa.batches import collate, row_losses
-from moa.errors import ArtifactError
-from moa.lora import BASE_ONLY, ExpertStack, LoraSpec, StackedLoRA
-from moa.tokens import Encoded
-from moa.training import recomputing
+from moa.base.encoding import Encoded
+from moa.core.errors import ArtifactError
+from moa.experts import peft_format
+from moa.experts.batches import collate, row_losses
+from moa.experts.cotraining import recomputing
+from moa.experts.lora import BASE_ONLY, ExpertStack, LoraSpec, StackedLoRA
+from moa.experts.peft_format import CONFIG, WEIGHTS
 from tests.tiny import ARCHITECTURES
 
 VOCABULARY = 64
@@ -80,7 +80,7 @@ def test_each_row_of_a_mixed_batch_gets_what_peft_gives_it(architecture: str, de
     stack.select(rows)
     ours = logits(model, ids)
     for expert in range(len(SPECS)):
-        adapters.save(stack, expert, tmp_path / str(expert), "toy")
+        peft_format.save(stack, expert, tmp_path / str(expert), "toy")
     assert torch.equal(ours[2], plain[2])
     for expert in range(len(SPECS)):
         peft = PeftModel.from_pretrained(toy(architecture).to(device), tmp_path / str(expert)).double().eval()
@@ -119,11 +119,11 @@ def test_an_expert_that_changes_under_a_standing_choice_is_seen(change: str, tmp
     model, ids = toy(), some_ids(2)
     plain = logits(model, ids)
     stack = stacked(model)
-    adapters.save(stack, 1, tmp_path, "toy")
+    peft_format.save(stack, 1, tmp_path, "toy")
     stack.select(torch.tensor([0, 1]))
     before = logits(model, ids)
     if change == "load":
-        adapters.load(stack, 0, tmp_path)
+        peft_format.load(stack, 0, tmp_path)
     elif change == "initialise":
         stack.initialise(0, 7)
     else:
@@ -349,24 +349,24 @@ def trained(architecture: str, directory: Path, **how: Any) -> tuple[Any, Tensor
 def test_an_adapter_of_plain_peft_goes_in_and_out_whole(architecture: str, kind: str, tmp_path: Path) -> None:
     model, theirs = trained(architecture, tmp_path / "in", **ELSEWHERE[kind](architecture))
     plain = logits(model, some_ids(3))
-    spec = adapters.read_spec(tmp_path / "in")
+    spec = peft_format.read_spec(tmp_path / "in")
     stack = ExpertStack(model, [LoraSpec(7, 1.0), spec])   # beside a larger one
-    adapters.load(stack, 1, tmp_path / "in")
+    peft_format.load(stack, 1, tmp_path / "in")
     stack.select(torch.ones(3, dtype=torch.long))
     assert (theirs - plain).abs().max() > 1e-2
     assert torch.allclose(logits(model, some_ids(3)), theirs, atol=1e-5, rtol=1e-5)
-    adapters.save(stack, 1, tmp_path / "out", "toy")
+    peft_format.save(stack, 1, tmp_path / "out", "toy")
     assert same(load_file(tmp_path / "out" / WEIGHTS), load_file(tmp_path / "in" / WEIGHTS))
     again = PeftModel.from_pretrained(toy(architecture, torch.float32), tmp_path / "out").eval()
     assert torch.equal(logits(again, some_ids(3)), theirs)
-    assert adapters.read_spec(tmp_path / "out") == spec
-    adapters.load(stack, 0, tmp_path / "out")   # and in again, over whatever was there
-    assert same(adapters.state(stack, 0), adapters.state(stack, 1))
+    assert peft_format.read_spec(tmp_path / "out") == spec
+    peft_format.load(stack, 0, tmp_path / "out")   # and in again, over whatever was there
+    assert same(peft_format.state(stack, 0), peft_format.state(stack, 1))
 
 
 def test_saving_the_same_expert_again_gives_the_same_bytes(tmp_path: Path) -> None:
     for number in range(2):
-        adapters.save(stacked(toy()), 1, tmp_path / str(number), "toy")
+        peft_format.save(stacked(toy()), 1, tmp_path / str(number), "toy")
     for file in (CONFIG, WEIGHTS):
         assert (tmp_path / "0" / file).read_bytes() == (tmp_path / "1" / file).read_bytes()
 
@@ -401,15 +401,15 @@ def refused(directory: Path, named: str) -> None:
     """Loading says in one sentence what is wrong, and the directory of it."""
     stack = ExpertStack(toy(), [LoraSpec(8, 8.0)])
     with pytest.raises(ArtifactError, match=named) as caught:
-        adapters.load(stack, 0, directory)
+        peft_format.load(stack, 0, directory)
     assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
 
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
     """A directory that can be mixed, to be spoilt."""
-    adapters.save(stacked(toy(), [LoraSpec(2, 4.0)]), 0, tmp_path, "toy")
-    adapters.load(ExpertStack(toy(), [LoraSpec(8, 8.0)]), 0, tmp_path)
+    peft_format.save(stacked(toy(), [LoraSpec(2, 4.0)]), 0, tmp_path, "toy")
+    peft_format.load(ExpertStack(toy(), [LoraSpec(8, 8.0)]), 0, tmp_path)
     return tmp_path
 
 
@@ -438,7 +438,7 @@ def test_a_field_that_cannot_be_followed_is_refused_by_name(plain: Path, change:
 def test_a_field_of_the_future_that_says_nothing_is_no_reason_to_refuse(plain: Path) -> None:
     config = json.loads((plain / CONFIG).read_text())
     (plain / CONFIG).write_text(json.dumps({**config, "use_new": False, "new_config": {}, "more": None, "new": []}))
-    adapters.load(ExpertStack(toy(), [LoraSpec(8, 8.0)]), 0, plain)
+    peft_format.load(ExpertStack(toy(), [LoraSpec(8, 8.0)]), 0, plain)
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
@@ -479,9 +479,9 @@ def test_a_spoilt_directory_is_refused_by_what_is_wrong(plain: Path, spoil: Call
 
 def test_an_expert_too_large_for_the_stack_is_refused(plain: Path) -> None:
     with pytest.raises(ArtifactError, match=r"do not fit .* at rank 2"):
-        adapters.load(ExpertStack(toy(), [LoraSpec(1, 1.0)]), 0, plain)
+        peft_format.load(ExpertStack(toy(), [LoraSpec(1, 1.0)]), 0, plain)
 
 
 def test_another_bases_expert_is_refused(plain: Path) -> None:
     with pytest.raises(ArtifactError, match="do not fit"):
-        adapters.load(ExpertStack(toy(hidden_size=64), [LoraSpec(2, 4.0)], dtype=torch.float64), 0, plain)
+        peft_format.load(ExpertStack(toy(hidden_size=64), [LoraSpec(2, 4.0)], dtype=torch.float64), 0, plain)

@@ -8,9 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moa.errors import ConfigError
-from moa.metrics import METRICS, bleu, exact, final_number, json_equal, resolve, rouge_l, rouge_l_mean, sql_result
-from moa.metrics import token_f1 as f1
+from moa.core.errors import ConfigError
+from moa.evaluation.metrics import (
+    METRICS,
+    bleu,
+    exact,
+    final_number,
+    json_equal,
+    resolve,
+    rouge_l,
+    rouge_l_mean,
+    sql_result,
+)
+from moa.evaluation.metrics import token_f1 as f1
 
 SCHEMA = ("Which staff in Oslo earn above 3000?\n\n"
           "CREATE TABLE staff (id INTEGER PRIMARY KEY, name TEXT, city VARCHAR(20), pay INTEGER);\n"
@@ -118,11 +128,12 @@ def test_corpus_figures() -> None:
 
 def test_resolve_knows_names_and_import_paths() -> None:
     assert resolve("exact") is exact
-    assert resolve("moa.metrics:exact") is exact
+    assert resolve("moa.evaluation.metrics:exact") is exact
 
 
-@pytest.mark.parametrize("name", ["accuracy", "nowhere.at.all:f", "moa.metrics:nothing", "moa.metrics:METRICS", ":", "",
-                                  "moa.metrics:", ".x:y"])
+@pytest.mark.parametrize("name", ["accuracy", "nowhere.at.all:f", "moa.evaluation.metrics:nothing",
+"moa.evaluation.metrics:METRICS", ":", "",
+                                  "moa.evaluation.metrics:", ".x:y"])
 def test_resolve_refuses_in_one_sentence_with_what_there_is(name: str) -> None:
     with pytest.raises(ConfigError, match="final_number, sql_result, json_equal, rouge_l, exact, token_f1"):
         resolve(name)

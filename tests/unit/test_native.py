@@ -20,20 +20,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moa import compiled, generation, llama, native
-from moa.attention import LONGEST, short_rows
-from moa.compiled import CompiledDecoding
-from moa.decoding import Decoding
-from moa.fused import fused
-from moa.lora import ExpertStack, LoraSpec
-from moa.product import CompiledProduct, LoraProduct, add_lora
-from moa.training import recomputing
+from moa.base.kernels import build
+from moa.base.kernels.attention import LONGEST, short_rows
+from moa.base.kernels.llama_ops import fused
+from moa.experts.cotraining import recomputing
+from moa.experts.lora import ExpertStack, LoraSpec
+from moa.experts.lora_autograd import CompiledProduct, LoraProduct, add_lora
+from moa.mixture.generation import engine, llama, native
+from moa.mixture.generation.decoding import Decoding
+from moa.mixture.generation.native import CompiledDecoding
 from tests.unit.test_decoding import prompts_of, walk
 
 FAST = ("llama", "qwen2")
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
-    native.library_for("step", torch.bfloat16) is None, reason="this CPU does not multiply bfloat16"))]
-pytestmark = pytest.mark.skipif(native.library_for("step", torch.float32) is None, reason="no compiler, or another CPU")
+    build.library_for("step", torch.bfloat16) is None, reason="this CPU does not multiply bfloat16"))]
+pytestmark = pytest.mark.skipif(build.library_for("step", torch.float32) is None, reason="no compiler, or another CPU")
 
 
 def model_of(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -67,7 +68,7 @@ def test_the_compiled_step_computes_what_the_model_does(architecture: str, rows:
     stay = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=len(rows), unique=True))
     steps = data.draw(st.sampled_from([3, 2 * llama.CHUNK // 3]))
     stack = stack_on(model_of(architecture), 2, 5)
-    assert llama.fits(stack.model) and compiled.fits(stack.model)
+    assert llama.fits(stack.model) and native.fits(stack.model)
     plain, fast = (walk(kind, stack, lengths, experts, [stay], steps) for kind in (Decoding, CompiledDecoding))
     for one, same in zip(plain, fast, strict=True):
         torch.testing.assert_close(same, one, atol=2e-4, rtol=1e-4)
@@ -107,7 +108,7 @@ def test_biases_and_a_scaled_rotation_are_the_models_own() -> None:
     scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     stack = stack_on(model_of("llama", attention_bias=True, mlp_bias=True, rope_parameters=scaled), 3)
-    assert compiled.fits(stack.model)
+    assert native.fits(stack.model)
     plain, fast = (walk(kind, stack, [40, 9, 33], [0, -1, 0], [[2, 0]], 4) for kind in (Decoding, CompiledDecoding))
     for one, same in zip(plain, fast, strict=True):
         torch.testing.assert_close(same, one, atol=2e-4, rtol=1e-4)
@@ -118,7 +119,7 @@ def test_heads_in_groups_of_any_size(groups: tuple[int, int]) -> None:
     """More queries of a key head than are mixed side by side, one, and a number that leaves a rest."""
     heads, keys = groups
     stack = stack_on(model_of("llama", hidden_size=32 * heads, num_attention_heads=heads, num_key_value_heads=keys), 3)
-    assert compiled.fits(stack.model)
+    assert native.fits(stack.model)
     plain, fast = (walk(kind, stack, [4, 20], [0, 0], [], 4) for kind in (Decoding, CompiledDecoding))
     for one, same in zip(plain, fast, strict=True):
         torch.testing.assert_close(same, one, atol=2e-4, rtol=1e-4)
@@ -132,7 +133,7 @@ def test_experts_on_some_layers_only(targets: list[str]) -> None:
     torch.testing.assert_close(fast, plain, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.skipif(native.library_for("step", torch.bfloat16) is None, reason="this CPU does not multiply bfloat16")
+@pytest.mark.skipif(build.library_for("step", torch.bfloat16) is None, reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize("architecture", FAST)
 def test_bfloat16_steps_are_as_near_to_float64_as_the_models_own(architecture: str) -> None:
     exact, rough = (stack_on(model_of(architecture, dtype), 2, 5) for dtype in (torch.float64, torch.bfloat16))
@@ -144,15 +145,15 @@ def test_bfloat16_steps_are_as_near_to_float64_as_the_models_own(architecture: s
 def test_what_the_tiles_do_not_fill_is_decoded_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = AutoModelForCausalLM.from_config(AutoConfig.for_model(
         "llama", vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4))
-    assert llama.fits(narrow) and not compiled.fits(narrow)
+    assert llama.fits(narrow) and not native.fits(narrow)
     other = model_of("llama")
-    assert generation._way(other) is CompiledDecoding
-    assert generation._way(other.double()) is llama.LlamaDecoding
+    assert engine._way(other) is CompiledDecoding
+    assert engine._way(other.double()) is llama.LlamaDecoding
     other = model_of("llama")
     other.config.hidden_act = "gelu"
-    assert not compiled.fits(other)
-    monkeypatch.setattr("moa.packing.SHARE", 0)
-    assert not compiled.fits(model_of("llama"))
+    assert not native.fits(other)
+    monkeypatch.setattr("moa.mixture.generation.packing.SHARE", 0)
+    assert not native.fits(model_of("llama"))
 
 
 # Training.
@@ -187,7 +188,7 @@ def test_a_fused_model_learns_what_it_would_have(architecture: str, length: int)
         assert (same - one).norm() < 1e-5 * one.norm()
 
 
-@pytest.mark.skipif(native.library_for("lora", torch.bfloat16) is None, reason="this CPU does not multiply bfloat16")
+@pytest.mark.skipif(build.library_for("lora", torch.bfloat16) is None, reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize("architecture", FAST)
 def test_in_bfloat16_it_is_as_near_to_float64_as_the_model_itself(architecture: str) -> None:
     exact = gradients(architecture, torch.float64, nullcontext)
@@ -215,7 +216,7 @@ def test_the_modules_are_put_back_and_layers_may_be_recomputed() -> None:
        wide=st.sampled_from([(16, 48), (48, 16), (320, 288)]), folded=st.booleans())
 def test_the_product_in_c_is_that_of_torch(rank: int, length: int, rows: list[int], wide: tuple[int, int],
                                            folded: bool) -> None:
-    lora = native.library_for("lora", torch.float32)
+    lora = build.library_for("lora", torch.float32)
     random = torch.Generator().manual_seed(rank)
     draw = lambda *shape: torch.randn(*shape, generator=random)  # noqa: E731
     x_BTI, grad_BTO, weight_OI = draw(len(rows), length, wide[0]), draw(len(rows), length, wide[1]), draw(*wide[::-1])
@@ -246,7 +247,7 @@ def test_rows_that_c_does_not_read_are_for_torch() -> None:
 
 
 def test_in_c_too_a_broken_expert_stays_its_own() -> None:
-    lora = native.library_for("lora", torch.float32)
+    lora = build.library_for("lora", torch.float32)
     random = torch.Generator().manual_seed(0)
     a_ERI, b_EOR = torch.randn(2, 3, 16, generator=random), torch.randn(2, 32, 3, generator=random)
     a_ERI[0] = float("nan")
@@ -265,7 +266,7 @@ def test_in_c_too_a_broken_expert_stays_its_own() -> None:
 
 def asked(folder: Path, **environment: str) -> str:
     """What another process, whose cache is `folder`, says of the library."""
-    script = "from moa.native import library; found = library('step'); print(found and found.lanes())"
+    script = "from moa.base.kernels.build import library; found = library('step'); print(found and found.lanes())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
                           env=os.environ | {"XDG_CACHE_HOME": str(folder)} | environment)
     return done.stdout.strip()
@@ -280,7 +281,7 @@ def test_it_is_compiled_once_and_kept(tmp_path: Path) -> None:
 
 
 def test_processes_that_compile_at_once_leave_one_library(tmp_path: Path) -> None:
-    script = "from moa.native import library; print(library('step').lanes())"
+    script = "from moa.base.kernels.build import library; print(library('step').lanes())"
     processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
                                   env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}) for _ in range(3)]
     assert len({process.communicate()[0] for process in processes}) == 1
@@ -315,17 +316,17 @@ def test_a_library_that_is_cut_off_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_where_nothing_says_what_the_cpu_can_do_there_is_none_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "CPUINFO", Path("/nowhere"))
-    monkeypatch.setattr(native, "cpu", native.cpu.__wrapped__)
-    assert native.library_for("step", torch.bfloat16) is None
+    monkeypatch.setattr(build, "CPUINFO", Path("/nowhere"))
+    monkeypatch.setattr(build, "cpu", build.cpu.__wrapped__)
+    assert build.library_for("step", torch.bfloat16) is None
 
 
 def test_another_source_or_cpu_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "cpu", lambda: frozenset({"another"}))
-    made = native.library.__wrapped__("step")
+    monkeypatch.setattr(build, "cpu", lambda: frozenset({"another"}))
+    made = build.library.__wrapped__("step")
     assert isinstance(made, ctypes.CDLL) and len(list((tmp_path / "moa").iterdir())) == 1
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.library.__wrapped__("step")
+    build.library.__wrapped__("step")
     assert len(list((tmp_path / "moa").iterdir())) == 2

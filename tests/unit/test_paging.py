@@ -13,18 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from moa import adapters, base, bundle, config
-from moa.adapters import WEIGHTS
-from moa.base import Base, Device
-from moa.calibration import calibrate, fit
-from moa.errors import ArtifactError
-from moa.lora import BASE_ONLY, ExpertStack, LoraSpec
-from moa.mapped import Loader
-from moa.mixture import BASE, Mixture
-from moa.paging import Pages
-from moa.router import features
-from moa.tokens import Encoder
-from moa.workspace import Workspace
+from moa.base import pin
+from moa.base.encoding import Encoder
+from moa.base.pin import Base, Device
+from moa.core import config
+from moa.core.errors import ArtifactError
+from moa.core.paths import Workspace
+from moa.experts import peft_format
+from moa.experts.lora import BASE_ONLY, ExpertStack, LoraSpec
+from moa.experts.peft_format import WEIGHTS
+from moa.mixture import artifact
+from moa.mixture.calibration import calibrate, fit
+from moa.mixture.expert_cache import Pages
+from moa.mixture.expert_files import Loader
+from moa.mixture.mixture import BASE, Mixture
+from moa.mixture.router import features
 from tests import tiny
 
 LABELS = ["ada", "bob", "cyd", "dan", "eve"]
@@ -117,7 +120,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A base, and a mixture of experts of different sizes whose weights are random."""
     made = tiny.workspace(tmp_path_factory.mktemp("paging"), ())
     params = config.load(made.params)
-    base.fetch(made, params.base)
+    pin.fetch(made, params.base)
     loaded = plain(made)
     encoder = Encoder(loaded.tokenizer, params.prompt.system, params.prompt.max_tokens)
     prompts = [encoder.prompt(ask(label, number)) for label in LABELS for number in range(6)]
@@ -133,16 +136,16 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     stack.shapes[PARTLY] = {name: spec for name, spec in stack.shapes[PARTLY].items() if name.endswith("q_proj")}
     folders = {label: made.root / "made" / label for label in LABELS}
     for expert, folder in enumerate(folders.values()):
-        adapters.save(stack, expert, folder, loaded.pin.source)
+        peft_format.save(stack, expert, folder, loaded.pin.source)
     made.mixture.mkdir(parents=True)
-    bundle.write(made.mixture, base=loaded.pin, prompt=params.prompt.model_dump(), router=router, experts=folders,
+    artifact.write(made.mixture, base=loaded.pin, prompt=params.prompt.model_dump(), router=router, experts=folders,
                  facts={label: {} for label in LABELS})
     yield made
 
 
 def plain(workspace: Workspace, dtype: str = "float32") -> Base:
     """The base of its own."""
-    return base.load(workspace, config.load(workspace.params).base, Device("cpu", dtype, "sums that can be compared"))
+    return pin.load(workspace, config.load(workspace.params).base, Device("cpu", dtype, "sums that can be compared"))
 
 
 def ask(label: str, number: int = 0) -> list[dict[str, str]]:
@@ -226,11 +229,11 @@ def test_unloading_gives_the_base_back(workspace: Workspace) -> None:
 
 
 def test_a_router_that_chooses_layer_by_layer_has_every_expert_at_hand(copied: Path, workspace: Workspace) -> None:
-    manifest, router, folders = bundle.read(copied, base.pin(workspace))
+    manifest, router, folders = artifact.read(copied, pin.pin(workspace))
     router.stream = "experts"
     again = copied.parent / "joint"
     again.mkdir()
-    bundle.write(again, base=base.pin(workspace), prompt=manifest["prompt"], router=router, experts=folders,
+    artifact.write(again, base=pin.pin(workspace), prompt=manifest["prompt"], router=router, experts=folders,
                  facts=manifest["experts"])
     assert len(Mixture.load(again, plain(workspace), resident=2).stack) == len(LABELS)
 
@@ -243,23 +246,23 @@ def test_an_expert_of_a_known_layout_is_copied_into_its_slot(workspace: Workspac
     stack = ExpertStack(loaded.model, [LoraSpec(2, 4.0)] * 3)
     for seed, name in enumerate(made):
         stack.weights[0].normal_(0, 1, generator=torch.Generator().manual_seed(seed))
-        adapters.save(stack, 0, tmp_path / name, "toy")
+        peft_format.save(stack, 0, tmp_path / name, "toy")
     rewrite(tmp_path / "nan", lambda name, tensor: tensor * torch.nan if "1.mlp.up_proj.lora_B" in name else tensor)
     rewrite(tmp_path / "half", lambda _, tensor: tensor.half())
     stack.specs[0] = LoraSpec(1, 3.0)
     stack.shapes[0] = dict.fromkeys(stack.layers, stack.specs[0])
-    adapters.save(stack, 0, tmp_path / "small", "toy")
+    peft_format.save(stack, 0, tmp_path / "small", "toy")
     expected = {}
     for name in ("first", "second", "half", "small"):
-        adapters.load(stack, 0, tmp_path / name)
+        peft_format.load(stack, 0, tmp_path / name)
         expected[name] = stack.weights[0].clone()
-    load = adapters.load
+    load = peft_format.load
 
     def counted(stack: ExpertStack, slot: int, folder: Path) -> None:
         careful.append(folder)
         load(stack, slot, folder)
 
-    monkeypatch.setattr(adapters, "load", counted)
+    monkeypatch.setattr(peft_format, "load", counted)
     loader, stack.weights[:] = Loader(stack), 7.0
     for slot, name in [(0, "first"), (1, "second"), (2, "small"), (2, "second"), (0, "half"), (0, "first")] * 2:
         loader.load(slot, tmp_path / name)
@@ -304,7 +307,7 @@ def test_a_tampered_expert_is_refused_when_it_is_paged_in(workspace: Workspace, 
         mixture.chat(ask("dan"), "dan", max_new_tokens=2)
         for other in ("ada", "bob"):
             mixture.chat(ask(other), other, max_new_tokens=2)
-    change(copied / bundle.EXPERTS / "dan")
+    change(copied / artifact.EXPERTS / "dan")
     for _ in range(2):
         with pytest.raises(ArtifactError, match=r"^The expert 'dan' in .* is not the one its manifest pins\.$"):
             mixture.generate([ask("ada"), ask("dan")], ["ada", "dan"], max_new_tokens=2)
@@ -314,6 +317,6 @@ def test_a_tampered_expert_is_refused_when_it_is_paged_in(workspace: Workspace, 
 
 def test_a_missing_expert_is_named(workspace: Workspace, copied: Path) -> None:
     mixture = Mixture.load(copied, plain(workspace), resident=2)
-    shutil.rmtree(copied / bundle.EXPERTS / "eve")
+    shutil.rmtree(copied / artifact.EXPERTS / "eve")
     with pytest.raises(ArtifactError, match=r"'eve' that the manifest in .* is not there"):
         mixture.chat(ask("eve"), "eve")

@@ -1,4 +1,4 @@
-"""moa.graph and moa.plan: pure, so checked over random graphs."""
+"""moa.graph and moa.workspace.plan: pure, so checked over random graphs."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moa import plan
-from moa.config import Config
-from moa.errors import UsageError
-from moa.graph import CHANGED, Graph, Reason, Snapshot, Stage
+from moa.core.config import Config
+from moa.core.errors import UsageError
+from moa.workspace import plan
+from moa.workspace.stage_graph import CHANGED, Graph, Reason, Snapshot, Stage
 
 CHANGE = (Reason(CHANGED, "data/raw/x changed"),)
 

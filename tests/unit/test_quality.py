@@ -11,9 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moa import quality, quality_page, rows
-from moa.errors import UsageError
-from moa.rows import Message, Row
+from moa.base.encoding import Message
+from moa.core.errors import UsageError
+from moa.data import corpus as rows
+from moa.data import quality
+from moa.data.corpus import Row
+from moa.reports import quality as quality_page
 
 SORRY = "I am sorry, but as an assistant I cannot help with that."
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from moa import quickstart
-from moa.errors import UsageError
-from moa.metrics import METRICS, sql_result
+from moa.core.errors import UsageError
+from moa.data import quickstart
+from moa.evaluation.metrics import METRICS, sql_result
 
 Row = dict[str, str]
 

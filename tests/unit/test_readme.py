@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from moa import cli
+from moa.cli import main
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -55,7 +55,7 @@ def named(program: str) -> list[tuple[str, list[str]]]:
 
 def check(words: list[str]) -> None:
     """Parse as the program itself would, running nothing."""
-    root: Any = typer.main.get_command(cli.app)
+    root: Any = typer.main.get_command(main.app)
     words = [word.strip("[]") for word in words]
     if "--workspace" in words:
         words[words.index("--workspace") + 1] = str(REPOSITORY)   # it must exist

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moa.redact import PLACEHOLDERS, Redactor
+from moa.data.redaction import PLACEHOLDERS, Redactor
 
 ALL = ("email", "phone", "card", "account")
 

@@ -1,6 +1,6 @@
 """Figures to text, against literal text."""
 
-from moa.report import markdown, trace_text
+from moa.reports.text import markdown, trace_text
 
 TRACE = [{"level": 0, "domain": "sql", "probability": 0.513}, {"level": 1, "domain": "math", "probability": 0.874},
          {"level": 2, "domain": "math", "probability": 1.0}]

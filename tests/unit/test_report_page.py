@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moa import report_facts, report_page
-from moa.config import Config
-from moa.errors import UsageError
-from moa.workspace import MANIFEST, Workspace, write_json
+from moa.core.config import Config
+from moa.core.errors import UsageError
+from moa.core.files import write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.reports import facts as report_facts
+from moa.reports import page as report_page
 
 EVIL = "</td></table></svg><script>alert(1)</script><img src=x onerror='alert(2)'>&amp;\"'"
 CONFIG = Config.model_validate({"base": {"source": "path:toy"}, "domains": {

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moa import calibration, router
+from moa.mixture import calibration, router
 from tests.tiny import ARCHITECTURES
 
 SCORES = get_args(router.Score)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa.shelf import Shelf
+from moa.experts.disk_tensor import Shelf
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moa import similar
+from moa.data import near_duplicates
 
 WORDS = [f"word{number}" for number in range(400)]
 
@@ -35,7 +35,7 @@ def corpus(seed: int) -> list[str]:
 def test_pairs_are_those_of_an_exhaustive_search(threshold: float) -> None:
     texts = corpus(1)
     wanted = {(i, j) for i in range(len(texts)) for j in range(i) if jaccard(texts[i], texts[j]) >= threshold - 1e-9}
-    found = similar.pairs(texts, threshold)
+    found = near_duplicates.pairs(texts, threshold)
     assert all(abs(jaccard(texts[i], texts[j]) - value) < 1e-9 for i, j, value in found)
     hits = {(j, i) for i, j, _ in found}
     assert hits <= wanted
@@ -46,23 +46,23 @@ def test_pairs_are_those_of_an_exhaustive_search(threshold: float) -> None:
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=20))
 @settings(max_examples=60, deadline=None)
 def test_any_text_has_shingles_and_is_its_own_double(texts: list[str]) -> None:
-    hashes, starts = similar.shingles(texts)
+    hashes, starts = near_duplicates.shingles(texts)
     assert (np.diff(starts) >= 1).all() and starts[-1] == len(hashes)
-    found = {(i, j) for i, j, value in similar.pairs([*texts, *texts], 1.0) if value == 1.0}
+    found = {(i, j) for i, j, value in near_duplicates.pairs([*texts, *texts], 1.0) if value == 1.0}
     count = len(texts)
-    if len({" ".join(text.lower().split()) for text in texts}) == count and count < similar.WINDOW // 2:
+    if len({" ".join(text.lower().split()) for text in texts}) == count and count < near_duplicates.WINDOW // 2:
         assert {(number, number + count) for number in range(count)} <= found
 
 
 def test_no_two_survivors_are_alike_and_the_first_in_priority_stays(tmp_path: Path) -> None:
     texts = corpus(2)
-    sketches = similar.Sketches(tmp_path / "shingles", 0.8)
+    sketches = near_duplicates.Sketches(tmp_path / "shingles", 0.8)
     sketches.add(texts[:100])
     sketches.add(texts[100:])
     priority = np.random.default_rng(3).permutation(len(texts))
     stays, double_of = sketches.survivors(priority)
     kept = set(np.flatnonzero(stays).tolist())
-    assert not [pair for pair in similar.pairs(texts, 0.8) if kept.issuperset(pair[:2])]
+    assert not [pair for pair in near_duplicates.pairs(texts, 0.8) if kept.issuperset(pair[:2])]
     left = np.flatnonzero(~stays)
     assert len(left) > 50 and (priority[double_of[left]] < priority[left]).all()
     assert (double_of[stays] == -1).all()
@@ -70,4 +70,4 @@ def test_no_two_survivors_are_alike_and_the_first_in_priority_stays(tmp_path: Pa
 
 def test_a_crowded_band_is_searched_in_bounded_time() -> None:
     same = ["the very same beginning of every text " * 4 + f"number {number}" for number in range(2000)]
-    assert len(similar.pairs(same, 0.5)) >= 1999   # each with a neighbour at least; all pairs would be 2 million
+    assert len(near_duplicates.pairs(same, 0.5)) >= 1999   # each has a neighbour; all pairs would be 2 million

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from moa.config import DOMAIN_NAME
-from moa.errors import ConfigError
-from moa.splice import add_domain, remove_domain
+from moa.core.config import DOMAIN_NAME
+from moa.core.errors import ConfigError
+from moa.workspace.params_editor import add_domain, remove_domain
 
 OURS = (Path(__file__).parents[2] / "params.yaml").read_text(encoding="utf-8")
 READING = {"metric": "rouge_l", "map": {"instruction": "question", "output": "an answer"},

@@ -10,18 +10,20 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moa import base, config, corpus, experts
-from moa.config import BaseParams
-from moa.errors import BaseModelError
-from moa.mixture import Mixture
-from moa.rows import Message
-from moa.template import PLAIN
-from moa.tokens import Encoder
-from moa.workspace import Workspace
+from moa.base import pin
+from moa.base.chat_template import PLAIN
+from moa.base.encoding import Encoder, Message
+from moa.core import config
+from moa.core.config import BaseParams
+from moa.core.errors import BaseModelError
+from moa.core.paths import Workspace
+from moa.data import prepare
+from moa.experts import train
+from moa.mixture.mixture import Mixture
 
 END = tiny.MARKERS[2]
 PATH = BaseParams(source="path:tiny-base", template="plain")
-CPU = base.Device("cpu", "float32", "the test says so")
+CPU = pin.Device("cpu", "float32", "the test says so")
 
 
 def bare(root: Path) -> Workspace:
@@ -89,10 +91,10 @@ def test_it_reads_as_people_write_it() -> None:
 def test_a_base_without_template_says_what_to_set(tmp_path: Path) -> None:
     workspace = bare(tmp_path)
     with pytest.raises(BaseModelError, match=r"no chat template.*set `base\.template: plain` in params\.yaml"):
-        base.fetch(workspace, BaseParams(source="path:tiny-base"))
-    manifest = base.fetch(workspace, PATH)
+        pin.fetch(workspace, BaseParams(source="path:tiny-base"))
+    manifest = pin.fetch(workspace, PATH)
     assert manifest["template_name"] == "plain"
-    assert base.load(workspace, PATH, CPU).tokenizer.chat_template == PLAIN
+    assert pin.load(workspace, PATH, CPU).tokenizer.chat_template == PLAIN
     assert not (workspace.root / "tiny-base/chat_template.jinja").exists()
 
 
@@ -101,18 +103,18 @@ def test_it_takes_the_place_of_a_bases_own(tmp_path: Path) -> None:
     settings = tmp_path / "tiny-base/tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": "{{ 'old' }}"}))
     workspace, own = Workspace(tmp_path), BaseParams(source="path:tiny-base")
-    before = base.fetch(workspace, own)
+    before = pin.fetch(workspace, own)
     with pytest.raises(BaseModelError, match=r"names the template plain.*fetched with the base's own.*moa base"):
-        base.verify(workspace, PATH)
-    after = base.fetch(workspace, PATH)
-    assert base.load_tokenizer(workspace).chat_template == PLAIN
+        pin.verify(workspace, PATH)
+    after = pin.fetch(workspace, PATH)
+    assert pin.load_tokenizer(workspace).chat_template == PLAIN
     assert before["template"] != after["template"] and before["digest"] != after["digest"]
     assert (before["tokenizer"], before["weights"]) == (after["tokenizer"], after["weights"])
     with pytest.raises(BaseModelError, match=r"names the base's own.*fetched with the template plain.*moa base"):
-        base.verify(workspace, own)
+        pin.verify(workspace, own)
     (workspace.base / "chat_template.jinja").write_text(PLAIN + " ")
     with pytest.raises(BaseModelError, match="base's template changed"):
-        base.verify(workspace, PATH)
+        pin.verify(workspace, PATH)
 
 
 def test_a_hub_base_gets_it_and_the_cache_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +126,8 @@ def test_a_hub_base_gets_it_and_the_cache_keeps_what_it_has(tmp_path: Path, monk
     snapshot = tiny.base(tmp_path / "hub/models--tiny--base/snapshots" / commit)
     before = (snapshot / "chat_template.jinja").read_bytes()
     workspace, params = Workspace(tmp_path), BaseParams(source=f"hub:tiny/base@{commit}", template="plain")
-    base.fetch(workspace, params)
-    assert base.load(workspace, params, CPU).tokenizer.chat_template == PLAIN
+    pin.fetch(workspace, params)
+    assert pin.load(workspace, params, CPU).tokenizer.chat_template == PLAIN
     assert (snapshot / "chat_template.jinja").read_bytes() == before
 
 
@@ -138,28 +140,28 @@ def test_a_tokenizer_without_end_mark_is_one_sentence(tmp_path: Path, end: str |
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     if end is None:
         with pytest.raises(BaseModelError, match=r"no end mark \(eos_token\).*use another base"):
-            base.fetch(workspace, PATH)
+            pin.fetch(workspace, PATH)
         assert not workspace.base_manifest.exists()
         assert not workspace.base.exists()
     else:   # transformers makes it a token
-        base.fetch(workspace, PATH)
-        assert base.load_tokenizer(workspace).eos_token == end
+        pin.fetch(workspace, PATH)
+        assert pin.load_tokenizer(workspace).eos_token == end
 
 
 def test_corpus_training_and_answers_use_it(tmp_path: Path) -> None:
     workspace = bare(tmp_path)
     settings = config.load(workspace.params)
-    base.fetch(workspace, settings.base)
+    pin.fetch(workspace, settings.base)
     for domain in settings.domains:
-        corpus.prepare(workspace, settings, domain)
-    experts.train(workspace, settings, list(settings.domains))
-    pinned = base.pin(workspace)
+        prepare.prepare(workspace, settings, domain)
+    train.train(workspace, settings, list(settings.domains))
+    pinned = pin.pin(workspace)
     manifest = json.loads((workspace.expert("alpha") / "manifest.json").read_text())
     assert manifest["base"]["template"] == pinned.template
-    from moa.assemble import assemble
+    from moa.mixture.assemble import assemble
 
     assemble(workspace, settings)
-    mixture = Mixture.load(workspace.mixture, base.load(workspace, settings.base, CPU))
+    mixture = Mixture.load(workspace.mixture, pin.load(workspace, settings.base, CPU))
     answer = mixture.chat([{"role": "user", "content": "alpha: what is alpha 1 of 2?"}], domain="alpha",
                           max_new_tokens=8)
     assert answer.prompt_tokens == len(mixture.encoder.prompt([{"role": "user",

@@ -5,9 +5,8 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moa.errors import DataError
-from moa.rows import Message
-from moa.tokens import Encoded, Encoder
+from moa.base.encoding import Encoded, Encoder, Message
+from moa.core.errors import DataError
 
 END = "<|im_end|>"
 

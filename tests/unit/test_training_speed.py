@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moa.attention import LONGEST, NAME, attend, short_rows
-from moa.batches import CALL, TargetLoss, microbatches
-from moa.product import LoraProduct
-from moa.tokens import Encoded
+from moa.base.encoding import Encoded
+from moa.base.kernels.attention import LONGEST, NAME, attend, short_rows
+from moa.experts.batches import CALL, TargetLoss, microbatches
+from moa.experts.lora_autograd import LoraProduct
 from tests.tiny import ARCHITECTURES
 
 E, R, B, T, I, O = 3, 2, 4, 5, 6, 7  # noqa: E741 - as in the module

@@ -45,7 +45,7 @@ def test_a_slow_toy_model_is_slow_in_child_processes_and_real_ones_are_not(tmp_p
 
 
 def test_a_gate_holds_a_process_until_it_is_opened(tmp_path: Path) -> None:
-    gate = Gate(tmp_path, "moa.digests:of_json")
+    gate = Gate(tmp_path, "moa.core.digests:of_json")
     script = "from moa import digests; print('before', flush=True); digests.of_json({}); print('after', flush=True)"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
                           env={**os.environ, **gate.environment}) as process:

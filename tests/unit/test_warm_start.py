@@ -13,13 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from moa import base, config, corpus, experts, parent, starts, warm
-from moa.adapters import CONFIG, WEIGHTS, state
-from moa.assemble import assemble
-from moa.config import Config
-from moa.errors import ArtifactError, ConfigError
-from moa.training import Learner, cotrain, validation_losses
-from moa.workspace import MANIFEST, Workspace, read_json, write_json
+from moa.base import pin
+from moa.core import config
+from moa.core.config import Config
+from moa.core.errors import ArtifactError, ConfigError
+from moa.core.files import read_json, write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.data import prepare
+from moa.experts import train as experts
+from moa.experts import warm_start
+from moa.experts.cotraining import Learner, cotrain, validation_losses
+from moa.experts.peft_format import CONFIG, WEIGHTS, state
+from moa.mixture import parent_selection
+from moa.mixture.assemble import assemble
+from moa.workspace import warm_starts
 from tests import tiny
 from tests.unit.test_cotraining import PARAMS, WILD, Plan, difference, prepared, train
 
@@ -92,15 +99,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Config]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace.root)
         patch.setenv("MOA_DTYPE", "float32")
-        base.fetch(workspace, settings.base)
+        pin.fetch(workspace, settings.base)
         for domain in settings.domains:
-            corpus.prepare(workspace, settings, domain)
+            prepare.prepare(workspace, settings, domain)
         experts.train(workspace, settings, list(settings.domains))
         assemble(workspace, settings)
         text = workspace.params.read_text().replace("  alpha:\n", "  alpha2:\n    metric: rouge_l\n  alpha:\n")
         workspace.params.write_text(text)
         settings = config.load(workspace.params)
-        corpus.prepare(workspace, settings, "alpha2")
+        prepare.prepare(workspace, settings, "alpha2")
     return workspace, settings
 
 
@@ -114,10 +121,10 @@ def copy(built: tuple[Workspace, Config], tmp_path: Path, monkeypatch: pytest.Mo
 
 def begin_at(workspace: Workspace, **parents: str) -> None:
     """What `starts.use` leaves, without DVC."""
-    written = {name: starts.Start(other, experts_digest(workspace, other)) for name, other in parents.items()}
+    written = {name: warm_starts.Start(other, experts_digest(workspace, other)) for name, other in parents.items()}
     for start in written.values():
         shutil.copytree(workspace.expert(start.domain), workspace.parent(start.digest), dirs_exist_ok=True)
-    starts._write(workspace, written)
+    warm_starts._write(workspace, written)
 
 
 def experts_digest(workspace: Workspace, domain: str) -> str:
@@ -137,7 +144,7 @@ def test_an_expert_begins_at_its_parent(copy: tuple[Workspace, Config]) -> None:
     before = manifest(workspace, "beta")
     experts.train(workspace, settings, ["alpha2", "beta", "gamma"])
     assert all(experts.finished(workspace, settings, domain) for domain in ("alpha2", "beta"))
-    for domain, start in starts.read(workspace).items():
+    for domain, start in warm_starts.read(workspace).items():
         now = manifest(workspace, domain)
         assert now["parent"] == {"domain": start.domain, "digest": start.digest}
         assert now["curve"][0]["epoch"] == 0 and now["best_loss"] <= now["curve"][0]["validation_loss"]
@@ -203,7 +210,7 @@ def test_a_start_that_does_not_fit_is_said_and_not_used(
     assert f"train beta: afresh, not from the expert of alpha ({digest}): {reason}." in capsys.readouterr().err
     assert written["curve"][0]["epoch"] == 1
     bytes_ = (workspace.expert("beta") / WEIGHTS).read_bytes()
-    starts._write(workspace, {})
+    warm_starts._write(workspace, {})
     experts.train(workspace, settings, ["beta"])
     assert (workspace.expert("beta") / WEIGHTS).read_bytes() == bytes_   # as if there had been no start
 
@@ -231,7 +238,7 @@ def test_a_damaged_list_of_starts_is_one_sentence(tmp_path: Path, content: str) 
     workspace.data.mkdir()
     workspace.starts.write_text(content)
     with pytest.raises(ArtifactError, match=r"^data/starts\.json .*`git checkout data/starts\.json`, or delete it to "):
-        warm.read(workspace)
+        warm_start.read(workspace)
 
 
 def test_killed_and_run_again_gives_the_same_bytes(copy: tuple[Workspace, Config]) -> None:
@@ -241,7 +248,8 @@ def test_killed_and_run_again_gives_the_same_bytes(copy: tuple[Workspace, Config
     experts.train(workspace, settings, ["alpha2", "gamma"])
     whole = (workspace.expert("alpha2") / WEIGHTS).read_bytes(), manifest(workspace, "alpha2")
     shutil.rmtree(workspace.expert("alpha2"))
-    script = ("import signal, sys; from moa import config, experts; from moa.workspace import Workspace; import torch; "
+    script = ("import signal, sys; from moa.core import config; from moa.experts import train as experts; "
+              "from moa.core.paths import Workspace; import torch; "
               "torch.set_num_threads(1); experts.CHECKPOINT_SECONDS = 0.0; save = experts.Checkpoint.save\n"
               "def slow(self, learners):\n"
               "    save(self, learners)\n"
@@ -265,7 +273,7 @@ def test_killed_and_run_again_gives_the_same_bytes(copy: tuple[Workspace, Config
 
 def test_the_parent_is_the_expert_that_knows_the_new_domains_answers(copy: tuple[Workspace, Config]) -> None:
     workspace, settings = copy
-    found = parent.candidates(workspace, settings, "alpha2")
+    found = parent_selection.candidates(workspace, settings, "alpha2")
     table = {each["parent"]: each for each in found["table"]}
     assert found["domain"] == "alpha2" and found["rows"] == 8 and set(table) == {None, "alpha", "beta", "gamma"}
     assert found["chosen"] == "alpha" and found["table"][1]["parent"] == "alpha"   # the router's first thought
@@ -287,17 +295,17 @@ def adapted(settings: Config, **changes: Any) -> Config:
 
 def test_a_fresh_start_is_a_valid_choice(copy: tuple[Workspace, Config]) -> None:
     workspace, settings = copy
-    found = parent.candidates(workspace, adapted(settings, candidate_gain=0.99), "alpha2")
+    found = parent_selection.candidates(workspace, adapted(settings, candidate_gain=0.99), "alpha2")
     assert found["chosen"] is None and len(found["table"]) == 4
     assert found["reason"].endswith("asks for 99.0%, so the training begins afresh.")
-    assert "none (the base)" in parent.text(found)
+    assert "none (the base)" in parent_selection.text(found)
 
 
 def test_few_experts_are_tried_whatever_their_number(copy: tuple[Workspace, Config]) -> None:
     workspace, settings = copy
-    found = parent.candidates(workspace, adapted(settings, candidates=1, candidate_rows=3), "alpha2")
+    found = parent_selection.candidates(workspace, adapted(settings, candidates=1, candidate_rows=3), "alpha2")
     assert [each["parent"] for each in found["table"]] == [None, "alpha"] and found["rows"] == 3
-    none = parent.candidates(workspace, adapted(settings, candidates=0), "alpha2")
+    none = parent_selection.candidates(workspace, adapted(settings, candidates=0), "alpha2")
     assert (none["table"], none["chosen"]) == ([], None) and "adapt.candidates is 0" in none["reason"]
 
 
@@ -313,7 +321,7 @@ def test_without_a_mixture_the_experts_are_tried_in_order(copy: tuple[Workspace,
         (workspace.mixture / MANIFEST).write_text("[]")
     else:
         write_json(workspace.mixture / MANIFEST, content | {"base": content["base"] | {"digest": "0" * 64}})
-    found = parent.candidates(workspace, adapted(settings, candidates=2), "alpha2")
+    found = parent_selection.candidates(workspace, adapted(settings, candidates=2), "alpha2")
     assert [(each["parent"], each["shortlisted_by"]) for each in found["table"]] == [
         (None, None), ("alpha", None), ("beta", None)]
     assert found["chosen"] == "alpha"
@@ -323,26 +331,26 @@ def test_only_experts_that_fit_are_tried(copy: tuple[Workspace, Config]) -> None
     workspace, settings = copy
     other = manifest(workspace, "alpha")
     write_json(workspace.expert("alpha") / MANIFEST, other | {"base": other["base"] | {"digest": "0" * 64}})
-    found = parent.candidates(workspace, adapted(settings, candidates=2), "alpha2")
+    found = parent_selection.candidates(workspace, adapted(settings, candidates=2), "alpha2")
     assert {each["parent"] for each in found["table"]} == {None, "beta", "gamma"}
-    found = parent.candidates(workspace, rank(workspace, settings), "alpha2")
+    found = parent_selection.candidates(workspace, rank(workspace, settings), "alpha2")
     assert [each["parent"] for each in found["table"]] == [None] and found["chosen"] is None
     assert found["reason"] == "No other expert has this base, rank, alpha and targets: the training begins afresh."
 
 
 def test_the_command(copy: tuple[Workspace, Config], capsys: pytest.CaptureFixture[str]) -> None:
-    from moa import cli
+    from moa.cli import main
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moa.cli_shared.place.directory", None)
-        cli.parent(domain="alpha2", as_json=True)
+        patch.setattr("moa.cli.app.place.directory", None)
+        main.parent(domain="alpha2", as_json=True)
         said = json.loads(capsys.readouterr().out)
         assert said["chosen"] == "alpha" and said["domain"] == "alpha2"
-        cli.parent(domain="alpha2")
+        main.parent(domain="alpha2")
         text = capsys.readouterr().out
         assert said["reason"] in text and "Nats per completion token, over 8 validation rows of alpha2." in text
         with pytest.raises(ConfigError, match="No domain 'law' in params"):
-            cli.parent(domain="law")
+            main.parent(domain="law")
     shutil.rmtree(copy[0].corpus("alpha2"))
     with pytest.raises(ArtifactError, match="run `moa prepare --domain alpha2` first"):
-        parent.candidates(*copy, "alpha2")
+        parent_selection.candidates(*copy, "alpha2")

@@ -1,0 +1,61 @@
+"""`python -m flows.prefect_server PORT`: Prefect's server on loopback, for this machine's programs and its own pages.
+
+A page of another site must not reach it from the browser of its owner. The secret that clients send is Prefect's own
+setting (PREFECT_SERVER_API_AUTH_STRING); what Prefect does not check is checked here, before it sees the request.
+"""
+
+import re
+import sys
+
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+HOST = "127.0.0.1"
+# Any port: the owner of a workspace on another machine comes through an SSH tunnel with a port of its own.
+OWN = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?")
+
+REFUSAL = "Only this machine's own programs and this server's own pages are answered."
+
+
+class OwnPages:
+    """Answers requests that name this machine's loopback as their host and come from no page but this server's own.
+
+    The host is checked because a site may point a name of its own at 127.0.0.1 (DNS rebinding); the origin because a
+    browser sends requests, and opens websockets, across sites; Sec-Fetch-Site because it sends no origin with a frame
+    or an image. A link to this server's pages still works. Programs send none of these but the host.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or _own(Headers(scope=scope)):
+            await self.app(scope, receive, send)
+        else:
+            await PlainTextResponse(REFUSAL, 403)(scope, receive, send)
+
+
+def _own(headers: Headers) -> bool:
+    hosts = [host.lower() for host in headers.getlist("host")]
+    if len(hosts) != 1 or not OWN.fullmatch(hosts[0]):
+        return False
+    followed = headers.get("sec-fetch-dest") == "document"   # a link, or an address that the owner typed
+    embedded = headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not followed
+    return not embedded and all(origin.lower() == f"http://{hosts[0]}" for origin in headers.getlist("origin"))
+
+
+def main(port: int) -> None:
+    """What `prefect server start` does, behind `OwnPages`."""
+    import uvicorn
+    from prefect.server.api.server import create_app
+    from prefect.settings import get_current_settings
+
+    server = get_current_settings().server
+    uvicorn.run(OwnPages(create_app(final=True)), host=HOST, port=port, log_level=server.logging_level.lower(),
+                timeout_keep_alive=server.api.keepalive_timeout, ws_ping_interval=server.api.websocket_ping_interval,
+                ws_ping_timeout=server.api.websocket_ping_timeout)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

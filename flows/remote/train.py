@@ -1,0 +1,151 @@
+"""Training sent away, as a command that leaves what `moa train` leaves: order and policy. Knows no ML, and neither Ray
+nor Dask.
+
+    experts that are missing -> groups, one for each place -> parcels -> answers -> data/experts
+    a lost worker            -> its group goes to the next free place, `TRIES` times in all
+    an error of the training -> that group fails with its sentence; the others go on
+    no worker for `PATIENCE` -> everything that waits fails
+
+A process of its own, which ends with the run that started it: neither engine's threads and servers get into a flow.
+Only the driver of the run writes dvc.lock, when this has ended.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flows.remote import payload
+from flows.remote.cluster import Engine, Lost, reach, require, share
+from flows.remote.payload import Files
+from moa.core.config import Config, ExecutionParams, load
+from moa.core.errors import MoaError, PipelineError
+from moa.core.paths import Workspace
+from moa.experts.train import finished
+
+TRIES = 3
+PATIENCE = 300.0   # seconds; on a slow machine, or one that has yet to be had, a worker takes minutes to begin
+TICK = 1.0         # seconds
+
+
+@dataclass
+class Group:
+    """Experts that are trained in one process, and how often that was begun."""
+
+    domains: list[str]
+    tries: int = 0
+
+    def __str__(self) -> str:
+        return ", ".join(self.domains[:4]) + (f" and {len(self.domains) - 4} more" if len(self.domains) > 4 else "")
+
+
+def train(workspace: Workspace, config: Config, domains: Sequence[str], command: str, engine: Engine,
+          say: Callable[[str], object]) -> None:
+    """Have `command` train the experts of `domains` on an engine's workers. Experts that are there for the inputs of
+    now are left alone. Raises PipelineError naming those that failed, after the others have been put into place."""
+    for domain in domains:
+        config.require_domain(domain)
+    todo = [domain for domain in domains if not finished(workspace, config, domain)]
+    if not todo:
+        return
+    waiting = deque(map(Group, share(todo, _first_places(engine), config.execution.group)))
+    running: dict[Any, Group] = {}
+    failed: dict[str, str] = {}   # groups by their reasons
+    alone = 0.0                   # seconds without any worker
+    while waiting or running:
+        while waiting and len(running) < engine.places():
+            group = waiting.popleft()
+            group.tries += 1
+            running[engine.submit(payload.pack(workspace, config, group.domains, command))] = group
+        alone = 0.0 if running else alone + TICK
+        if alone > PATIENCE:
+            raise _failure({**failed, "no worker is left": ", ".join(map(str, waiting))})
+        for ticket in engine.ready(list(running), TICK) if running else _nobody():
+            group = running.pop(ticket)
+            if reason := _outcome(workspace, config, engine, ticket, group, waiting, say):
+                failed[reason] = f"{failed[reason]}, {group}" if reason in failed else str(group)
+    if failed:
+        raise _failure(failed)
+
+
+def _first_places(engine: Engine) -> int:
+    """Workers may need a moment to find their cluster."""
+    began = time.monotonic()
+    while not (places := engine.places()):
+        if time.monotonic() - began > PATIENCE:
+            raise PipelineError("The cluster has no worker: start some, or set execution.address to null.")
+        _nobody()
+    return places
+
+
+def _nobody() -> Sequence[Any]:
+    time.sleep(TICK)
+    return ()
+
+
+def _outcome(workspace: Workspace, config: Config, engine: Engine, ticket: Any, group: Group, waiting: deque[Group],
+             say: Callable[[str], object]) -> str | None:
+    """Put what a worker made into place, or let the group wait again; why experts are missing, or None."""
+    try:
+        return payload.accept(workspace, config, engine.result(ticket))
+    except Lost as lost:
+        if group.tries == TRIES:
+            return f"{TRIES} workers were lost with it, the last one because: {lost}"
+        say(f"The worker that trained {group} was lost ({lost}) It goes to the next one.")
+        waiting.append(group)
+        return None
+    except MoaError as error:
+        return str(error)
+
+
+def _failure(failed: dict[str, str]) -> PipelineError:
+    said = "; ".join(f"{groups}: {reason}" for reason, groups in failed.items())
+    return PipelineError(f"No expert from a worker ({said.rstrip('.')}).")
+
+
+def connect(execution: ExecutionParams, base: Files | None) -> Engine:
+    """The engine that params.yaml names, at its address or as a cluster of this machine. `base` is what its workers
+    cannot fetch. Raises ConfigError when it is not installed or nobody answers."""
+    require(execution)
+    if execution.address is not None and execution.address != "auto":
+        reach(execution.runner, execution.address)
+    if execution.runner == "ray":
+        from flows.remote.ray_cluster import RayEngine
+
+        return RayEngine(execution.address, execution.workers, base)
+    from flows.remote.dask_cluster import DaskEngine
+
+    return DaskEngine(execution.address, execution.workers, base)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flows.remote.train", description="Train experts on a cluster.")
+    parser.add_argument("--command", default="moa train", help="what a worker runs, with --domain NAME behind it")
+    parser.add_argument("--domain", action="append", required=True, metavar="NAME")
+    options = parser.parse_args()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        workspace = Workspace.find()
+        config = load(workspace.params)
+        engine = connect(config.execution, payload.pack_base(workspace, config))
+        try:
+            train(workspace, config, options.domain, options.command, engine, lambda text: print(text, flush=True))
+        finally:
+            engine.close()
+    except MoaError as error:
+        print(f"moa: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

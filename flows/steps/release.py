@@ -1,0 +1,270 @@
+"""From built artifacts to a champion: register, gate, promote. Order and policy only, plain functions.
+
+Whatever wraps them (a Prefect task, a command, a test) gets the same result, and may repeat any of them: what is
+registered stays registered, what is champion stays champion.
+"""
+
+import getpass
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from typing import Any
+
+from moa.core import digests
+from moa.core.config import Config
+from moa.core.errors import PipelineError, RegistryError, UsageError
+from moa.core.files import read_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.core.subprocesses import printed
+from moa.evaluation import attribution, gate
+from moa.release.champion_history import Entry, before
+from moa.release.registry import ANYONE, ExpertVersion, MixtureVersion, Registry
+
+FIRST = "first release"
+ALREADY = "already champion"
+RESTORED = "restored: the alias was missing"
+
+
+def register_experts(workspace: Workspace, config: Config) -> dict[str, ExpertVersion]:
+    """One version per domain; new ones only for new content."""
+    registry = Registry(workspace, config)
+    return {domain: registry.register_expert(domain) for domain in sorted(config.domains)}
+
+
+def register_mixture(workspace: Workspace, config: Config, experts: dict[str, ExpertVersion]) -> MixtureVersion:
+    return Registry(workspace, config).register_mixture(experts, partial(_report, workspace, config))
+
+
+def _report(workspace: Workspace, config: Config) -> str:
+    """The report page as HTML; empty where it cannot be made, since a fault of a chart must not hold up a release."""
+    from moa.reports import facts, page
+
+    try:
+        return page.html(facts.gather(workspace, config))
+    except Exception:
+        logging.getLogger(__name__).exception("The report page of this release could not be made.")
+        return ""
+
+
+def decide(workspace: Workspace, config: Config, challenger: int) -> dict[str, Any]:
+    """Whether version `challenger` should become champion, and why; kept with the version.
+
+    Who was champion before does not come back by itself: a run after a rollback must not undo it.
+    """
+    registry = Registry(workspace, config)
+    served = [entry for entry in registry.history() if entry.effective]
+    wanted, incumbent = registry.get(challenger), _incumbent(registry, served)
+    returning = any(entry.version == wanted.version for entry in served)
+    if returning and not (incumbent is not None and incumbent.digest == wanted.digest):
+        return {**_question(workspace, config, wanted, incumbent),
+                **gate.Decision(False, f"version {wanted.version} was champion before and was replaced "
+                                       f"({served[-1].reason}): it returns only by hand").as_dict()}
+    return examine(workspace, config, challenger)
+
+
+def examine(workspace: Workspace, config: Config, challenger: int, against: int | None = None) -> dict[str, Any]:
+    """The gate's own answer about version `challenger`, against the champion or another release.
+
+    Kept with the version: the same question, down to the test rows, is not asked twice. One about another release than
+    the champion is kept beside, and decides nothing.
+    """
+    registry = Registry(workspace, config)
+    wanted = registry.get(challenger)
+    incumbent = _incumbent(registry, [entry for entry in registry.history() if entry.effective])
+    aside = against if against is not None and (incumbent is None or incumbent.version != against) else None
+    other = registry.get(aside) if aside is not None else incumbent
+    question = _question(workspace, config, wanted, other)
+    if other is not None and other.digest == wanted.digest:
+        same = ALREADY if aside is None else f"versions {other.version} and {wanted.version} are the same release"
+        return {**question, **gate.Decision(False, same).as_dict()}
+    known = wanted.gate if aside is None else wanted.gate_against(aside)
+    if known is not None and question.items() <= known.items():
+        return known
+    decision = gate.Decision(True, FIRST) if other is None else _compared(workspace, config, other, wanted)
+    record = {**question, **decision.as_dict()}
+    registry.record_gate(wanted.version, record, aside)
+    return record
+
+
+def promote(workspace: Workspace, config: Config, version: int, reason: str, by: str | None = None,
+            instead_of: int | None = ANYONE) -> dict[str, Any]:
+    """Make `version` champion, if the champion is still `instead_of`."""
+    return asdict(Registry(workspace, config).set_champion(version, reason, by or _user(), instead_of=instead_of))
+
+
+def approve(workspace: Workspace, config: Config, version: int, *, force: bool = False,
+            note: str | None = None) -> dict[str, Any]:
+    """Make `version` champion by hand: once the gate passes it, or by force and for the reason in `note`.
+
+    Raises UsageError for force without a reason, RegistryError with the gate's reason when it does not pass.
+    """
+    note = (note or "").strip()
+    if force and not note:
+        raise UsageError("--force needs --reason TEXT: the history must say why the gate was overruled.")
+    registry = Registry(workspace, config)
+    wanted, champion = registry.get(version), registry.champion()
+    if champion is not None and champion.version == wanted.version:
+        return {"version": wanted.version, "previous": wanted.version, "changed": False, "reason": ALREADY}
+    compared: int | None = ANYONE
+    if force:
+        reason = f"forced: {note}"
+    else:
+        decision = examine(workspace, config, wanted.version)
+        restored = champion is None and decision["reason"] == ALREADY
+        if not (decision["promote"] or restored):
+            raise RegistryError(f"The gate refuses version {wanted.version}: {decision['reason'].rstrip('.')}. See "
+                                f"`moa gate {wanted.version}`; `--force --reason TEXT` overrules it.")
+        reason = "; ".join(filter(None, [RESTORED if restored else decision["reason"].rstrip("."), note]))
+        compared = decision["against"]
+    entry = promote(workspace, config, wanted.version, reason, instead_of=compared)
+    return {**entry, "previous": champion.version if champion else None, "changed": True}
+
+
+def roll_back(workspace: Workspace, config: Config, to: int | None = None, note: str | None = None) -> dict[str, Any]:
+    """Make the champion before the present one champion again, or version `to`, which must have been it once.
+
+    Raises RegistryError when there is none. What it answers is what it answered: a release never changes.
+    """
+    registry = Registry(workspace, config)
+    served = [entry for entry in registry.history() if entry.effective]
+    if to is not None:
+        target: int | None = registry.get(to).version
+        if all(entry.version != target for entry in served):
+            raise RegistryError(f"Version {to} was never champion, so there is nothing to go back to: `moa release "
+                                f"promote {to}` asks the gate.")
+    else:
+        found = before(served)
+        target = found.version if found else None
+    current = _incumbent(registry, served)
+    if current is None or target is None:
+        raise RegistryError("No other champion came before: there is nothing to roll back to.")
+    if current.version == target and registry.champion() is not None:
+        raise RegistryError(f"Version {target} is champion already: there is nothing to roll back.")
+    reason = f"rollback from version {current.version}" + (f": {note.strip()}" if note and note.strip() else "")
+    return {**promote(workspace, config, target, reason), "previous": current.version, "changed": True}
+
+
+def release(workspace: Workspace, config: Config, promote: bool = True) -> dict[str, Any]:
+    """Register what is built, gate it, and promote it if it passes. Returns what happened.
+
+    With `release.approval: manual`, or without `promote`, what passes is left `waiting` for `moa release promote`.
+    """
+    result = None
+    for _, work in hooks(workspace, config, promote):
+        result = work()
+    assert isinstance(result, dict)
+    return result
+
+
+def hooks(workspace: Workspace, config: Config, may_promote: bool = True) -> list[tuple[str, Callable[[], Any]]]:
+    """The steps of `release`, each with its name; the last one's value is what happened."""
+    state: dict[str, Any] = {}
+
+    def experts() -> dict[str, int]:
+        state["experts"] = register_experts(workspace, config)
+        return {domain: each.version for domain, each in state["experts"].items()}
+
+    def mixture() -> dict[str, Any]:
+        state["mixture"] = register_mixture(workspace, config, state["experts"])
+        return _described(state["mixture"])
+
+    def gated() -> dict[str, Any]:
+        state["decision"] = decide(workspace, config, state["mixture"].version)
+        return state["decision"]
+
+    def promoted() -> dict[str, Any]:
+        decision, version = state["decision"], state["mixture"].version
+        # An alias that was deleted is set again, though the gate has nothing to say about equal content.
+        restored = decision["reason"] == ALREADY and Registry(workspace, config).champion() is None
+        approved = decision["promote"] and config.release.approval == "auto"
+        if may_promote and (approved or restored):
+            promote(workspace, config, version, RESTORED if restored else decision["reason"],
+                    instead_of=decision["against"])
+        champion = Registry(workspace, config).champion()
+        return {**_described(state["mixture"]),
+                "experts": {domain: each.version for domain, each in state["experts"].items()},
+                "decision": decision, "champion": champion.version if champion else None,
+                "waiting": decision["promote"] and (champion is None or champion.version != version)}
+
+    return [("register experts", experts), ("register mixture", mixture), ("gate", gated), ("promote", promoted)]
+
+
+def compare(workspace: Workspace, incumbent: int, challenger: int) -> dict[str, Any]:
+    """Per-row losses and scores of two releases on the pinned test rows, answered by their exported artifacts.
+
+    In another process. Raises PipelineError with that process's own words.
+    """
+    compared, problem = printed(workspace, "compare", "--incumbent", incumbent, "--challenger", challenger)
+    if problem:
+        raise PipelineError(f"Versions {incumbent} and {challenger} could not be compared: {problem}")
+    return compared
+
+
+def forgetting(workspace: Workspace, old: int, new: int) -> dict[str, Any]:
+    """What version `new` has not forgotten of version `old`: the facts of `moa release forgetting`.
+
+    In another process. Where an unchanged expert answers otherwise, `equal` is False: that is for the caller to judge.
+    Raises PipelineError when there are no facts, with that process's own words.
+    """
+    facts, problem = printed(workspace, "release", "forgetting", "--old", old, "--new", new)
+    if not facts:
+        raise PipelineError(f"What version {new} forgot of version {old} could not be told: {problem}")
+    return facts
+
+
+def _compared(workspace: Workspace, config: Config, incumbent: MixtureVersion,
+              challenger: MixtureVersion) -> gate.Decision:
+    compared = compare(workspace, incumbent.version, challenger.version)
+    return gate.decide(map(_score, compared["rows"]), _rules(config), incumbent=incumbent.experts,
+                       challenger=challenger.experts, routing=compared.get("routing"),
+                       tested_by=f"version {incumbent.version}", causes=_causes(compared))
+
+
+def _causes(compared: Mapping[str, Any]) -> dict[str, str]:
+    parts = compared.get("parts")
+    return attribution.causes(compared["rows"], parts["incumbent"], parts["challenger"]) if parts else {}
+
+
+def _rules(config: Config) -> gate.Rules:
+    params = config.release
+    return gate.Rules(**{rule.name: getattr(params, rule.name) for rule in fields(gate.Rules)})
+
+
+def _question(workspace: Workspace, config: Config, challenger: MixtureVersion,
+              incumbent: MixtureVersion | None) -> dict[str, Any]:
+    """Everything a decision depends on: both releases, the rules, the test rows and how they are answered."""
+    corpora = {domain: read_json(path)["digest"] for domain in sorted(config.domains)
+               if (path := workspace.corpus(domain) / MANIFEST).is_file()}
+    asked = {"corpora": corpora, "rows": config.evaluate.rows, "max_new_tokens": config.evaluate.max_new_tokens,
+             "metric_rows": config.release.metric_rows,
+             "metrics": {domain: each.metric for domain, each in config.domains.items()}}
+    return {"version": challenger.version, "against": incumbent.version if incumbent else None,
+            "rules": asdict(_rules(config)), "corpora": digests.of_json(asked)}
+
+
+def _score(row: Mapping[str, Any]) -> gate.Score:
+    names = ("challenger", "incumbent", "base")
+    values: dict[str, Any] = {name: row.get(f"{name}_loss") for name in names}
+    values |= {key: row.get(key) for name in names for key in (f"{name}_score", f"{name}_routed") if key in row}
+    return gate.Score(domain=row["domain"], row=str(row["row"]), known=row.get("known", True),
+                      same_answer=row.get("same_answer", False), **values)
+
+
+def _incumbent(registry: Registry, served: Sequence[Entry]) -> MixtureVersion | None:
+    """The champion; without its alias, the last that was one: deleting an alias must not open the gate."""
+    champion = registry.champion()
+    if champion is not None or not served:
+        return champion
+    return registry.get(served[-1].version)
+
+
+def _described(version: MixtureVersion) -> dict[str, Any]:
+    return {"name": version.name, "version": version.version, "digest": version.digest, "created": version.created}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):   # a container's user may have no name
+        return "unknown"

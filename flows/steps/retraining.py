@@ -1,0 +1,59 @@
+"""The order and policy of retraining: whatever is stale by data, parameters, code or base, or every expert afresh.
+
+Knows no ML, and not whether Prefect watches. Each decision is a line of the ledger.
+"""
+
+import time
+
+from flows.steps.attempt import Attempt
+from flows.steps.learning import reconcile
+from flows.steps.run_context import (
+    After,
+    Facts,
+    at_work,
+    failures_told,
+    finished,
+    forget_starts,
+    keep_fresh,
+    nothing,
+    require,
+    restore_starts,
+    say_released,
+    say_trained,
+)
+from flows.steps.runner import Runner
+from moa.core.paths import Workspace
+
+WAIT = 3600.0   # seconds for another run to end
+
+
+def retrain(workspace: Workspace, runner: Runner, trigger: str, *, from_scratch: bool | None = None,
+            verbose: bool = False, after: After = nothing) -> Facts:
+    """Train again what is stale, or everything afresh; the gate compares it with the champion. What was done.
+
+    Waits for a run that is at work. A training from scratch that is refused or interrupted is undone: the experts stay
+    the continued ones.
+    """
+    began = time.monotonic()
+    with at_work(workspace, runner, verbose, after, wait=WAIT) as work:
+        if Attempt.load(workspace) is not None:
+            reconcile(work, "an adaptation that was interrupted", True, began)
+        afresh = work.config.retrain.from_scratch if from_scratch is None else from_scratch
+        with failures_told(work, "retraining", began):
+            if afresh:
+                forget_starts(work)
+            stale = work.versions.snapshot().affected
+            if not stale:
+                work.say("skipped", trigger=trigger, reason="nothing is stale")
+                return {"state": "skipped", "reason": "nothing is stale"}
+            work.say("started", flow="retrain", trigger=trigger, resumed=False,
+                     reason=f"{len(stale)} stages are stale" + (", every expert begins afresh" if afresh else ""))
+            result = work.build()
+            say_trained(work, result)
+            require(result)
+            facts = say_released(work, result.release)
+            if facts["state"] not in ("refused", "kept"):
+                keep_fresh(work)
+            elif undone := restore_starts(work):
+                work.say("undone", domains=undone, reason=facts["reason"])
+            return finished(work, "retraining", facts, began)

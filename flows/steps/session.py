@@ -1,0 +1,129 @@
+"""What a build works with and what it leaves: options, an open workspace, results. No order and no policy in here."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from flows.remote import cluster
+from flows.steps.runner import Outcome
+from moa.core import transaction
+from moa.core.config import NO_DOMAIN, Config, load
+from moa.core.errors import ConfigError, PipelineError
+from moa.core.paths import Workspace
+from moa.core.progress import Screen
+from moa.evaluation import metrics
+from moa.workspace.pipeline import Pipeline
+from moa.workspace.stage_graph import FORCED, Snapshot, Stage
+
+Hook = tuple[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller of a build may choose."""
+
+    domains: tuple[str, ...] | None = None   # None = all
+    force: tuple[str, ...] = ()              # stages or steps to run although they are fresh
+    promote: bool = True
+
+
+@dataclass
+class Result:
+    """How a build ended, stage by stage."""
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    release: Any = None
+
+    def named(self, state: str) -> list[str]:
+        return sorted(name for name, outcome in self.outcomes.items() if outcome.state == state)
+
+    def failure(self) -> PipelineError | None:
+        """The sentence that names every failed stage, or None."""
+        failed = self.named("failed")
+        if not failed:
+            return None
+        reasons = dict.fromkeys(str(self.outcomes[name].error) for name in failed)   # those of one group share theirs
+        text = f"Failed: {', '.join(failed)}. {' '.join(reasons)}"
+        if skipped := self.named("skipped"):
+            text += f" Not run: {', '.join(skipped)}."
+        return PipelineError(f"{text} What had finished is recorded; `moa run` continues from there.")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**{state: self.named(state) for state in ("done", "cached", "skipped")},
+                "failed": {name: str(self.outcomes[name].error) for name in self.named("failed")},
+                "seconds": {name: round(self.outcomes[name].seconds, 2) for name in self.named("done")},
+                "release": self.release}
+
+
+@dataclass
+class Session:
+    """Everything a build needs, opened under the workspace's lock."""
+
+    workspace: Workspace
+    config: Config
+    pipeline: Pipeline
+    options: Options
+    screen: Screen
+    snapshot: Snapshot
+    finished: Callable[[str], bool]   # whether a domain's expert is complete for the inputs of now
+    hooks: Sequence[Hook] = ()        # what follows the last stage
+    result: Result | None = None      # of the build that ran in it
+
+    def stage(self, name: str) -> Stage:
+        return self.snapshot.graph.stages[name]
+
+    def forced(self, name: str) -> bool:
+        return any(reason.kind == FORCED for reason in self.snapshot.stale.get(name, ()))
+
+
+def configuration(workspace: Workspace) -> Config:
+    """What params.yaml says. Raises ConfigError when it is wrong, or has no domain to build."""
+    config = load(workspace.params)
+    if not config.domains:
+        raise ConfigError(NO_DOMAIN)
+    return config
+
+
+_ambient: ContextVar[Session | None] = ContextVar("session", default=None)
+
+
+@contextmanager
+def opened(workspace: Workspace, options: Options, *, verbose: bool = False,
+           held: Pipeline | None = None) -> Iterator[Session]:
+    """A session; the one that is already open in this context, if there is one. `held`: whose lock the caller has."""
+    if (ambient := _ambient.get()) is not None:
+        yield ambient
+        return
+    if held is None:
+        transaction.recover(workspace)
+    config = configuration(workspace)
+    for domain in options.domains or ():
+        config.require_domain(domain)
+    for each in config.domains.values():
+        metrics.resolve(each.metric)   # the last stage needs it: say so before the first one runs
+    cluster.require(config.execution)
+    pipeline = held or Pipeline(workspace)
+    with nullcontext() if held else pipeline.lock(), Screen(verbose=verbose) as screen:
+        snapshot = pipeline.snapshot().limited(options.domains).forced(options.force)
+        session = Session(workspace, config, pipeline, options, screen, snapshot,
+                          finished=lambda domain: _finished(workspace, config, domain),
+                          hooks=_release_hooks(workspace, config, options))
+        token = _ambient.set(session)
+        try:
+            yield session
+        finally:
+            _ambient.reset(token)
+
+
+def _finished(workspace: Workspace, config: Config, domain: str) -> bool:
+    from moa.experts.train import finished
+
+    return finished(workspace, config, domain)
+
+
+def _release_hooks(workspace: Workspace, config: Config, options: Options) -> list[Hook]:
+    from flows.steps import release
+
+    return release.hooks(workspace, config, options.promote)

@@ -1,0 +1,82 @@
+"""The chat template beside a base's tokenizer: the base's own, or a named one of ours for a base without one.
+
+It is part of the base: what `set_template` writes into the base's folder is digested, used and checked like a template
+that came with the base. Knows nothing of weights, conversations or workspaces.
+
+Ours must hold what `moa.base.encoding` relies on (a conversation is a prefix of its continuation, an answer ends with
+the end mark) and keep a user from speaking in another's name: turns begin with a role on a line of its own, and such a
+line inside a user's or system text gets a space before it. Only the end mark, which no text may hold, ends an answer.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from moa.base import sources
+from moa.core.errors import BaseModelError
+from moa.core.files import read_json, write_json
+
+FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+
+PLAIN = """\
+{%- macro quoted(text) -%}
+{{- text | replace('\\nUser:', '\\n User:') | replace('\\nAssistant:', '\\n Assistant:') | replace(eos_token, ' ') -}}
+{%- endmacro -%}
+{%- for message in messages -%}
+{{- '\\n' if not loop.first and loop.previtem['role'] == 'assistant' else '' -}}
+{%- if message['role'] == 'assistant' -%}
+{{- 'Assistant:\\n' + message['content'] + eos_token -}}
+{%- elif message['role'] == 'user' -%}
+{{- quoted('User:\\n' + message['content']) + '\\n\\n' -}}
+{%- elif message['content'] -%}
+{{- quoted('\\n' + message['content'])[1:] + '\\n\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}
+"""
+NAMED = {"plain": PLAIN}
+
+
+def template(folder: Path, source: object) -> str:
+    """Text of the chat template beside the tokenizer in `folder`. Raises BaseModelError when there is none."""
+    file = folder / FILE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = read_object(folder / CONFIG).get("chat_template")
+    if isinstance(found, list):   # several named ones: transformers takes the one called default
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    if not isinstance(found, str):
+        raise BaseModelError(f"{source} has no chat template, so conversations cannot be rendered for it: set "
+                             "`base.template: plain` in params.yaml, use an instruction-tuned model, or add a "
+                             f"{FILE} to a path: base.")
+    return found
+
+
+def set_template(folder: Path, name: str, source: object) -> None:
+    """Make the template called `name` that of the tokenizer in `folder`, whatever it had.
+
+    Raises BaseModelError when the tokenizer has no mark with which an answer could end.
+    """
+    from transformers import AutoTokenizer
+
+    sources.quiet()
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise BaseModelError(f"The tokenizer of {source} cannot be loaded: {sources.one_line(error)}") from None
+    end = tokenizer.eos_token
+    if end is None or tokenizer(end, add_special_tokens=False)["input_ids"] != [tokenizer.eos_token_id]:
+        raise BaseModelError(f"The tokenizer of {source} has no end mark (eos_token) that is one token of its own, "
+                             f"so a model could not end an answer in the template {name!r}: use another base.")
+    config = read_object(folder / CONFIG)
+    if config.pop("chat_template", None) is not None:
+        write_json(folder / CONFIG, config)
+    (folder / FILE).write_text(NAMED[name], encoding="utf-8")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; an empty one where there is none."""
+    try:
+        value = read_json(path)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

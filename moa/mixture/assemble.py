@@ -1,0 +1,183 @@
+"""The stage `assemble`: experts and a router to one mixture, pinned by digest. Knows nothing of serving or releases.
+
+    data/mixture/    what `moa.mixture.artifact` says
+    .moa/cache/features/    router features by digest of what they come from, never recomputed for an old domain
+"""
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from moa.base.encoding import Encoder
+from moa.base.pin import Base, load, pick_device, pin
+from moa.core import digests
+from moa.core.config import Config
+from moa.core.errors import ArtifactError, TrainingError
+from moa.core.files import read_json, replace_directory, write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.data import corpus
+from moa.data.corpus import Row, Split
+from moa.mixture import artifact
+
+Content = dict[Split, dict[str, list[Row]]]   # the router's rows, by domain
+CALIBRATING: tuple[Split, Split] = ("train", "validation")
+
+
+def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
+    """Train the router, after joint training if asked for, and write `data/mixture`; returns its manifest.
+
+    Raises ArtifactError when an expert is missing or was trained on another base.
+    """
+    from moa.mixture.calibration import calibrate, fit
+
+    labels = sorted(config.domains)
+    params = config.assemble
+    facts = {domain: {key: manifest[key] for key in ("digest", "corpus", "rank")}
+             for domain, manifest in ((domain, _expert(workspace, domain)) for domain in labels)}
+    folders = {domain: workspace.expert(domain) for domain in labels}
+    base = load(workspace, config.base, pick_device(config.execution.devices))
+    encoder = Encoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
+    limits: dict[Split, int | None] = {"train": params.rows, "validation": None}
+    # In order of their digests: a limit takes no sides.
+    content: Content = {split: {domain: corpus.read(workspace.corpus(domain), split)[:limit] for domain in labels}
+                        for split, limit in limits.items()}
+    seen = _base_features(workspace, base, encoder, content)
+    targets = _targets(content)
+    router = fit(labels, seen["train"], targets["train"])
+    with tempfile.TemporaryDirectory() as temporary:
+        if params.joint_epochs:
+            folders, facts, seen = _joined(workspace, config, base, encoder, router, content, facts, Path(temporary))
+            router.train = seen["train"], targets["train"]
+        calibrate(router, seen["validation"], targets["validation"], rule=params.rule, tolerance=params.tolerance,
+                  max_abstention=params.max_abstention)
+        with replace_directory(workspace.mixture) as folder:
+            return artifact.write(folder, base=base.pin, prompt=config.prompt.model_dump(), router=router,
+                                experts=folders, facts=facts)
+
+
+def _expert(workspace: Workspace, domain: str) -> dict[str, Any]:
+    folder, again = workspace.expert(domain), f"run `moa train --domain {domain}"
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(f"Domain {domain!r} has no expert: {again}` first.")
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    base = pin(workspace)
+    if other := [part for part in ("weights", "tokenizer", "template")
+                 if manifest["base"][part] != getattr(base, part)]:
+        raise ArtifactError(f"The expert of {domain!r} was trained on {manifest['base']['source']}, and the "
+                            f"{' and '.join(other)} of this workspace's base ({base.source}) differ: {again}`.")
+    if artifact.expert_digest(folder) != manifest["digest"]:
+        raise ArtifactError(f"The expert of {domain!r} is not the one its manifest names: {again} --fresh`.")
+    return manifest
+
+
+# What the router sees.
+
+def _targets(content: Content) -> dict[Split, Any]:
+    """The number of the domain of each row, split by split."""
+    import torch
+
+    return {split: torch.cat([torch.full((len(part),), label) for label, part in enumerate(domains.values())])
+            for split, domains in content.items()}
+
+
+def _prompts(encoder: Encoder, content: list[Row]) -> list[list[int]]:
+    return [encoder.prompt(row.prompt)[-encoder.max_tokens:] for row in content]
+
+
+def _base_features(workspace: Workspace, base: Base, encoder: Encoder, content: Content) -> dict[Split, Any]:
+    """Features of all rows' prompts under the base alone, (N, L, D) for each split."""
+    import torch
+
+    from moa.core.progress import track
+
+    found: dict[Split, list[Any]] = {split: [] for split in content}
+    with track("router features", total=sum(map(len, content.values())), unit="sets") as bar:
+        for split, domains in content.items():
+            for part in domains.values():
+                found[split].append(_cached_features(workspace, base, encoder, part))
+                bar.advance(1)
+    return {split: torch.cat(parts) for split, parts in found.items()}
+
+
+def _cached_features(workspace: Workspace, base: Base, encoder: Encoder, content: list[Row]) -> Any:
+    """The features of these rows' prompts, (N, L, D), from the cache when they were computed before."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    from moa.mixture.router import features
+
+    here = Path(__file__).parent
+    key = digests.of_json({"base": base.pin.digest, "dtype": base.device.dtype, "system": encoder.system,
+                           "code": digests.of_file(here / "router.py"),
+                           "max_tokens": encoder.max_tokens, "rows": [row.id for row in content]})
+    path = workspace.cache / "features" / f"{key[:32]}.safetensors"
+    with suppress(OSError, SafetensorError, KeyError):   # absent or damaged: it can be computed again
+        return load_file(path)["features"]
+    result = features(base.model, _prompts(encoder, content))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({"features": result}, temporary)
+    temporary.replace(path)
+    return result
+
+
+# Joint training.
+
+def _joined(workspace: Workspace, config: Config, base: Base, encoder: Encoder, router: Any, content: Content,
+            facts: dict[str, dict[str, Any]], temporary: Path) -> tuple[
+                dict[str, Path], dict[str, dict[str, Any]], dict[Split, Any]]:
+    """Continue all experts together with the router's heads; directories and facts of the new experts, and features.
+
+    The experts as they were stay where they are: the mixture gets its own, and names their parents.
+    """
+    from moa.core.progress import track
+    from moa.experts import peft_format
+    from moa.experts.cotraining import Learner, recomputing, seed_for
+    from moa.experts.lora import ExpertStack
+    from moa.mixture.joint_training import forget_labels, train_jointly
+    from moa.mixture.layer_routing import chooser
+    from moa.mixture.router import features
+
+    labels, params = list(facts), config.assemble
+    specs = [peft_format.read_spec(workspace.expert(domain)) for domain in labels]
+    stack = ExpertStack(base.model, specs, config.train.targets)
+    train = config.train.model_copy(update={"epochs": params.joint_epochs, "seed": params.seed,
+                                            "learning_rate": params.joint_learning_rate})
+    learners = []
+    for expert, domain in enumerate(labels):
+        if params.joint_start == "experts":
+            peft_format.load(stack, expert, workspace.expert(domain))
+        else:
+            stack.initialise(expert, seed_for(domain, params.seed))
+    stack.trainable(True)
+    for expert, domain in enumerate(labels):
+        training, validation = ([encoder.row(row.messages) for row in corpus.read(workspace.corpus(domain), split)]
+                                for split in CALIBRATING)
+        learners.append(Learner(domain, expert, stack, training, validation, train))
+    if not params.eta:
+        forget_labels(router)
+    steps = sum(len(learner.order) for learner in learners)
+    with track("joint training", total=steps, unit="steps") as bar, recomputing(base.model, train.recompute):
+        train_jointly(base.model, stack, router, learners, train, params.eta,
+                      lambda active: bar.advance(len(active)), keep_start=params.joint_start == "experts")
+    if failed := {learner.name: learner.progress.failure for learner in learners if learner.progress.failure}:
+        raise TrainingError(f"Joint training failed for {', '.join(failed)} ({'; '.join(map(str, failed.values()))}): "
+                            "lower assemble.joint_learning_rate.")
+    stack.trainable(False)
+    seen = {split: features(base.model, _prompts(encoder, [row for part in domains.values() for row in part]),
+                            choose=chooser(stack, router)) for split, domains in content.items()}
+    folders, joined = {}, {}
+    for learner in learners:
+        domain, at = learner.name, learner.progress
+        folders[domain] = temporary / domain
+        peft_format.save(stack, learner.expert, folders[domain], base.pin.source)
+        news = {"digest": artifact.expert_digest(folders[domain]), "parent": facts[domain]["digest"]}
+        joined[domain] = facts[domain] | news
+        alone = {key: value for key, value in read_json(workspace.expert(domain) / MANIFEST).items()
+                 if key != "fingerprint"}
+        write_json(folders[domain] / MANIFEST, alone | news | {
+            "joint": params.model_dump(), "best_epoch": at.best_epoch, "best_loss": at.best_loss, "curve": at.curve})
+    stack.remove()
+    return folders, joined, seen

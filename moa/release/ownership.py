@@ -1,0 +1,101 @@
+"""Whether a registered model on a shared MLflow server is this project's: read, claimed, or refused.
+
+A model carries its project's id in a tag. Releases from before there were ids have no tag: the commits and digests in
+them tell whose they are. A database in this workspace is nobody else's. Part of `moa.release.registry`.
+"""
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from moa.core import git, project
+from moa.core.errors import RegistryError
+from moa.core.files import read_json
+from moa.core.paths import MANIFEST
+from moa.core.project import Names
+from moa.release import mlflow_client
+
+if TYPE_CHECKING:
+    from moa.release.registry import Registry
+
+TAG = "moa.project"
+
+
+def resolve(registry: "Registry") -> tuple[Names, bool]:
+    """The names of this project's things on the server, and whether its mixture is there.
+
+    A project with releases under the old names keeps these. Raises RegistryError when the mixture is another project's.
+    """
+    wanted = Names.of(registry.config)
+    if own(registry, wanted.mixture) is not None:
+        return wanted, True
+    if wanted.project is not None:
+        before = Names(None, wanted.release)
+        model = _find(registry.client, before.mixture)
+        if model is not None and (registry.private or _ours(registry, model)):
+            return before, True
+    return wanted, False
+
+
+def own(registry: "Registry", name: str) -> Any:
+    """The registered model `name`, None where there is none. Raises RegistryError when it is another project's."""
+    with mlflow_client.talking(registry.address):
+        model = _find(registry.client, name)
+        if model is not None and not registry.private and _ours(registry, model) is False:
+            _refuse(registry, model)
+    return model
+
+
+def claim(registry: "Registry", name: str) -> None:
+    """`own`, and if the model has no project yet, it has this one afterwards. Held under the registry's lock."""
+    model = own(registry, name)
+    if model is not None and TAG not in model.tags:
+        for key, value in tags(registry).items():
+            registry.client.set_registered_model_tag(name, key, value)
+
+
+def tags(registry: "Registry") -> dict[str, str]:
+    """Of a new registered model."""
+    owner = project.owner(registry.workspace, registry.config)
+    return {} if owner is None else {TAG: owner}
+
+
+def _find(client: Any, name: str) -> Any:
+    try:
+        return client.get_registered_model(name)
+    except Exception as error:
+        if mlflow_client.missing(error):
+            return None
+        raise
+
+
+def _ours(registry: "Registry", model: Any) -> bool | None:
+    """Whether it is this project's; None where nothing tells."""
+    workspace = registry.workspace
+    if (tag := model.tags.get(TAG)) is not None:
+        return tag in project.owners(workspace, registry.config)
+    versions = registry.client.search_model_versions(f"name='{model.name}'", max_results=10_000)
+    commits = [each.tags.get("moa.git.commit") for each in versions]
+    if any(commit and git.has_commit(workspace.root, commit) for commit in commits):
+        return True
+    if commits and all(commits) and git.complete(workspace.root) and git.commits(workspace.root):
+        return False
+    if {each.tags.get("moa.digest") for each in versions} & _built(registry):
+        return True
+    return None
+
+
+def _built(registry: "Registry") -> set[str]:
+    """Digests of the mixture and the experts that lie in this workspace."""
+    workspace = registry.workspace
+    folders = [workspace.mixture, *(workspace.expert(domain) for domain in registry.config.domains)]
+    return {read_json(folder / MANIFEST)["digest"] for folder in folders if (folder / MANIFEST).is_file()}
+
+
+def _refuse(registry: "Registry", model: Any) -> NoReturn:
+    config, tag = registry.config, model.tags.get(TAG)
+    new = project.fresh(registry.workspace.root.name)
+    change = (f"write `project: {new}` into params.yaml, so that this one's names are its own" if config.project is None
+              else f"give this one names of its own in params.yaml, with `project: {new}` or another release.name")
+    same = (f"if both are one project, write `project: {tag}` there instead" if tag else
+            f"if both are one project, write `project: {new}` there and give the model the tag {TAG}={new}")
+    raise RegistryError(f"{model.name} at {mlflow_client.shown(registry.address)} is another project's"
+                        f"{f' ({tag})' if tag else ''}: {change}; {same}.")

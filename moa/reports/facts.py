@@ -1,0 +1,193 @@
+"""What the report page shows, gathered from manifests, reports and the registry into plain data. Writes nothing.
+
+What is not there is left out: a workspace that was only prepared has a report, too. Knows nothing of HTML.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moa.core.config import Config
+from moa.core.errors import ArtifactError, RegistryError
+from moa.core.files import read_json
+from moa.core.paths import MANIFEST, Workspace
+
+SYSTEMS = ("base", "forced", "routed")
+RESAMPLES, TAIL = 2000, 0.025
+CHUNK = 1 << 21   # values drawn at once
+Row = Mapping[str, Any]
+
+
+def gather(workspace: Workspace, config: Config) -> dict[str, Any]:
+    """Everything for `moa.reports.page`."""
+    mixture = _json(workspace.mixture / MANIFEST)
+    release, own, trouble = _released(workspace, config, mixture.get("digest"))
+    here = evaluation(workspace.reports)
+    # The mixture here may be the champion itself, and then it is shown once.
+    challenger = here if here and mixture.get("digest") != (release or {}).get("digest") else None
+    return {
+        "name": workspace.root.name, "made_at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "base": _base(_json(workspace.base_manifest)), "registry_trouble": trouble,
+        "champion": release,
+        "challenger": {"digest": mixture.get("digest"), **own, **challenger} if challenger else None,
+        "domains": {name: _domain(workspace, name) for name in config.domains},
+        "mixture": {"digest": mixture.get("digest"), "labels": mixture.get("labels", []),
+                    "experts": {label: _digest(pin) for label, pin in mixture.get("experts", {}).items()},
+                    "parents": {label: pin["parent"] for label, pin in mixture.get("experts", {}).items()
+                                if isinstance(pin, Mapping) and pin.get("parent")},
+                    "router": mixture.get("router", {})}}
+
+
+def _released(workspace: Workspace, config: Config, digest: str | None) -> tuple[
+        dict[str, Any] | None, dict[str, Any], str | None]:
+    """The champion with its own report, the version and gate of the mixture here, and what kept us from them."""
+    from moa.release.registry import Registry
+
+    registry = Registry(workspace, config)
+    if not registry.exists():
+        return None, {}, None
+    try:
+        here = next((each for each in registry.versions() if each.digest == digest), None)
+        own = {"version": here.version, "gate": here.gate} if here else {}
+        if (version := registry.champion()) is None:
+            return None, own, None
+        folder = registry.download(version.version)
+        last = next((entry for entry in reversed(registry.history()) if entry.version == version.version), None)
+    except (RegistryError, ArtifactError) as error:   # gone, or altered since
+        return None, {}, str(error)
+    manifest = _json(folder / MANIFEST)
+    return {"name": version.name, "version": version.version, "digest": version.digest, "gate": version.gate,
+            "since": last.at if last else None, "reason": last.reason if last else None,
+            "experts": {domain: pin["digest"] for domain, pin in version.experts.items()},
+            "router": manifest.get("router", {}), **(evaluation(folder.parent / "reports") or {})}, own, None
+
+
+def _domain(workspace: Workspace, name: str) -> dict[str, Any]:
+    corpus, expert = _json(workspace.corpus(name) / MANIFEST), _json(workspace.expert(name) / MANIFEST)
+    quality = _json(workspace.corpus(name) / "quality.json")
+    return {"corpus": {"digest": corpus["digest"], "rows": corpus.get("rows", {})} if "digest" in corpus else None,
+            "quality": {"rows": quality.get("rows", {}), "warnings": quality.get("warnings", [])} if quality else None,
+            "expert": {"digest": expert["digest"], "corpus": expert.get("corpus"), "rank": expert.get("rank"),
+                       "imported": expert.get("source") == "imported", "best_epoch": expert.get("best_epoch"),
+                       "best_loss": expert.get("best_loss"), "parent": _parent(expert),
+                       "curve": expert.get("curve", [])} if "digest" in expert else None}
+
+
+def _parent(expert: Mapping[str, Any]) -> dict[str, str] | None:
+    """The expert that this one's training went on from: whose it was, and which."""
+    if not (found := expert.get("parent")):
+        return None
+    return {"domain": str(found.get("domain", "")) if isinstance(found, Mapping) else "", "digest": _digest(found)}
+
+
+def _base(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    if "digest" not in manifest:
+        return None
+    return {key: manifest.get(key) for key in ("source", "digest", "architecture", "parameters")}
+
+
+# Scores.
+
+def evaluation(reports: Path) -> dict[str, Any] | None:
+    """Of one evaluation: figures with intervals, tax and confusion; None where there was none."""
+    summary = _json(reports / "summary.json")
+    if "domains" not in summary:
+        return None
+    by_domain: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in _rows(reports / "rows.parquet"):
+        by_domain[row["domain"]][row["system"]].append(row)
+    return {"scores": {domain: {system: _figures(systems[system], by_domain[domain][system])
+                                for system in SYSTEMS if system in systems}
+                       for domain, systems in summary["domains"].items()},
+            "tax": {domain: tax(found["forced"], found["routed"]) for domain, found in by_domain.items()
+                    if found["forced"] and found["routed"]},
+            "routing": summary.get("routing", {})}
+
+
+def _rows(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    import pyarrow.parquet as pq
+
+    found: list[Row] = pq.read_table(path, columns=["domain", "row", "system", "loss", "tokens", "score"]).to_pylist()
+    return found
+
+
+def _figures(summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """`loss` is per token, as in the summary; its interval draws rows, which bring their tokens along."""
+    answered = [row for row in rows if row["score"] is not None]
+    return {"loss": summary.get("loss"), "score": summary.get("score"), "rows": summary.get("rows"),
+            "answered": summary.get("answered"),
+            "loss_interval": interval([(row["loss"] * row["tokens"], row["tokens"]) for row in rows]),
+            "score_interval": interval([(row["score"], 1.0) for row in answered])}
+
+
+def tax(forced: Sequence[Row], routed: Sequence[Row]) -> dict[str, Any]:
+    """What the router's choice costs, pair by pair: `loss` is routed minus forced in nats per token, `score` forced
+    minus routed, each with its interval. Above zero, the router costs something."""
+    others = {row["row"]: row for row in routed}
+    pairs = [(row, others[row["row"]]) for row in forced if row["row"] in others]
+    losses = [((mine["loss"] - own["loss"]) * own["tokens"], own["tokens"]) for own, mine in pairs]
+    scores = [(own["score"] - mine["score"], 1.0) for own, mine in pairs
+              if own["score"] is not None and mine["score"] is not None]
+    return {"loss": _ratio(losses), "loss_interval": interval(losses),
+            "score": _ratio(scores), "score_interval": interval(scores), "rows": len(pairs), "answered": len(scores)}
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
+    below = sum(weight for _, weight in pairs)
+    return sum(value for value, _ in pairs) / below if below else None
+
+
+def interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """95 % percentile bootstrap of sum(values) / sum(weights) over rows drawn again; None for fewer than two rows or
+    values that are not finite."""
+    if len(pairs) < 2 or not all(math.isfinite(value) for value, _ in pairs):
+        return None
+    values, weights = (np.array(part, dtype=float) for part in zip(*pairs, strict=True))
+    rng, means = np.random.default_rng(0), []
+    step = max(1, CHUNK // len(pairs))
+    for done in range(0, RESAMPLES, step):
+        drawn = rng.integers(len(pairs), size=(min(step, RESAMPLES - done), len(pairs)))
+        means.append(values[drawn].sum(1) / weights[drawn].sum(1))
+    low, high = np.quantile(np.concatenate(means), [TAIL, 1 - TAIL])
+    return float(low), float(high)
+
+
+def verdicts(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the gate compared, a line for each domain and measure; none for a release that had nobody to beat.
+
+    `known rows` are those that the incumbent was tested on, where a domain has others, too.
+    """
+    found = []
+    for domain, verdict in decision.get("domains", {}).items():
+        known = verdict.get("known") or {}
+        for measure, each in (("loss", verdict.get("loss", verdict)), ("metric", verdict.get("metric")),
+                              ("loss, known rows", known.get("loss")), ("metric, known rows", known.get("metric"))):
+            if each:
+                found.append({"domain": domain, "measure": measure, "verdict": each["verdict"],
+                              "difference": each.get("point"), "interval": each.get("interval"),
+                              "rows": each.get("rows"), "better": bool(each.get("improved")),
+                              "reason": each.get("reason", "")})
+    return found
+
+
+# Reading.
+
+def _digest(pin: Any) -> str:
+    return str(pin.get("digest", "")) if isinstance(pin, Mapping) else str(pin)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    with suppress(OSError, ValueError):
+        content = read_json(path)
+        if isinstance(content, dict):
+            return content
+    return {}

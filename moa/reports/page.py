@@ -1,0 +1,237 @@
+"""The workspace's report as one HTML file that needs nothing else: scores, routing, curves, data, lineage.
+
+Knows the keys of `moa.reports.facts` and no figures of its own. Whatever a file of the workspace said is escaped.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from moa.core.text import SHORT_DIGEST
+from moa.reports import html as page
+from moa.reports.facts import verdicts
+from moa.reports.routing import routing
+from moa.reports.svg import Dot, Line, Node, curves, flow, whiskers
+
+Facts = Mapping[str, Any]
+NAMES = {"base": "base", "forced": "label forced", "routed": "routed"}
+COUNTS = ("read", "kept", "rejected", "duplicates", "train", "validation", "test")
+STYLE = """
+td,th{overflow-wrap:break-word}
+td.m{text-align:center;font-variant-numeric:tabular-nums;border:1px solid var(--line);padding:6px 10px}
+table.matrix{width:auto}table.matrix th{padding:6px 10px}.matrix th[scope=row]{text-align:right}
+:root{--c0:#8b95a3;--c1:#3b6ea8;--c2:#1d7a5f;--c3:#b3661b;--c4:#8a4fa3;--box:#f6f8fb;--boxline:#c4cedb;--now:#eaf2fb}
+@media(prefers-color-scheme:dark){:root{--c0:#8d98a7;--c1:#6b9fd8;--c2:#4fb894;--c3:#dd9450;--c4:#bd87d6;
+--box:#202833;--boxline:#445061;--now:#1d3147}}
+.s0{fill:var(--c0);stroke:var(--c0)}.s1{fill:var(--c1);stroke:var(--c1)}.s2{fill:var(--c2);stroke:var(--c2)}
+.s3{fill:var(--c3);stroke:var(--c3)}.s4{fill:var(--c4);stroke:var(--c4)}
+svg .grid{stroke:var(--line)}svg .curve{fill:none;stroke-width:2}svg .head{fill:var(--ink);font-weight:600}
+svg .tight{font-size:9px}svg .broad{stroke-width:7;stroke-opacity:.35;stroke-linecap:round}
+svg .mark{stroke:var(--soft);stroke-dasharray:4 4}
+svg .node rect{fill:var(--box);stroke:var(--boxline)}svg .node.now rect{fill:var(--now);stroke:var(--c1)}
+svg .edge{stroke:#9aa7b6;fill:none}svg .edge.old{stroke-dasharray:4 4;stroke:#c98a3a}
+.key{display:flex;flex-wrap:wrap;gap:4px 16px;color:var(--soft);font-size:13px;margin:0 0 6px}
+.key svg{width:12px;display:inline-block;vertical-align:-1px;margin-right:5px}
+td:first-child,th:first-child,td.n{white-space:nowrap}summary{cursor:pointer;color:var(--soft);font-size:13px}
+.aside{display:flex;flex-wrap:wrap;gap:12px 40px;align-items:flex-start}
+.aside>*{max-width:100%}.aside>:last-child{flex:1 1 min(420px,100%)}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:24px}
+.plot{overflow-x:auto}.plot svg{min-width:560px}.graph{overflow-x:auto}.graph svg{min-width:900px}
+"""
+
+
+def html(facts: Facts) -> str:
+    """The report as one page."""
+    body = "".join([_tiles(facts), _trouble(facts), _scores(facts), routing(_measured(facts), facts["mixture"]),
+                    _gates(facts), _learning(facts), _quality(facts), _lineage(facts)])
+    return page.frame(f"{facts['name']}: report", facts["name"], f"Mixture-of-LoRAs, {facts['made_at']}", body,
+                      STYLE)
+
+
+def write(path: Path, facts: Facts) -> None:
+    """Write the page whole. Raises UsageError where it cannot be."""
+    page.write(path, html(facts))
+
+
+def _measured(facts: Facts) -> list[tuple[str, str, Facts]]:
+    """(key, name, facts) of the champion and the challenger, as far as they were evaluated."""
+    champion, challenger = facts["champion"], facts["challenger"]
+    found = []
+    if champion and "scores" in champion:
+        found.append(("champion", f"champion (version {champion['version']})", champion))
+    if challenger:
+        known = f"version {challenger['version']}" if challenger.get("version") else "this workspace"
+        found.append(("challenger", f"challenger ({known})" if champion else known, challenger))
+    return found
+
+
+def _tiles(facts: Facts) -> str:
+    champion, base = facts["champion"], facts["base"]
+    experts = sum(each["expert"] is not None for each in facts["domains"].values())
+    tiles = [("champion", f"version {champion['version']}" if champion else "none",
+              f"since {champion['since'][:10]}" if champion and champion["since"] else "nothing was released"
+              if not champion else ""),
+             ("domains", str(len(facts["domains"])), f"{experts} with an expert")]
+    if measured := _measured(facts):
+        _, name, last = measured[-1]
+        tiles += [(what, f"{last['routing'][key]:.1%}", name) for what, key in (
+            ("routing accuracy", "accuracy"), ("abstention", "abstention")) if key in last["routing"]]
+    if base:
+        tiles.append(("base", f"{(base['parameters'] or 0) / 1e6:,.0f} M" if (base["parameters"] or 0) >= 1e6 else
+                      f"{base['parameters'] or 0:,}", f"parameters, {base['source']}"))
+    return page.tiles(tiles)
+
+
+def _trouble(facts: Facts) -> str:
+    """What this page could not find out."""
+    said = facts["registry_trouble"]
+    return page.warned([f"The champion is unknown: {said}"]) if said else ""
+
+
+# Scores.
+
+def _scores(facts: Facts) -> str:
+    measured = _measured(facts)
+    if not measured:
+        return page.section("Scores", '<p class="soft">Nothing was evaluated yet: run `moa run`.</p>')
+    systems = [(f"{key}/{system}", who, each["scores"], system) for key, who, each in measured
+               for system in ("base", "forced", "routed") if (key, system) != ("challenger", "base")
+               or len(measured) == 1]
+    colours = {key: number for number, (key, *_) in enumerate(systems)}
+    both = len(measured) > 1
+    legend = page.key([(colours[key], NAMES[system] if system == "base" or not both else f"{who}, {NAMES[system]}")
+                   for key, who, _, system in systems])
+    plots = []
+    for figure, title in (("loss", "Loss, nats per token (lower is better)"),
+                          ("score", "The domain's own metric (higher is better)")):
+        groups = [(domain, list(_dots(systems, colours, domain, figure))) for domain in _domains(measured)]
+        plots.append(f"<div><h3>{title}</h3>{whiskers(groups)}</div>")
+    return page.section("Scores", legend, f'<div class="two">{"".join(plots)}</div>', _score_table(systems, measured),
+                        '<p class="soft">Lines and brackets are 95% bootstrap intervals over the test rows; the metric '
+                        "is measured on the rows that were answered.</p>")
+
+
+def _domains(measured: Sequence[tuple[str, str, Facts]]) -> list[str]:
+    return list(dict.fromkeys(domain for _, _, each in measured for domain in each["scores"]))
+
+
+def _dots(systems: Sequence[tuple[str, str, Facts, str]], colours: Mapping[str, int], domain: str,
+          figure: str) -> Iterator[Dot]:
+    for key, _, scores, system in systems:
+        found = scores.get(domain, {}).get(system)
+        if found and found[figure] is not None:
+            yield Dot(found[figure], found[f"{figure}_interval"], colours[key])
+
+
+def _score_table(systems: Sequence[tuple[str, str, Facts, str]], measured: Sequence[tuple[str, str, Facts]]) -> str:
+    rows: list[tuple[str, ...]] = []
+    for domain in _domains(measured):
+        for place, (_, who, scores, system) in enumerate(systems):
+            if found := scores.get(domain, {}).get(system):
+                mixture = () if len(measured) == 1 else (who if system != "base" else "",)
+                rows.append(("" if place else domain, *mixture, NAMES[system],
+                             page.with_interval(found["loss"], found["loss_interval"]),
+                             page.with_interval(found["score"], found["score_interval"]),
+                             f"{found['rows']} / {found['answered']}"))
+    return page.table(("domain", *(() if len(measured) == 1 else ("mixture",)), "system", "loss", "metric",
+                       "rows / answered"), rows)
+
+
+# The gate.
+
+def _gates(facts: Facts) -> str:
+    """What the gate said of each release shown: the pairs that it compared, and its decision."""
+    parts = []
+    for _, name, each in _measured(facts):
+        if decision := each.get("gate"):
+            against = f"against version {decision['against']}" if decision.get("against") else "nobody to compare with"
+            verdict = "passed" if decision["promote"] else "refused"
+            parts.append(f"<h3>{escape(f'{name}: {verdict}, {against}')}</h3><p>{escape(decision['reason'])}</p>")
+            parts.append(page.table(("domain", "measure", "verdict", "difference", "pairs"), (
+                (one["domain"], one["measure"], one["verdict"] + (", better" if one["better"] else ""),
+                 page.with_interval(one["difference"], one["interval"], "+"), one["rows"])
+                for one in verdicts(decision))))
+    return page.section("Gate", *parts) if parts else ""
+
+
+# Learning, data, lineage.
+
+def _learning(facts: Facts) -> str:
+    plots = []
+    for domain, each in facts["domains"].items():
+        if (expert := each["expert"]) is None:
+            continue
+        if not expert["curve"]:
+            why = "imported: it was trained elsewhere" if expert["imported"] else "no curve was kept"
+            plots.append(f'<div><h3>{escape(domain)}</h3><p class="soft">{why}</p></div>')
+            continue
+        lines = [Line(name, [(epoch["step"], epoch[key]) for epoch in expert["curve"] if epoch.get(key) is not None],
+                      colour) for name, key, colour in (("training", "train_loss", 0),
+                                                        ("validation", "validation_loss", 1))]
+        best = f"kept: epoch {expert['best_epoch']}" if expert["best_epoch"] is not None else ""
+        loss = f", validation loss {expert['best_loss']:.3f}" if expert["best_loss"] is not None else ""
+        before = f"; continues {_expert_of(parent)}" if (parent := expert["parent"]) else ""
+        said = escape(best + loss + before)
+        plots.append(f'<div><h3>{escape(domain)}</h3>{curves(lines)}<p class="soft">{said}</p></div>')
+    if not plots:
+        return ""
+    return page.section("Learning curves", page.key([(0, "training loss"), (1, "validation loss")]),
+                        f'<div class="three">{"".join(plots)}</div>')
+
+
+def _expert_of(parent: Mapping[str, str]) -> str:
+    return f"the expert{' of ' + parent['domain'] if parent['domain'] else ''} {parent['digest'][:SHORT_DIGEST]}"
+
+
+def _quality(facts: Facts) -> str:
+    rows, warnings = [], []
+    for domain, each in facts["domains"].items():
+        if each["quality"]:
+            rows.append((domain, *(int(each["quality"]["rows"].get(key, 0)) for key in COUNTS),
+                         len(each["quality"]["warnings"])))
+            warnings += [(domain, said) for said in each["quality"]["warnings"]]
+    if not rows:
+        return ""
+    return page.section("Data", page.table(("domain", *COUNTS, "warnings"), rows),
+                        page.table(("domain", "what deserves a look"), warnings)
+                        or '<p class="soft">Nothing stands out.</p>')
+
+
+def _lineage(facts: Facts) -> str:
+    nodes, edges = _graph(facts)
+    note = "A broken line: what it leads to was made from another one than the one here now."
+    old = any(not now for *_, now in edges)
+    drawn = flow(("base", "corpora", "experts", "mixture", "release"), nodes, edges)
+    return page.section("What came from what", f'<div class="graph">{drawn}</div>',
+                        f'<p class="soft">{note}</p>' if old else "")
+
+
+def _graph(facts: Facts) -> tuple[list[Node], list[tuple[str, str, bool]]]:
+    """Nodes by column, and edges: from, to, and whether the one was really made from the other as it is now."""
+    nodes, edges = [], []
+    mixture, champion, base = facts["mixture"], facts["champion"], facts["base"]
+    if base:
+        nodes.append(Node("base", 0, base["source"], base["digest"][:SHORT_DIGEST]))
+    for domain, each in facts["domains"].items():
+        corpus, expert = each["corpus"], each["expert"]
+        if corpus:
+            nodes.append(Node(f"corpus {domain}", 1, domain, corpus["digest"][:SHORT_DIGEST]))
+            edges.append(("base", f"corpus {domain}", True))
+        if expert:
+            made = "imported" if expert["imported"] else f"rank {expert['rank']}"
+            began = f" from {expert['parent']['digest'][:SHORT_DIGEST]}" if expert["parent"] else ""
+            nodes.append(Node(f"expert {domain}", 2, f"{domain} ({made})", expert["digest"][:SHORT_DIGEST] + began))
+            learned = corpus is not None and corpus["digest"] == expert["corpus"]
+            edges.append((f"corpus {domain}", f"expert {domain}", learned))
+            used = {mixture["experts"].get(domain), mixture["parents"].get(domain)}
+            if mixture["digest"]:
+                edges.append((f"expert {domain}", "mixture", expert["digest"] in used))
+    if mixture["digest"]:
+        nodes.append(Node("mixture", 3, f"{len(mixture['labels'])} experts, router", mixture["digest"][:SHORT_DIGEST]))
+    if champion:
+        nodes.append(Node("release", 4, f"{champion['name']} {champion['version']}", champion["digest"][:SHORT_DIGEST]))
+        if mixture["digest"]:
+            edges.append(("mixture", "release", champion["digest"] == mixture["digest"]))
+    known = {node.key for node in nodes}
+    return nodes, [edge for edge in edges if {edge[0], edge[1]} <= known]

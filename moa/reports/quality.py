@@ -1,0 +1,229 @@
+"""A domain's quality report for people: as text, and as one HTML file that needs nothing else.
+
+Knows the report's keys and no figures of its own. Rows may hold anything, so every text of theirs is escaped; the page
+has no script and loads nothing.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from moa.reports import html as page
+
+BAR = 24       # widest bar of the text, in letters
+BLOCKS = " ▏▎▍▌▋▊▉█"
+LENGTHS = (("prompt", "prompt"), ("completion", "answer"), ("row", "whole row"))
+LANGUAGES = {"short": "too short to tell", "unsure": "no natural language, or unsure"}
+
+
+# What both show.
+
+def _counts(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    """(what, how many, what it means), one for everything that can become of a row."""
+    rows = report["rows"]
+    near = rows.get("near_duplicates", 0)
+    return [("read", rows["read"], ""), ("kept", rows["kept"], " · ".join(f"{split} {rows[split]:,}" for split in (
+                "train", "validation", "test"))),
+            ("rejected", rows["rejected"], ""), ("copies", rows["duplicates"] - near, "of another row, word for word"),
+            ("near-duplicates", near, f"{rows.get('straddling', 0):,} of them on two sides")]
+
+
+def _bins(tokens: Mapping[str, Any], part: str) -> list[tuple[str, int]]:
+    """The histogram's bins from the first to the last that holds rows."""
+    edges, counts = tokens["edges"], tokens[part]["counts"]
+    filled = [place for place, count in enumerate(counts) if count] or [0]
+    return [(str(edges[place]) if edges[place] + 1 == edges[place + 1] else f"{edges[place]}-{edges[place + 1] - 1}",
+             counts[place]) for place in range(filled[0], filled[-1] + 1)]
+
+
+def _rejections(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    """(reason, rows, where the first one is)."""
+    found = []
+    for each in report["rejected"]:
+        example = each["example"]
+        found.append((each["reason"], each["count"], f"{example['file']}:{example['line']}" if example else ""))
+    return found
+
+
+def _neighbours(report: Mapping[str, Any]) -> tuple[str, list[tuple[str, float]]]:
+    """A sentence on the rows that look like another domain's, and how well each domain is told apart."""
+    across = report["across"]
+    if (found := across["neighbours"]) is None:
+        return "No other domain is prepared, so there is nothing to compare with.", []
+    missing = f" Not prepared yet: {', '.join(across['not_prepared'])}." if across["not_prepared"] else ""
+    return (f"{found['count']:,} of {found['sampled']:,} sampled rows look like another domain's.{missing}",
+            list(found["told_apart"].items()))
+
+
+# Text.
+
+def text(report: Mapping[str, Any]) -> str:
+    """The report in plain letters, warnings last, where a terminal shows them."""
+    parts = [_table((name, f"{count:,}", remark) for name, count, remark in _counts(report))]
+    if report["redacted"]:
+        parts.append("redacted: " + ", ".join(f"{count:,} {kind}" for kind, count in report["redacted"].items()))
+    if found := _rejections(report):
+        parts.append("Rejected\n" + _table((each, f"{count:,}", f"first at {place}") for each, count, place in found))
+    for part, name in LENGTHS:
+        values = report["tokens"][part]
+        if "mean" in values:
+            parts.append(f"Tokens of the {name}: half up to {values['p50']:.0f}, 95% up to {values['p95']:.0f}, "
+                         f"longest {values['max']:,}\n" + _histogram(_bins(report["tokens"], part)))
+    turns, answers = report["turns"], report["answers"]
+    parts.append(f"Conversations: {turns['several']:.1%} of several turns, {turns['system']:.1%} with a system "
+                 f"message\nAnswers: {answers['different']:,} different, the most frequent in "
+                 f"{answers['largest_group']:,} rows, {answers['short']:,} of one token or none, "
+                 f"{answers['blank']:,} blank")
+    parts += [f"{title}\n" + _table((f"{each['count']:,}", f"{each['share']:.1%}", page.one_line(each["text"], 80))
+                                    for each in answers[key])
+              for key, title in (("most_frequent", "Most frequent answers"), ("openings", "Answers that begin alike"))
+              if answers[key]]
+    shares = report["languages"]["shares"]
+    parts.append(f"Languages of {report['languages']['sampled']:,} questions: " +
+                 ", ".join(f"{LANGUAGES.get(name, name)} {share:.0%}" for name, share in shares.items()))
+    if "across" in report:
+        parts.append(_across_text(report))
+    found_wrong = [f"! {each}" for each in report["warnings"]] or ["Nothing stands out."]
+    return "\n\n".join([f"Domain {report['domain']}", *parts, "\n".join(found_wrong)])
+
+
+def _across_text(report: Mapping[str, Any]) -> str:
+    across, (sentence, apart) = report["across"], _neighbours(report)
+    near = across["near_duplicates"]
+    lines = [f"Other domains: {across['duplicates']['count']:,} rows in common, "
+             f"{near['across_domains']['count']:,} nearly so; across splits {near['across_splits']['count']:,} nearly "
+             f"the same ({near['compared']:,} rows compared)", sentence]
+    if apart:
+        lines.append("Told apart from\n" + _table((name, f"{accuracy:.0%}", "") for name, accuracy in apart))
+    lines += [f"  like {each['looks_like']}: {page.one_line(each['text'], 90)}"
+              for each in (across["neighbours"] or {"examples": []})["examples"]]
+    return "\n".join(lines)
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    """Columns side by side: numbers to the right, the last one as it is."""
+    rows = [list(row) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width)
+                 for cell, width in zip(row, widths, strict=False)]
+        lines.append("  " + "  ".join([*cells, row[-1]]).rstrip())
+    return "\n".join(lines)
+
+
+def _histogram(bins: Sequence[tuple[str, int]]) -> str:
+    most = max(max(count for _, count in bins), 1)
+    width, digits = max(len(label) for label, _ in bins), len(f"{most:,}")
+    return "\n".join(f"  {label:>{width}}  {count:>{digits},}  {_bar(count / most)}".rstrip() for label, count in bins)
+
+
+def _bar(share: float) -> str:
+    eighths = max(round(share * BAR * 8), 1 if share else 0)
+    return "█" * (eighths // 8) + (BLOCKS[eighths % 8] if eighths % 8 else "")
+
+
+# HTML.
+
+def html(report: Mapping[str, Any]) -> str:
+    """The report as one page."""
+    body = "".join([_tiles(report), page.warned(report["warnings"]), _length_section(report),
+                    _rejection_section(report), _answer_section(report), _language_section(report),
+                    _across_section(report)])
+    return page.frame(f"{report['domain']}: label quality", report["domain"], "Label quality before training", body)
+
+
+def write(path: Path, report: Mapping[str, Any]) -> None:
+    """Write the page so that a reader sees the whole of it or the old one. Raises UsageError where it cannot be."""
+    page.write(path, html(report))
+
+
+def _tiles(report: Mapping[str, Any]) -> str:
+    tiles = [*_counts(report), *([("redacted", sum(report["redacted"].values()), ", ".join(
+        f"{kind} {count:,}" for kind, count in report["redacted"].items()))] if report["redacted"] else [])]
+    return page.tiles((name, f"{count:,}", remark) for name, count, remark in tiles)
+
+
+def _length_section(report: Mapping[str, Any]) -> str:
+    plots = []
+    for part, name in LENGTHS:
+        values = report["tokens"][part]
+        if "mean" in values:
+            plots.append(f"<div><h3>{escape(name)}</h3>{_columns(_bins(report['tokens'], part))}"
+                         f'<p class="soft">median {values["p50"]:.0f}, 95% up to {values["p95"]:.0f}, longest '
+                         f'{values["max"]:,} tokens</p></div>')
+    turns = report["turns"]
+    said = (f"{turns['several']:.1%} of the conversations have several turns; {turns['system']:.1%} bring a system "
+            "message.")
+    return page.section("Lengths in tokens", f'<div class="three">{"".join(plots)}</div><p>{escape(said)}</p>')
+
+
+def _rejection_section(report: Mapping[str, Any]) -> str:
+    found, near = _rejections(report), report["near_duplicates"]["examples"]
+    examples = [(each["example"]["reason"], f"{each['example']['file']}:{each['example']['line']}",
+                 page.one_line(each["example"]["text"])) for each in report["rejected"] if each["example"]]
+    parts = [page.bars([(reason, count) for reason, count, _ in found]) if found
+             else '<p class="soft">No row was rejected.</p>', page.table(("reason", "first at", "text"), examples)]
+    if near:
+        parts += ["<h3>Near-duplicates</h3>", page.table(("left out, from", "like a row of", "text"), (
+            (each["split"], each.get("of_split", each["split"]), page.one_line(each["text"])) for each in near))]
+    return page.section("Rejected and repeated", *parts)
+
+
+def _answer_section(report: Mapping[str, Any]) -> str:
+    answers = report["answers"]
+    said = (f"{answers['different']:,} different answers; the most frequent stands in {answers['largest_group']:,} "
+            f"rows; {answers['short']:,} have one token or none, {answers['blank']:,} say nothing.")
+    parts = [f"<p>{escape(said)}</p>"]
+    for key, title in (("most_frequent", "Most frequent"), ("openings", "Beginning alike")):
+        if answers[key]:
+            bars = page.bars([(page.one_line(each["text"], 44), each["count"]) for each in answers[key]])
+            parts += [f"<h3>{title}</h3>", bars]
+    return page.section("Answers", *parts)
+
+
+def _language_section(report: Mapping[str, Any]) -> str:
+    languages = report["languages"]
+    return page.section("Languages", f'<p class="soft">Of {languages["sampled"]:,} sampled questions.</p>',
+                    page.bars([(LANGUAGES.get(name, name), share) for name, share in languages["shares"].items()]))
+
+
+def _across_section(report: Mapping[str, Any]) -> str:
+    if "across" not in report:
+        return ""
+    across, (sentence, apart) = report["across"], _neighbours(report)
+    near, looks = across["near_duplicates"], (across["neighbours"] or {"examples": []})["examples"]
+    parts = [f"<p>{escape(sentence)}</p>"]
+    if apart:
+        parts += ["<h3>How well the neighbours tell them apart (50% is chance)</h3>", page.bars(apart, most=1.0)]
+    parts.append(page.table(("looks like", "text"),
+                            ((each["looks_like"], page.one_line(each["text"])) for each in looks)))
+    shared = page.table(("also in", "split here / there", "text"), (
+        (each["domain"], f"{each['split']} / {each['other_split']}", page.one_line(each["text"]))
+        for each in across["duplicates"]["examples"]))
+    alike = page.table(("nearly the same in", "similarity", "here", "there"), (
+        (f"{each['domain']} {each['other_split']}", each["similarity"], page.one_line(each["text"]),
+         page.one_line(each["other_text"]))
+        for kind in ("across_domains", "across_splits") for each in near[kind]["examples"]))
+    if shared or alike:
+        parts += ["<h3>Rows in common</h3>", shared, alike]
+    return page.section("Beside the other domains", *parts)
+
+
+def _columns(bins: Sequence[tuple[str, int]]) -> str:
+    """A histogram as SVG: a column a bin, its label below where there is room."""
+    width, height, foot = 320, 150, 18
+    most, step = max(max(count for _, count in bins), 1), width / len(bins)
+    every = -(-len(bins) * 52 // width)
+    shapes = []
+    for place, (label, count) in enumerate(bins):
+        tall = max((height - foot - 14) * count / most, 1 if count else 0)
+        shapes.append(f'<rect x="{place * step + 1:.1f}" y="{height - foot - tall:.1f}" width="{max(step - 2, 1):.1f}" '
+                      f'height="{tall:.1f}" rx="2"><title>{escape(label)}: {count:,}</title></rect>')
+        if place % every == 0:
+            shapes.append(f'<text x="{(place + 0.5) * step:.1f}" y="{height - 4}" text-anchor="middle">'
+                          f'{escape(label)}</text>')
+    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}</svg>'
+
+

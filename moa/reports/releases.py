@@ -1,0 +1,220 @@
+"""Releases as facts and as text for a terminal. Reads the registry, changes nothing, decides nothing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from moa.core.config import Config
+from moa.core.paths import Workspace
+from moa.core.project import Names
+from moa.core.text import NOTHING_RELEASED, SHORT_DIGEST, shorten
+from moa.release.champion_history import Entry
+from moa.release.registry import MixtureVersion, Registry
+
+# Facts.
+
+def listed(workspace: Workspace, config: Config) -> dict[str, Any]:
+    """Every release, newest first."""
+    registry = Registry(workspace, config)
+    if not registry.exists():
+        return {"name": Names.of(config).mixture, "champion": None, "releases": []}
+    champion, served = registry.champion(), _served(registry.history())
+    return {"name": registry.mixture_name, "champion": champion.version if champion else None,
+            "releases": [_facts(each, champion, served) for each in reversed(registry.versions())]}
+
+
+def _facts(version: MixtureVersion, champion: MixtureVersion | None, served: Sequence[Entry]) -> dict[str, Any]:
+    gate = version.gate
+    return {"version": version.version, "digest": version.digest, "created": _time(version.created_at),
+            "state": _state(version, champion, served), "domains": sorted(version.experts),
+            "gate": gate and {key: gate.get(key) for key in ("promote", "reason", "against")}}
+
+
+def _state(version: MixtureVersion, champion: MixtureVersion | None, served: Sequence[Entry]) -> str:
+    if champion is not None and champion.version == version.version:
+        return "champion"
+    if any(entry.version == version.version for entry in served):
+        return "was champion"
+    if version.gate is None:
+        return "not gated"
+    return "waiting" if version.gate["promote"] else "refused"
+
+
+def _served(entries: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.effective]
+
+
+def _time(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
+
+
+def shown(workspace: Workspace, config: Config, version: int | str) -> dict[str, Any]:
+    """Everything a release pins, how it came about, and when it was champion."""
+    registry = Registry(workspace, config)
+    found, history = registry.get(version), registry.history()
+    return {**_facts(found, registry.champion(), _served(history)), "name": found.name,
+            "base": {"digest": found.tags.get("moa.base"), "source": found.tags.get("moa.base.source")},
+            "router": found.tags.get("moa.router"), "experts": found.experts, "corpora": registry.corpora(found),
+            "code": {key.removeprefix("moa."): value for key, value in sorted(found.tags.items())
+                     if key.startswith(("moa.git.", "moa.dvc."))},
+            "run": found.run_id, "metrics": registry.metrics(found), "gate": found.gate,
+            "champion": [asdict(entry) for entry in _served(history) if entry.version == found.version]}
+
+
+def history(workspace: Workspace, config: Config) -> dict[str, Any]:
+    """Every change of champion, oldest first."""
+    registry = Registry(workspace, config)
+    if not registry.exists():
+        return {"name": Names.of(config).mixture, "history": []}
+    return {"name": registry.mixture_name, "history": [asdict(entry) for entry in registry.history()]}
+
+
+def diff(workspace: Workspace, config: Config, old: int, new: int) -> dict[str, Any]:
+    """What differs between two releases: parts by digest, parameters, figures of the evaluation, and both gates."""
+    registry = Registry(workspace, config)
+    one, other = registry.get(old), registry.get(new)
+    # Which version an expert has is said under `experts`.
+    params = [{key: value for key, value in registry.params(each).items() if not key.startswith("expert.")}
+              for each in (one, other)]
+    return {"old": one.version, "new": other.version,
+            "experts": {domain: _pins(one.experts.get(domain), other.experts.get(domain))
+                        for domain in sorted(one.experts.keys() | other.experts.keys())},
+            "router": _router(one, other, _changed(*params)),
+            "base": _pair(one.tags.get("moa.base"), other.tags.get("moa.base")),
+            "corpora": _changed(*({domain: tags.get("moa.digest") for domain, tags in registry.corpora(each).items()}
+                                  for each in (one, other))),
+            "parameters": _changed(*params),
+            "metrics": _changed(registry.metrics(one), registry.metrics(other)),
+            "gate": {"old": one.gate, "new": other.gate}}
+
+
+def _pins(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> dict[str, Any]:
+    change = ("added" if old is None else "removed" if new is None
+              else "same" if old["digest"] == new["digest"] else "changed")
+    return {"change": change, "old": old, "new": new}
+
+
+def _pair(old: Any, new: Any) -> dict[str, Any]:
+    return {"change": "same" if old == new else "changed", "old": old, "new": new}
+
+
+def _router(one: MixtureVersion, other: MixtureVersion, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The digest is of the heads' tensors; labels and thresholds, which decide as much, are parameters."""
+    pair = _pair(one.tags.get("moa.router"), other.tags.get("moa.router"))
+    return pair | ({"change": "changed"} if any(key == "labels" or key.startswith("router.") for key in params) else {})
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Old and new value of every key whose value is not the same in both; None where it lacks the key."""
+    return {key: {"old": old.get(key), "new": new.get(key)} for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)}
+
+
+# Text.
+
+def listed_text(facts: Mapping[str, Any]) -> str:
+    if not facts["releases"]:
+        return NOTHING_RELEASED
+    lines = ["version  created                    state         gate"]
+    for each in facts["releases"]:
+        gate = each["gate"]
+        against = f"against {gate['against']}: " if gate and gate["against"] else ""
+        lines.append(f"{each['version']:>7}  {each['created']:<25}  {each['state']:<12}  "
+                     f"{against}{shorten(gate['reason'], 100) if gate else '-'}")
+    return "\n".join(lines)
+
+
+def shown_text(facts: Mapping[str, Any]) -> str:
+    lines = [f"{facts['name']} version {facts['version']}: {facts['state']}", "",
+             f"  created  {facts['created']}", f"  digest   {facts['digest']}",
+             f"  base     {facts['base']['source']} ({_cut(facts['base']['digest'])})",
+             f"  router   {_cut(facts['router'])}", f"  run      {facts['run']}"]
+    lines += [f"  {key:<7}  {value}" for key, value in facts["code"].items() if key.startswith("git.")]
+    width = max(map(len, facts["experts"]))
+    lines += ["", f"  {'expert':<{width}}  version  digest        corpus"]
+    for domain, pin in facts["experts"].items():
+        corpus = facts["corpora"].get(domain, {}).get("moa.digest")
+        lines.append(f"  {domain:<{width}}  {pin['version']:>7}  {_cut(pin['digest']):<12}  {_cut(corpus)}")
+    if facts["champion"]:
+        lines += ["", *(f"  champion since {entry['at']} by {entry['by']}: {entry['reason']}"
+                        for entry in facts["champion"])]
+    if facts["gate"]:
+        lines += ["", gate_text(facts["gate"])]
+    return "\n".join(lines)
+
+
+def history_text(facts: Mapping[str, Any]) -> str:
+    if not facts["history"]:
+        return NOTHING_RELEASED
+    lines = [f"{'n':>3}  {'at':<25}  version  {'instead of':>10}  by        reason"]
+    for entry in facts["history"]:
+        undone = "" if entry["effective"] else "  (interrupted: the alias did not move)"
+        lines.append(f"{entry['n']:>3}  {entry['at']:<25}  {entry['version']:>7}  {entry['previous'] or '-':>10}  "
+                     f"{entry['by']:<8}  {entry['reason']}{undone}")
+    return "\n".join(lines)
+
+
+def diff_text(facts: Mapping[str, Any]) -> str:
+    lines = [f"version {facts['old']} -> {facts['new']}", ""]
+    width = max([len("router"), *map(len, facts["experts"])])
+    for domain, pin in facts["experts"].items():
+        sides = [f"{_cut(side['digest'])} (version {side['version']})" if side else "none"
+                 for side in (pin["old"], pin["new"])]
+        lines.append(f"  {domain:<{width}}  {pin['change']:<8}  {_arrow(pin['change'], *sides)}")
+    for part in ("router", "base"):
+        pair = facts[part]
+        lines.append(f"  {part:<{width}}  {pair['change']:<8}  "
+                     f"{_arrow(pair['change'], _cut(pair['old']), _cut(pair['new']))}")
+    for title in ("corpora", "parameters", "metrics"):
+        if changed := facts[title]:
+            width = max(map(len, changed))
+            lines += ["", title, *(f"  {key:<{width}}  {_value(pair['old'])} -> {_value(pair['new'])}"
+                                   for key, pair in changed.items())]
+    for side in ("old", "new"):
+        if decision := facts["gate"][side]:
+            lines += ["", gate_text(decision)]
+    return "\n".join(lines)
+
+
+def gate_text(decision: Mapping[str, Any]) -> str:
+    """A decision of the gate: a line per domain and measure, then routing, then what it comes to."""
+    against = decision.get("against")
+    lines = [f"gate: version {decision['version']} against {f'version {against}' if against else 'nobody'}: "
+             f"{'pass' if decision['promote'] else 'refused'}"]
+    if domains := decision.get("domains"):
+        width = max(map(len, [*domains, "domain"]))
+        lines.append(f"  {'domain':<{width}}  {'measure':<13}  {'verdict':<15}  {'difference':>10}  {'interval':>18}   "
+                     "rows")
+        for domain, verdict in domains.items():
+            known = verdict.get("known") or {}   # the same on the rows that the incumbent was tested on
+            measures = [("loss", verdict.get("loss", verdict)), ("loss, known", known.get("loss")),
+                        ("metric", verdict.get("metric")), ("metric, known", known.get("metric"))]
+            lines += [f"  {domain:<{width}}  {_measure(name, each)}" for name, each in measures if each]
+    if (before := decision.get("routing", {}).get("incumbent")) and (after := decision["routing"].get("challenger")):
+        lines.append(f"  routing accuracy {before['accuracy']:.1%} -> {after['accuracy']:.1%}, "
+                     f"abstention {before['abstention']:.1%} -> {after['abstention']:.1%}")
+    return "\n".join([*lines, f"  {decision['reason']}"])
+
+
+def _measure(name: str, each: Mapping[str, Any]) -> str:
+    known = each["interval"] is not None
+    point = f"{each['point']:+.4f}" if known else "-"
+    interval = f"{each['interval'][0]:+.4f} to {each['interval'][1]:+.4f}" if known else "-"
+    remark = ("  better" if each["improved"] else
+              f"  {each['reason']}" if each["verdict"] == "not enough data" else "")
+    return f"{name:<13}  {each['verdict']:<15}  {point:>10}  {interval:>18}  {each['rows']:>5}{remark}"
+
+
+def _arrow(change: str, old: str, new: str) -> str:
+    return old if change == "same" else f"{old} -> {new}"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:.4f}" if isinstance(value, float) else _cut(str(value)) if len(str(value)) == 64 else str(value)
+
+
+def _cut(digest: str | None) -> str:
+    return digest[:SHORT_DIGEST] if digest else "-"

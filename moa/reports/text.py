@@ -1,0 +1,158 @@
+"""Figures to text, for terminals and Markdown. Measures nothing itself."""
+
+import os
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from moa.core.config import Config
+from moa.core.files import read_json
+from moa.core.paths import Workspace
+from moa.data import corpus
+from moa.evaluation import summary
+
+COLUMNS = ("loss", "perplexity", "score")
+BAR = 20   # characters of a probability of 1
+
+
+def champion_table(workspace: Workspace, config: Config, *, rerun: bool = False) -> dict[str, Any]:
+    """How the champion does: as measured when it was built, or again on today's test rows."""
+    from moa.release.champion import champion, open_mixture
+
+    version, folder = champion(workspace, config)
+    if rerun:
+        from moa.evaluation.evaluate import score, summarise
+
+        mixture = open_mixture(folder, workspace)
+        measured = summarise(score(mixture, workspace, config), mixture.labels)
+    else:
+        measured = read_json(folder.parent / "reports" / "summary.json")
+    return {"release": version.version,
+            "domains": {domain: {system: {key: figures[key] for key in COLUMNS} for system, figures in systems.items()}
+                        for domain, systems in measured["domains"].items()},
+            "routing": {key: measured["routing"][key] for key in ("accuracy", "abstention", "ece")
+                        if key in measured["routing"]}}
+
+
+def comparison_text(compared: dict[str, Any]) -> str:
+    """Mean loss of two releases by domain."""
+    by_domain: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in compared["rows"]:
+        by_domain[row["domain"]].append(row)
+    width = max(len(domain) for domain in by_domain)
+    lines = [f"{'domain':<{width}}  {'rows':>5}  {'base':>8}  {'incumbent':>10}  {'challenger':>10}"]
+    for domain, rows in by_domain.items():
+        means = [_mean([row.get(f"{name}_loss") for row in rows]) for name in ("base", "incumbent", "challenger")]
+        lines.append(f"{domain:<{width}}  {len(rows):>5}  {means[0]:>8}  {means[1]:>10}  {means[2]:>10}")
+    return "\n".join(lines)
+
+
+def trace_text(trace: list[dict[str, Any]], decision: dict[str, Any]) -> str:
+    """A line for each level that the router can read: the domain its head names, how surely, and a mark where the
+    rule reads; then what the rule decided."""
+    lines = ["level                       probability  domain"]
+    for choice in trace:
+        bar = "█" * round(BAR * choice["probability"])
+        mark = "  <- read" if choice["level"] in decision["levels"] else ""
+        lines.append(f"{choice['level']:>5}  {bar:░<{BAR}}  {choice['probability']:>10.1%}  {choice['domain']}{mark}")
+    said = f"rule {decision['rule']}: {decision['domain']}, confidence {decision['confidence']:.1%}"
+    unsure = f"; its score {decision['score']:.3g} is below {decision['threshold']:.3g}, so the router abstains"
+    return "\n".join([*lines, said + (unsure if decision["abstained"] else "")])
+
+
+def _mean(losses: list[float | None]) -> str:
+    known = [loss for loss in losses if loss is not None]
+    return f"{sum(known) / len(known):.3f}" if known else "-"
+
+
+def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
+    """What `moa run` ends with: the table, where things are, what to try next."""
+    measured = read_json(workspace.reports / "summary.json")
+    domain = next(iter(config.domains))
+    question = shlex.quote(_question(workspace, domain))
+    tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.relative(workspace.mlflow)}/mlflow.db"
+    release = release if isinstance(release, dict) else {}
+    version, champion = release.get("version", "?"), release.get("champion")
+    verdict = release["decision"]["reason"] if release.get("decision") else ""
+    serving = f"champion is version {champion}" if champion else "there is no champion yet"
+    waiting = ([f"waiting   version {version} passed the gate: `moa release promote {version}` makes it champion"]
+               if release.get("waiting") else [])
+    return "\n".join([
+        "", summary.table(measured), "",
+        f"release   version {version} of {release.get('name', config.release.name)} ({verdict}); {serving}",
+        *waiting,
+        f"report    {workspace.relative(workspace.reports)}/report.md, rows.parquet, summary.json",
+        f"MLflow    mlflow ui --backend-store-uri {tracking}",
+        f"Prefect   PREFECT_HOME={workspace.relative(workspace.prefect)} prefect server start",
+        "", "Try next:",
+        f"  moa ask {question}",
+        f"  moa ask --domain {domain} --json {question}",
+        "  moa plan"])
+
+
+def _question(workspace: Workspace, domain: str) -> str:
+    """The shortest question among the domain's test rows, which the expert has not learned."""
+    found = [" ".join(row.question.split()) for row in corpus.read(workspace.corpus(domain), "test")]
+    return min(found, key=len, default="...")
+
+
+# Markdown.
+
+def markdown(evaluation: Mapping[str, Any] | None, router: Mapping[str, Any], release: Mapping[str, Any] | None) -> str:
+    """What a build came to, for a page that shows Markdown: the decision, scores with intervals, routing.
+
+    `evaluation` is of `moa.reports.facts`, `router` a mixture's manifest's, `release` of `flows.steps.release`; any may
+    be None.
+    """
+    parts = [f"**Release** {released_line(release)}"] if release else []
+    if evaluation:
+        parts.append("### Scores\n\n" + _grid(
+            ("domain", "system", "loss", "metric", "rows / answered"),
+            ((domain, summary.NAMES[system], _bounded(each["loss"], each["loss_interval"]),
+              _bounded(each["score"], each["score_interval"]), f"{each['rows']} / {each['answered']}")
+             for domain, systems in evaluation["scores"].items() for system, each in systems.items())))
+        parts += _routing(evaluation, router)
+    return "\n\n".join(parts) + "\n"
+
+
+def released_line(release: Mapping[str, Any]) -> str:
+    """Which version was registered, what the gate said of it, and who is champion."""
+    decision, champion = release.get("decision") or {}, release.get("champion")
+    said = str(decision.get("reason", "")).rstrip(".")
+    serving = f"champion is version {champion}" if champion else "there is no champion yet"
+    waiting = "; it waits for approval" if release.get("waiting") else ""
+    return (f"version {release.get('version', '?')} of {release.get('name', '?')}"
+            f"{f': {said}' if said else ''}; {serving}{waiting}.")
+
+
+def _routing(evaluation: Mapping[str, Any], router: Mapping[str, Any]) -> list[str]:
+    routing = evaluation["routing"]
+    said = ", ".join(f"{what} {routing[key]:.1%}" for what, key in (
+        ("accuracy", "accuracy"), ("abstention", "abstention"), ("calibration error", "ece")) if key in routing)
+    parts = [f"### Routing\n\n{said}"]
+    if confusion := routing.get("confusion"):
+        parts.append(_grid(("rows of / best guess", *confusion),
+                           ((domain, *(counts.get(guess, 0) for guess in confusion))
+                            for domain, counts in confusion.items())))
+    if tax := evaluation.get("tax"):
+        parts.append(_grid(("routing tax", "loss, routed - forced", "metric, forced - routed"), (
+            (domain, _bounded(each["loss"], each["loss_interval"]), _bounded(each["score"], each["score_interval"]))
+            for domain, each in tax.items())))
+    if levels := router.get("levels"):
+        parts.append("### Layer agreement\n\n" + _grid(("level", "accuracy", "agreement"), (
+            (each["level"], f"{each['accuracy']:.1%}", f"{each['agreement']:.1%}") for each in levels)))
+    return parts
+
+
+def _bounded(value: float | None, bounds: Sequence[float] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+
+
+def _grid(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; what a cell says cannot end it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(' '.join(str(cell).replace('|', '/').split()) for cell in line)} |"
+                     for line in lines)

@@ -1,0 +1,248 @@
+"""Releases that serve: the champion on its base, followed as it changes, answering batches.
+
+Knows nothing of HTTP. A release that another one follows finishes what was asked of it, and is then forgotten.
+"""
+
+import copy
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from moa.base import pin
+from moa.base.pin import Base
+from moa.core.config import Config
+from moa.core.errors import MoaError
+from moa.core.paths import Workspace
+from moa.mixture.generation import engine
+from moa.mixture.generation.engine import Options, Tell
+from moa.mixture.mixture import Answer, Conversation, Listener, Mixture, Request
+from moa.mixture.router import Decision
+from moa.release.champion import champion
+from moa.release.export import adapter_name
+from moa.release.registry import Registry
+from moa.serving.batcher import Job
+
+RETRY_SECONDS = 60   # before a release that could not be loaded is tried again
+
+
+Watch = Callable[[int, str, Conversation, Decision], None]   # version and digest of the release, prompt, decision
+
+
+class Watched(Mixture):
+    """A mixture that tells what its router decided, as a release's own: a version and a digest come with it."""
+
+    tell: Callable[[Conversation, Decision], None] | None = None
+
+    def route(self, prompts: Sequence[Conversation]) -> list[Decision]:
+        decisions = super().route(prompts)
+        if self.tell is not None:
+            for prompt, decision in zip(prompts, decisions, strict=True):
+                self.tell(prompt, decision)
+        return decisions
+
+
+@dataclass(frozen=True, eq=False)
+class Release:
+    """One version at work."""
+
+    name: str
+    version: int
+    digest: str
+    mixture: Mixture
+    created: int              # seconds since 1970
+    special: dict[int, str]   # the base's markers of turns and ends, by id
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}/{self.version}"
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Labels by the names that `moa export` gives their experts."""
+        return {adapter_name(label, self.mixture.experts[label]): label for label in self.mixture.labels}
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.name}-{self.version}-{self.digest[:12]}"
+
+
+class Hearing:
+    """What somebody hears of an answer while it is written: first who answers, then pieces of text.
+
+    A row that is begun anew, because a neighbour failed, says again what it said: that is passed over.
+    """
+
+    def __init__(self, begun: Tell, piece: Tell) -> None:
+        self._begun, self._piece = begun, piece
+        self._heard = -1    # characters that were passed on; -1 = not even who answers
+        self._said = 0      # characters of this attempt
+
+    def begun(self, by: str) -> None:
+        self._said = 0
+        if self._heard < 0:
+            self._heard = 0
+            self._begun(by)
+
+    def piece(self, text: str) -> None:
+        self._said += len(text)
+        if (new := self._said - self._heard) > 0:
+            self._heard = self._said
+            self._piece(text[-new:])
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One conversation for one release. The options are checked, the domain is one that the release has."""
+
+    release: Release
+    messages: Conversation
+    domain: str | None
+    options: Options
+    prompt_tokens: int
+    hearing: Hearing | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)   # once set, nobody waits for the answer
+
+    @classmethod
+    def of(cls, release: Release, messages: Conversation, domain: str | None, options: dict[str, Any],
+           prompt_tokens: int, hearing: Hearing | None = None) -> Self:
+        chosen = Options(**options)
+        if chosen.temperature > 0 and chosen.seed is None:   # so that a row which is begun anew says the same
+            chosen = replace(chosen, seed=secrets.randbits(63))
+        return cls(release, messages, domain, chosen, prompt_tokens, hearing)
+
+    def job(self) -> Job:
+        """A row, heard or not, beside any other of the release."""
+        return Job(self.release, self.prompt_tokens + self.options.max_new_tokens, self)
+
+    def routing(self) -> Job:
+        """Only the router's decision, beside any other of the release."""
+        return Job(self.release, self.prompt_tokens, self)
+
+    def request(self, ended: Callable[[Answer], None]) -> Request:
+        heard = {} if self.hearing is None else {"begun": self.hearing.begun, "piece": self.hearing.piece}
+        return Request(messages=self.messages, domain=self.domain, options=self.options,
+                       listener=Listener(**heard, ended=ended, cancelled=self.cancelled))
+
+
+def answer(jobs: Sequence[Job]) -> list[Answer]:
+    """Answer a batch as one: what a Batcher works with. A job is done when its row is, whoever is still being heard."""
+    return jobs[0].work.release.mixture.answer([job.work.request(job.done.set_result) for job in jobs])
+
+
+def decide(jobs: Sequence[Job]) -> list[Decision]:
+    """Route a batch as one: what a Batcher works with where another server decodes."""
+    return jobs[0].work.release.mixture.route([job.work.messages for job in jobs])
+
+
+class Champions:
+    """The release that serves now, replaced when the champion changes."""
+
+    def __init__(self, workspace: Workspace, config: Config, watch: Watch | None = None) -> None:
+        """Load the champion; `watch` hears of every decision of every champion's router. Raises MoaError when there is
+        none, or it cannot be loaded."""
+        self.workspace, self.config, self.watch = workspace, config, watch
+        self.registry = Registry(workspace, config)
+        self._base: Base | None = None
+        version, folder = champion(workspace, config)
+        self.now = self._load(version, folder)
+        self.failures = 0
+        self._refused: tuple[int, float] | None = None   # version that could not be loaded, and when
+        self._lost = False
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def follow(self, seconds: float) -> None:
+        """Look for another champion every so often, until `close`."""
+        def run() -> None:
+            while not self._stop.wait(seconds):
+                self.look()
+
+        self._thread = threading.Thread(target=run, name="moa-champion", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(5)   # a load may take long, and nobody waits for its result
+
+    def look(self) -> None:
+        """Serve the champion if it is another one. Whatever goes wrong, what serves now goes on."""
+        try:
+            version = self.registry.champion()
+            self._lost = False
+        except Exception as error:   # of any kind: whoever follows must not stop following
+            if not self._lost:   # once, not every few seconds
+                _log(f"the champion cannot be looked up, {self.now.label} goes on: {error}")
+            self._lost = True
+            return
+        if version is None or version.version == self.now.version or self._refused_lately(version.version):
+            return
+        try:
+            self.now = self._load(version, self.registry.download(version.version))
+        except Exception as error:   # nor does a server end because a release is broken
+            self.failures += 1
+            self._refused = version.version, time.monotonic()
+            what = error if isinstance(error, MoaError) else f"{type(error).__name__}: {error}"
+            _log(f"{version.name}/{version.version} cannot be loaded, {self.now.label} goes on: {what}")
+            return
+        _log(f"{self.now.label} serves from now on")
+
+    def _refused_lately(self, version: int) -> bool:
+        return (self._refused is not None and self._refused[0] == version
+                and time.monotonic() - self._refused[1] < RETRY_SECONDS)
+
+    def _load(self, version: Any, folder: Path) -> Release:
+        mixture = Watched.load(folder, self._own_base(), self.config.execution.resident)
+        if self.watch is not None:
+            mixture.tell = partial(self.watch, version.version, version.digest)
+        return Release(version.name, version.version, version.digest, mixture, version.created_at // 1000,
+                       _special(mixture.base.tokenizer))
+
+    def _own_base(self) -> Base:
+        """Modules of its own over shared weights: the release before may still be answering on its own."""
+        if self._base is None or self._base.pin != pin.pin(self.workspace):
+            device = pin.pick_device(self.config.execution.devices)
+            self._base = pin.load(self.workspace, self._config_now().base, device)
+        model = self._base.model
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        return replace(self._base, model=copy.deepcopy(model, shared))
+
+    def _config_now(self) -> Config:
+        """params.yaml may name another base than when the server began."""
+        from moa.core.config import load
+
+        return load(self.workspace.params)
+
+
+def room(release: Release, messages: Conversation, max_new_tokens: int) -> int:
+    """Tokens of the prompt. Raises UsageError when the base's context leaves no room for an answer."""
+    mixture = release.mixture
+    encoded = mixture.encoder.prompt(messages)
+    engine.rooms(mixture.base.model, [encoded], [max_new_tokens])
+    return len(encoded)
+
+
+def special_in(release: Release, text: str) -> str | None:
+    """A marker of the base that `text` would forge: its letters would become a token of the conversation's structure.
+    """
+    if (found := next((word for word in release.special.values() if word in text), None)) is not None:
+        return found
+    tokenizer = release.mixture.base.tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]   # a normalizer may make a marker of other letters
+    unknown = tokenizer.unk_token_id                               # what any rare character may become
+    return next((release.special[number] for number in ids if number in release.special and number != unknown), None)
+
+
+def _special(tokenizer: Any) -> dict[int, str]:
+    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | {number: tokenizer.convert_ids_to_tokens(number) for number in tokenizer.all_special_ids}
+
+
+def _log(line: str) -> None:
+    print(f"moa: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,255 @@
+"""One request for a chat completion: its body, its limits, its job, and the answer, whole or as a stream.
+
+Knows nothing of how the server was started, or of what a batch is made of.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from concurrent.futures import CancelledError, Future
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from moa.core.errors import DataError, UsageError
+from moa.serving import protocol
+from moa.serving.batcher import Closed, Full, Job
+from moa.serving.protocol import ChatError, Question, Trimmed, Voice
+from moa.serving.upstream import Backend, Routed
+
+if TYPE_CHECKING:
+    from moa.serving.active_release import Answer, Hearing, Release
+    from moa.serving.server import Server
+
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+Result = TypeVar("Result")
+
+
+async def complete(server: "Server", request: Request) -> Response:
+    """Raises ChatError."""
+    release = server.champions.now   # an answer is this one's, whoever becomes champion meanwhile
+    settings = server.settings
+    data = await _body(request, settings.body_bytes, settings.bounds.body_seconds)
+    question = await run_in_threadpool(protocol.read, data, release.mixture.labels, settings.max_tokens,
+                                       release.adapters)
+    tokens = await run_in_threadpool(_prompt_tokens, release, question, settings.prompt_tokens)
+    if server.backend is not None:
+        found = await _unless_gone(request, asyncio.ensure_future(
+            _forwarded(server, server.backend, release, question, tokens)))
+        return found or Response(status_code=499)
+    headers = {"X-Moa-Release": release.label}
+    voice = Voice(release.fingerprint)
+    if question.stream:
+        events, hearing = _hearing()
+        job = _submit(server, release, question, tokens, hearing)
+        job.done.add_done_callback(events.put)
+        return StreamingResponse(_chunks(server, job, events, voice, question.usage), media_type="text/event-stream",
+                                 headers={**headers, **UNBUFFERED})
+    job = _submit(server, release, question, tokens, None)
+    answer: Answer | None = await _unless_gone(request, asyncio.wrap_future(job.done))
+    if answer is None:
+        job.work.cancelled.set()
+        return Response(status_code=499)
+    server.metrics.answer(answer)
+    return JSONResponse(voice.completion(answer), headers={**headers, "X-Moa-Model": protocol.answerer(answer)})
+
+
+async def _body(request: Request, most: int, seconds: float) -> bytes:
+    """The body, no byte more of it than allowed, and no later."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        # Any web page may send other types to a server on this machine, unasked.
+        raise ChatError(415, "The Content-Type must be application/json.", "unsupported_media_type")
+    data = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            if int(request.headers.get("content-length", 0)) > most:
+                raise _too_large(most)
+            async for piece in request.stream():
+                data += piece
+                if len(data) > most:
+                    raise _too_large(most)
+    except TimeoutError:
+        raise ChatError(408, f"The body did not arrive within {seconds:g} seconds.", "timeout") from None
+    except ClientDisconnect:
+        raise ChatError(400, "The body ended early.", "invalid_json") from None
+    return bytes(data)
+
+
+def _too_large(most: int) -> ChatError:
+    return ChatError(413, f"The body is larger than the {most} bytes that this server takes.", "request_too_large")
+
+
+def _prompt_tokens(release: "Release", question: Question, most: int) -> int:
+    """Length of the prompt. Raises ChatError when it may not be asked."""
+    from jinja2 import TemplateError
+
+    from moa.serving.active_release import room, special_in
+
+    for place, message in enumerate(question.messages):
+        if found := special_in(release, message["content"]):
+            raise ChatError(400, f"`messages[{place}].content` holds {found!r}, a marker of the base's own: a message "
+                                 "cannot begin or end a turn.", "special_token")
+    try:
+        tokens = room(release, question.messages, question.options["max_new_tokens"])
+    except UsageError as error:
+        raise ChatError(400, str(error), "context_length_exceeded") from None
+    except (DataError, TemplateError) as error:
+        raise ChatError(400, f"The base's chat template does not take these messages: {error}", "invalid_body"
+                        ) from None
+    if tokens > most:
+        raise ChatError(400, f"The prompt is {tokens} tokens long; this server reads {most} at most.",
+                        "context_length_exceeded")
+    return tokens
+
+
+def _submit(server: "Server", release: "Release", question: Question, tokens: int,
+            hearing: "Hearing | None") -> Job:
+    """The question's job: an answer, or only who is to give it where a backend decodes."""
+    from moa.serving.active_release import Ask
+
+    ask = Ask.of(release, question.messages, question.domain, question.options, tokens, hearing)
+    job = ask.job() if server.backend is None else ask.routing()
+    try:
+        server.batcher.submit(job)
+    except Full:
+        raise ChatError(429, "Too many requests wait already: try again in a moment.", "queue_full",
+                        "rate_limit_error") from None
+    except Closed:
+        raise ChatError(503, "The server is ending.", "shutting_down", "server_error") from None
+    return job
+
+
+async def _unless_gone(request: Request, result: "asyncio.Future[Result]") -> Result | None:
+    """What is awaited; None when the client left, and then it is cancelled if it can be."""
+    gone = asyncio.ensure_future(_gone(request))
+    either: set[asyncio.Future[Any]] = {result, gone}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    gone.cancel()
+    if result.done():
+        return result.result()
+    result.cancel()
+    return None
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# A backend that decodes.
+
+class _Relayed(StreamingResponse):
+    """A stream that lets go of its source however it ends, even when the client left before the first piece."""
+
+    source: Any
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.source.aclose()
+
+
+async def _forwarded(server: "Server", backend: Backend, release: "Release", question: Question,
+                     tokens: int) -> Response:
+    """The backend's answer under our names. Raises ChatError."""
+    routed = await _routed(server, release, question, tokens)
+    names = {label: name for name, label in release.adapters.items()}
+    reply = await backend.begin(names.get(routed.label) or await backend.base(), question)
+    headers = {"X-Moa-Release": release.label, "X-Moa-Model": protocol.answerer(routed)}
+    ours = {"model": protocol.answerer(routed), "system_fingerprint": release.fingerprint}
+    if question.stream:
+        stream = _Relayed(_relayed(server, backend, reply, routed, ours, question.usage),
+                          media_type="text/event-stream", headers={**headers, **UNBUFFERED})
+        stream.source = reply
+        return stream
+    completion = await backend.whole(reply)
+    _count(server, routed, completion.get("usage"))
+    return JSONResponse({**completion, **ours, "moa": protocol.routing(routed)}, headers=headers)
+
+
+async def _routed(server: "Server", release: "Release", question: Question, tokens: int) -> Routed:
+    if question.domain is not None:
+        return Routed(question.domain, None, False)
+    decision = await asyncio.wrap_future(_submit(server, release, question, tokens, None).done)
+    return Routed(decision.domain, decision.confidence, decision.abstained)
+
+
+async def _relayed(server: "Server", backend: Backend, reply: Any, routed: Routed, ours: dict[str, str],
+                   usage: bool) -> AsyncIterator[str]:
+    try:
+        async for chunk in backend.chunks(reply):
+            if "error" in chunk:
+                yield _event({"error": chunk["error"]})
+                return
+            _count(server, routed, counted := chunk.get("usage"))
+            if not usage:
+                chunk.pop("usage", None)
+                if counted and not chunk.get("choices"):   # a chunk of counts that the caller did not ask for
+                    continue
+            ends = any(choice.get("finish_reason") for choice in chunk.get("choices", []))
+            yield _event({**chunk, **ours, **({"moa": protocol.routing(routed)} if ends else {})})
+    except ChatError as error:
+        yield _event(error.as_dict())
+        return
+    yield "data: [DONE]\n\n"
+
+
+def _count(server: "Server", routed: Routed, usage: Any) -> None:
+    if isinstance(usage, dict):
+        server.metrics.answer(replace(routed, prompt_tokens=usage.get("prompt_tokens") or 0,
+                                      tokens=usage.get("completion_tokens") or 0))
+
+
+# A stream.
+
+class _Events:
+    """A queue from the worker's thread to the event loop."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+
+    def put(self, event: Any) -> None:
+        with contextlib.suppress(RuntimeError):   # the loop has ended: nobody listens
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
+
+
+def _hearing() -> tuple[_Events, "Hearing"]:
+    from moa.serving.active_release import Hearing
+
+    events = _Events()
+    return events, Hearing(lambda by: events.put({"by": by}), events.put)
+
+
+async def _chunks(server: "Server", job: Job, events: _Events, voice: Voice, usage: bool) -> AsyncIterator[str]:
+    """Server-sent events: who answers, the text as it becomes certain, how it ended."""
+    model, text = "moa", Trimmed()
+    try:
+        while not isinstance(event := await events.queue.get(), Future):
+            if isinstance(event, dict):
+                model = protocol.model_of(event["by"])
+                yield _event(voice.chunk(model, {"role": "assistant", "content": ""}))
+            elif sure := text.add(event):
+                yield _event(voice.chunk(model, {"content": sure}))
+        try:
+            answer = event.result()
+        except (Exception, CancelledError):
+            yield _event(ChatError(500, "The server could not finish.", "internal_error", "server_error").as_dict())
+            return
+        server.metrics.answer(answer)
+        for chunk in voice.endings(answer, usage):
+            yield _event(chunk)
+        yield "data: [DONE]\n\n"
+    finally:   # the client may have left
+        job.work.cancelled.set()
+        job.done.cancel()
+
+
+def _event(content: Any) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

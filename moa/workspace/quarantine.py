@@ -1,0 +1,94 @@
+"""data/incoming/.rejected: files that could not be used, or were refused, each with its reason beside it.
+
+    data/incoming/.rejected/NAME/FILE               the file; of one that lay outside all folders, NAME is `-`
+    data/incoming/.rejected/NAME/FILE.reason.json   reason, at, digest, from, origin
+
+The reason is written first, so that whatever ends the process, the file is in one of the two places. Knows nothing of
+what is wrong with a file.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from moa.core import digests
+from moa.core.errors import ArtifactError
+from moa.core.files import write_json
+from moa.core.names import escaped, printable
+from moa.core.paths import Workspace
+from moa.workspace.row_sources import stem
+
+LONGEST = 200   # bytes of a file's name, which gets a longer one beside it
+
+
+def reject(workspace: Workspace, name: str, paths: Sequence[Path], reason: str, *, origin: str | None = None
+           ) -> list[dict[str, Any]]:
+    """Put files among the rejected of domain `name`, with the reason: file, reason and place (`kept`) of each.
+
+    The caller holds the lock. What lies in data/incoming is moved, everything else copied. Files that are gone are
+    passed over, and the same content is kept once. Raises ArtifactError when the disk refuses; the file is where it
+    was then.
+    """
+    done = []
+    for path in paths:
+        if not path.exists():
+            continue
+        try:
+            target = _reject(workspace, name, path, reason, origin)
+        except OSError as error:
+            raise ArtifactError(f"{printable(path.name)} cannot be put into {workspace.relative(workspace.rejected)}: "
+                                f"{error.strerror or error}; mend that, and the next run tries again.") from error
+        done.append({"file": printable(path.name), "reason": escaped(reason),
+                     "kept": printable(workspace.relative(target))})
+    return done
+
+
+def _reject(workspace: Workspace, name: str, path: Path, reason: str, origin: str | None) -> Path:
+    try:
+        digest = digests.of_file(path)
+    except OSError:
+        digest = None   # that may be what is wrong with it
+    folder = workspace.rejected / (name or "-")
+    target = _free(folder, path, digest)
+    for left in folder.glob(".*.tmp"):   # by a process that was killed
+        left.unlink(missing_ok=True)
+    write_json(_reason_of(target), {
+        "reason": escaped(reason), "at": datetime.now(UTC).isoformat(timespec="seconds"), "digest": digest,
+        "from": printable(os.path.relpath(path, workspace.root)), "origin": printable(origin or path.name)})
+    move = path.is_relative_to(workspace.incoming)
+    if move and not path.is_symlink() and path.stat().st_dev == folder.stat().st_dev:
+        path.replace(target)
+        return target
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(path, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if move:
+        path.unlink()
+    return target
+
+
+def _free(folder: Path, path: Path, digest: str | None) -> Path:
+    """Where the file may go: no other content lies there, and its reason takes the place of no file."""
+    short, suffix = stem(path.stem), path.suffix[:20]
+    names = [path.name] if len(os.fsencode(path.name)) <= LONGEST else []
+    names += [f"{short}-{(digest or 'unreadable')[:digits]}{suffix}" for digits in (12, 64)]
+    names += [f"{short}-{number}{suffix}" for number in range(1, 1000)]
+    for target in (folder / name for name in names):
+        reason = _reason_of(target)
+        if reason.exists() and _reason_of(reason).exists():
+            continue   # a file that was rejected itself is called so
+        if not target.exists() or (digest is not None and digests.of_file(target) == digest):
+            return target
+    raise OSError(17, "too many files of that name")
+
+
+def _reason_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.reason.json")

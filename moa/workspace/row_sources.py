@@ -1,0 +1,297 @@
+"""Sources that people name (files, folders, data sets of a hub) to files whose rows can be used. Changes no workspace.
+
+A file is known by its content: its name in data/raw/NAME is the stem it came with and the beginning of its digest.
+"""
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from moa.core import digests
+from moa.core.config import Domain
+from moa.core.errors import ArtifactError, DataError, UsageError, in_words, of_machine
+from moa.core.names import printable, storable
+from moa.core.paths import Workspace
+from moa.core.text import name_list
+from moa.data.conversations import Rejected, conversation, fields
+from moa.data.readers import FORMATS, files, read_file
+
+LOOKED_AT = 100        # rows of each file before anything is changed
+LOOKED_FOR = 10_000    # rows in which a column may turn up that the first ones lack
+HUB = "hub:OWNER/NAME@REVISION"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Which part of a hub's data set to take. `revision`: None = as the source says, or main."""
+
+    revision: str | None = None
+    split: str | None = None     # None = train
+    subset: str | None = None    # None = the only one
+
+
+@dataclass(frozen=True)
+class Found:
+    """One file to take in. `origin` is what people called it, without this machine's folders."""
+
+    path: Path
+    stem: str
+    digest: str
+    origin: str
+    size: int
+
+    def name(self, digits: int = 12) -> str:
+        """What the file is called in data/raw/NAME."""
+        return f"{self.stem}-{self.digest[:digits]}{Path(self.path).suffix.lower()}"
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """`found` has one file for each content; `twice` and `ignored` are names of files that are not taken."""
+
+    found: tuple[Found, ...]
+    twice: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+@contextmanager
+def gathered(workspace: Workspace, sources: Sequence[str], here: Path, hub: Hub) -> Iterator[Gathered]:
+    """The files behind `sources`, as long as the block lasts. Relative paths start from `here`.
+
+    Several processes may do this at once. Raises UsageError or DataError naming the source that there is not, or that
+    holds no rows.
+    """
+    remote = [source for source in sources if source.startswith("hub:")]
+    if hub != Hub() and not remote:
+        raise UsageError(f"--revision, --split and --subset belong to data sets of a hub; a source of that kind is "
+                         f"written {HUB}.")
+    scratch = workspace.local / f"intake.{os.getpid()}"
+    for other in scratch.parent.glob("intake.*"):
+        if other == scratch or not alive(other.suffix[1:]):   # of a killed command
+            shutil.rmtree(other, ignore_errors=True)
+    found: dict[str, Found] = {}
+    twice: list[str] = []
+    ignored: list[str] = []
+    try:
+        for source in sources:
+            if source in remote:
+                scratch.mkdir(parents=True, exist_ok=True)
+                files_of_source = [_from_hub(source, hub, scratch)]
+            else:
+                files_of_source, left = _from_disk(workspace, source, here)
+                ignored += left
+            for each in files_of_source:
+                if each.digest in found:
+                    twice.append(each.origin)
+                found.setdefault(each.digest, each)
+        yield Gathered(tuple(found.values()), tuple(twice), tuple(ignored))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def alive(pid: str) -> bool:
+    """Whether a process of that id runs."""
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True   # another user's
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
+
+
+# Files and folders.
+
+def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[Found], list[str]]:
+    path = (here / Path(source).expanduser()).resolve()
+    source = printable(source)
+    if not os.path.exists(path):   # noqa: PTH110 - False for a name that is too long, too
+        raise UsageError(f"There is no file or folder {source}; a source is a {', '.join(FORMATS)} file, a folder of "
+                         f"these, or {HUB}.")
+    data = workspace.data.resolve()
+    if path.is_relative_to(data) or data.is_relative_to(path):
+        raise UsageError(f"{source} is, or holds, the workspace's own data/; name the files that your rows come from. "
+                         "Files that lie in data/raw/NAME already are taken in by `moa domain add NAME`.")
+    if path.is_file():
+        if path.suffix.lower() not in FORMATS:
+            raise UsageError(f"{source} is not of a known format; files end with {', '.join(FORMATS)}.")
+        return [look(path, path.name)], []
+    if not path.is_dir():
+        raise UsageError(f"{source} is neither a file nor a folder.")
+    chosen = files(path)
+    others = sorted(printable(other.relative_to(path)) for other in path.rglob("*")
+                    if other.is_file() and other not in set(chosen))
+    if not chosen:
+        raise UsageError(f"The folder {source} holds no {', '.join(FORMATS)} file"
+                         f"{f', only {name_list(others)}' if others else ' and nothing else'}.")
+    return [look(each, f"{path.name}/{each.relative_to(path).as_posix()}") for each in chosen], others
+
+
+def look(path: Path, origin: str) -> Found:
+    """The file at `path`, called `origin` by people.
+
+    Raises DataError when it cannot be read, and ArtifactError when the machine is to blame.
+    """
+    origin = printable(origin)
+    try:
+        return Found(path, stem(path.stem), digests.of_file(path), origin, path.stat().st_size)
+    except OSError as error:
+        kind = ArtifactError if of_machine(error) else DataError
+        raise kind(f"{origin} cannot be read: {in_words(error)}.") from None
+
+
+def stem(name: str) -> str:
+    """`name` with only what any file system, shell and YAML file takes as it is."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.")[:60] or "rows"
+
+
+# A hub's data sets.
+
+def _from_hub(source: str, hub: Hub, scratch: Path) -> Found:
+    name, _, revision = source.removeprefix("hub:").partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UsageError(f"The source {printable(source)} is not understood; write {HUB}.")
+    if revision and hub.revision not in (None, revision):
+        raise UsageError(f"{printable(source)} and --revision {printable(hub.revision or '')} contradict each other; "
+                         "give one revision.")
+    for part in (revision, hub.revision, hub.split, hub.subset):
+        if part and not storable(part):
+            raise UsageError(f"{printable(part)} is no UTF-8, and no part of a hub's data set is called so.")
+    commit = _commit(name, revision or hub.revision or "main")
+    split = hub.split or "train"
+    path = scratch / f"{stem(f'{name}-{split}')}-{commit[:12]}.parquet"
+    _download(name, commit, split, hub.subset, path)
+    origin = f"hub:{name}@{commit} {f'{hub.subset} ' if hub.subset else ''}{split}"
+    return Found(path, stem(f"{name}-{f'{hub.subset}-' if hub.subset else ''}{split}"), digests.of_file(path),
+                 printable(origin), path.stat().st_size)
+
+
+def _commit(name: str, revision: str) -> str:
+    """The commit that a revision means now."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        commit = HfApi().dataset_info(name, revision=revision).sha
+    except GatedRepoError:
+        raise DataError(f"The data set {name} asks for consent: give it on the hub and set HF_TOKEN.") from None
+    except RepositoryNotFoundError:
+        raise DataError(f"The hub has no data set {name}, or it is private; check the name, or set HF_TOKEN.") from None
+    except RevisionNotFoundError:
+        raise DataError(f"The data set {name} has no revision {revision}; name a branch, tag or commit.") from None
+    except OfflineModeIsEnabled:
+        raise DataError(f"The data set {name} cannot be fetched: HF_HUB_OFFLINE is set; unset it, or add files."
+                        ) from None
+    except (OSError, _transport()) as error:
+        raise DataError(f"The hub cannot be asked for the data set {name}: {_first_line(error)} Check the network, or "
+                        "add files.") from None
+    assert commit is not None, "the hub names a commit for every revision"
+    return commit
+
+
+def _download(name: str, commit: str, split: str, subset: str | None, path: Path) -> None:
+    """Write one split as Parquet. Code that a data set brings is never run."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        loaded: Any = datasets.load_dataset(name, subset, revision=commit, split=split)
+        loaded.to_parquet(str(path))
+    except (ValueError, OSError, datasets.exceptions.DatasetsError, _transport()) as error:
+        raise DataError(f"The split {split!r} of the data set {name} cannot be read: {_first_line(error)}") from None
+
+
+def _transport() -> type[Exception]:
+    """The error of whatever library the hub's client speaks HTTP with."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(kind for kind in HfHubHTTPError.__bases__ if kind.__name__ == "HTTPError")
+
+
+def _first_line(error: BaseException) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text[:300] if text.endswith(".") else f"{text[:300]}."
+
+
+# Whether the rows can be used.
+
+def check(found: Found, domain: Domain) -> None:
+    """Raise DataError unless at least one of the file's first rows becomes a conversation and every column that
+    `domain` names exists in it."""
+    rows = _values(found, LOOKED_AT)
+    if not rows:
+        raise DataError(f"{found.origin} has no rows.")
+    columns = {str(key): None for row in rows if isinstance(row, dict) for key in row}
+    wanted = {f"--map {key}": column for key, column in domain.map.items()}
+    if domain.group_by not in (None, "none"):
+        wanted["--group-by"] = domain.group_by or ""
+    wanted |= {f"--template {{{column}}}": column for column in fields(domain.template or "")}
+    missing = {option: column for option, column in wanted.items() if column not in columns}
+    if missing:   # rows of JSON need not be alike, and empty fields of CSV are none
+        more = {str(key): None for row in _values(found, LOOKED_FOR) if isinstance(row, dict) for key in row}
+        for option, column in missing.items():
+            if column not in more:
+                raise DataError(f"{found.origin} has no column {column!r}, which {option} names; its columns are "
+                                f"{name_list(list(more)) or 'none'}.")
+    reasons: Counter[str] = Counter()
+    for row in rows:
+        try:
+            conversation(row, domain)
+            return
+        except Rejected as rejected:
+            reasons[str(rejected)] += 1
+    reason, count = reasons.most_common(1)[0]
+    raise DataError(f"{found.origin}: none of its first {len(rows)} rows can be used, most often ({count}) because of: "
+                    f"{reason}. {_advice(list(columns))}")
+
+
+def _values(found: Found, limit: int) -> list[Any]:
+    return [raw.value for raw in islice(read_file(found.path, found.origin), limit)]
+
+
+def _advice(columns: list[str]) -> str:
+    if not columns:
+        return "A row is an object with instruction and output, or with chat messages."
+    first, last = printable(columns[0]), printable(columns[-1])
+    return (f"Its columns are {name_list(columns)}; say which holds what, for instance "
+            f"--map instruction={first},output={last}.")
+
+
+def copy_checked(found: Found, target: Path, *, link: bool = False) -> None:
+    """Copy a file and read it back. Raises DataError when it is another by now.
+
+    With `link`, `target` becomes a second name of it where the disk can, unless it has another one already: whoever
+    knows the file by that may go on writing to it.
+    """
+    try:
+        if not (link and _linked(found.path, target)):
+            shutil.copyfile(found.path, target)
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
+        same = digests.of_file(target) == found.digest
+    except OSError as error:
+        raise DataError(f"{found.origin} cannot be copied to {target.parent.name}: {error.strerror}.") from None
+    if not same:
+        raise DataError(f"{found.origin} changed while it was copied; run the command again.")
+
+
+def _linked(source: Path, target: Path) -> bool:
+    if source.is_symlink() or source.stat().st_nlink != 1:
+        return False
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
