@@ -38,8 +38,9 @@ sys.path.insert(0, CHILDREN)
 importlib.import_module("moa_test_slow")
 
 # Modules that take minutes, longest first: they begin first, so that no worker is left with one at the end.
-LONG = ("test_adaptation", "test_up", "test_readme_runs", "test_release_faults", "test_release_commands", "test_poison",
-        "test_drift_flow", "test_serve", "test_real_mixture", "test_incoming", "test_serve_openapi", "test_build_flow",
+LONG = ("test_adaptation", "test_up", "test_keeping", "test_two_projects", "test_readme_runs", "test_release_faults",
+        "test_names", "test_release_commands", "test_poison", "test_drift_flow", "test_serve", "test_old_workspace",
+        "test_real_mixture", "test_incoming", "test_serve_openapi", "test_build_flow",
         "test_stranger", "test_scaleout", "test_many_domains", "test_starts", "test_s3")
 
 
