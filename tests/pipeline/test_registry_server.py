@@ -18,11 +18,12 @@ from test_registry import CONFIG, build, counts, register
 
 from flows.prefect_server import free_port
 from flows.steps import release
+from moa.core import digests
 from moa.core.errors import RegistryError
 from moa.core.files import write_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.release import mlflow_client
-from moa.release.registry import Registry, files
+from moa.release.registry import Registry
 from tests.waiting import until
 
 MADE_BY_MLFLOW = ("mlflow.user", "mlflow.modelVersions")
@@ -151,11 +152,11 @@ def _ours(tags: dict[str, str]) -> dict[str, str]:
 def _files(registry: Registry, version: Any) -> dict[str, str]:
     """Digest by name of what comes back; of the mixture, of what moa put there."""
     if version.name == registry.mixture_name:
-        return files(registry.download(int(version.version)).parent)
+        return digests.by_name(registry.download(int(version.version)).parent)
     from mlflow.artifacts import download_artifacts
 
     with mlflow_client.everywhere(registry.address):
-        return files(Path(download_artifacts(artifact_uri=f"models:/{version.name}/{version.version}")))
+        return digests.by_name(Path(download_artifacts(artifact_uri=f"models:/{version.name}/{version.version}")))
 
 
 @pytest.fixture(scope="module")

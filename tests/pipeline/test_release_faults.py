@@ -20,9 +20,10 @@ import pytest
 from test_registry import CONFIG, build, rows
 
 from flows.steps import release
+from moa.core import digests
 from moa.core.paths import Workspace
 from moa.release import mlflow_client
-from moa.release.registry import Registry, files
+from moa.release.registry import Registry
 
 Action = Callable[[Workspace], object]
 # What Python tells auditors before it does it; `open` counts when it is for writing.
@@ -167,7 +168,7 @@ def champion_is_whole(workspace: Workspace, allowed: set[int | None]) -> int | N
         assert expert.tags["moa.digest"] == pin["digest"]
         model = registry.client.get_logged_model(expert.source.rpartition("/")[2])
         stored = Path(urlparse(model.artifact_location).path)
-        assert files(stored) == json.loads(expert.tags["moa.files"]), domain
+        assert digests.by_name(stored) == json.loads(expert.tags["moa.files"]), domain
     served = [entry for entry in history if entry.effective]
     assert served and served[-1].version == version.version
     return version.version
