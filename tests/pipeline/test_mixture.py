@@ -166,14 +166,15 @@ def refuse(*_):
 
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 import torch
-from moa import base, config
-from moa.mixture import Mixture
-from moa.workspace import Workspace
+from moa.base import pin
+from moa.core import config
+from moa.core.paths import Workspace
+from moa.mixture.mixture import Mixture
 
 torch.set_num_threads(1)   # as here: the last bit of a sum depends on it
 workspace, prompts = Workspace(Path(sys.argv[1])), json.loads(sys.argv[3])
-exact = base.Device("cpu", "float32", "")
-mixture = Mixture.load(Path(sys.argv[2]), base.load(workspace, config.load(workspace.params).base, exact))
+exact = pin.Device("cpu", "float32", "")
+mixture = Mixture.load(Path(sys.argv[2]), pin.load(workspace, config.load(workspace.params).base, exact))
 print(json.dumps([[asdict(one) for one in made] for made in (mixture.route(prompts), mixture.generate(
     prompts, max_new_tokens=12))]))
 '''

@@ -201,9 +201,9 @@ def test_the_lineage_is_all_there(both: tuple[dict[str, Any], dict[str, Any]]) -
 FIRST_USER = """
 import sys
 from pathlib import Path
-from moa.config import Config
-from moa.registry import Registry
-from moa.workspace import Workspace
+from moa.core.config import Config
+from moa.core.paths import Workspace
+from moa.release.registry import Registry
 config = Config.model_validate({"base": {"source": "path:toy"}, "domains": {"math": {"metric": "exact"}}})
 registry = Registry(Workspace(Path(sys.argv[1])), config)
 print(registry.champion(), len(registry.versions()), registry.open()[1])

@@ -105,9 +105,9 @@ def configured(workspace: Workspace, **execution: Any) -> config.Config:
 
 PLACES = """
 import sys
-from flows import engines
-from moa.config import ExecutionParams
-engine = engines.connect(ExecutionParams(runner=sys.argv[1], address=sys.argv[2]), None)
+from flows.remote.train import connect
+from moa.core.config import ExecutionParams
+engine = connect(ExecutionParams(runner=sys.argv[1], address=sys.argv[2]), None)
 print(engine.places())
 engine.close()
 """

@@ -61,10 +61,10 @@ def test_lines_that_are_no_entries_are_passed_over(workspace: Workspace) -> None
 WRITER = """
 import sys
 from pathlib import Path
-from moa import ledger
-from moa.workspace import Workspace
+from flows.steps import event_log
+from moa.core.paths import Workspace
 for number in range(int(sys.argv[2])):
-    ledger.append(Workspace(Path(sys.argv[1])), "skipped", reason="x" * 200, number=number)
+    event_log.append(Workspace(Path(sys.argv[1])), "skipped", reason="x" * 200, number=number)
     print(number, flush=True)
 """
 

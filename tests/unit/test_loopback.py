@@ -29,7 +29,7 @@ CLIENTS = """
 import os, sys, urllib.request
 from urllib.parse import urlsplit
 import httpx, requests
-from moa.loopback import ask_directly
+from moa.core.loopback import ask_directly
 ask_directly()
 for url in sys.argv[1:]:
     chosen = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))

@@ -13,9 +13,9 @@ from tests.waiting import Gate, until
 
 SLEEPS = """
 import json, sys, torch, transformers, moa_test_slow
-from moa import compiled
-from moa.decoding import Decoding
-from moa.llama import LlamaDecoding
+from moa.mixture.generation import native
+from moa.mixture.generation.decoding import Decoding
+from moa.mixture.generation.llama import LlamaDecoding
 slept, counts = [], {}
 moa_test_slow.time.sleep = slept.append
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -23,7 +23,7 @@ ids = torch.tensor([[5, 6, 7]])
 model(ids, labels=ids).loss.backward()
 counts["training"] = len(slept)
 with torch.inference_mode():
-    for kind in (Decoding, LlamaDecoding, compiled.CompiledDecoding if compiled.fits(model) else LlamaDecoding):
+    for kind in (Decoding, LlamaDecoding, native.CompiledDecoding if native.fits(model) else LlamaDecoding):
         before = len(slept)
         kind(model, ids, torch.ones_like(ids)).step(ids[0, :1])
         counts[kind.__name__] = len(slept) - before
@@ -46,7 +46,8 @@ def test_a_slow_toy_model_is_slow_in_child_processes_and_real_ones_are_not(tmp_p
 
 def test_a_gate_holds_a_process_until_it_is_opened(tmp_path: Path) -> None:
     gate = Gate(tmp_path, "moa.core.digests:of_json")
-    script = "from moa import digests; print('before', flush=True); digests.of_json({}); print('after', flush=True)"
+    script = ("from moa.core import digests; print('before', flush=True); "
+              "digests.of_json({}); print('after', flush=True)")
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
                           env={**os.environ, **gate.environment}) as process:
         assert process.stdout is not None and process.stdout.readline() == "before\n"
