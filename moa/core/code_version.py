@@ -40,6 +40,11 @@ def digest(stage: str) -> str:
     return _digests()[stage]
 
 
+def of_modules(*names: str) -> str:
+    """Digest of the code of these modules alone, counted as in `digest`: a key for what they computed."""
+    return digests.of_bytes("".join(map(_content, names)).encode())[:32]
+
+
 @cache
 def _digests() -> dict[str, str]:
     """`digest` by stage. Parsing takes half a second, so the result is kept under the digest of all source files."""

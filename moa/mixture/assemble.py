@@ -12,7 +12,7 @@ from typing import Any
 
 from moa.base.encoding import Encoder
 from moa.base.pin import Base, load, pick_device, pin
-from moa.core import digests
+from moa.core import code_version, digests
 from moa.core.config import Config
 from moa.core.errors import ArtifactError, TrainingError
 from moa.core.files import read_json, replace_directory, write_json
@@ -108,9 +108,8 @@ def _cached_features(workspace: Workspace, base: Base, encoder: Encoder, content
 
     from moa.mixture.router import features
 
-    here = Path(__file__).parent
     key = digests.of_json({"base": base.pin.digest, "dtype": base.device.dtype, "system": encoder.system,
-                           "code": digests.of_file(here / "router.py"),
+                           "code": code_version.of_modules("moa.mixture.router"),
                            "max_tokens": encoder.max_tokens, "rows": [row.id for row in content]})
     path = workspace.cache / "features" / f"{key[:32]}.safetensors"
     with suppress(OSError, SafetensorError, KeyError):   # absent or damaged: it can be computed again

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moa.base.encoding import Message
-from moa.core import digests
+from moa.core import code_version, digests
 from moa.core.config import Config
 from moa.core.errors import ArtifactError
 from moa.core.files import read_json, write_json
@@ -109,8 +109,7 @@ def _reference(workspace: Workspace, folder: Path, digest: str, mixture: Callabl
 
     Kept by the release's digest: what the corpora become later does not change it.
     """
-    here = Path(__file__).parent
-    code = [digests.of_file(here / name) for name in ("router.py", "drift.py", "discovery.py")]
+    code = code_version.of_modules("moa.mixture.router", "moa.serving.drift", "moa.serving.discovery")
     path = workspace.cache / "drift" / f"{digests.of_json([digest, code])[:32]}.json"
     if path.is_file():
         return read_json(path)

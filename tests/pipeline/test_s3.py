@@ -82,7 +82,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 def workspace(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Built and recorded, its bytes pushed to S3, all else committed to git."""
     made = tiny.workspace(tmp_path_factory.mktemp("pushed") / "w", NAMES, **PARAMS)
-    scaffold = tiny.REPOSITORY / "moa" / "scaffold"
+    scaffold = tiny.REPOSITORY / "moa" / "workspace" / "scaffold"
     shutil.copyfile(scaffold / "gitignore", made.root / ".gitignore")
     shutil.copyfile(scaffold / "data" / "gitignore", made.data / ".gitignore")
     run(made, "git", "init", "-q")

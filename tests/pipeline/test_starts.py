@@ -43,7 +43,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Three domains with recorded experts, and a mixture."""
     root = tmp_path_factory.mktemp("starts")
     workspace = tiny.workspace(root, NAMES, train=TRAIN)
-    scaffold = tiny.REPOSITORY / "moa" / "scaffold"
+    scaffold = tiny.REPOSITORY / "moa" / "workspace" / "scaffold"
     shutil.copyfile(scaffold / "gitignore", root / ".gitignore")
     shutil.copyfile(scaffold / "data" / "gitignore", workspace.data / ".gitignore")
     subprocess.run(["git", "init", "-q", root], check=True)
