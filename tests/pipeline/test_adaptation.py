@@ -192,9 +192,9 @@ def test_unusable_files_are_set_aside(workspace: Workspace) -> None:
 
 
 def poisoned(domain: str) -> list[dict[str, str]]:
-    """Its questions with the answers of others: what a careless export does."""
-    good = rows(domain, range(3 * ROWS, 4 * ROWS))
-    return [{**row, "output": f"nonsense {number * 6151 % 997} zzz {number}"} for number, row in enumerate(good)]
+    """Its questions, each answered with one letter: what a broken export does. An expert surely learns that."""
+    good = rows(domain, range(3 * ROWS, 5 * ROWS))
+    return [{**row, "output": "Z" * (20 + number % 40)} for number, row in enumerate(good)]
 
 
 def test_poison_is_refused_and_undone(workspace: Workspace) -> None:
