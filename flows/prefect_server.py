@@ -32,7 +32,7 @@ class Server:
     """Where Prefect is, once `ready` has returned."""
 
     def __init__(self, api: Api, begin: Callable[[], Leash] | None = None, log: Path | None = None) -> None:
-        """`begin` starts one of our own; None = somebody else's."""
+        """`begin` starts a server of our own; None = the server at `api` is not ours to start or stop."""
         self.api = api
         self._begin, self._log = begin, log
         self._leash = begin() if begin is not None else None

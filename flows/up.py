@@ -29,7 +29,7 @@ from moa.core.supervisor import stop_all
 from moa.release import mlflow_client
 
 Say = Callable[[str], None]
-MOST_ENDS = 5   # of the Prefect server in a row, before `moa up` ends: whoever started it may do better
+MOST_ENDS = 5   # of the Prefect server in a row, before `moa up` ends: a service manager can start it afresh
 WAITS = {NothingReleased.exit_code: "nothing has been released yet"}
 
 

@@ -25,7 +25,7 @@ from moa.core.paths import Workspace, user_cache
 STAGES = {"base": "moa.base.pin", "quickstart": "moa.data.quickstart", "prepare": "moa.data.prepare",
           "train": "moa.experts.train", "assemble": "moa.mixture.assemble", "evaluate": "moa.evaluation.evaluate"}
 WORDING = ("moa.evaluation.summary",)   # texts for people, beside the figures that a stage writes
-CSRC = "moa.base.kernels.build"         # whoever imports it runs the C sources beside it
+CSRC = "moa.base.kernels.build"         # a stage that imports this module runs the C sources beside it
 PACKAGE = Path(__file__).parents[1]
 COMMENTS = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)   # no string of our C sources holds either mark
 

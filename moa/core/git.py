@@ -105,7 +105,7 @@ def _refusal(root: Path, what: str, said: str) -> str:
 
 
 def _above(root: Path) -> Path | None:
-    """The nearest folder with a repository, where git looks for one: upwards on one file system, whoever owns it."""
+    """The nearest folder upwards, on one file system, that has a repository; its owner does not matter."""
     root = root.resolve()
     for folder in (root, *root.parents):
         try:
