@@ -31,7 +31,7 @@ def main() -> int:
     question = json.loads(rows.splitlines()[-1])["instruction"]
     known = NAME in config.domains
     print(f"Before: {ask(workspace, question)}", flush=True)
-    up = subprocess.Popen([sys.executable, "-m", "moa", "up", "--no-ui"], cwd=workspace.root, env=environment())
+    up = subprocess.Popen([sys.executable, "-P", "-m", "moa", "up", "--no-ui"], cwd=workspace.root, env=environment())
     try:
         wait(lambda: up.poll() is None and workspace.up.exists(), up)
         last = len(event_log.read(workspace))
@@ -43,7 +43,7 @@ def main() -> int:
     finally:
         up.send_signal(signal.SIGTERM)
         up.wait()
-    return subprocess.run([sys.executable, "-m", "moa", "eval"], cwd=workspace.root, env=environment(),
+    return subprocess.run([sys.executable, "-P", "-m", "moa", "eval"], cwd=workspace.root, env=environment(),
                           check=False).returncode
 
 
@@ -53,7 +53,7 @@ def arrive(workspace: Workspace, rows: bytes) -> None:
 
 def ask(workspace: Workspace, question: str) -> str:
     """What the champion says, and who it is that says it."""
-    done = subprocess.run([sys.executable, "-m", "moa", "ask", question, "--json", "--max-new-tokens", "48"],
+    done = subprocess.run([sys.executable, "-P", "-m", "moa", "ask", question, "--json", "--max-new-tokens", "48"],
                           cwd=workspace.root, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{done.stderr.strip()} The last act follows on `make demo`.")

@@ -197,7 +197,7 @@ def _others(workspace: Workspace, also: Also) -> Iterator[tuple[str, int, list[s
             yield "mlflow", port, *found
     if also.serve is not None:
         port = also.serve or prefect_server.free_port()
-        yield "serve", port, [sys.executable, "-m", "moa", "serve", "--port", str(port)], {}
+        yield "serve", port, [sys.executable, "-P", "-m", "moa", "serve", "--port", str(port)], {}
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def printed(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], st
 
     It ends when we do. Raises PipelineError when it was interrupted.
     """
-    command = [sys.executable, "-m", "moa", *map(str, words), "--json"]
+    command = [sys.executable, "-P", "-m", "moa", *map(str, words), "--json"]
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "said"
         out: list[str] = []
@@ -78,13 +78,13 @@ def printed(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], st
         status = leash.follow(out.append)
         words_of_error = said.read_text(encoding="utf-8", errors="replace").splitlines() if said.exists() else []
     if leash.stopped:
-        raise PipelineError(f"`{' '.join(command[1:])}` was interrupted.")
+        raise PipelineError(f"`{' '.join(command[2:])}` was interrupted.")
     try:
         found: dict[str, Any] = json.loads("\n".join(out))
     except json.JSONDecodeError:
         found = {}
     if not status:
-        return found, None if found else f"`{' '.join(command[1:])}` did not print JSON."
+        return found, None if found else f"`{' '.join(command[2:])}` did not print JSON."
     return found, last_error(words_of_error if found else out + words_of_error, status)
 
 

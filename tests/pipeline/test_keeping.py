@@ -237,7 +237,7 @@ def test_everything_comes_back_and_the_rows_are_learned(tmp_path: Path) -> None:
         assert rejected["file"] == "zone.parquet" and "Mars/Olympus" in rejected["reason"]
         until(lambda: parts(workspace)["serve"]["state"] == "up", process)
         before = parts(workspace)["serve"]["restarts"]
-        for child in commands(process, "-m", "moa", "serve"):
+        for child in commands(process, "-P", "-m", "moa", "serve"):
             child.kill()
         until(lambda: parts(workspace)["serve"]["restarts"] > before, process)
         until(lambda: parts(workspace)["serve"]["state"] == "up", process)
