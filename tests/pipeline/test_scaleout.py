@@ -172,7 +172,7 @@ class Cluster:
         """End, with -9 and all at once, the worker that trains `domain`; the training that nobody ended."""
         training, = trainings(domain)
         owner = next(each for each in training.parents() if each.pid in {one.pid for one in self.processes})
-        left = [each for each in (training, *training.parents()) if "leash.py" in " ".join(each.cmdline())]
+        left = [each for each in (training, *training.parents()) if "supervisor.py" in " ".join(each.cmdline())]
         left = [training, *left]
         for each in [owner, *owner.children(recursive=True)]:
             if each not in left:
@@ -200,7 +200,7 @@ def trainings(word: str) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             if word in each.cmdline() and "moa-worker-" in each.cwd() and each.name() not in ("sh", "python -I"):
                 found.append(each)
-    return [each for each in found if "leash.py" not in " ".join(each.cmdline())]
+    return [each for each in found if "supervisor.py" not in " ".join(each.cmdline())]
 
 
 @pytest.fixture(scope="module", params=["dask", "ray"])
