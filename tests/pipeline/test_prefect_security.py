@@ -223,11 +223,11 @@ def test_it_ends_with_the_server(up: Up) -> None:
 RUN = """
 import sys
 from pathlib import Path
-from flows import server
-from moa.workspace import Workspace
+from flows import prefect_server
+from moa.core.paths import Workspace
 
 def main():
-    with server.running(Workspace(Path.cwd())) as started:
+    with prefect_server.running(Workspace(Path.cwd())) as started:
         url = started.ready()
         import httpx
         from prefect import flow

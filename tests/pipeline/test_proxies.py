@@ -87,10 +87,10 @@ def test_loopback_is_asked_directly(proxy: Proxy, tmp_path: Path) -> None:
 
 RUN = """
 from pathlib import Path
-from flows import server
-from moa.workspace import Workspace
+from flows import prefect_server
+from moa.core.paths import Workspace
 
-with server.running(Workspace(Path.cwd())) as started:
+with prefect_server.running(Workspace(Path.cwd())) as started:
     started.ready()
     from prefect import flow
     print("FOUND", started.own, flow(lambda: 42, name="answer")())

@@ -116,8 +116,9 @@ def test_the_oldest_make_room_and_the_bound_holds(tmp_path: Path, megabytes: flo
 
 
 def test_two_servers_write_side_by_side(tmp_path: Path) -> None:
-    script = ("import sys; from pathlib import Path; from moa import evidence; from moa.serving.prompt_log import *\n"
-              f"evidence.END_SECONDS = {SOON}; w = Workspace(Path(sys.argv[1]))\n"
+    script = ("import sys; from pathlib import Path; from moa.serving import prompt_log\n"
+              "from moa.serving.prompt_log import *\n"
+              f"prompt_log.END_SECONDS = {SOON}; w = Workspace(Path(sys.argv[1]))\n"
               "keeper = Keeper(w, 1, ())\n"
               "for n in range(200): keeper.keep(Kept(at=n, release=1, digest='d', cut=False, domain=sys.argv[2], "
               "forced=True, messages=[{'role': 'user', 'content': str(n)}]))\n"
