@@ -15,7 +15,7 @@ Point = tuple[str, float, int]   # metric, value, step
 def of_workspace(workspace: Workspace) -> dict[str, str]:
     """Tags that pin code and data; what does not exist (no repository, nothing built by DVC) has none.
 
-    Where git refuses to read the repository, `moa.core.git.refused` is its reason.
+    Where git refuses to read the repository, `moa.git.refused` is its reason.
     """
     tags = _git(workspace.root)
     lock = workspace.root / "dvc.lock"

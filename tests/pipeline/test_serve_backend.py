@@ -168,13 +168,15 @@ def test_a_champion_that_the_backend_lacks_is_named(released: tuple[Workspace, C
     assert front.post(ask("alpha", 1, model="moa/alpha")).status_code == 200
 
 
-def test_a_backend_that_is_gone(front: Served, behind: Served) -> None:
-    behind.process.terminate()   # the last test that needs it
-    assert behind.process.wait(SOON) == 0
-    for more in ({}, {"stream": True}):
-        said = refusal(front.post(ask("alpha", 1, model="moa/alpha", **more)), 502, "backend_unreachable")
-        assert behind.url in said and said.count(". ") == 0
-    assert front.get("/healthz").status_code == 200
+def test_a_backend_that_is_gone(released: tuple[Workspace, Config]) -> None:
+    """With two servers of its own: it ends the one behind."""
+    with serving(released[0]) as behind, serving(released[0], "--backend", behind.url) as front:
+        behind.process.terminate()
+        assert behind.process.wait() == 0
+        for more in ({}, {"stream": True}):
+            said = refusal(front.post(ask("alpha", 1, model="moa/alpha", **more)), 502, "backend_unreachable")
+            assert behind.url in said and said.count(". ") == 0
+        assert front.get("/healthz").status_code == 200
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
