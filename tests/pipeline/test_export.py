@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 
+from flows.steps import release as releasing
 from moa.base import pin
 from moa.core import config
 from moa.core.errors import ArtifactError, ConfigError, DataError, RegistryError, UsageError
@@ -255,7 +256,7 @@ def release(workspace: Workspace) -> None:
     assert [versions[domain].version for domain in ("alpha", "beta")] == [1, 2]
     run = registry.client.get_run(versions["beta"].run_id)
     assert run.data.tags["moa.source"] == "imported" and "best_epoch" not in run.data.params
-    released = registry.register_mixture(versions)
+    released = releasing.register_mixture(workspace, read(workspace), versions)
     assert released.version == 2
     page = next(Path(registry.client.get_run(released.run_id).info.artifact_uri.removeprefix("file://"))
                 .glob("report.html")).read_text()

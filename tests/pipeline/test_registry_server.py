@@ -225,6 +225,5 @@ def test_the_database_is_whole_before_its_pages_are_started(tmp_path: Path, monk
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     workspace = Workspace(tmp_path)
     assert mlflow_client.pages(workspace, free_port())
-    named = "SELECT count(*) FROM experiments WHERE name = ?"
     with sqlite3.connect(workspace.mlflow / "mlflow.db") as database:
-        assert database.execute(named, [mlflow_client.EXPERIMENT]).fetchone() == (1,)
+        assert database.execute("SELECT count(*) FROM experiments WHERE name = 'Default'").fetchone() == (1,)
