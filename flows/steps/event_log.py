@@ -163,7 +163,7 @@ def _says_something(value: Any) -> bool:
 
 
 def _is_table(value: Any) -> bool:
-    """Too much for a line; `moa history --json` has it."""
+    """Too much for a line; `moa log --json` has it."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return any(map(_is_table, value))
     return isinstance(value, Mapping)

@@ -17,7 +17,7 @@ from moa.core.errors import PipelineError, RegistryError, UsageError
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.subprocesses import printed
-from moa.evaluation import attribution, gate
+from moa.evaluation import comparison, gate
 from moa.release.champion_history import Entry, before
 from moa.release.registry import ANYONE, ExpertVersion, MixtureVersion, Registry
 
@@ -41,7 +41,7 @@ def _report(workspace: Workspace, config: Config) -> str:
     from moa.reports import facts, page
 
     try:
-        return page.html(facts.gather(workspace, config))
+        return page.render(facts.gather(workspace, config))
     except Exception:
         logging.getLogger(__name__).exception("The report page of this release could not be made.")
         return ""
@@ -195,7 +195,7 @@ def compare(workspace: Workspace, incumbent: int, challenger: int) -> dict[str, 
 
     In another process. Raises PipelineError with that process's own words.
     """
-    compared, problem = printed(workspace, "compare", "--incumbent", incumbent, "--challenger", challenger)
+    compared, problem = printed(workspace, "compare", challenger, "--against", incumbent)
     if problem:
         raise PipelineError(f"Versions {incumbent} and {challenger} could not be compared: {problem}")
     return compared
@@ -207,7 +207,7 @@ def forgetting(workspace: Workspace, old: int, new: int) -> dict[str, Any]:
     In another process. Where an unchanged expert answers otherwise, `equal` is False: that is for the caller to judge.
     Raises PipelineError when there are no facts, with that process's own words.
     """
-    facts, problem = printed(workspace, "release", "forgetting", "--old", old, "--new", new)
+    facts, problem = printed(workspace, "release", "forgetting", new, "--against", old)
     if not facts:
         raise PipelineError(f"What version {new} forgot of version {old} could not be told: {problem}")
     return facts
@@ -223,7 +223,7 @@ def _compared(workspace: Workspace, config: Config, incumbent: MixtureVersion,
 
 def _causes(compared: Mapping[str, Any]) -> dict[str, str]:
     parts = compared.get("parts")
-    return attribution.causes(compared["rows"], parts["incumbent"], parts["challenger"]) if parts else {}
+    return comparison.causes(compared["rows"], parts["incumbent"], parts["challenger"]) if parts else {}
 
 
 def _rules(config: Config) -> gate.Rules:

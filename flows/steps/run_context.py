@@ -19,8 +19,7 @@ from moa.core.errors import MoaError, PipelineError, in_words
 from moa.core.files import read_json, write_json
 from moa.core.paths import Workspace
 from moa.workspace import warm_starts
-from moa.workspace.commits import commit
-from moa.workspace.data_versions import Versions
+from moa.workspace.data_versions import Versions, commit
 from moa.workspace.warm_starts import Start
 
 Facts = dict[str, Any]
@@ -158,7 +157,7 @@ def _forgetting(work: Work, old: int | None, new: int) -> Facts | None:
         reason = f"version {new} answers golden prompts otherwise than version {old} with the same experts"
         work.one("roll back", lambda: releasing.roll_back(work.workspace, work.config, old, reason))
         raise PipelineError(f"{reason[0].upper()}{reason[1:]}; version {old} is champion again. See `moa release "
-                            f"forgetting --old {old} --new {new}`.")
+                            f"forgetting {new} --against {old}`.")
     return found
 
 

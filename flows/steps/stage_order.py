@@ -96,7 +96,7 @@ def _require_experts(session: Session) -> None:
     missing = [domain for domain in session.config.domains if not session.workspace.expert(domain).exists()]
     if missing:
         raise DataError(f"assemble needs an expert of every domain, and {', '.join(missing)} "
-                        f"{'has' if len(missing) == 1 else 'have'} none yet: run `moa run` without --domains.")
+                        f"{'has' if len(missing) == 1 else 'have'} none yet: run `moa run` without --domain.")
 
 
 @contextmanager

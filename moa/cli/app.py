@@ -70,6 +70,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
+def print_result(value: Any, text: str, as_json: bool) -> None:
+    """Print a command's result on standard output: `value` as JSON, or `text`."""
+    if as_json:
+        print_json(value)
+    else:
+        print(text)
+
+
 class Group(typer.core.TyperGroup):
     """Typer would answer Ctrl-C with "Aborted!" and exit code 1."""
 

@@ -1,15 +1,16 @@
-"""`moa domain ...`: argv to the rooms that keep domains; nothing else. Light to import, as moa/cli/main.py is."""
+"""`moa domain ...` and `moa expert ...`: parse arguments, call the packages that keep domains. Light to import."""
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from moa.cli.app import App, AsJson, Revision, Split, Subset, opened, place, print_json
+from moa.cli.app import App, AsJson, Revision, Split, Subset, opened, place, print_result
 from moa.core.errors import UsageError
 
 domain_app = App(name="domain", help="Add, look at and remove domains: the bodies of rows that get an expert each.")
+expert_app = App(name="expert", help="Bring experts in that were trained elsewhere.")
 
 Name = Annotated[str, typer.Argument(help="The domain's name, which is also its routing label.", metavar="NAME")]
 
@@ -45,7 +46,7 @@ def add(
     done = add_rows(place.workspace(), name, sources or [], here,
                     {key: value for key, value in reading.items() if value is not None},
                     Hub(revision, split, subset))
-    _show(done, added_text(done), as_json)
+    print_result(done, added_text(done), as_json)
 
 
 @domain_app.command("list")
@@ -54,7 +55,7 @@ def list_(as_json: AsJson = False) -> None:
     from moa.reports.domains import listed, listed_text
 
     domains = listed(*opened())
-    _show(domains, listed_text(domains), as_json)
+    print_result(domains, listed_text(domains), as_json)
 
 
 @domain_app.command()
@@ -63,7 +64,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
     from moa.reports.domains import shown, shown_text
 
     facts = shown(*opened(), name)
-    _show(facts, shown_text(facts), as_json)
+    print_result(facts, shown_text(facts), as_json)
 
 
 @domain_app.command()
@@ -87,7 +88,7 @@ def remove(
         if not typer.confirm(f"Remove {name} with its rows, corpus and expert?", err=True):
             raise UsageError("Nothing was removed.")
     done = remove_domain(workspace, name, purge=purge)
-    _show(done, removed_text(done), as_json)
+    print_result(done, removed_text(done), as_json)
 
 
 @domain_app.command()
@@ -99,13 +100,13 @@ def check(
 ) -> None:
     """Report on the quality of a domain's rows before any training: what is lost, repeated, or looks misplaced."""
     from moa.reports import quality
-    from moa.workspace.domain_check import check as check_domain
+    from moa.workspace.domains import check as check_domain
 
     page = page and page.absolute()
     report = check_domain(*opened(), name, lambda stage: print(f"{stage} ...", file=sys.stderr))
     if page:
         quality.write(page, report)
-    _show(report, quality.text(report), as_json)
+    print_result(report, quality.text(report), as_json)
 
 
 @domain_app.command()
@@ -118,9 +119,24 @@ def which(
     from moa.reports import row_lookup
 
     found = row_lookup.which(*opened(), row)
-    _show(found, row_lookup.text(found), as_json)
+    print_result(found, row_lookup.text(found), as_json)
     if not found["found"]:
         raise typer.Exit(1)
+
+
+@expert_app.command("import")
+def import_(
+    directory: Annotated[Path, typer.Argument(help="A LoRA adapter as PEFT saves it: adapter_config.json and "
+                                                   "adapter_model.safetensors.", metavar="DIR")],
+    domain: Annotated[str, typer.Option("--domain", help="The domain it answers for.", metavar="NAME")],
+    as_json: AsJson = False,
+) -> None:
+    """Take an adapter that was trained with plain PEFT as a domain's expert. All checks first, then all of it."""
+    from moa.workspace import import_expert
+
+    source = directory.absolute()
+    done = import_expert.admit(place.workspace(), source, domain)
+    print_result(done, import_expert.text(done), as_json)
 
 
 def _mapping(text: str | None) -> dict[str, str] | None:
@@ -137,10 +153,3 @@ def _mapping(text: str | None) -> dict[str, str] | None:
             raise UsageError(f"--map names {key} twice; a key has one column.")
         found[key] = column
     return found
-
-
-def _show(value: Any, text: str, as_json: bool) -> None:
-    if as_json:
-        print_json(value)
-    else:
-        print(text)

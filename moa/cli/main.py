@@ -10,12 +10,10 @@ from typing import Annotated
 import typer
 
 from moa import __version__
-from moa.cli.app import App, AsJson, opened, place, print_json
-from moa.cli.arrivals import history, ingest
-from moa.cli.domain import domain_app
-from moa.cli.exchange import drift, expert_app, export, report
-from moa.cli.operate import adapt, retrain, status, up
-from moa.cli.release import gate, release_app
+from moa.cli.app import App, AsJson, opened, place, print_json, print_result
+from moa.cli.domain import domain_app, expert_app
+from moa.cli.operate import adapt, drift, ingest, log, report, retrain, status, up
+from moa.cli.release import compare, export, gate, release_app
 from moa.cli.serve import serve
 from moa.core import git
 from moa.core.errors import ConfigError, MoaError, RegistryError
@@ -24,15 +22,11 @@ from moa.core.loopback import ask_directly
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}   # what a full or broken disk answers
 RUN, DATA, USE, STEPS = "Build", "Workspace and domains", "Use", "Single steps (what the stages of dvc.yaml run)"
 
-Domains = Annotated[str | None, typer.Option(
-    help="Only these domains' own steps, such as math,sql; what follows them still runs on all.", metavar="A,B")]
+Domains = Annotated[list[str] | None, typer.Option(
+    "--domain", help="Only this domain's own steps; what follows them still runs on all. Repeatable.", metavar="NAME")]
 Force = Annotated[list[str] | None, typer.Option(
     help="Run this step (train) or stage (train@math) although it is fresh. Repeatable.", metavar="STAGE")]
 OneDomain = Annotated[str, typer.Option("--domain", help="A domain of params.yaml.", metavar="NAME")]
-
-
-def _names(domains: str | None) -> tuple[str, ...] | None:
-    return None if domains is None else tuple(name.strip() for name in domains.split(",") if name.strip())
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,7 +53,7 @@ app.command(rich_help_panel=DATA)(ingest)
 
 @app.command(rich_help_panel=RUN)
 def run(
-    domains: Domains = None,
+    domain: Domains = None,
     force: Force = None,
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Let the release become champion.")] = True,
     local: Annotated[bool, typer.Option("--local", help="Without Prefect: the same steps, no server.")] = False,
@@ -71,7 +65,8 @@ def run(
     from flows.steps.session import Options
 
     workspace = place.workspace()
-    result = launch(workspace, Options(_names(domains), tuple(force or ()), promote), local=local, verbose=verbose)
+    options = Options(tuple(domain) if domain else None, tuple(force or ()), promote)
+    result = launch(workspace, options, local=local, verbose=verbose)
     if as_json:
         print_json(result.as_dict())
     if failure := result.failure():
@@ -98,14 +93,11 @@ def init(
 
     here = Path.cwd()
     done = make(place.directory / directory if place.directory else directory, base, here)
-    if as_json:
-        print_json(done)
-    else:
-        print(text(done, here))
+    print_result(done, text(done, here), as_json)
 
 
 @app.command(rich_help_panel=RUN)
-def plan(domains: Domains = None, force: Force = None, as_json: AsJson = False) -> None:
+def plan(domain: Domains = None, force: Force = None, as_json: AsJson = False) -> None:
     """Say what `moa run` would do, why, and how long it would take. Runs nothing."""
     from moa.core.config import NO_DOMAIN
     from moa.evaluation import metrics
@@ -115,12 +107,11 @@ def plan(domains: Domains = None, force: Force = None, as_json: AsJson = False) 
     workspace, config = opened()
     if not config.domains:
         raise ConfigError(NO_DOMAIN)
-    chosen = _names(domains)
-    for name in chosen or ():
+    for name in domain or ():
         config.require_domain(name)
     for each in config.domains.values():
         metrics.resolve(each.metric)
-    snapshot = Pipeline(workspace).snapshot().limited(chosen).forced(force or ())
+    snapshot = Pipeline(workspace).snapshot().limited(domain or None).forced(force or ())
     made = planning.make(snapshot, config, planning.Statistics.read(workspace, config))
     if as_json:
         print_json(made.as_dict())
@@ -128,7 +119,7 @@ def plan(domains: Domains = None, force: Force = None, as_json: AsJson = False) 
         print(made.text())
 
 
-for command in (status, up, adapt, retrain, history):
+for command in (status, up, adapt, retrain, log):
     app.command(rich_help_panel=RUN)(command)
 
 
@@ -176,30 +167,10 @@ def evaluation(
 
     workspace, config = opened()
     table = champion_table(workspace, config, rerun=rerun)
-    if as_json:
-        print_json(table)
-    else:
-        print(as_text(table))
+    print_result(table, as_text(table), as_json)
 
 
-@app.command(rich_help_panel=USE)
-def compare(
-    incumbent: Annotated[int, typer.Option(help="Version of the registered mixture.")],
-    challenger: Annotated[int, typer.Option(help="Version of the registered mixture.")],
-    as_json: AsJson = False,
-) -> None:
-    """Let two releases answer the same test rows; the gate reads the result."""
-    from moa.release.champion import compare_versions
-    from moa.reports.text import comparison_text
-
-    workspace, config = opened()
-    compared = compare_versions(workspace, config, incumbent, challenger)
-    if as_json:
-        print_json(compared)
-    else:
-        print(comparison_text(compared))
-
-
+app.command(rich_help_panel=USE)(compare)
 app.command(rich_help_panel=USE)(gate)
 app.command(rich_help_panel=USE)(export)
 app.command(rich_help_panel=USE)(report)
@@ -241,10 +212,7 @@ def parent(domain: OneDomain, as_json: AsJson = False) -> None:
 
     workspace, config = opened()
     found = candidates(workspace, config, config.require_domain(domain))
-    if as_json:
-        print_json(found)
-    else:
-        print(text(found))
+    print_result(found, text(found), as_json)
 
 
 @app.command(rich_help_panel=STEPS)

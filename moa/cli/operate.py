@@ -1,11 +1,18 @@
-"""`moa up`, `moa status`, `moa adapt`, `moa retrain`: argv to the flows; nothing else. Light to import."""
+"""Commands that keep a workspace current and show it: `moa up`, `moa adapt`, `moa status`, `moa ingest` and so on.
+
+Each parses its arguments and calls the package that does the work. Light to import.
+"""
 
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moa.cli.app import AsJson, opened, place, print_json
+from moa.cli.app import AsJson, Revision, Split, Subset, opened, place, print_json, print_result
+from moa.core.errors import UsageError
+from moa.core.paths import Workspace
 
 Local = Annotated[bool, typer.Option("--local", help="Without Prefect: the same steps, no server.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the steps and Prefect print.")]
@@ -35,10 +42,7 @@ def status(as_json: AsJson = False) -> None:
     from flows.status import text
 
     facts = facts_of(*opened())
-    if as_json:
-        print_json(facts)
-    else:
-        print(text(facts))
+    print_result(facts, text(facts), as_json)
     if facts["troubles"]:
         raise typer.Exit(1)
 
@@ -70,7 +74,7 @@ SENTENCES = {
     "released": "Version {version} is champion now: {reason}",
     "waiting": "Version {version} passed the gate and waits for `moa release promote {version}`: {reason}",
     "kept": "Version {version} was not promoted: {reason} What arrived stays, and is learned with what comes next.",
-    "refused": "Nothing was released: the gate refused it. See `moa history`; its files lie in data/incoming/.rejected",
+    "refused": "Nothing was released: the gate refused it. See `moa log`; its files lie in data/incoming/.rejected",
     "skipped": "Nothing was done: {reason}",
 }
 
@@ -84,3 +88,92 @@ def _said(facts: dict[str, Any], as_json: bool) -> None:
             print(f"moa: {name} is as it was before; {', '.join(files)} did not get in.", file=sys.stderr)
     if facts["state"] == "refused":
         raise typer.Exit(1)
+
+
+def ingest(
+    name: Annotated[str, typer.Argument(help="The rows' domain; one that is unknown is a new one.", metavar="NAME")],
+    sources: Annotated[list[str], typer.Argument(
+        help="Files (.jsonl, .json, .csv, .tsv, .parquet), folders of these, or hub:OWNER/NAME@REVISION.",
+        metavar="SOURCE...")],
+    revision: Revision = None,
+    split: Split = None,
+    subset: Subset = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue rows in data/incoming/NAME, where they wait until they are learned. Works while something is built, too."""
+    from moa.workspace.incoming import queue, queued_text
+    from moa.workspace.row_sources import Hub
+
+    here = Path.cwd()
+    workspace = place.workspace()
+    done = queue(workspace, name, sources, here, Hub(revision, split, subset))
+    watched = _watched(workspace)
+    if done["files"]:
+        with suppress(Exception):   # an event is a nudge, never the record: the file is found without it
+            from flows.sensor import nudge
+
+            nudge(workspace, [name])
+    if as_json:
+        print_json({**done, "watched": watched})
+        return
+    print(queued_text(done))
+    if done["files"] or done["already_waiting"]:
+        print("`moa up` runs here and will learn it." if watched else
+              "Nobody watches: run `moa up`, or `moa adapt` once, to learn it.")
+
+
+def _watched(workspace: Workspace) -> bool:
+    """Whether `moa up` runs here."""
+    from moa.core.files import read_json
+    from moa.workspace.row_sources import alive
+
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return alive(str(read_json(workspace.up)["pid"]))
+    return False
+
+
+def log(
+    last: Annotated[int | None, typer.Option(min=1, help="Only so many of the newest lines.", metavar="N")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="Only lines of this kind, such as gate. Repeatable.",
+                                                   metavar="KIND")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the event log: what arrived, why a run began or did not, what it trained, the verdicts, the releases."""
+    from flows.steps import event_log
+
+    workspace = place.workspace()
+    if kind and (unknown := set(kind) - event_log.KINDS.keys() - {each["kind"] for each in event_log.read(workspace)}):
+        raise UsageError(f"The event log has no kind {min(unknown)!r}; its kinds are {', '.join(event_log.KINDS)}.")
+    entries = event_log.read(workspace, last, kind or None)
+    if as_json:
+        print_json({"entries": entries})
+    else:
+        print(event_log.text(entries))
+
+
+def report(
+    page: Annotated[Path | None, typer.Option("--html", help="Where the page goes; .moa/report.html by default.",
+                                              metavar="FILE", dir_okay=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One HTML page on the workspace: scores, routing, the gate, learning curves, data and what came from what."""
+    from moa.reports import facts as report_facts
+    from moa.reports import page as report_page
+
+    page = page and page.absolute()
+    workspace, config = opened()
+    facts = report_facts.gather(workspace, config)
+    target = page or workspace.local / "report.html"
+    report_page.write(target, facts)
+    print_result(facts, str(target), as_json)
+
+
+def drift(as_json: AsJson = False) -> None:
+    """Compare the prompts that `moa serve --keep-prompts MB` kept with what the champion was calibrated on, and look
+    for a domain that it lacks. Exit code 3 when something shifted or a domain may be missing, 0 otherwise."""
+    from moa.serving import drift as looking
+
+    found = looking.check(*opened())
+    print_result(found, looking.text(found), as_json)
+    if looking.alarming(found):
+        raise typer.Exit(looking.FOUND)

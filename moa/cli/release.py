@@ -1,19 +1,26 @@
-"""`moa gate` and `moa release ...`: argv to the release flow and to what the registry holds; nothing else. Light to
-import, as moa/cli/main.py is."""
+"""`moa release ...`, `moa gate`, `moa compare`, `moa export`: parse arguments, call the release flow and the registry.
 
+Light to import.
+"""
+
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moa.cli.app import App, AsJson, opened, print_json
+from moa.cli.app import App, AsJson, opened, print_json, print_result
 
 release_app = App(name="release", help="Look at releases, approve one, go back: who is champion, when and why.")
 
+# Two releases are named alike by every command: VERSION is the one looked at, --against the one before it.
 Version = Annotated[int, typer.Argument(help="A version of the registered mixture.", metavar="VERSION", min=1)]
+Against = Annotated[int | None, typer.Option(help="The release it is compared with; the champion by default.",
+                                             metavar="VERSION", min=1)]
 
 
 def gate(
-    challenger: Version,
+    version: Version,
     against: Annotated[int | None, typer.Option(help="Another release than the champion; it decides nothing then.",
                                                 metavar="VERSION", min=1)] = None,
     as_json: AsJson = False,
@@ -22,10 +29,20 @@ def gate(
     from flows.steps.release import examine
     from moa.reports.releases import gate_text
 
-    decision = examine(*opened(), challenger, against)
-    _show(decision, gate_text(decision), as_json)
+    decision = examine(*opened(), version, against)
+    print_result(decision, gate_text(decision), as_json)
     if not decision["promote"]:
         raise typer.Exit(1)
+
+
+def compare(version: Version, against: Against = None, as_json: AsJson = False) -> None:
+    """Let two releases answer the same test rows; the gate reads the result."""
+    from moa.release.champion import compare_versions, other_version
+    from moa.reports.text import comparison_text
+
+    workspace, config = opened()
+    compared = compare_versions(workspace, config, other_version(workspace, config, version, against), version)
+    print_result(compared, comparison_text(compared), as_json)
 
 
 @release_app.command("list")
@@ -34,7 +51,7 @@ def list_(as_json: AsJson = False) -> None:
     from moa.reports.releases import listed, listed_text
 
     facts = listed(*opened())
-    _show(facts, listed_text(facts), as_json)
+    print_result(facts, listed_text(facts), as_json)
 
 
 @release_app.command()
@@ -43,7 +60,7 @@ def show(version: Version, as_json: AsJson = False) -> None:
     from moa.reports.releases import shown, shown_text
 
     facts = shown(*opened(), version)
-    _show(facts, shown_text(facts), as_json)
+    print_result(facts, shown_text(facts), as_json)
 
 
 @release_app.command()
@@ -80,26 +97,26 @@ def history(as_json: AsJson = False) -> None:
     from moa.reports import releases
 
     facts = releases.history(*opened())
-    _show(facts, releases.history_text(facts), as_json)
+    print_result(facts, releases.history_text(facts), as_json)
 
 
 @release_app.command()
-def diff(
-    old: Version,
-    new: Version,
-    as_json: AsJson = False,
-) -> None:
+def diff(version: Version, against: Against = None, as_json: AsJson = False) -> None:
     """What differs between two releases: experts, router, base, corpora, parameters, figures, gates."""
+    from moa.release.champion import other_version
     from moa.reports import releases
 
-    facts = releases.diff(*opened(), old, new)
-    _show(facts, releases.diff_text(facts), as_json)
+    workspace, config = opened()
+    facts = releases.diff(workspace, config, other_version(workspace, config, version, against), version)
+    print_result(facts, releases.diff_text(facts), as_json)
 
 
 @release_app.command()
 def forgetting(
-    old: Annotated[int | None, typer.Option(help="The champion before by default.", metavar="VERSION", min=1)] = None,
-    new: Annotated[int | None, typer.Option(help="The champion by default.", metavar="VERSION", min=1)] = None,
+    version: Annotated[int | None, typer.Argument(help="A version of the registered mixture; the champion by default.",
+                                                  metavar="VERSION", min=1, show_default=False)] = None,
+    against: Annotated[int | None, typer.Option(help="The release it is compared with; by default the champion before.",
+                                                metavar="VERSION", min=1)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a release kept of another: experts, their answers word for word, scores, routing.
@@ -110,21 +127,34 @@ def forgetting(
     from moa.release import forgetting as proof
 
     workspace, config = opened()
-    facts = proof.forgetting(workspace, config, *proof.between(workspace, config, old, new))
-    _show(facts, proof.text(facts), as_json)
+    facts = proof.forgetting(workspace, config, *proof.between(workspace, config, against, version))
+    print_result(facts, proof.text(facts), as_json)
     if not facts["equal"]:
         raise ArtifactError(proof.complaint(facts))
+
+
+def export(
+    directory: Annotated[Path, typer.Argument(help="A new or empty folder.", metavar="DIR")],
+    form: Annotated[str, typer.Option("--format", help="peft, or vllm: the same with the command that serves it.",
+                                      metavar="peft|vllm")] = "peft",
+    version: Annotated[int | None, typer.Option(help="A release instead of the champion.", metavar="N")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a release's experts as plain PEFT directories, with its router. For vllm, print how to serve them."""
+    from moa.release import export as exporting
+
+    target = directory.absolute()
+    done = exporting.export(*opened(), target, form, version)
+    if as_json:
+        print_json(done)
+        return
+    print(exporting.text(done), file=sys.stderr)
+    if done["command"]:
+        print(done["command"])
 
 
 def _moved(done: dict[str, Any], as_json: bool) -> None:
     version, before = done["version"], done["previous"]
     text = (f"version {version} is champion" + (f" instead of version {before}" if before else "")
             + f" ({done['reason'].rstrip('.')}).") if done["changed"] else f"version {version} is champion already."
-    _show(done, text, as_json)
-
-
-def _show(value: Any, text: str, as_json: bool) -> None:
-    if as_json:
-        print_json(value)
-    else:
-        print(text)
+    print_result(done, text, as_json)

@@ -24,8 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moa.evaluation.routing_changes import Moves, exact_test, moves, sign_test
-from moa.evaluation.statistics import interval, resampled
+from moa.evaluation.statistics import Moves, exact_test, interval, moves, resampled, sign_test
 
 Verdict = Literal["pass", "fail", "not enough data"]
 Against = Literal["incumbent", "base"]

@@ -1,18 +1,21 @@
 """Co-training: experts learn side by side on one copy of the base, each exactly as it would alone.
 
 Order, schedule, clipping, optimizer and stopping belong to each `Learner`; the forward and backward belong to all.
-Knows nothing of DVC, MLflow or Prefect.
+The best epoch of each expert waits in a file without a name, not in memory (`DiskTensor`). Knows nothing of DVC,
+MLflow or Prefect.
 """
 
 import hashlib
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +24,29 @@ from moa.base.kernels.attention import short_rows
 from moa.base.kernels.llama_ops import fused
 from moa.core.config import TrainParams
 from moa.experts.batches import Batch, collate, microbatches, row_losses
-from moa.experts.disk_tensor import Shelf
 from moa.experts.lora import ExpertStack, Selection, StackedLoRA
+
+
+class Shelf:
+    """Holds a copy of the last tensor that was put on it, on its device again when it is taken. Raises OSError when the
+    disk has no room for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._file = tempfile.TemporaryFile(prefix="moa-")   # noqa: SIM115 - as long as the shelf
+        self.put(tensor)
+
+    def put(self, tensor: Tensor) -> None:
+        self._like = tensor.shape, tensor.dtype, tensor.device
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(memoryview(tensor.detach().contiguous().cpu().numpy().reshape(-1).view(np.uint8)))
+        self._file.flush()
+
+    def take(self) -> Tensor:
+        shape, dtype, device = self._like
+        self._file.seek(0)
+        return torch.frombuffer(bytearray(self._file.read()), dtype=dtype).view(shape).to(device)
+
 
 # Sharing one storage between an expert's parameters and its row of the stack is what we want.
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")

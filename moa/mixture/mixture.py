@@ -20,8 +20,7 @@ from moa.experts import peft_format
 from moa.experts.batches import collate, microbatches, row_losses
 from moa.experts.lora import BASE_ONLY, ExpertStack
 from moa.mixture import artifact
-from moa.mixture.expert_cache import Pages
-from moa.mixture.expert_files import Loader
+from moa.mixture.expert_cache import Loader, Pages
 from moa.mixture.generation import engine
 from moa.mixture.generation.engine import Finish, Options, Order, Tell, Writing
 from moa.mixture.layer_routing import chooser

@@ -7,7 +7,7 @@ from typing import Any
 from moa.base.pin import load, pick_device
 from moa.core.config import Config
 from moa.core.config import load as load_config
-from moa.core.errors import NothingReleased
+from moa.core.errors import NothingReleased, UsageError
 from moa.core.paths import Workspace
 
 
@@ -26,10 +26,30 @@ def champion(workspace: Workspace, config: Config) -> tuple[Any, Path]:
     from moa.release.registry import Registry
 
     registry = Registry(workspace, config)
+    version = _required(registry)
+    return version, registry.download(version.version)
+
+
+def other_version(workspace: Workspace, config: Config, version: int, against: int | None) -> int:
+    """The release that `version` is compared with: `against`, or the champion.
+
+    Raises NothingReleased when there is no champion, and UsageError when `version` would be compared with itself.
+    """
+    from moa.release.registry import Registry
+
+    other = _required(Registry(workspace, config)).version if against is None else against
+    if other == version:
+        raise UsageError(f"Version {version} {'is the champion and ' if against is None else ''}cannot be compared "
+                         "with itself: name another release with --against.")
+    return other
+
+
+def _required(registry: Any) -> Any:
+    """The champion of a registry. Raises NothingReleased when there is none."""
     version = registry.champion()
     if version is None:
         raise NothingReleased("Nothing has been released yet, so there is no champion: run `moa run` first.")
-    return version, registry.download(version.version)
+    return version
 
 
 def compare_versions(workspace: Workspace, config: Config, incumbent: int, challenger: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.core.text import NOTHING_RELEASED, SHORT_DIGEST, shorten, table
 from moa.data.corpus import Row, read
 from moa.evaluation.evaluate import answer_limit
-from moa.evaluation.routing_changes import Moves, moves
+from moa.evaluation.statistics import Moves, moves
 from moa.release.champion_history import before
 from moa.release.registry import MixtureVersion, Registry
 
@@ -33,7 +33,8 @@ def between(workspace: Workspace, config: Config, old: int | None, new: int | No
     champion = registry.champion() if registry.exists() else None
     if champion is None and (old is None or new is None):
         raise RegistryError(NOTHING_RELEASED if not registry.exists() or not registry.versions() else
-                            "There is no champion: name both versions with --old and --new.")
+                            "There is no champion: name two versions, `moa release forgetting VERSION --against "
+                            "VERSION`.")
     if new is None:
         assert champion is not None
         new = champion.version
@@ -43,10 +44,10 @@ def between(workspace: Workspace, config: Config, old: int | None, new: int | No
         earlier = before([entry for entry in registry.history() if entry.effective])
         if earlier is None:
             raise RegistryError(f"No other champion came before version {new}, so nothing can have been forgotten: "
-                                "name a release with --old.")
+                                "name a release with --against.")
         old = earlier.version
     if old == new:
-        raise UsageError(f"Version {new} cannot be compared with itself: name another release with --old or --new.")
+        raise UsageError(f"Version {new} cannot be compared with itself: name another release with --against.")
     return old, new
 
 

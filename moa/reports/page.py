@@ -1,6 +1,6 @@
 """The workspace's report as one HTML file that needs nothing else: scores, routing, curves, data, lineage.
 
-Knows the keys of `moa.reports.facts` and no figures of its own. Whatever a file of the workspace said is escaped.
+Knows the keys of `moa.reports.facts` and no figures of its own. Text from the workspace's files is escaped.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from moa.core.text import SHORT_DIGEST
-from moa.reports import html as page
+from moa.reports import html
 from moa.reports.facts import verdicts
-from moa.reports.routing import routing
 from moa.reports.svg import Dot, Line, Node, curves, flow, whiskers
 
 Facts = Mapping[str, Any]
 NAMES = {"base": "base", "forced": "label forced", "routed": "routed"}
 COUNTS = ("read", "kept", "rejected", "duplicates", "train", "validation", "test")
+# Name, key, colour and whether it is drawn broad: where heads are as good as the router, both go the same way.
+LEVELS = (("agreement with the router's choice", "agreement", 3, True), ("accuracy", "accuracy", 1, False))
 STYLE = """
 td,th{overflow-wrap:break-word}
 td.m{text-align:center;font-variant-numeric:tabular-nums;border:1px solid var(--line);padding:6px 10px}
@@ -41,17 +42,17 @@ td:first-child,th:first-child,td.n{white-space:nowrap}summary{cursor:pointer;col
 """
 
 
-def html(facts: Facts) -> str:
+def render(facts: Facts) -> str:
     """The report as one page."""
     body = "".join([_tiles(facts), _trouble(facts), _scores(facts), routing(_measured(facts), facts["mixture"]),
                     _gates(facts), _learning(facts), _quality(facts), _lineage(facts)])
-    return page.frame(f"{facts['name']}: report", facts["name"], f"Mixture-of-LoRAs, {facts['made_at']}", body,
+    return html.frame(f"{facts['name']}: report", facts["name"], f"Mixture-of-LoRAs, {facts['made_at']}", body,
                       STYLE)
 
 
 def write(path: Path, facts: Facts) -> None:
     """Write the page whole. Raises UsageError where it cannot be."""
-    page.write(path, html(facts))
+    html.write(path, render(facts))
 
 
 def _measured(facts: Facts) -> list[tuple[str, str, Facts]]:
@@ -80,13 +81,13 @@ def _tiles(facts: Facts) -> str:
     if base:
         tiles.append(("base", f"{(base['parameters'] or 0) / 1e6:,.0f} M" if (base["parameters"] or 0) >= 1e6 else
                       f"{base['parameters'] or 0:,}", f"parameters, {base['source']}"))
-    return page.tiles(tiles)
+    return html.tiles(tiles)
 
 
 def _trouble(facts: Facts) -> str:
     """What this page could not find out."""
     said = facts["registry_trouble"]
-    return page.warned([f"The champion is unknown: {said}"]) if said else ""
+    return html.warned([f"The champion is unknown: {said}"]) if said else ""
 
 
 # Scores.
@@ -94,20 +95,20 @@ def _trouble(facts: Facts) -> str:
 def _scores(facts: Facts) -> str:
     measured = _measured(facts)
     if not measured:
-        return page.section("Scores", '<p class="soft">Nothing was evaluated yet: run `moa run`.</p>')
+        return html.section("Scores", '<p class="soft">Nothing was evaluated yet: run `moa run`.</p>')
     systems = [(f"{key}/{system}", who, each["scores"], system) for key, who, each in measured
                for system in ("base", "forced", "routed") if (key, system) != ("challenger", "base")
                or len(measured) == 1]
     colours = {key: number for number, (key, *_) in enumerate(systems)}
     both = len(measured) > 1
-    legend = page.key([(colours[key], NAMES[system] if system == "base" or not both else f"{who}, {NAMES[system]}")
+    legend = html.key([(colours[key], NAMES[system] if system == "base" or not both else f"{who}, {NAMES[system]}")
                    for key, who, _, system in systems])
     plots = []
     for figure, title in (("loss", "Loss, nats per token (lower is better)"),
                           ("score", "The domain's own metric (higher is better)")):
         groups = [(domain, list(_dots(systems, colours, domain, figure))) for domain in _domains(measured)]
         plots.append(f"<div><h3>{title}</h3>{whiskers(groups)}</div>")
-    return page.section("Scores", legend, f'<div class="two">{"".join(plots)}</div>', _score_table(systems, measured),
+    return html.section("Scores", legend, f'<div class="two">{"".join(plots)}</div>', _score_table(systems, measured),
                         '<p class="soft">Lines and brackets are 95% bootstrap intervals over the test rows; the metric '
                         "is measured on the rows that were answered.</p>")
 
@@ -131,10 +132,10 @@ def _score_table(systems: Sequence[tuple[str, str, Facts, str]], measured: Seque
             if found := scores.get(domain, {}).get(system):
                 mixture = () if len(measured) == 1 else (who if system != "base" else "",)
                 rows.append(("" if place else domain, *mixture, NAMES[system],
-                             page.with_interval(found["loss"], found["loss_interval"]),
-                             page.with_interval(found["score"], found["score_interval"]),
+                             html.with_interval(found["loss"], found["loss_interval"]),
+                             html.with_interval(found["score"], found["score_interval"]),
                              f"{found['rows']} / {found['answered']}"))
-    return page.table(("domain", *(() if len(measured) == 1 else ("mixture",)), "system", "loss", "metric",
+    return html.table(("domain", *(() if len(measured) == 1 else ("mixture",)), "system", "loss", "metric",
                        "rows / answered"), rows)
 
 
@@ -148,11 +149,11 @@ def _gates(facts: Facts) -> str:
             against = f"against version {decision['against']}" if decision.get("against") else "nobody to compare with"
             verdict = "passed" if decision["promote"] else "refused"
             parts.append(f"<h3>{escape(f'{name}: {verdict}, {against}')}</h3><p>{escape(decision['reason'])}</p>")
-            parts.append(page.table(("domain", "measure", "verdict", "difference", "pairs"), (
+            parts.append(html.table(("domain", "measure", "verdict", "difference", "pairs"), (
                 (one["domain"], one["measure"], one["verdict"] + (", better" if one["better"] else ""),
-                 page.with_interval(one["difference"], one["interval"], "+"), one["rows"])
+                 html.with_interval(one["difference"], one["interval"], "+"), one["rows"])
                 for one in verdicts(decision))))
-    return page.section("Gate", *parts) if parts else ""
+    return html.section("Gate", *parts) if parts else ""
 
 
 # Learning, data, lineage.
@@ -176,7 +177,7 @@ def _learning(facts: Facts) -> str:
         plots.append(f'<div><h3>{escape(domain)}</h3>{curves(lines)}<p class="soft">{said}</p></div>')
     if not plots:
         return ""
-    return page.section("Learning curves", page.key([(0, "training loss"), (1, "validation loss")]),
+    return html.section("Learning curves", html.key([(0, "training loss"), (1, "validation loss")]),
                         f'<div class="three">{"".join(plots)}</div>')
 
 
@@ -193,8 +194,8 @@ def _quality(facts: Facts) -> str:
             warnings += [(domain, said) for said in each["quality"]["warnings"]]
     if not rows:
         return ""
-    return page.section("Data", page.table(("domain", *COUNTS, "warnings"), rows),
-                        page.table(("domain", "what deserves a look"), warnings)
+    return html.section("Data", html.table(("domain", *COUNTS, "warnings"), rows),
+                        html.table(("domain", "what deserves a look"), warnings)
                         or '<p class="soft">Nothing stands out.</p>')
 
 
@@ -203,7 +204,7 @@ def _lineage(facts: Facts) -> str:
     note = "A broken line: what it leads to was made from another one than the one here now."
     old = any(not now for *_, now in edges)
     drawn = flow(("base", "corpora", "experts", "mixture", "release"), nodes, edges)
-    return page.section("What came from what", f'<div class="graph">{drawn}</div>',
+    return html.section("What came from what", f'<div class="graph">{drawn}</div>',
                         f'<p class="soft">{note}</p>' if old else "")
 
 
@@ -235,3 +236,72 @@ def _graph(facts: Facts) -> tuple[list[Node], list[tuple[str, str, bool]]]:
             edges.append(("mixture", "release", champion["digest"] == mixture["digest"]))
     known = {node.key for node in nodes}
     return nodes, [edge for edge in edges if {edge[0], edge[1]} <= known]
+
+
+def routing(measured: Sequence[tuple[str, str, Facts]], mixture: Facts) -> str:
+    """The section, for each of (key, name, facts) as `moa.reports.page` has measured them; empty without any."""
+    parts = []
+    for _, name, each in measured:
+        router, figures = each.get("router") or mixture["router"], each["routing"]
+        said = ", ".join(f"{what} {figures[key]:.1%}" for what, key in (
+            ("accuracy", "accuracy"), ("abstention", "abstention"), ("calibration error", "ece")) if key in figures)
+        rule = f"; rule {router['rule']}, reading {_read(router)}" if {"rule", "layer"} <= router.keys() else ""
+        parts.append(f"<h3>{escape(name)}</h3><p>{escape(said + rule)}</p>"
+                     f'<div class="aside"><div>{_matrix(figures.get("confusion", {}))}</div>'
+                     f"<div>{_tax(each['tax'])}</div></div>{_levels(router)}")
+    return html.section("Routing", *parts) if parts else ""
+
+
+def _read(router: Facts) -> str:
+    """The levels that the rule reads, in words."""
+    return {"early": f"level {router['layer']}", "last": "the last level"}.get(router["rule"], "every level")
+
+
+def _levels(router: Facts) -> str:
+    """Each layer's head alone on the validation prompts, as a plot and a table; empty where nobody measured it."""
+    levels = router.get("levels") or []
+    if not levels:
+        return ""
+    read = {"early": router.get("layer"), "last": levels[-1]["level"]}.get(router.get("rule", ""))
+    lines = [Line(name, [(each["level"], each[key]) for each in levels], colour, broad)
+             for name, key, colour, broad in LEVELS]
+    note = "Level n is what enters layer n. " + (
+        f"The upright line is at the level that the rule reads: {read} of {len(levels)} layers are computed for it."
+        if read is not None else "The rule reads every level.")
+    rows = ((f"{each['level']}{' (read)' if each['level'] == read else ''}", each["accuracy"], each["agreement"])
+            for each in levels)
+    table = html.table(("level", "accuracy", "agreement"), rows)
+    count = router.get("validation_rows")
+    prompts = f", on {count:,} validation prompts" if isinstance(count, int) else ""
+    return (f"<h3>Layer agreement: each layer&#x27;s head alone{prompts}</h3>"
+            + html.key([(colour, name) for name, _, colour, _ in reversed(LEVELS)])
+            + f'<div class="plot">{curves(lines, "level", ".1%", 900, read)}</div><p class="soft">{escape(note)}</p>'
+            + f"<details><summary>Level by level</summary>{table}</details>")
+
+
+def _matrix(confusion: Mapping[str, Mapping[str, int]]) -> str:
+    """Rows by domain, columns by the router's best guess; shaded by the share of the row."""
+    if not confusion:
+        return ""
+    guesses = list(dict.fromkeys(guess for counts in confusion.values() for guess in counts))
+    head = "".join(f'<th scope="col">{escape(guess)}</th>' for guess in guesses)
+    lines = []
+    for domain, counts in confusion.items():
+        total = sum(counts.values()) or 1
+        cells = []
+        for guess in guesses:
+            share = counts.get(guess, 0) / total
+            hue = "59,110,168" if guess == domain else "196,88,40"
+            ink = ";color:#fff" if share > 0.6 else ""
+            cells.append(f'<td class="m" style="background:rgba({hue},{share:.2f}){ink}">{counts.get(guess, 0):,}</td>')
+        lines.append(f'<tr><th scope="row">{escape(domain)}</th>{"".join(cells)}</tr>')
+    return (f'<div class="wide"><table class="matrix"><thead><tr><th>rows of \\ best guess</th>{head}</tr></thead>'
+            f"<tbody>{''.join(lines)}</tbody></table></div>")
+
+
+def _tax(found: Mapping[str, Facts]) -> str:
+    """What routing costs against the true label, domain by domain."""
+    table = html.table(("routing tax", "loss, routed - forced", "metric, forced - routed"), (
+        (domain, html.with_interval(each["loss"], each["loss_interval"], "+"),
+         html.with_interval(each["score"], each["score_interval"], "+")) for domain, each in found.items()))
+    return table and table + '<p class="soft">Above zero, the router&#x27;s choice costs something.</p>'

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from moa.reports import html as page
+from moa.reports import html
 
 BAR = 24       # widest bar of the text, in letters
 BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -75,7 +75,7 @@ def text(report: Mapping[str, Any]) -> str:
                  f"message\nAnswers: {answers['different']:,} different, the most frequent in "
                  f"{answers['largest_group']:,} rows, {answers['short']:,} of one token or none, "
                  f"{answers['blank']:,} blank")
-    parts += [f"{title}\n" + _table((f"{each['count']:,}", f"{each['share']:.1%}", page.one_line(each["text"], 80))
+    parts += [f"{title}\n" + _table((f"{each['count']:,}", f"{each['share']:.1%}", html.one_line(each["text"], 80))
                                     for each in answers[key])
               for key, title in (("most_frequent", "Most frequent answers"), ("openings", "Answers that begin alike"))
               if answers[key]]
@@ -96,7 +96,7 @@ def _across_text(report: Mapping[str, Any]) -> str:
              f"the same ({near['compared']:,} rows compared)", sentence]
     if apart:
         lines.append("Told apart from\n" + _table((name, f"{accuracy:.0%}", "") for name, accuracy in apart))
-    lines += [f"  like {each['looks_like']}: {page.one_line(each['text'], 90)}"
+    lines += [f"  like {each['looks_like']}: {html.one_line(each['text'], 90)}"
               for each in (across["neighbours"] or {"examples": []})["examples"]]
     return "\n".join(lines)
 
@@ -126,23 +126,23 @@ def _bar(share: float) -> str:
 
 # HTML.
 
-def html(report: Mapping[str, Any]) -> str:
+def render(report: Mapping[str, Any]) -> str:
     """The report as one page."""
-    body = "".join([_tiles(report), page.warned(report["warnings"]), _length_section(report),
+    body = "".join([_tiles(report), html.warned(report["warnings"]), _length_section(report),
                     _rejection_section(report), _answer_section(report), _language_section(report),
                     _across_section(report)])
-    return page.frame(f"{report['domain']}: label quality", report["domain"], "Label quality before training", body)
+    return html.frame(f"{report['domain']}: label quality", report["domain"], "Label quality before training", body)
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
     """Write the page so that a reader sees the whole of it or the old one. Raises UsageError where it cannot be."""
-    page.write(path, html(report))
+    html.write(path, render(report))
 
 
 def _tiles(report: Mapping[str, Any]) -> str:
     tiles = [*_counts(report), *([("redacted", sum(report["redacted"].values()), ", ".join(
         f"{kind} {count:,}" for kind, count in report["redacted"].items()))] if report["redacted"] else [])]
-    return page.tiles((name, f"{count:,}", remark) for name, count, remark in tiles)
+    return html.tiles((name, f"{count:,}", remark) for name, count, remark in tiles)
 
 
 def _length_section(report: Mapping[str, Any]) -> str:
@@ -156,19 +156,19 @@ def _length_section(report: Mapping[str, Any]) -> str:
     turns = report["turns"]
     said = (f"{turns['several']:.1%} of the conversations have several turns; {turns['system']:.1%} bring a system "
             "message.")
-    return page.section("Lengths in tokens", f'<div class="three">{"".join(plots)}</div><p>{escape(said)}</p>')
+    return html.section("Lengths in tokens", f'<div class="three">{"".join(plots)}</div><p>{escape(said)}</p>')
 
 
 def _rejection_section(report: Mapping[str, Any]) -> str:
     found, near = _rejections(report), report["near_duplicates"]["examples"]
     examples = [(each["example"]["reason"], f"{each['example']['file']}:{each['example']['line']}",
-                 page.one_line(each["example"]["text"])) for each in report["rejected"] if each["example"]]
-    parts = [page.bars([(reason, count) for reason, count, _ in found]) if found
-             else '<p class="soft">No row was rejected.</p>', page.table(("reason", "first at", "text"), examples)]
+                 html.one_line(each["example"]["text"])) for each in report["rejected"] if each["example"]]
+    parts = [html.bars([(reason, count) for reason, count, _ in found]) if found
+             else '<p class="soft">No row was rejected.</p>', html.table(("reason", "first at", "text"), examples)]
     if near:
-        parts += ["<h3>Near-duplicates</h3>", page.table(("left out, from", "like a row of", "text"), (
-            (each["split"], each.get("of_split", each["split"]), page.one_line(each["text"])) for each in near))]
-    return page.section("Rejected and repeated", *parts)
+        parts += ["<h3>Near-duplicates</h3>", html.table(("left out, from", "like a row of", "text"), (
+            (each["split"], each.get("of_split", each["split"]), html.one_line(each["text"])) for each in near))]
+    return html.section("Rejected and repeated", *parts)
 
 
 def _answer_section(report: Mapping[str, Any]) -> str:
@@ -178,15 +178,15 @@ def _answer_section(report: Mapping[str, Any]) -> str:
     parts = [f"<p>{escape(said)}</p>"]
     for key, title in (("most_frequent", "Most frequent"), ("openings", "Beginning alike")):
         if answers[key]:
-            bars = page.bars([(page.one_line(each["text"], 44), each["count"]) for each in answers[key]])
+            bars = html.bars([(html.one_line(each["text"], 44), each["count"]) for each in answers[key]])
             parts += [f"<h3>{title}</h3>", bars]
-    return page.section("Answers", *parts)
+    return html.section("Answers", *parts)
 
 
 def _language_section(report: Mapping[str, Any]) -> str:
     languages = report["languages"]
-    return page.section("Languages", f'<p class="soft">Of {languages["sampled"]:,} sampled questions.</p>',
-                    page.bars([(LANGUAGES.get(name, name), share) for name, share in languages["shares"].items()]))
+    return html.section("Languages", f'<p class="soft">Of {languages["sampled"]:,} sampled questions.</p>',
+                    html.bars([(LANGUAGES.get(name, name), share) for name, share in languages["shares"].items()]))
 
 
 def _across_section(report: Mapping[str, Any]) -> str:
@@ -196,19 +196,19 @@ def _across_section(report: Mapping[str, Any]) -> str:
     near, looks = across["near_duplicates"], (across["neighbours"] or {"examples": []})["examples"]
     parts = [f"<p>{escape(sentence)}</p>"]
     if apart:
-        parts += ["<h3>How well the neighbours tell them apart (50% is chance)</h3>", page.bars(apart, most=1.0)]
-    parts.append(page.table(("looks like", "text"),
-                            ((each["looks_like"], page.one_line(each["text"])) for each in looks)))
-    shared = page.table(("also in", "split here / there", "text"), (
-        (each["domain"], f"{each['split']} / {each['other_split']}", page.one_line(each["text"]))
+        parts += ["<h3>How well the neighbours tell them apart (50% is chance)</h3>", html.bars(apart, most=1.0)]
+    parts.append(html.table(("looks like", "text"),
+                            ((each["looks_like"], html.one_line(each["text"])) for each in looks)))
+    shared = html.table(("also in", "split here / there", "text"), (
+        (each["domain"], f"{each['split']} / {each['other_split']}", html.one_line(each["text"]))
         for each in across["duplicates"]["examples"]))
-    alike = page.table(("nearly the same in", "similarity", "here", "there"), (
-        (f"{each['domain']} {each['other_split']}", each["similarity"], page.one_line(each["text"]),
-         page.one_line(each["other_text"]))
+    alike = html.table(("nearly the same in", "similarity", "here", "there"), (
+        (f"{each['domain']} {each['other_split']}", each["similarity"], html.one_line(each["text"]),
+         html.one_line(each["other_text"]))
         for kind in ("across_domains", "across_splits") for each in near[kind]["examples"]))
     if shared or alike:
         parts += ["<h3>Rows in common</h3>", shared, alike]
-    return page.section("Beside the other domains", *parts)
+    return html.section("Beside the other domains", *parts)
 
 
 def _columns(bins: Sequence[tuple[str, int]]) -> str:

@@ -21,7 +21,7 @@ from moa.core.files import read_json, write_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.text import shorten
 from moa.data import corpus
-from moa.serving import discovery, drift_statistics, prompt_log
+from moa.serving import drift_statistics, prompt_log
 from moa.serving.drift_statistics import Seen
 from moa.serving.prompt_log import Kept
 
@@ -109,7 +109,8 @@ def _reference(workspace: Workspace, folder: Path, digest: str, mixture: Callabl
 
     Kept by the release's digest: what the corpora become later does not change it.
     """
-    code = code_version.of_modules("moa.mixture.router", "moa.serving.drift", "moa.serving.discovery")
+    code = code_version.of_modules("moa.mixture.router", "moa.serving.drift",
+                                   "moa.serving.drift_statistics")
     path = workspace.cache / "drift" / f"{digests.of_json([digest, code])[:32]}.json"
     if path.is_file():
         return read_json(path)
@@ -121,7 +122,7 @@ def _reference(workspace: Workspace, folder: Path, digest: str, mixture: Callabl
     mixed = [prompt for part in prompts.values() for prompt in part]
     found = {"rows": [asdict(Seen(domain=one.domain, score=one.score, confidence=one.confidence,
                                   abstained=one.abstained)) for one in mixture().route(mixed)],
-             "width": discovery.widest(discovery.unit(_standard(mixture(), part[:WIDTH_ROWS]))
+             "width": drift_statistics.widest(drift_statistics.unit(_standard(mixture(), part[:WIDTH_ROWS]))
                                        for part in prompts.values() if part),
              "changed": [domain for domain in manifest["labels"]
                          if _corpus(workspace, domain) != manifest["experts"][domain].get("corpus")]}
@@ -174,14 +175,15 @@ def _missing(mixture: Callable[[], Any], abstained: list[Kept], width: float | N
     found: list[dict[str, Any]] = []
     if len(still) >= least:
         router, seen = mixture().router, _features(mixture(), [kept.messages for kept in still])
-        unit = discovery.unit(router.standard(seen, router.reads).numpy())
+        unit = drift_statistics.unit(router.standard(seen, router.reads).numpy())
         chances = router.probabilities(seen).numpy()
-        for group in discovery.groups(unit, width, least):
+        for group in drift_statistics.groups(unit, width, least):
             mean = dict(zip(router.labels, chances[group].mean(0).tolist(), strict=True))
             nearest = sorted(mean, key=lambda label: (-mean[label], label))[:NEAREST]
             found.append({"prompts": len(group),
                           "nearest": [{"domain": label, "probability": mean[label]} for label in nearest],
-                          "examples": [shorten(still[place].text, SHOWN) for place in discovery.typical(unit, group)],
+                          "examples": [shorten(still[place].text, SHOWN)
+                                        for place in drift_statistics.typical(unit, group)],
                           "from": _time(min(still[place].at for place in group)),
                           "to": _time(max(still[place].at for place in group))})
     return {"abstained": {"distinct": len(abstained), "looked_at": len(looked), "still": len(still)}, "missing": found}

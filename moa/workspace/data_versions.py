@@ -1,6 +1,6 @@
-"""Data that DVC keeps without a command, and what it remembers of stages that are no more: set up, add, forget, purge.
+"""Versions of a workspace's data: what DVC keeps without a command, and what a release was made of as a commit of git.
 
-With moa.workspace.pipeline, the only room that talks to DVC. Knows nothing of domains.
+Sets DVC up, adds and forgets data, purges what DVC remembers of stages that are gone. Knows nothing of domains.
 """
 
 import contextlib
@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from moa.core import git
 from moa.core.errors import PipelineError
+from moa.core.paths import Workspace
 from moa.core.subprocesses import QUIET
 from moa.core.text import sentence
 from moa.workspace.dvc_repository import hushed, listening, misnamed
@@ -159,3 +161,22 @@ def _contents(oid: str, place: Callable[[str], str]) -> Iterator[str]:
     if oid.endswith(".dir"):
         with contextlib.suppress(OSError, ValueError):
             yield from (each["md5"] for each in json.loads(Path(place(oid)).read_bytes()))
+
+
+MADE_OF = ("params.yaml", "dvc.yaml", "dvc.lock", "data/starts.json", "data/raw", "data/parents", "data/.gitignore")
+
+
+def commit(workspace: Workspace, message: str = "moa: what the next release is made of") -> str | None:
+    """Commit the parameters, DVC's files and the starts of now; the commit, or None when there was nothing new.
+
+    Other changes, staged ones included, stay as they are. Raises PipelineError with git's own words.
+    """
+    root, there = workspace.root, [name for name in MADE_OF if (workspace.root / name).exists()]
+    try:
+        git.run(root, "add", "--", *there)
+        if not git.run(root, "diff", "--cached", "--name-only", "--", *there):
+            return None
+        git.run(root, "commit", "--quiet", "--message", message, "--", *there)
+        return git.run(root, "rev-parse", "HEAD").strip()
+    except git.GitError as error:
+        raise PipelineError(f"{str(error).rstrip('.')}; mend that, or set adapt.commit: false.") from error

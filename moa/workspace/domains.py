@@ -1,12 +1,13 @@
 """Domains come and go: rows into data/raw/NAME or back, the domain into or out of params.yaml, all of it or nothing.
 
-Knows nothing of what the steps make of the rows; others' corpora and experts it only proves to be as they were.
+`check` reports on a domain before any training. Knows nothing of what the steps make of the rows; other domains'
+corpora and experts are only proved to be unchanged.
 """
 
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from moa.core.files import read_json, write_json
 from moa.core.names import escaped, storable
 from moa.core.paths import Workspace
 from moa.core.transaction import changing
+from moa.data import overlap
 from moa.data.conversations import fields
 from moa.evaluation import metrics
 from moa.experts.train import Checkpoint
@@ -28,6 +30,7 @@ from moa.workspace import params_editor, row_sources, warm_starts
 from moa.workspace.data_versions import Versions
 from moa.workspace.origins import note as _note_origins
 from moa.workspace.origins import origins as origins
+from moa.workspace.pipeline import Pipeline
 from moa.workspace.row_sources import Found, Hub
 from moa.workspace.stage_graph import PER_DOMAIN
 
@@ -373,3 +376,30 @@ def _named(text: str) -> tuple[str, int]:
     """Digest and number of files that a .dvc file names."""
     out = YAML(typ="safe").load(text)["outs"][0]
     return out["md5"], int(out.get("nfiles", 0))
+
+
+def check(workspace: Workspace, config: Config, domain: str, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The report on `domain`. `tell` hears which stages run first.
+
+    Raises PipelineError when the corpus cannot be prepared.
+    """
+    pipeline = Pipeline(workspace)
+    with pipeline.lock():
+        _bring_up_to_date(pipeline, f"prepare@{config.require_domain(domain)}", tell)
+        report: dict[str, Any] = read_json(workspace.corpus(domain) / "quality.json")
+        compared = overlap.across(workspace, config, domain)
+    return {**report, "across": compared, "warnings": [*report["warnings"], *compared.pop("warnings")]}
+
+
+def _bring_up_to_date(pipeline: Pipeline, target: str, tell: Callable[[str], None]) -> None:
+    """Run what is stale of `target` and of what it reads from, and nothing else."""
+    graph = pipeline.snapshot().graph
+    graph.matching(target)   # or it is no stage
+    needed, new = set(), {target}
+    while new:
+        needed |= new
+        new = {above for name in new for above in graph.upstream(name)} - needed
+    for name in (name for generation in graph.generations() for name in generation if name in needed):
+        if graph.stages[name].command and name in pipeline.stale([name]):
+            tell(name)
+            pipeline.reproduce(name, lambda _: None)

@@ -1,12 +1,16 @@
-"""The only room that talks to DVC: the graph, what is stale, running one stage, recording a stage run elsewhere.
+"""The workspace's DVC pipeline: the graph, what is stale, running one stage, recording a stage run elsewhere.
 
 It does not know what a stage does, in which order stages should run, or that Prefect exists. DVC is asked and told in
 process, and stays open while the workspace's lock is held; stages run in processes of their own, which end when we do.
+
+DVC reads and writes the whole of dvc.lock to record one stage, which takes seconds where there are hundreds of them:
+`spliced` replaces one stage's entry in the text instead, and leaves every other byte as it was.
 """
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,10 +22,33 @@ from moa.core.errors import PipelineError, UsageError
 from moa.core.files import write_atomic
 from moa.core.paths import Workspace
 from moa.core.subprocesses import OnLine, execute
-from moa.workspace import lockfile, origins, stage_inputs, staleness
+from moa.workspace import origins, stage_graph, stage_inputs
 from moa.workspace.dvc_repository import Repository, swept
 from moa.workspace.lock import Owner
 from moa.workspace.stage_graph import Graph, Reason, Snapshot, Stage
+
+HEAD = "schema: '2.0'\nstages:\n"
+ENTRY = re.compile(r"^(?=  \S)", re.MULTILINE)          # an entry begins where a line is indented by two
+NAME = re.compile(r"  ([\w@.+/-]+(?::[\w@.+/-]+)*):\n")   # that line, written as DVC writes it
+
+
+def spliced(text: str, entries: Mapping[str, str]) -> str | None:
+    """`text` with `entries`: by stage, the lines of its own that DVC would write, the name included.
+
+    New stages come last. None where `text` is not as DVC writes it, and so must be left to DVC.
+    """
+    if not (text or HEAD).startswith(HEAD):
+        return None
+    before, *rest = ENTRY.split((text or HEAD)[len(HEAD):])
+    blocks: dict[str, str] = {}
+    for block in rest:
+        found = NAME.match(block)
+        if not found or found[1] in blocks or not block.endswith("\n") or re.search(r"^\S", block, re.MULTILINE):
+            return None   # a name in quotes, a comment, another group behind the stages
+        blocks[found[1]] = block
+    if before or any(not (found := NAME.match(block)) or found[1] != name for name, block in entries.items()):
+        return None
+    return HEAD + "".join({**blocks, **entries}.values())
 
 
 class Pipeline:
@@ -181,7 +208,7 @@ class Pipeline:
                 stage.cmd_changed = False
                 entries[stage.name] = dumps_yaml({"stages": to_lockfile(stage)}).partition("\n")[2]
             before = self._lock_file.read_text(encoding="utf-8") if self._lock_file.exists() else ""
-            if (text := lockfile.spliced(before, entries)) is not None:
+            if (text := spliced(before, entries)) is not None:
                 write_atomic(self._lock_file, text.encode())
                 repo.scm_context.track_file(self._lock_file.name)
             else:
@@ -204,7 +231,7 @@ class Pipeline:
             changes: list[Any] = next(iter(stage.status().values()), []) if stage.cmd else []
             if changes:
                 entries = (*stage.outs, *stage.deps)
-                stale[name] = staleness.reasons(changes, {str(entry): self._path(entry) for entry in entries},
+                stale[name] = stage_graph.reasons(changes, {str(entry): self._path(entry) for entry in entries},
                                                 recorded=any(entry.hash_info for entry in entries))
         return stale
 

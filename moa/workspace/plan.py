@@ -42,7 +42,7 @@ class Plan:
     router: bool                   # whether the router must be trained
     estimate: Estimate
     release: str | None            # what would be registered
-    left_out: tuple[str, ...] = () # by --domains
+    left_out: tuple[str, ...] = () # by --domain
     imported: tuple[str, ...] = () # of `experts`, those that came from outside: training puts its own in their place
 
     @property
@@ -66,7 +66,7 @@ class Plan:
         fresh = len(self.steps) - len(self.stale)
         lines += ["", f"{len(self.stale)} steps to run or check, {fresh} fresh."]
         if self.left_out:
-            lines.append(f"Left out by --domains: {', '.join(self.left_out)}.")
+            lines.append(f"Left out by --domain: {', '.join(self.left_out)}.")
         lines.append(f"Experts to train: {', '.join(self.experts) or 'none'}. "
                      f"Router: {'trained' if self.router else 'unchanged'}.")
         if self.imported:

@@ -1,6 +1,9 @@
-"""The pipeline as plain data: stages, what each needs, and why it is stale. Knows nothing of DVC or of running."""
+"""The pipeline as plain data: stages, what each needs, and why it is stale.
 
-from collections.abc import Iterable, Mapping
+`reasons` translates what DVC's status says of a stage; nothing else here knows DVC, and nothing runs a stage.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +11,7 @@ from moa.core.errors import UsageError
 
 # Why a stage must run. "restore": only its outputs are missing, DVC may have them in its cache.
 FORCED, NEW, CHANGED, RESTORE = "forced", "new", "changed", "restore"
-# Steps that `--domains` limits; what follows them needs every domain.
+# Steps that `--domain` limits; what follows them needs every domain.
 PER_DOMAIN = frozenset({"quickstart", "prepare", "train"})
 
 
@@ -104,3 +107,37 @@ class Snapshot:
         out = frozenset(name for name, stage in self.graph.stages.items()
                         if stage.step in PER_DOMAIN and stage.domain is not None and stage.domain not in kept)
         return replace(self, stale={name: why for name, why in self.stale.items() if name not in out}, left_out=out)
+
+
+def reasons(changes: Sequence[Any], paths: Mapping[str, str], *, recorded: bool) -> tuple[Reason, ...]:
+    """`changes`: what DVC's status says of one stage. `paths`: our names of the files that it names.
+
+    `recorded`: whether the stage ever ran.
+    """
+    if not recorded:
+        return (Reason(NEW, "never run"),)
+    return tuple(reason for change in changes for reason in _explain(change, paths))
+
+
+def _explain(change: Any, paths: Mapping[str, str]) -> Iterator[Reason]:
+    """One entry of DVC's status: a word, or changed inputs or outputs by path."""
+    if not isinstance(change, Mapping):
+        yield Reason(CHANGED, "its command changed" if change == "changed command" else str(change))
+        return
+    for path, state in change.get("changed deps", {}).items():
+        if isinstance(state, Mapping):
+            begins = path.endswith(".moa/starts.json")
+            yield from (Reason(CHANGED, "where its training begins changed" if begins else
+                               f"parameter {key} {_state(how)}") for key, how in state.items())
+        else:
+            yield Reason(CHANGED, f"{paths.get(path, path)} {_state(state)}")
+    for path, state in change.get("changed outs", {}).items():
+        if state == "modified":
+            yield Reason(CHANGED, f"its output {paths.get(path, path)} was changed by something else")
+        else:
+            yield Reason(RESTORE, f"its output {paths.get(path, path)} is "
+                                  f"{'missing' if state == 'deleted' else state}")
+
+
+def _state(state: str) -> str:
+    return {"modified": "changed", "deleted": "is missing", "new": "is new"}.get(state, state)

@@ -54,7 +54,7 @@ if FACTOR > 1:
 
     when_imported("transformers.modeling_utils")(lambda module: slow_down(module.PreTrainedModel, "__call__", _toy))
     when_imported("torch.autograd")(lambda module: slow_down(module, "backward", lambda _: _here.toy))
-    for module, kind in (("moa.mixture.generation.llama", "LlamaDecoding"),
+    for module, kind in (("moa.mixture.generation.decoding", "LlamaDecoding"),
                          ("moa.mixture.generation.native", "CompiledDecoding")):
         when_imported(module)(lambda module, kind=kind: slow_down(getattr(module, kind), "_step",
                                                                   lambda decoding: _toy(decoding.model)))

@@ -330,4 +330,4 @@ def test_status_and_history(workspace: Workspace) -> None:
     assert facts["ledger"] and "nothing that can be learned waits" in facts["due"]["reason"]
     said = moa(workspace, "status")
     assert "moa up" in said and "does not run" in said
-    assert "released" in moa(workspace, "history")
+    assert "released" in moa(workspace, "log")

@@ -24,15 +24,23 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     return toy.make(tmp_path / "w")
 
 
+def newest_run(client: Any) -> Any:
+    """The newest flow run that no deployment made: other tests leave scheduled runs on this server."""
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    return client.read_flow_runs(flow_run_filter=FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(is_null_=True)),
+                                 limit=1, sort=FlowRunSort.START_TIME_DESC)[0]
+
+
 def last_run(url: str) -> tuple[str, dict[str, str]]:
     """State of the newest flow run, and of each of its task runs, by Prefect's own account."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-    from prefect.client.schemas.sorting import FlowRunSort
 
     prefect_server.Server(Api(url)).settle()
     with get_client(sync_client=True) as client:
-        newest = client.read_flow_runs(limit=1, sort=FlowRunSort.START_TIME_DESC)[0]
+        newest = newest_run(client)
         tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[newest.id])))
         assert newest.state is not None
         return newest.state.name, {task.name: task.state.name for task in tasks if task.state}
@@ -81,10 +89,9 @@ def artifacts_of_the_last_run() -> dict[str, Any]:
     """By key, what Prefect keeps with the newest flow run; its own records of failures have no key."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-    from prefect.client.schemas.sorting import FlowRunSort
 
     with get_client(sync_client=True) as client:
-        newest = client.read_flow_runs(limit=1, sort=FlowRunSort.START_TIME_DESC)[0]
+        newest = newest_run(client)
         found = client.read_artifacts(artifact_filter=ArtifactFilter(
             flow_run_id=ArtifactFilterFlowRunId(any_=[newest.id])))
         return {each.key: each for each in found if each.key}

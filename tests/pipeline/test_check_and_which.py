@@ -22,7 +22,7 @@ from moa.release.lineage import dvc_outputs
 from moa.release.registry import Registry
 from moa.reports import quality, row_lookup
 from moa.workspace.data_versions import Versions
-from moa.workspace.domain_check import check
+from moa.workspace.domains import check
 
 BASE = {"digest": "b" * 64, "weights": "w", "tokenizer": "t", "template": "c", "source": "path:toy"}
 SECRET = "Write to ada@mail.example about the harbour, the lighthouse and every ship that ever came in."

@@ -339,4 +339,4 @@ def test_the_report_of_a_released_workspace(workspace: Workspace, tmp_path: Path
     write_json(workspace.mixture / MANIFEST, {**manifest, "digest": "e" * 64})
     facts = report_facts.gather(workspace, read(workspace))
     assert facts["challenger"]["digest"] == "e" * 64
-    assert "challenger (this workspace)" in report_page.html(facts)
+    assert "challenger (this workspace)" in report_page.render(facts)

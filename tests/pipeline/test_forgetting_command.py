@@ -107,7 +107,7 @@ def test_what_did_not_change_answers_as_it_did(workspace: Workspace) -> None:
 
 
 def test_the_command_shows_it(workspace: Workspace) -> None:
-    code, out, err = moa(workspace, "--old", str(FIRST), "--new", str(NOISE))
+    code, out, err = moa(workspace, str(NOISE), "--against", str(FIRST))
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == f"version {FIRST} -> version {NOISE}"
@@ -130,9 +130,9 @@ def test_an_unchanged_expert_that_answers_otherwise_is_an_error(workspace: Works
 
 
 @pytest.mark.parametrize(("words", "code", "sentence"), [
-    (["--new", "2", "--old", "2"], 2, "Version 2 cannot be compared with itself"),
-    (["--old", "9"], 1, "has no version 9; its versions: 1, 2, 3"),
-    (["--new", "9"], 1, "has no version 9; its versions: 1, 2, 3")])
+    (["2", "--against", "2"], 2, "Version 2 cannot be compared with itself"),
+    (["--against", "9"], 1, "has no version 9; its versions: 1, 2, 3"),
+    (["9"], 1, "has no version 9; its versions: 1, 2, 3")])
 def test_what_cannot_be_compared_is_one_sentence(workspace: Workspace, words: list[str], code: int,
                                                  sentence: str) -> None:
     ended, out, err = moa(workspace, *words)

@@ -14,7 +14,7 @@ from moa.core.errors import PipelineError
 from moa.core.paths import Workspace
 from moa.core.subprocesses import environment
 from moa.release import lineage
-from moa.workspace.commits import commit
+from moa.workspace.data_versions import commit
 from moa.workspace.domains import add
 from moa.workspace.init import init
 

@@ -524,13 +524,13 @@ def test_ingest_queues_and_says_who_will_learn_it(workspace: Workspace, template
 
 
 def test_history_shows_the_ledger(workspace: Workspace) -> None:
-    assert moa(workspace, "history").stdout == "Nothing has happened yet.\n"
+    assert moa(workspace, "log").stdout == "Nothing has happened yet.\n"
     event_log.append(workspace, "arrived", domain="law", rows=40)
     event_log.append(workspace, "skipped", reason="within the cool-down")
-    assert [line.split("  ", 2)[2] for line in moa(workspace, "history").stdout.splitlines()] == [
+    assert [line.split("  ", 2)[2] for line in moa(workspace, "log").stdout.splitlines()] == [
         "arrived  40 rows of law", "skipped  no run: within the cool-down"]
-    assert [each["kind"] for each in json.loads(moa(workspace, "history", "--last", "1", "--json").stdout)["entries"]
+    assert [each["kind"] for each in json.loads(moa(workspace, "log", "--last", "1", "--json").stdout)["entries"]
             ] == ["skipped"]
-    assert "arrived" in moa(workspace, "history", "--kind", "arrived").stdout
-    wrong = moa(workspace, "history", "--kind", "arived")
+    assert "arrived" in moa(workspace, "log", "--kind", "arrived").stdout
+    wrong = moa(workspace, "log", "--kind", "arived")
     assert wrong.returncode == 2 and wrong.stderr.startswith("moa: The ledger has no kind 'arived'; its kinds are arri")

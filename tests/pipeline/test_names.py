@@ -59,7 +59,7 @@ def moa(workspace: Workspace, *words: str | bytes) -> subprocess.CompletedProces
 
 
 def every_command_works(workspace: Workspace, domain: str) -> None:
-    for words in (["status"], ["status", "--json"], ["plan"], ["history"], ["domain", "list"],
+    for words in (["status"], ["status", "--json"], ["plan"], ["log"], ["domain", "list"],
                   ["domain", "show", domain], ["domain", "show", domain, "--json"], ["domain", "which", "Ask 2001"]):
         done = moa(workspace, *words)
         assert done.returncode == 0, (words, done.stderr)

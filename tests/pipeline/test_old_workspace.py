@@ -71,7 +71,7 @@ def test_it_is_looked_at(workspace: Workspace, tmp_path: Path) -> None:
     facts = said(workspace, "status")
     assert facts["champion"] == "moa-mixture version 2" and facts["interrupted"] == ["alpha"]
     assert [entry["kind"] for entry in facts["ledger"]][-1] == "start-chosen"
-    assert "poison" in moa(workspace, "history")
+    assert "poison" in moa(workspace, "log")
     listed = said(workspace, "release", "list")
     assert [(each["version"], each["state"]) for each in listed["releases"]] == [
         (3, "refused"), (2, "champion"), (1, "was champion")]

@@ -308,7 +308,7 @@ def test_what_waits_is_said_and_listed(shop: Shop) -> None:
     (["rollback", "--to", str(BETTER)], 1, f"Version {BETTER} was never champion"),
     (["rollback", "--to", str(WEAK)], 1, f"Version {WEAK} is champion already"),
     (["show", "9"], 1, "has no version 9"),
-    (["diff", "1", "9"], 1, "has no version 9"),
+    (["diff", "9", "--against", "1"], 1, "has no version 9"),
 ])
 def test_what_is_not_allowed_is_one_sentence_and_moves_nothing(shop: Shop, words: list[str], code: int,
                                                                sentence: str) -> None:
@@ -328,14 +328,14 @@ def test_show_and_diff(shop: Shop) -> None:
     facts = shop.json("release", "show", str(BETTER))
     assert facts["state"] == "waiting" and set(facts["experts"]) == set(DOMAINS) and facts["gate"]["promote"]
     assert facts["corpora"]["alpha"]["moa.digest"] == read_json(shop.workspace.corpus("alpha") / MANIFEST)["digest"]
-    changed = shop.json("release", "diff", str(WEAK), str(BETTER))
+    changed = shop.json("release", "diff", str(BETTER), "--against", str(WEAK))
     assert changed["experts"]["beta"]["change"] == "same" and changed["experts"]["alpha"]["change"] == "changed"
     assert changed["experts"]["alpha"]["old"]["version"] == 1 and changed["experts"]["alpha"]["new"]["version"] == 5
     assert changed["base"]["change"] == "same" and changed["gate"]["new"]["promote"]
-    swapped = shop.json("release", "diff", str(WEAK), str(SWAPPED))
+    swapped = shop.json("release", "diff", str(SWAPPED), "--against", str(WEAK))
     assert swapped["router"]["change"] == "changed"
     assert swapped["parameters"]["labels"] == {"old": "alpha,beta", "new": "beta,alpha"}
-    text = shop.run("release", "diff", str(WEAK), str(BETTER))[1]
+    text = shop.run("release", "diff", str(BETTER), "--against", str(WEAK))[1]
     assert "alpha   changed" in text and "beta    same" in text
     assert "waiting" in shop.run("release", "show", str(BETTER))[1]
 

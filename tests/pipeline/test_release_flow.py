@@ -133,7 +133,7 @@ def test_a_spoilt_expert_is_refused_by_name_and_what_is_equal_is_not_promoted(
     assert not result["decision"]["promote"]
     assert result["decision"]["domains"]["alpha"]["verdict"] == "fail"
     assert result["decision"]["domains"]["beta"]["verdict"] == "pass"
-    compared = moa(workspace, "compare", "--incumbent", "1", "--challenger", "2")
+    compared = moa(workspace, "compare", "2", "--against", "1")
     beta = [row for row in compared["rows"] if row["domain"] == "beta"]
     assert beta
     assert all(row["incumbent_loss"] == row["challenger_loss"] for row in beta)

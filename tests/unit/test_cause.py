@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moa.evaluation.attribution import causes
+from moa.evaluation.comparison import causes
 
 DOMAINS = ("alpha", "beta")
 

@@ -52,7 +52,7 @@ def test_version() -> None:
     (PARAMS.replace("math", "a/b"), ["run", "--local"], 1, "a domain name is lower-case"),
     (PARAMS, ["prepare", "--domain", "law"], 1, "moa: No domain 'law' in params.yaml; its domains are math."),
     (PARAMS, ["run", "--local"], 2, "is not set up for DVC: run `git init && dvc init` there first."),
-    (PARAMS, ["plan", "--domains", "law"], 1, "moa: No domain 'law'"),
+    (PARAMS, ["plan", "--domain", "law"], 1, "moa: No domain 'law'"),
 ])
 def test_one_sentence_and_an_exit_code(tmp_path: Path, params: str | None, words: list[str], code: int,
                                        sentence: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from moa.core.errors import PipelineError
 from moa.core.paths import Workspace
-from moa.workspace.commits import commit
+from moa.workspace.data_versions import commit
 
 
 def git(root: Path, *words: str) -> str:

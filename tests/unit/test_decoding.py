@@ -17,10 +17,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from moa.experts.lora import ExpertStack, LoraSpec
-from moa.mixture.generation import engine, llama, packing
-from moa.mixture.generation.decoding import Decoding
+from moa.mixture.generation import decoding, engine, native
+from moa.mixture.generation.decoding import Decoding, LlamaDecoding
 from moa.mixture.generation.engine import Options
-from moa.mixture.generation.llama import LlamaDecoding
 from tests import tiny
 
 FAST = ("llama", "qwen2")
@@ -82,9 +81,9 @@ def test_the_written_out_step_computes_what_the_model_does(architecture: str, ro
     """Padding, rows without an expert, rows that leave, and a cache that grows more than once."""
     lengths, experts = map(list, zip(*rows, strict=True))
     stay = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=len(rows), unique=True))
-    steps = data.draw(st.sampled_from([3, 2 * llama.CHUNK // 3]))
+    steps = data.draw(st.sampled_from([3, 2 * decoding.CHUNK // 3]))
     stack = stack_on(model_of(architecture))
-    assert llama.fits(stack.model)
+    assert decoding.fits(stack.model)
     plain, fast = (walk(kind, stack, lengths, experts, [stay], steps) for kind in (Decoding, LlamaDecoding))
     for one, same in zip(plain, fast, strict=True):
         torch.testing.assert_close(same, one, atol=1e-9, rtol=1e-9)
@@ -134,14 +133,14 @@ def test_a_scaled_rotation_is_the_models_own() -> None:
 
 
 def test_other_models_keep_their_own_forward() -> None:
-    assert [llama.fits(model_of(architecture)) for architecture in tiny.ARCHITECTURES] == [True, True, False]
+    assert [decoding.fits(model_of(architecture)) for architecture in tiny.ARCHITECTURES] == [True, True, False]
     sliding = copy.copy(model_of("qwen2"))
     sliding.config = copy.deepcopy(sliding.config)
     sliding.config.layer_types = ["full_attention", "sliding_attention"]
-    assert not llama.fits(sliding)
+    assert not decoding.fits(sliding)
     stack = stack_on(model_of("llama"))
     stack.blend(torch.tensor([[0.5, 0.5]]))
-    assert not llama.fits(stack.model)
+    assert not decoding.fits(stack.model)
 
 
 # Packed weights.
@@ -149,30 +148,30 @@ def test_other_models_keep_their_own_forward() -> None:
 @pytest.mark.parametrize("pair", [1, 2])
 def test_packed_weights_are_the_layers_side_by_side(pair: int) -> None:
     layers = [nn.Linear(12, 8), nn.Linear(12, 2, bias=False)]
-    weight, bias_O = packing.packed(layers, 4, pair)
+    weight, bias_O = native.packed(layers, 4, pair)
     together = torch.cat([layer.weight for layer in layers])
     assert torch.equal(weight.transpose(1, 2).reshape(16, 12), functional.pad(together, (0, 0, 0, 6)))
     assert bias_O is not None and torch.equal(bias_O, functional.pad(layers[0].bias, (0, 8)))
-    assert packing.packed(layers, 4, pair)[0] is weight
+    assert native.packed(layers, 4, pair)[0] is weight
 
 
 def test_packed_weights_go_with_the_model() -> None:
-    before, layers = len(packing._packed), [nn.Linear(8, 8)]
-    packing.packed(layers, 8, 1)
-    assert len(packing._packed) == before + 1
+    before, layers = len(native._packed), [nn.Linear(8, 8)]
+    native.packed(layers, 8, 1)
+    assert len(native._packed) == before + 1
     layers.clear()
     gc.collect()
-    assert len(packing._packed) == before
+    assert len(native._packed) == before
 
 
 def test_no_more_is_packed_than_the_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [nn.Linear(8, 8), nn.Linear(8, 8)]
-    assert packing.room([layers])
-    monkeypatch.setattr(packing, "SHARE", 0)
-    assert not packing.room([layers])
-    packing.packed(layers, 8, 1)
-    assert packing.room([layers])   # both are there already
-    assert not packing.room([layers, [nn.Linear(8, 8)]])
+    assert native.room([layers])
+    monkeypatch.setattr(native, "SHARE", 0)
+    assert not native.room([layers])
+    native.packed(layers, 8, 1)
+    assert native.room([layers])   # both are there already
+    assert not native.room([layers, [nn.Linear(8, 8)]])
 
 
 def test_bfloat16_steps_are_as_near_to_float64_as_the_models_own() -> None:

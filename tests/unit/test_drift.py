@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moa.serving import discovery, drift_statistics
+from moa.serving import drift_statistics
 from moa.serving.drift_statistics import Seen
 
 DOMAINS = ("code", "law", "math", "tales")
@@ -134,34 +134,35 @@ def cloud(source: np.random.Generator, centre: int, number: int, noise: float = 
 @pytest.mark.parametrize("seed", range(5))
 def test_each_missing_domain_is_one_group_and_stragglers_are_none(seed: int) -> None:
     source = np.random.default_rng(seed)
-    width = discovery.widest(discovery.unit(cloud(source, place, 30)) for place in range(4))
+    width = drift_statistics.widest(drift_statistics.unit(cloud(source, place, 30)) for place in range(4))
     assert width is not None
     small, large = cloud(source, 10, 15), cloud(source, 11, 40)
     stragglers = source.normal(size=(15, 32)) * 5
-    unit = discovery.unit(np.concatenate([small, stragglers, large]))
-    first, second = (set(group) for group in discovery.groups(unit, width, 10))
+    unit = drift_statistics.unit(np.concatenate([small, stragglers, large]))
+    first, second = (set(group) for group in drift_statistics.groups(unit, width, 10))
     assert first <= set(range(30, 70)) and second <= set(range(15))
     assert len(first) >= 34 and len(second) >= 12   # those far out of their own domain may stay alone
-    assert discovery.groups(unit, width, 10) == [sorted(first), sorted(second)]
-    assert discovery.groups(unit, width, 41) == []
-    assert set(discovery.typical(unit, sorted(second))) < second
+    assert drift_statistics.groups(unit, width, 10) == [sorted(first), sorted(second)]
+    assert drift_statistics.groups(unit, width, 41) == []
+    assert set(drift_statistics.typical(unit, sorted(second))) < second
 
 
 @settings(max_examples=20)
 @given(st.integers(0, 10_000))
 def test_groups_do_not_depend_on_the_order_of_prompts(seed: int) -> None:
     source = np.random.default_rng(seed)
-    unit = discovery.unit(np.concatenate([cloud(source, 1, 20), cloud(source, 2, 15), source.normal(size=(9, 32))]))
+    unit = drift_statistics.unit(
+        np.concatenate([cloud(source, 1, 20), cloud(source, 2, 15), source.normal(size=(9, 32))]))
     order = source.permutation(len(unit))
-    plain = discovery.groups(unit, 0.8, 5)
-    shuffled = [{int(order[place]) for place in group} for group in discovery.groups(unit[order], 0.8, 5)]
+    plain = drift_statistics.groups(unit, 0.8, 5)
+    shuffled = [{int(order[place]) for place in group} for group in drift_statistics.groups(unit[order], 0.8, 5)]
     assert sorted(map(sorted, shuffled)) == sorted(map(sorted, plain))
 
 
 def test_distances() -> None:
-    vectors = discovery.unit([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])   # each two are 1, 1 and 2 apart
-    assert discovery.reach(vectors) == pytest.approx(1.5)
-    assert discovery.widest([vectors, vectors[:2], vectors[:1]]) == pytest.approx(1.5)
-    assert discovery.widest([vectors[:1]]) is None
-    assert discovery.groups(vectors[:1], 1.0, 1) == []
-    assert discovery.unit([[0.0, 0.0]]).tolist() == [[0.0, 0.0]]
+    vectors = drift_statistics.unit([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])   # each two are 1, 1 and 2 apart
+    assert drift_statistics.reach(vectors) == pytest.approx(1.5)
+    assert drift_statistics.widest([vectors, vectors[:2], vectors[:1]]) == pytest.approx(1.5)
+    assert drift_statistics.widest([vectors[:1]]) is None
+    assert drift_statistics.groups(vectors[:1], 1.0, 1) == []
+    assert drift_statistics.unit([[0.0, 0.0]]).tolist() == [[0.0, 0.0]]

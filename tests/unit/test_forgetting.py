@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from moa.data.corpus import Row
-from moa.evaluation.routing_changes import exact_test, moves, sign_test
+from moa.evaluation.statistics import exact_test, moves, sign_test
 from moa.release.forgetting import changes, complaint, figures, paired, text, word_for_word
 
 ROWS = [Row(str(number), ({"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": "x"}),

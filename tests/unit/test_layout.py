@@ -21,10 +21,9 @@ REPOSITORY = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "peft", "mlflow", "prefect", "dvc", "datasets", "safetensors", "pyarrow"}
 # Modules that are about tensors, or are a flow: only these may be slow to import, and only steps import them.
 SLOW = {"moa.base.kernels.attention", "moa.base.kernels.llama_ops", "moa.experts.batches", "moa.experts.cotraining",
-        "moa.experts.disk_tensor", "moa.experts.lora", "moa.experts.lora_autograd", "moa.experts.peft_format",
-        "moa.mixture.calibration", "moa.mixture.expert_cache", "moa.mixture.expert_files",
-        "moa.mixture.generation.decoding", "moa.mixture.generation.engine", "moa.mixture.generation.llama",
-        "moa.mixture.generation.native", "moa.mixture.generation.packing", "moa.mixture.generation.sampling",
+        "moa.experts.lora", "moa.experts.lora_autograd", "moa.experts.peft_format",
+        "moa.mixture.calibration", "moa.mixture.expert_cache", "moa.mixture.generation.decoding",
+        "moa.mixture.generation.engine", "moa.mixture.generation.native", "moa.mixture.generation.sampling",
         "moa.mixture.joint_training", "moa.mixture.layer_routing", "moa.mixture.mixture", "moa.mixture.router",
         "moa.serving.active_release", "flows.adapt", "flows.build", "flows.deployments", "flows.drift"}
 # Read by many stages, a dependency of none: where a step runs must not change its result, and the base's source

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moa.workspace.lockfile import HEAD, spliced
+from moa.workspace.pipeline import HEAD, spliced
 
 BASE = "  base:\n    cmd: moa base\n    outs:\n    - path: data/base\n"
 TRAIN = ("  train@math:\n    cmd: moa train\n      --domain math\n    params:\n      p:\n        x: |-\n          a\n"

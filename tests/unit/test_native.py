@@ -26,7 +26,7 @@ from moa.base.kernels.llama_ops import fused
 from moa.experts.cotraining import recomputing
 from moa.experts.lora import ExpertStack, LoraSpec
 from moa.experts.lora_autograd import CompiledProduct, LoraProduct, add_lora
-from moa.mixture.generation import engine, llama, native
+from moa.mixture.generation import decoding, engine, native
 from moa.mixture.generation.decoding import Decoding
 from moa.mixture.generation.native import CompiledDecoding
 from tests.unit.test_decoding import prompts_of, walk
@@ -66,9 +66,9 @@ def test_the_compiled_step_computes_what_the_model_does(architecture: str, rows:
     """Padding, rows without an expert, rows that leave, more rows than a tile, and a cache that grows."""
     lengths, experts = map(list, zip(*rows, strict=True))
     stay = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=len(rows), unique=True))
-    steps = data.draw(st.sampled_from([3, 2 * llama.CHUNK // 3]))
+    steps = data.draw(st.sampled_from([3, 2 * decoding.CHUNK // 3]))
     stack = stack_on(model_of(architecture), 2, 5)
-    assert llama.fits(stack.model) and native.fits(stack.model)
+    assert decoding.fits(stack.model) and native.fits(stack.model)
     plain, fast = (walk(kind, stack, lengths, experts, [stay], steps) for kind in (Decoding, CompiledDecoding))
     for one, same in zip(plain, fast, strict=True):
         torch.testing.assert_close(same, one, atol=2e-4, rtol=1e-4)
@@ -145,14 +145,14 @@ def test_bfloat16_steps_are_as_near_to_float64_as_the_models_own(architecture: s
 def test_what_the_tiles_do_not_fill_is_decoded_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = AutoModelForCausalLM.from_config(AutoConfig.for_model(
         "llama", vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4))
-    assert llama.fits(narrow) and not native.fits(narrow)
+    assert decoding.fits(narrow) and not native.fits(narrow)
     other = model_of("llama")
     assert engine._way(other) is CompiledDecoding
-    assert engine._way(other.double()) is llama.LlamaDecoding
+    assert engine._way(other.double()) is decoding.LlamaDecoding
     other = model_of("llama")
     other.config.hidden_act = "gelu"
     assert not native.fits(other)
-    monkeypatch.setattr("moa.mixture.generation.packing.SHARE", 0)
+    monkeypatch.setattr("moa.mixture.generation.native.SHARE", 0)
     assert not native.fits(model_of("llama"))
 
 

@@ -24,8 +24,7 @@ from moa.experts.lora import BASE_ONLY, ExpertStack, LoraSpec
 from moa.experts.peft_format import WEIGHTS
 from moa.mixture import artifact
 from moa.mixture.calibration import calibrate, fit
-from moa.mixture.expert_cache import Pages
-from moa.mixture.expert_files import Loader
+from moa.mixture.expert_cache import Loader, Pages
 from moa.mixture.mixture import BASE, Mixture
 from moa.mixture.router import features
 from tests import tiny

@@ -202,7 +202,7 @@ def test_rows_cannot_write_into_the_page(tmp_path: Path) -> None:
     near = [{"id": evil, "of": evil, "split": "train", "of_split": "test", "text": evil}]
     report = corpus(tmp_path, [talk(evil, evil) for _ in range(30)], rejected, near)
     page = Page()
-    page.feed(quality_page.html(beside({**report, "redacted": {"email": 3}}, evil)))
+    page.feed(quality_page.render(beside({**report, "redacted": {"email": 3}}, evil)))
     assert not page.open
     assert not page.tags.keys() & {"script", "img", "iframe", "object"}
     assert page.links == ["data:,"]   # an empty icon, or a browser asks the server for one

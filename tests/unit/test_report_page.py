@@ -146,7 +146,7 @@ def test_intervals_need_rows_and_finite_values() -> None:
 
 
 def test_the_page_says_what_there_is(workspace: Workspace) -> None:
-    html = report_page.html(report_facts.gather(workspace, CONFIG))
+    html = report_page.render(report_facts.gather(workspace, CONFIG))
     page = Page(html)
     assert not page.open and not page.tags.keys() & {"script", "img", "iframe", "object"}
     assert page.addresses == ["data:,"]
@@ -164,7 +164,7 @@ def test_the_page_says_what_there_is(workspace: Workspace) -> None:
 def test_layer_agreement_is_plotted_with_the_level_that_is_read(workspace: Workspace) -> None:
     facts = report_facts.gather(workspace, CONFIG)
     router = facts["mixture"]["router"]
-    html = report_page.html(facts)
+    html = report_page.render(facts)
     said = Page(html).text
     assert "Layer agreement" in said and "on 1,200 validation prompts" in said and "4 (read)" in said
     assert "4 of 6 layers are computed" in said and "agreement with the router's choice 1.0000 at level 4" in said
@@ -173,11 +173,11 @@ def test_layer_agreement_is_plotted_with_the_level_that_is_read(workspace: Works
     middle = re.search(r'<line x1="([\d.]+)" x2="\1" [^>]*class="mark"', html)
     read = re.search(r'<circle cx="([\d.]+)"[^>]*><title>accuracy 0.7400 at level 4</title>', html)
     assert middle and read and middle[1] == read[1]
-    assert "(read)" in Page(report_page.html(with_router(facts, router | {"rule": "last"}))).text
-    voting = report_page.html(with_router(facts, router | {"rule": "vote"}))
+    assert "(read)" in Page(report_page.render(with_router(facts, router | {"rule": "last"}))).text
+    voting = report_page.render(with_router(facts, router | {"rule": "vote"}))
     assert 'class="mark"' not in voting and "The rule reads every level." in voting and "(read)" not in voting
     del router["levels"]   # a mixture of before
-    assert "Layer agreement" not in report_page.html(facts)
+    assert "Layer agreement" not in report_page.render(facts)
 
 
 def with_router(facts: dict[str, Any], router: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def test_the_gates_comparisons_are_shown_pair_by_pair(workspace: Workspace) -> N
     assert report_facts.verdicts({"promote": True, "reason": "first release"}) == []
     facts = report_facts.gather(workspace, CONFIG)
     facts["challenger"] |= {"version": 3, "gate": DECISION}
-    said = Page(report_page.html(facts)).text
+    said = Page(report_page.render(facts)).text
     for words in ("version 3: refused, against version 2", "law: loss is worse", "+0.250  [+0.125,\u00a0+0.500]",
                   "pass, better"):
         assert words in said, words
@@ -200,7 +200,7 @@ def test_the_gates_comparisons_are_shown_pair_by_pair(workspace: Workspace) -> N
 
 def test_a_workspace_with_nothing_built_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    page = Page(report_page.html(report_facts.gather(Workspace(tmp_path), CONFIG)))
+    page = Page(report_page.render(report_facts.gather(Workspace(tmp_path), CONFIG)))
     assert "Nothing was evaluated yet" in page.text and "0 with an expert" in page.text and not page.open
 
 
@@ -210,7 +210,7 @@ def test_no_registry_is_said_and_the_rest_is_shown(workspace: Workspace, monkeyp
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))   # bound and not listening: nobody answers
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        page = Page(report_page.html(report_facts.gather(workspace, CONFIG)))
+        page = Page(report_page.render(report_facts.gather(workspace, CONFIG)))
     assert "The champion is unknown: No MLflow server answers" in page.text and "routing tax" in page.text
 
 
@@ -227,7 +227,7 @@ def test_nothing_in_a_workspace_can_write_into_the_page(workspace: Workspace) ->
     champion = {"name": "m", "version": 3, "since": "2026-01-01", "reason": "better", "experts": {},
                 "router": facts["mixture"]["router"], "gate": DECISION, **facts["challenger"], "digest": "8" * 64}
     known = keys({**facts, "champion": champion}) - {"law", "sql", "new"}
-    page = Page(report_page.html(spoiled({**facts, "champion": champion, "registry_trouble": "down"})))
+    page = Page(report_page.render(spoiled({**facts, "champion": champion, "registry_trouble": "down"})))
     assert not page.open and page.tags["svg"] >= 5
     assert not page.tags.keys() & {"script", "img", "iframe", "object"}
     assert page.addresses == ["data:,"] and EVIL in page.text

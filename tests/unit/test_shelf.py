@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa.experts.disk_tensor import Shelf
+from moa.experts.cotraining import Shelf
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -15,7 +15,7 @@ SLEEPS = """
 import json, sys, torch, transformers, moa_test_slow
 from moa.mixture.generation import native
 from moa.mixture.generation.decoding import Decoding
-from moa.mixture.generation.llama import LlamaDecoding
+from moa.mixture.generation.decoding import LlamaDecoding
 slept, counts = [], {}
 moa_test_slow.time.sleep = slept.append
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moa.core.errors import UsageError
-from moa.mixture.generation import llama, native
+from moa.mixture.generation import decoding, native
 from moa.mixture.generation.decoding import Decoding
 from moa.mixture.generation.sampling import Options, Sampling, generator
 
@@ -176,9 +176,9 @@ def write(model: Any, tokenizer: Any, orders: Sequence[Order],
 
 def _way(model: Any) -> type[Decoding]:
     """The fastest way to decode with the model as it stands."""
-    if not llama.fits(model):
+    if not decoding.fits(model):
         return Decoding
-    return native.CompiledDecoding if native.fits(model) else llama.LlamaDecoding
+    return native.CompiledDecoding if native.fits(model) else decoding.LlamaDecoding
 
 
 def _until_some_leave(batch: Decoding, rows: Sequence[_Row], context: float | None) -> Tensor:

@@ -1,24 +1,62 @@
-"""The decoding step of `moa.mixture.generation.llama`, compiled: all layers in one call of `csrc/step.c`.
+"""The decoding step of `LlamaDecoding` (`moa.mixture.generation.decoding`), compiled: all layers in one call of C.
 
-On CPUs that multiply bfloat16, or in float32 on any, where a compiler is at hand (`moa.base.kernels.build`) and the
-model's widths fill its tiles; sums are in float32 throughout.
+`csrc/step.c` serves CPUs that multiply bfloat16, or any CPU in float32, where a compiler is installed
+(`moa.base.kernels.build`) and the model's widths fill its tiles; sums are in float32 throughout. It reads frozen
+weights in an order of its own, tile by tile of outputs, and in a tile input by input. They are copied once (`packed`)
+and the copy lives as long as the weights.
 
 Shapes: B rows, H hidden size, T positions, K key heads, C = 2K keys and values, D size of a head, I inputs, O outputs
 of several layers side by side, P parts: those layers, R ranks, L lanes of a vector, S = O / L.
 """
 
 import ctypes
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moa.base.kernels.build import library_for
 from moa.experts.lora import StackedLoRA
-from moa.mixture.generation import packing
-from moa.mixture.generation.llama import CHUNK, LlamaDecoding
+from moa.mixture.generation.decoding import CHUNK, LlamaDecoding
+
+SHARE = 0.25   # of the machine's memory that the copies may take
+
+_packed: Any = WeakTensorKeyDictionary()   # by the first layer's weight: copies of a base that share weights share this
+
+
+def packed(layers: Sequence[nn.Linear], tile: int, pair: int) -> tuple[Tensor, Tensor | None]:
+    """The layers' weights (O / tile, I / pair, tile, pair), and their biases (O) in float32 if they have some. Behind
+    the last output come zeros, up to an even number of tiles."""
+    first = layers[0].weight
+    if first not in _packed:
+        _packed[first] = _pack(layers, tile, pair)
+    return _packed[first]
+
+
+def room(groups: Sequence[Sequence[nn.Linear]]) -> bool:
+    """Whether there is memory to pack these too, each group side by side."""
+    new = sum(layer.weight.nbytes for layers in groups if layers[0].weight not in _packed for layer in layers)
+    taken = sum(weight.nbytes for weight, _ in _packed.values())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return not new or taken + new <= SHARE * memory
+
+
+def _pack(layers: Sequence[nn.Linear], tile: int, pair: int) -> tuple[Tensor, Tensor | None]:
+    with torch.no_grad():
+        weight_OI = torch.cat([layer.weight for layer in layers])
+        biases = [layer.bias if layer.bias is not None else layer.weight.new_zeros(len(layer.weight))
+                  for layer in layers]
+        more = -len(weight_OI) % (2 * tile)
+        bias_O = (functional.pad(torch.cat(biases).float(), (0, more))
+                  if any(layer.bias is not None for layer in layers) else None)
+        weight_OI = functional.pad(weight_OI, (0, 0, 0, more))
+        outputs, inputs = weight_OI.shape
+        return weight_OI.view(outputs // tile, tile, inputs // pair, pair).transpose(1, 2).contiguous(), bias_O
+
 
 GROUPS = ("qkv", "out", "gate_up", "down")   # of a layer, each of layers that read the same input
 POINTER, INT = ctypes.c_void_p, ctypes.c_int32
@@ -47,7 +85,7 @@ class _Batch(ctypes.Structure):
 
 
 def fits(model: Any) -> bool:
-    """Whether a model that `moa.mixture.generation.llama` fits can be decoded by the compiled step."""
+    """Whether a model that `moa.mixture.generation.decoding` fits can be decoded by the compiled step."""
     step = library_for("step", model.dtype) if model.device.type == "cpu" else None
     if step is None or model.config.hidden_act != "silu":
         return False
@@ -55,7 +93,7 @@ def fits(model: Any) -> bool:
     groups = [[_plain(layer) for layer in layers] for each in model.model.layers for layers in _groups(each).values()]
     size = model.model.layers[0].self_attn.head_dim
     return (all(layer.out_features % tile == layer.in_features % tile == 0 for layers in groups for layer in layers)
-            and size % tile == 0 and packing.room([*groups, [model.get_output_embeddings()]]))
+            and size % tile == 0 and room([*groups, [model.get_output_embeddings()]]))
 
 
 def _groups(layer: Any) -> dict[str, list[nn.Linear | StackedLoRA]]:
@@ -98,7 +136,7 @@ class CompiledDecoding(LlamaDecoding):
 
     def _fill(self, group: _Group, layers: Sequence[nn.Linear | StackedLoRA]) -> None:
         plain = [_plain(layer) for layer in layers]
-        weight, bias_O = packing.packed(plain, self.lanes, self.pair)
+        weight, bias_O = packed(plain, self.lanes, self.pair)
         group.weight, group.bias = self._point(weight), None if bias_O is None else self._point(bias_O)
         group.inputs, group.outputs, group.parts = plain[0].in_features, len(weight) * self.lanes, len(plain)
         halves = [layer.handed_over(torch.float32) if isinstance(layer, StackedLoRA)
