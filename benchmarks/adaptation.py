@@ -32,7 +32,7 @@ import torch
 from common import REAL, REPOSITORY, goal, machine, pick_device, real_base, real_workspace
 from ruamel.yaml import YAML
 
-from moa.base.encoding import Encoded, Encoder
+from moa.base.encoding import ChatEncoder, Encoded
 from moa.base.pin import Base, load_tokenizer
 from moa.core import config, digests
 from moa.core.config import AdaptParams, TrainParams
@@ -45,7 +45,7 @@ from moa.experts.lora import ExpertStack, LoraSpec
 from moa.mixture import artifact, parent_selection, router
 from moa.mixture import assemble as assembling
 from moa.workspace import warm_starts
-from moa.workspace.data_versions import Versions, initialise
+from moa.workspace.data_versions import DataVersions, initialise
 
 PARENTS = ("geography", "scholar", "math")
 PAIRS = (("geography", "imdb", "related"), ("scholar", "yelp", "related"), ("math", "imdb", "unrelated"))
@@ -60,7 +60,7 @@ NEW = "calendar"
 
 # 1. Warm or cold.
 
-def content(shared: Path, encoder: Encoder) -> dict[str, dict[str, list[Encoded]]]:
+def content(shared: Path, encoder: ChatEncoder) -> dict[str, dict[str, list[Encoded]]]:
     """Rows by domain and split, in the order of their digests; rows of one answer but for its constants on one side."""
     names = {*PARENTS, *(child for _, child, _ in PAIRS)}
     found: dict[str, dict[str, list[Encoded]]] = {name: {"train": [], "validation": []} for name in names}
@@ -107,12 +107,12 @@ def tried(base: Base, begin: torch.Tensor, validation: Sequence[Encoded]) -> dic
     losses = parent_selection.losses(base, stack, 1, validation[:adapt.candidate_rows])
     stack.remove()
     return parent_selection.choose([{"parent": None, "loss": losses[0]}, {"parent": "it", "loss": losses[1]}],
-                         adapt.candidate_gain) | {"base": losses[0], "candidate": losses[1]}
+                                   adapt.candidate_gain) | {"base": losses[0], "candidate": losses[1]}
 
 
 def warm_or_cold(shared: Path) -> tuple[dict[str, Any], list[dict[str, object]]]:
     base = real_base(pick_device())
-    found = content(shared, Encoder(base.tokenizer, "", LONGEST))
+    found = content(shared, ChatEncoder(base.tokenizer, "", LONGEST))
     short = TRAIN.model_copy(update={"epochs": 1})
     _, weights = trained(base, {name: (found[name], short, None) for name in PARENTS}, PARENT_ROWS)
     often = TRAIN.model_copy(update={"epochs": VALIDATIONS, "rows_per_epoch": EVERY * TRAIN.batch_rows})
@@ -248,7 +248,7 @@ def added(workspace: Workspace, count: int, training: dict[str, float]) -> dict[
     settings = write_params(workspace, names(count), rows_per_epoch)
     with random_features(workspace):   # into the cache
         assembling.assemble(workspace, settings)
-    versions = Versions(workspace)
+    versions = DataVersions(workspace)
     versions.snapshot()
     versions.record(["base", *(f"{step}@{name}" for step in ("prepare", "train") for name in names(count)), "assemble"])
     settings = write_params(workspace, [*names(count), NEW], rows_per_epoch)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from moa.experts.lora import ExpertStack, LoraSpec
 from moa.mixture.generation import engine
-from moa.mixture.generation.engine import Options, Order
+from moa.mixture.generation.engine import GenerationConfig, GenerationRequest
 
 EXPERTS = 16
 SPEC = LoraSpec(rank=8, alpha=16)
@@ -151,11 +151,12 @@ def moa(stack: ExpertStack, tokenizer: Any, prompts_BT: Tensor, tokens: int, exp
     """Seconds a step of moa's loop; a row's last token is at the host when it is asked whether the row is cancelled."""
     stamps = Stamps()
     endless = SimpleNamespace(eos_token_id=None, decode=tokenizer.decode)
-    orders = [Order(prompt=prompt, limit=tokens + 2, options=Options(), cancelled=stamps if row == 0 else None)
+    orders = [GenerationRequest(prompt=prompt, limit=tokens + 2, options=GenerationConfig(),
+                                cancelled=stamps if row == 0 else None)
               for row, prompt in enumerate(prompts_BT.tolist())]
     chosen = None if experts is None else torch.tensor(experts, device=prompts_BT.device)
-    written = engine.write(stack.model, endless, orders,
-                               lambda rows: stack.select(None if chosen is None else chosen[rows]))
+    written = engine.generate_batch(stack.model, endless, orders,
+                                    lambda rows: stack.select(None if chosen is None else chosen[rows]))
     stack.select(None)
     if keep is not None:
         keep += [row.ids for row in written]

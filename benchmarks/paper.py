@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from common import REPOSITORY, goal, interval, machine, pick_device, real_base
 
-from moa.base.encoding import Encoded, Encoder
+from moa.base.encoding import ChatEncoder, Encoded
 from moa.base.pin import Base
 from moa.core import digests
 from moa.core.config import TrainParams
@@ -46,7 +46,7 @@ from moa.experts.lora import ExpertStack, LoraSpec
 from moa.mixture.calibration import calibrate, fit
 from moa.mixture.generation import engine
 from moa.mixture.joint_training import forget_labels, train_jointly
-from moa.mixture.layer_routing import Heads, chooser, heads_at_work, prompt_mask
+from moa.mixture.layer_routing import Heads, layer_routing, layer_selector, prompt_mask
 from moa.mixture.router import Router, features
 
 DOMAINS = ("math", "code", "sql", "medicine")
@@ -81,7 +81,7 @@ class Lab:
 
 # Rows.
 
-def corpora(shared: Path, encoder: Encoder, count: int) -> dict[str, dict[str, list[Row]]]:
+def corpora(shared: Path, encoder: ChatEncoder, count: int) -> dict[str, dict[str, list[Row]]]:
     """`count` training rows a domain, and held-out ones, in the order of their digests."""
     sizes = {"test": TEST, "validation": VALIDATION, "train": count}
     found: dict[str, dict[str, list[Row]]] = {split: {domain: [] for domain in DOMAINS} for split in sizes}
@@ -214,7 +214,7 @@ def score(lab: Lab, stack: ExpertStack | None, wanted: Sequence[tuple[int, int]]
             mask = torch.tensor([[column >= longest - len(prompt) for column in range(longest)] for prompt in prompts])
             chosen = torch.tensor([wanted[place][1] for place in places], device=lab.base.device.device)
             with using(lab, stack, chosen, blend, mask.to(chosen.device)):
-                written = engine.decode(model, lab.base.tokenizer, prompts, ANSWER[domain], engine.Options())
+                written = engine.decode(model, lab.base.tokenizer, prompts, ANSWER[domain], engine.GenerationConfig())
             answers |= {place: row.text.strip() for place, row in zip(places, written, strict=True)}
     return {pair: (losses[place], answers.get(place)) for place, pair in enumerate(wanted)}
 
@@ -225,7 +225,7 @@ def using(lab: Lab, stack: ExpertStack | None, experts: torch.Tensor, blend: Hea
     if stack is None:
         yield
     elif blend is not None:
-        with heads_at_work(lab.base.model, stack, blend, prompts, "blend"):
+        with layer_routing(lab.base.model, stack, blend, prompts, "blend"):
             yield
         stack.select(None)
     else:
@@ -243,7 +243,7 @@ def labelled(lab: Lab, weights: Sequence[torch.Tensor], rank: int, router: Route
              name: str) -> tuple[dict[str, Result], dict[str, float]]:
     """The experts under the true label and under each rule of their router; and the rules' accuracy."""
     stack = stacked(lab, weights, rank)
-    choose = chooser(stack, router)
+    choose = layer_selector(stack, router)
     seen = {split: features(lab.base.model, [row.prompt for domain in DOMAINS for row in lab.rows[split][domain]],
                             choose=choose) for split in ("train", "validation", "test")}
     stack.select(None)
@@ -306,7 +306,7 @@ def systems(lab: Lab, rank: int) -> tuple[dict[str, Result], dict[str, float]]:
 def unlabelled_accuracy(lab: Lab, weights: Sequence[torch.Tensor], rank: int, router: Router) -> float:
     """How often the last layer's learned head likes the expert best that began as the domain's own."""
     stack = stacked(lab, weights, rank)
-    seen = features(lab.base.model, [row.prompt for row in lab.test], choose=chooser(stack, router))
+    seen = features(lab.base.model, [row.prompt for row in lab.test], choose=layer_selector(stack, router))
     stack.remove()
     guesses = router.logits(seen)[:, -1].argmax(-1).tolist()
     right = sum(DOMAINS[guess] == row.domain for guess, row in zip(guesses, lab.test, strict=True))
@@ -366,7 +366,7 @@ def main() -> None:
         sys.exit(f"{arguments.shared} has no {missing[0]}.jsonl; name the folder of the four corpora with --shared.")
     begun = time.monotonic()
     base = real_base(pick_device(arguments.device))
-    rows = corpora(arguments.shared, Encoder(base.tokenizer, "", LONGEST), arguments.rows)
+    rows = corpora(arguments.shared, ChatEncoder(base.tokenizer, "", LONGEST), arguments.rows)
     lab = Lab(base, rows, TrainParams(rank=arguments.rank, batch_rows=4, learning_rate=2e-3, validation_rows=VALIDATION,
                                       batch_tokens=1024 if base.device.device == "cpu" else 16384), arguments.answered)
     tell(str({split: {domain: len(of) for domain, of in domains.items()} for split, domains in rows.items()}))

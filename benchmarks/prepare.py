@@ -24,7 +24,7 @@ from typing import Any
 
 from common import goal, real_workspace
 
-from moa.base.encoding import Encoder
+from moa.base.encoding import ChatEncoder
 from moa.base.pin import BasePin, load_tokenizer
 from moa.core.config import BaseParams, Config, Domain
 from moa.core.paths import Workspace
@@ -88,7 +88,7 @@ def measured(root: Path) -> dict[str, Any]:
 
 def tokenizing(rows: int) -> float:
     """Rows a second of template and tokenizer of the default base, in prepare's own batches."""
-    encoder = Encoder(load_tokenizer(real_workspace()), "", 1024)
+    encoder = ChatEncoder(load_tokenizer(real_workspace()), "", 1024)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         generate(path, rows)

@@ -35,7 +35,7 @@ from common import REPOSITORY, goal, interleave, machine, pick_device, ratio, re
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moa.base.encoding import Encoded, Encoder
+from moa.base.encoding import ChatEncoder, Encoded
 from moa.base.pin import Base
 from moa.data import quickstart
 from moa.experts.batches import collate, microbatches
@@ -159,7 +159,7 @@ def split(texts: Sequence[Text], rows: Mapping[str, int]) -> dict[str, list[str]
 
 
 def encode(base: Base, prompts: Sequence[str]) -> list[list[int]]:
-    encoder = Encoder(base.tokenizer, "", TOKENS)
+    encoder = ChatEncoder(base.tokenizer, "", TOKENS)
     return [encoder.prompt([{"role": "user", "content": prompt}])[-TOKENS:] for prompt in prompts]
 
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from common import REPOSITORY, goal, machine, pick_device, real_base, real_workspace
 
-from moa.base.encoding import Encoder
+from moa.base.encoding import ChatEncoder
 from moa.core.config import BaseParams, Config, Domain, PrepareParams, TrainParams
 from moa.core.paths import Workspace
 from moa.data import corpus, near_duplicates, prepare
 from moa.experts.batches import collate, microbatches
-from moa.experts.cotraining import Learner, cotrain, forced, seed_for
+from moa.experts.cotraining import Learner, cotrain, domain_forward, seed_for
 from moa.experts.lora import ExpertStack, LoraSpec
 
 SOURCE = "sql.jsonl"
@@ -70,7 +70,7 @@ def leaks(splits: dict[str, list[corpus.Row]]) -> dict[str, float]:
 def pretended(splits: dict[str, list[corpus.Row]], count: int) -> dict[str, Any]:
     """Losses (nats a token) of base and expert on test rows, by whether the expert has seen their query."""
     base = real_base(pick_device())
-    encoder = Encoder(base.tokenizer, "", 1024)
+    encoder = ChatEncoder(base.tokenizer, "", 1024)
     chosen = splits["train"][:count]
     seen = {query(row) for row in chosen}
     params = TrainParams(epochs=2, batch_rows=4, learning_rate=2e-3, validation_rows=16)
@@ -87,7 +87,7 @@ def pretended(splits: dict[str, list[corpus.Row]], count: int) -> dict[str, Any]
             for part in microbatches(pairs, params.batch_tokens):
                 batch = collate([pairs[place] for place in part], base.device.device)
                 with torch.inference_mode():
-                    loss += float(forced(base.model, stack, batch)[0].sum())
+                    loss += float(domain_forward(base.model, stack, batch)[0].sum())
             found[kind] = loss / sum(item.completion_tokens for item in items)
         return found
 

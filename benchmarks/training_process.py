@@ -18,7 +18,7 @@ import torch
 from common import pick_device
 from shapes import base_of
 
-from moa.base.encoding import Encoded, Encoder
+from moa.base.encoding import ChatEncoder, Encoded
 from moa.base.pin import Base
 from moa.core.config import TrainParams
 from moa.data.quickstart import GENERATORS
@@ -66,7 +66,7 @@ def rows_of(base: Base, expert: int, count: int) -> tuple[list[Encoded], list[En
     name, part = DOMAINS[expert % len(DOMAINS)], expert // len(DOMAINS)
     each = count + VALIDATION
     found = GENERATORS[name](random.Random(f"{name}:0"), each * (part + 1))[each * part:]
-    encoder = Encoder(base.tokenizer, "", 1024)
+    encoder = ChatEncoder(base.tokenizer, "", 1024)
     rows = [encoder.row([{"role": "user", "content": "\n".join(filter(None, (row["instruction"], row.get("input"))))},
                          {"role": "assistant", "content": row["output"]}]) for row in found]
     return rows[:count], rows[count:]

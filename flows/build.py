@@ -14,7 +14,7 @@ from prefect.states import Cancelled, Completed, Crashed
 
 from flows import artifacts
 from flows.steps.runner import Call, Outcome, attempt
-from flows.steps.session import Options, opened
+from flows.steps.session import BuildOptions, opened
 from flows.steps.stage_order import build as build_stages
 from moa.core.errors import PipelineError
 from moa.core.paths import Workspace
@@ -77,7 +77,7 @@ def close_abandoned() -> None:
 def build(root: str = ".", domains: list[str] | None = None, force: list[str] | None = None,
           promote: bool = True) -> dict[str, Any]:
     """Bring every stage of the workspace at `root` up to date, then register, compare and promote."""
-    options = Options(tuple(domains) if domains is not None else None, tuple(force or ()), promote)
+    options = BuildOptions(tuple(domains) if domains is not None else None, tuple(force or ()), promote)
     with opened(Workspace.find(Path(root)), options) as session:
         result = build_stages(session, PrefectRunner())
         artifacts.store(session, result)

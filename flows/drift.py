@@ -15,7 +15,7 @@ from moa.core import config
 from moa.core.errors import PipelineError
 from moa.core.paths import Workspace
 from moa.core.project import Names
-from moa.core.subprocesses import printed
+from moa.core.subprocesses import moa_json
 from moa.release.registry import Registry
 from moa.serving import drift as looking
 
@@ -37,7 +37,7 @@ def drift(root: str = ".") -> dict[str, Any] | None:
 
 def check(workspace: Workspace) -> dict[str, Any]:
     """What `moa drift` says, in another process. Raises PipelineError with that process's own words."""
-    report, problem = printed(workspace, "drift")
+    report, problem = moa_json(workspace, "drift")
     if not report:
         raise PipelineError(f"The kept prompts could not be looked at: {problem}")
     return report   # it exits with 3 when somebody should look

@@ -18,7 +18,7 @@ from moa.core.errors import in_words
 from moa.core.files import write_json
 from moa.core.paths import Workspace
 from moa.core.subprocesses import environment
-from moa.core.supervisor import Leash
+from moa.core.supervisor import SupervisedProcess
 
 EVERY = 2.0               # seconds between two looks at the parts
 PAUSES = (2.0, 60.0)      # seconds before a part is started again: the first time, and at most
@@ -38,7 +38,7 @@ class State(NamedTuple):
     why: str = ""
 
 
-class Part(Protocol):
+class Service(Protocol):
     """One thing that should run as long as `moa up` does. It runs when it is handed to a keeper."""
 
     name: str
@@ -52,7 +52,7 @@ class Part(Protocol):
 
 
 @dataclass
-class Record:
+class ServiceRecord:
     """What is written down of a part. `why` it is not up; `restarts` since `moa up` began; `since` when it is so."""
 
     state: States
@@ -61,15 +61,15 @@ class Record:
     restarts: int = 0
 
 
-class _Kept:
-    def __init__(self, part: Part, most: int | None) -> None:
+class RestartingService:
+    def __init__(self, part: Service, most: int | None) -> None:
         self.part, self.most = part, most
         self.ends = 0                        # in a row
         self.due: float | None = None        # when to start it again
         self.began = time.monotonic()
 
 
-class Keeper:
+class ServiceKeeper:
     """Looks at its parts in a thread of its own, from `start` until `stop`.
 
     `say` is told of what ends and what comes back; `give_up`, once, of a part that ended more often in a row than it
@@ -79,15 +79,15 @@ class Keeper:
     def __init__(self, path: Path, facts: dict[str, Any], say: Callable[[str], None], give_up: Callable[[str], None]
                  ) -> None:
         self.path, self.facts, self.say, self.give_up = path, facts, say, give_up
-        self._kept: list[_Kept] = []
-        self._records: dict[str, Record] = {}
+        self._kept: list[RestartingService] = []
+        self._records: dict[str, ServiceRecord] = {}
         self._guard = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moa-keeper", daemon=True)
 
-    def keep(self, part: Part, most: int | None = None) -> None:
+    def keep(self, part: Service, most: int | None = None) -> None:
         """`most`: how often in a row it may end; None = however often."""
-        self._kept.append(_Kept(part, most))
+        self._kept.append(RestartingService(part, most))
         self.tell(part.name, "starting")
 
     def start(self) -> None:
@@ -106,10 +106,10 @@ class Keeper:
     def tell(self, name: str, state: States, why: str = "", *, restarted: bool = False) -> None:
         """Write down how `name` is; also of something that the caller itself keeps running."""
         with self._guard:
-            before = self._records.get(name, Record("starting", _now()))
+            before = self._records.get(name, ServiceRecord("starting", _now()))
             changed = (before.state, before.why) != (state, why) or name not in self._records
-            record = Record(state, _now() if before.state != state else before.since, why,
-                            before.restarts + restarted)
+            record = ServiceRecord(state, _now() if before.state != state else before.since, why,
+                                   before.restarts + restarted)
             self._records[name] = record
             if changed or restarted:
                 self._write()
@@ -124,7 +124,7 @@ class Keeper:
             except Exception as error:   # of a part: the others are looked at all the same
                 self._end(kept, f"could not be started: {in_words(error)}")
 
-    def _look_at(self, kept: _Kept) -> None:
+    def _look_at(self, kept: RestartingService) -> None:
         part, now = kept.part, time.monotonic()
         if kept.due is not None:
             if now >= kept.due:
@@ -144,7 +144,7 @@ class Keeper:
         if state.name == "up" and now - kept.began > CALM:
             kept.ends = 0
 
-    def _end(self, kept: _Kept, why: str) -> None:
+    def _end(self, kept: RestartingService, why: str) -> None:
         kept.ends += 1
         pause = min(PAUSES[0] * 2 ** (kept.ends - 1), PAUSES[1])
         kept.due = time.monotonic() + pause
@@ -165,7 +165,7 @@ class Keeper:
             self.say(line)
 
 
-class Command:
+class CommandService:
     """A part that is a command in the workspace, which answers HTTP at a port of this machine once it works.
 
     `waits`: exit codes with which it says that what it needs is not there yet, and what that is.
@@ -196,9 +196,10 @@ class Command:
     def stop(self) -> None:
         self._leash.stop()
 
-    def _begin(self) -> Leash:
+    def _begin(self) -> SupervisedProcess:
         with self.log.open("a", encoding="utf-8") as file:
-            return Leash(self.command, cwd=self.workspace.root, env=environment(self.extra), stdout=file, step=False)
+            return SupervisedProcess(self.command, cwd=self.workspace.root, env=environment(self.extra), stdout=file,
+                                     step=False)
 
 
 def _answers(port: int) -> bool:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from flows.steps.runner import LocalRunner
-from flows.steps.session import Options, Result, configuration, opened
+from flows.steps.session import BuildOptions, Result, configuration, opened
 from flows.steps.stage_order import build as build_stages
 from moa.core.config import load
 from moa.core.errors import PipelineError
@@ -15,7 +15,7 @@ from moa.core.paths import Workspace
 from moa.core.supervisor import stop_all
 
 
-def run(workspace: Workspace, options: Options, *, local: bool = False, verbose: bool = False) -> Result:
+def run(workspace: Workspace, options: BuildOptions, *, local: bool = False, verbose: bool = False) -> Result:
     """Build. A failed stage is in the result, see `Result.failure`; KeyboardInterrupt when told to end."""
     configuration(workspace)   # before anything is started
     with terminated_as_interrupted():
@@ -25,7 +25,7 @@ def run(workspace: Workspace, options: Options, *, local: bool = False, verbose:
             return build_stages(session, LocalRunner(session.config.execution.workers))
 
 
-def _under_prefect(workspace: Workspace, options: Options, verbose: bool) -> Result:
+def _under_prefect(workspace: Workspace, options: BuildOptions, verbose: bool) -> Result:
     from flows import prefect_server
 
     # The session looks at the pipeline while the server starts.

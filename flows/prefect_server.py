@@ -18,10 +18,10 @@ from pathlib import Path
 from flows.prefect_api import Api, configured
 from flows.prefect_settings import setting
 from moa.core.errors import PipelineError
-from moa.core.loopback import ask_directly
+from moa.core.loopback import bypass_proxies
 from moa.core.paths import Workspace
 from moa.core.subprocesses import QUIET, environment
-from moa.core.supervisor import Leash
+from moa.core.supervisor import SupervisedProcess
 
 START_SECONDS = 1200.0   # for one that neither answers nor ends; one that ends is noticed at once
 SETTLE_SECONDS = 5.0
@@ -31,7 +31,7 @@ CLIENT = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_API_KEY", "PREF
 class Server:
     """Where Prefect is, once `ready` has returned."""
 
-    def __init__(self, api: Api, begin: Callable[[], Leash] | None = None, log: Path | None = None) -> None:
+    def __init__(self, api: Api, begin: Callable[[], SupervisedProcess] | None = None, log: Path | None = None) -> None:
         """`begin` starts a server of our own; None = the server at `api` is not ours to start or stop."""
         self.api = api
         self._begin, self._log = begin, log
@@ -97,7 +97,7 @@ def running(workspace: Workspace, *, verbose: bool = False, ui: bool = False) ->
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     if not verbose:   # stages tell their own story; Prefect's is in its history
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    ask_directly()
+    bypass_proxies()
     found = configured()
     with _restored(CLIENT):
         if found and found.answers():
@@ -156,8 +156,8 @@ def _start(workspace: Workspace, ui: bool) -> Server:
     command = [sys.executable, "-P", "-m", "flows.prefect_app", str(port)]
     log.unlink(missing_ok=True)
 
-    def begin() -> Leash:
+    def begin() -> SupervisedProcess:
         with log.open("a", encoding="utf-8") as file:
-            return Leash(command, cwd=workspace.root, env=env, stdout=file, step=False)
+            return SupervisedProcess(command, cwd=workspace.root, env=env, stdout=file, step=False)
 
     return Server(api, begin, log)

@@ -14,7 +14,7 @@ from typing import Any
 
 from flows import prefect_api
 from flows.steps import event_log
-from flows.steps.attempt import Attempt
+from flows.steps.attempt import AdaptationState
 from flows.steps.learning import pending
 from moa.core.config import Config, load
 from moa.core.errors import in_words
@@ -22,7 +22,7 @@ from moa.core.names import printable
 from moa.core.paths import Workspace
 from moa.core.project import Names, owner
 from moa.workspace import incoming
-from moa.workspace.lock import Owner
+from moa.workspace.lock import LockHolder
 
 ARRIVED = "moa.data.arrived"
 AGAIN = 45.0              # seconds between two nudges for the same thing: a run needs some of them to begin
@@ -38,7 +38,7 @@ def nudge(workspace: Workspace, names: Sequence[str] = (), api: prefect_api.Api 
     project, resource = related(workspace, config), Names.of(config).resource
     events = [{"occurred": at, "event": ARRIVED, "id": str(uuid.uuid4()), "payload": {"domain": name},
                "resource": {"prefect.resource.id": resource("domain", name)},
-                "related": [{**project, "prefect.resource.role": "project"}] if project else []} for name in names]
+               "related": [{**project, "prefect.resource.role": "project"}] if project else []} for name in names]
     with suppress(OSError, ValueError):
         api.ask("events", events)
         return True
@@ -70,9 +70,9 @@ class Sensor:
         workspace = self.workspace
         signature = incoming.signature(incoming.waiting(workspace))
         unchanged, self._seen = signature == self._seen, signature
-        if not unchanged or Owner.of(workspace).at_work():
+        if not unchanged or LockHolder.of(workspace).at_work():
             return []
-        interrupted = Attempt.load(workspace)
+        interrupted = AdaptationState.load(workspace)
         found = pending(workspace, load(workspace.params))
         names = sorted({*(each.domain for each in found.hopeless), *(found.due.domains if found.due.run else ()),
                         *(interrupted.before if interrupted else ())})

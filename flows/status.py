@@ -7,14 +7,14 @@ from typing import Any
 
 from flows import prefect_api
 from flows.steps import event_log
-from flows.steps.attempt import Attempt
+from flows.steps.attempt import AdaptationState
 from flows.steps.learning import pending
 from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.names import printable
 from moa.core.paths import Workspace
 from moa.core.project import deployment
-from moa.workspace.lock import Owner
+from moa.workspace.lock import LockHolder
 
 LAST = 5   # lines of the ledger
 
@@ -24,7 +24,7 @@ def status(workspace: Workspace, config: Config) -> dict[str, Any]:
     from moa.workspace.pipeline import Pipeline
 
     snapshot, champion = Pipeline(workspace).snapshot(), Registry(workspace, config).champion()
-    owner, found, interrupted = Owner.of(workspace), pending(workspace, config), Attempt.load(workspace)
+    owner, found, interrupted = LockHolder.of(workspace), pending(workspace, config), AdaptationState.load(workspace)
     api, up = prefect_api.of(workspace), _up(workspace)
     answering = bool(api and api.answers())
     return {"workspace": str(workspace.root), "domains": list(config.domains),

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flows import prefect_server
-from flows.keep_alive import CALM, PAUSES, Command, Keeper, State
+from flows.keep_alive import CALM, PAUSES, CommandService, ServiceKeeper, State
 from flows.launch import terminated_as_interrupted
 from flows.sensor import Sensor, nudge
 from flows.steps import event_log
@@ -38,7 +38,7 @@ def _print(line: str) -> None:
 
 
 @dataclass(frozen=True)
-class Also:
+class ExtraServices:
     """What else is started."""
 
     mlflow: int | None = None   # port of MLflow's pages; 0 = a free one, None = none
@@ -46,7 +46,7 @@ class Also:
     ui: bool = True             # Prefect's pages
 
 
-def up(workspace: Workspace, also: Also, say: Say = _print, *, verbose: bool = False) -> None:
+def up(workspace: Workspace, also: ExtraServices, say: Say = _print, *, verbose: bool = False) -> None:
     """Keep the workspace current until Ctrl-C or SIGTERM.
 
     Raises PipelineError when it already is, and when the Prefect server ends again and again.
@@ -68,11 +68,11 @@ def up(workspace: Workspace, also: Also, say: Say = _print, *, verbose: bool = F
             hopeless.append(why)
             os.kill(os.getpid(), signal.SIGTERM)
 
-        keeper = Keeper(workspace.up, facts, say, give_up)
+        keeper = ServiceKeeper(workspace.up, facts, say, give_up)
         stack.callback(keeper.stop)
         keeper.keep(_Prefect(prefect), most=MOST_ENDS)
         for name, port, command, extra in _others(workspace, also):
-            keeper.keep(Command(workspace, name, command, port, extra, WAITS))
+            keeper.keep(CommandService(workspace, name, command, port, extra, WAITS))
             facts[name] = f"http://127.0.0.1:{port}"
             say(f"{name:<9} {facts[name]}")
         keeper.keep(_Watch(Sensor(workspace, lambda names: nudge(workspace, names, prefect.api))))
@@ -108,7 +108,7 @@ def _password(workspace: Workspace, prefect: prefect_server.Server) -> Iterator[
         path.unlink(missing_ok=True)
 
 
-def _serve(workspace: Workspace, config: Any, prefect: prefect_server.Server, keeper: Keeper) -> None:
+def _serve(workspace: Workspace, config: Any, prefect: prefect_server.Server, keeper: ServiceKeeper) -> None:
     """Serve the flows until a signal. Prefect ends the runs that are under way, and their steps end with them.
 
     Prefect's runner ends by itself when its server does not answer for some seconds: it begins again when it does.
@@ -189,7 +189,7 @@ class _Watch:
         self._thread.join(10)
 
 
-def _others(workspace: Workspace, also: Also) -> Iterator[tuple[str, int, list[str], dict[str, str]]]:
+def _others(workspace: Workspace, also: ExtraServices) -> Iterator[tuple[str, int, list[str], dict[str, str]]]:
     """Name, port, command and environment of what else is asked for."""
     if also.mlflow is not None:
         port = also.mlflow or prefect_server.free_port()

@@ -21,7 +21,7 @@ STARTS = {"ray": "ray start --head", "dask": "dask scheduler` and `dask worker"}
 REACH_SECONDS = 5.0
 
 
-class Lost(Exception):
+class WorkerLost(Exception):
     """The worker is gone, not the work: it may be tried elsewhere."""
 
 
@@ -41,7 +41,7 @@ class Engine(Protocol):
         ...
 
     def result(self, ticket: Any) -> Files:
-        """The answer. Raises Lost when the worker is gone, PipelineError when it could not do the work at all."""
+        """The answer. Raises WorkerLost when the worker is gone, PipelineError when it could not do the work at all."""
         ...
 
     def close(self) -> None:

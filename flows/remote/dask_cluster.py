@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 
-from flows.remote.cluster import Lost, cores, refused
+from flows.remote.cluster import WorkerLost, cores, refused
 from flows.remote.payload import Files
 from flows.remote.worker import work
 from moa.core.errors import PipelineError
@@ -87,11 +87,11 @@ class DaskEngine:
         place = self._busy.pop(ticket)
         if ticket.status == "pending":   # waits for a worker that is gone
             ticket.cancel()
-            raise Lost(f"{place} is gone.")
+            raise WorkerLost(f"{place} is gone.")
         try:
             files: Files = ticket.result(timeout=60)
         except (KilledWorker, CancelledError, OSError) as error:   # a timeout is an OSError
-            raise Lost(f"{place} is gone.") from error
+            raise WorkerLost(f"{place} is gone.") from error
         except Exception as error:
             raise PipelineError(f"The Dask worker {place} could not begin: {sentence(repr(error))}") from error
         return files

@@ -110,7 +110,7 @@ def _sealed(files: Files, letter: dict[str, Any]) -> Files:
 
 # Opened.
 
-def letter(files: Files) -> dict[str, Any]:
+def header(files: Files) -> dict[str, Any]:
     """What a parcel says of itself, once everything in it was found to be what was sent. Raises ArtifactError."""
     found: dict[str, Any] = json.loads(files[LETTER])
     rest = {path: digests.of_bytes(data) for path, data in files.items() if path != LETTER}
@@ -147,7 +147,7 @@ def accept(workspace: Workspace, config: Config, files: Files) -> str | None:
     Raises ArtifactError, before anything is replaced, when one is not what its manifest says, or was trained from other
     inputs than those of now.
     """
-    found = letter(files)
+    found = header(files)
     for domain in found["domains"]:
         prefix = f"{workspace.relative(workspace.expert(domain))}/"
         parts = {name.removeprefix(prefix): data for name, data in files.items() if name.startswith(prefix)}

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from flows.remote.cluster import Lost, cores, refused
+from flows.remote.cluster import WorkerLost, cores, refused
 from flows.remote.payload import Files
 from flows.remote.worker import work
 from moa.core.errors import PipelineError
@@ -74,7 +74,7 @@ class RayEngine:
         except self._ray.exceptions.RayTaskError as error:   # an exception of ours, or of the worker's surroundings
             raise PipelineError(f"A Ray worker could not begin: {sentence(repr(error.cause))}") from error
         except self._ray.exceptions.RayError as error:
-            raise Lost(sentence(str(error).splitlines()[0])) from error
+            raise WorkerLost(sentence(str(error).splitlines()[0])) from error
         return files
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.remote import payload
-from flows.remote.cluster import Engine, Lost, reach, require, share
+from flows.remote.cluster import Engine, WorkerLost, reach, require, share
 from flows.remote.payload import Files
 from moa.core.config import Config, ExecutionParams, load
 from moa.core.errors import MoaError, PipelineError
@@ -92,7 +92,7 @@ def _outcome(workspace: Workspace, config: Config, engine: Engine, ticket: Any, 
     """Put what a worker made into place, or let the group wait again; why experts are missing, or None."""
     try:
         return payload.accept(workspace, config, engine.result(ticket))
-    except Lost as lost:
+    except WorkerLost as lost:
         if group.tries == TRIES:
             return f"{TRIES} workers were lost with it, the last one because: {lost}"
         say(f"The worker that trained {group} was lost ({lost}) It goes to the next one.")

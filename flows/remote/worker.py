@@ -27,7 +27,7 @@ from moa.core.files import read_json
 from moa.core.paths import Workspace
 from moa.core.progress import MARKER
 from moa.core.subprocesses import environment, last_error
-from moa.core.supervisor import Leash
+from moa.core.supervisor import SupervisedProcess
 
 RECORD_SECONDS = 1.0   # between two progress records that are sent home
 LOOK_SECONDS = 1.0     # between two looks whether anybody still wants the result
@@ -43,7 +43,7 @@ def work(files: Files, base: Files | None, say: Say = print, given_up: Callable[
     `base`: files of a base that nobody can fetch. `given_up` says that nobody wants the result any more. `threads` of
     the training on a CPU; None = as the environment says.
     """
-    letter, where = payload.letter(files), platform.node()
+    letter, where = payload.header(files), platform.node()
     with tempfile.TemporaryDirectory(prefix="moa-worker-") as folder:
         source = sources.parse(letter["source"])
         root = Path(folder, "w", *["w"] * source.name.count(".."))   # as deep as `path:../..` reaches up
@@ -140,8 +140,8 @@ def _run(root: Path, command: str, where: str, say: Say, given_up: Callable[[], 
             said = json.loads(text)
             say(f"{MARKER}{json.dumps({**said, 'label': f'{where}: ' + said['label']})}")
 
-    leash = Leash(["/bin/sh", "-c", command], cwd=root, env=environment({"MOA_PROGRESS": "json", **extra}),
-                  step=False)
+    leash = SupervisedProcess(["/bin/sh", "-c", command], cwd=root, env=environment({"MOA_PROGRESS": "json", **extra}),
+                              step=False)
     # Engines interrupt this thread, and nothing interrupts one that waits for a line; but they hear this one alone.
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 

@@ -13,7 +13,7 @@ GRAIN = 0.001   # seconds; file systems and sleeping are no finer
 
 
 @dataclass(frozen=True)
-class Pending:
+class PendingRows:
     """What waits for one domain. `rows` can be used; `newest` is when the last of its files was written."""
 
     domain: str
@@ -24,7 +24,7 @@ class Pending:
 
 
 @dataclass(frozen=True)
-class Due:
+class AdaptDecision:
     """`domains` are learned if `run`, and else are what a run would learn. `wait`: after so many seconds the answer is
     another one, if nothing else arrives; None = then it stays the same."""
 
@@ -34,7 +34,8 @@ class Due:
     wait: float | None = None
 
 
-def decide(pending: Sequence[Pending], params: AdaptParams, now: float, last_end: float | None, min_new: int) -> Due:
+def decide(pending: Sequence[PendingRows], params: AdaptParams, now: float, last_end: float | None,
+           min_new: int) -> AdaptDecision:
     """Whether to begin a run. `last_end`: when the last one ended; `min_new`: fewest rows of a domain that is new.
 
     A new domain with fewer rows does not count, neither as a reason nor as a newcomer to wait for. Times that lie
@@ -45,24 +46,24 @@ def decide(pending: Sequence[Pending], params: AdaptParams, now: float, last_end
     rows = sum(each.rows for each in counted)
     small = _small([each for each in pending if not each.known and each.rows < min_new], min_new)
     if not counted:
-        return Due(False, (), f"{small}." if small else "nothing that can be learned waits.")
+        return AdaptDecision(False, (), f"{small}." if small else "nothing that can be learned waits.")
     what = f"{_count(rows, 'new row')} of {_listed(names)}{f'; {small}' if small else ''}"
     if rows < params.min_rows:
-        return Due(False, names, f"adapt.min_rows is {params.min_rows}; waiting: {what}.")
+        return AdaptDecision(False, names, f"adapt.min_rows is {params.min_rows}; waiting: {what}.")
     cool = _left(last_end, params.cooldown, now)
     calm = max(_left(each.newest, params.debounce, now) for each in counted)
     if max(cool, calm) < GRAIN:
-        return Due(True, names, f"{what}.")
+        return AdaptDecision(True, names, f"{what}.")
     why = (f"the last run ended less than adapt.cooldown ({params.cooldown:g} s) ago" if cool >= calm else
            f"the newest file is younger than adapt.debounce ({params.debounce:g} s)")
-    return Due(False, names, f"{why}; waiting: {what}.", max(cool, calm))
+    return AdaptDecision(False, names, f"{why}; waiting: {what}.", max(cool, calm))
 
 
 def _left(since: float | None, seconds: float, now: float) -> float:
     return 0.0 if since is None or since > now else max(0.0, since + seconds - now)
 
 
-def _small(pending: Sequence[Pending], min_new: int) -> str:
+def _small(pending: Sequence[PendingRows], min_new: int) -> str:
     """The new domains that wait for more rows."""
     parts = [f"{printable(each.domain)} has {_count(each.rows, 'usable row')}" for each in
              sorted(pending, key=lambda each: each.domain)]

@@ -10,12 +10,12 @@ from typing import Any, Self
 from moa.core.files import read_json, write_json
 from moa.core.paths import Workspace
 from moa.workspace import domains, incoming, warm_starts
-from moa.workspace.data_versions import Versions
-from moa.workspace.warm_starts import Start
+from moa.workspace.data_versions import DataVersions
+from moa.workspace.warm_starts import InitialExpert
 
 
 @dataclass
-class Before:
+class DomainBefore:
     """A domain as it was. `tracked` is the text of data/raw/NAME.dvc; empty = it had no rows, None = it was none."""
 
     known: bool
@@ -25,12 +25,12 @@ class Before:
 
 
 @dataclass
-class Attempt:
+class AdaptationState:
     """`before` by domain. `started`: whose expert's start is decided. `refused`: why these domains are being undone."""
 
     began: float
     trigger: str
-    before: dict[str, Before] = field(default_factory=dict)
+    before: dict[str, DomainBefore] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
 
@@ -38,10 +38,10 @@ class Attempt:
     def load(cls, workspace: Workspace) -> Self | None:
         """The one that did not come to an end, if there is one."""
         try:
-            found = read_json(workspace.attempt)
+            found = read_json(workspace.adaptation_state)
         except FileNotFoundError:
             return None
-        return cls(**{**found, "before": {name: Before(**each) for name, each in found["before"].items()}})
+        return cls(**{**found, "before": {name: DomainBefore(**each) for name, each in found["before"].items()}})
 
     @classmethod
     def begin(cls, trigger: str) -> Self:
@@ -52,9 +52,9 @@ class Attempt:
         known = warm_starts.read(workspace)
         for name, is_known in names.items():
             start = known.get(name)
-            self.before.setdefault(name, Before(is_known, _tracked(workspace, name) or ("" if is_known else None),
-                                                [path.name for path in _paths(workspace, name)],
-                                                asdict(start) if start else None))
+            self.before.setdefault(name, DomainBefore(is_known, _tracked(workspace, name) or ("" if is_known else None),
+                                                      [path.name for path in _paths(workspace, name)],
+                                                      asdict(start) if start else None))
         self.save(workspace)
 
     def touched(self, workspace: Workspace) -> list[str]:
@@ -65,7 +65,7 @@ class Attempt:
         self.refused.update(dict.fromkeys(names, reason))
         self.save(workspace)
 
-    def undo(self, versions: Versions) -> dict[str, list[str]]:
+    def undo(self, versions: DataVersions) -> dict[str, list[str]]:
         """Bring the refused domains back to what they were; their new files, by domain, lie among the rejected."""
         workspace = versions.workspace
         gone: dict[str, list[str]] = {}
@@ -74,7 +74,7 @@ class Attempt:
             new = [path for path in _paths(workspace, name) if path.name not in before.files]
             incoming.reject(workspace, name, new, reason)
             domains.revert(versions, name, before.tracked)
-            wanted = {**warm_starts.read(workspace), name: Start(**before.start) if before.start else None}
+            wanted = {**warm_starts.read(workspace), name: InitialExpert(**before.start) if before.start else None}
             warm_starts.restore(versions, {each: start for each, start in wanted.items() if start is not None})
             gone[name] = [path.name for path in new]
             del self.before[name]
@@ -83,10 +83,10 @@ class Attempt:
         return gone
 
     def save(self, workspace: Workspace) -> None:
-        write_json(workspace.attempt, asdict(self))
+        write_json(workspace.adaptation_state, asdict(self))
 
     def end(self, workspace: Workspace) -> None:
-        workspace.attempt.unlink(missing_ok=True)
+        workspace.adaptation_state.unlink(missing_ok=True)
 
 
 def _tracked(workspace: Workspace, name: str) -> str:

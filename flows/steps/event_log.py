@@ -64,7 +64,7 @@ def append(workspace: Workspace, kind: str, **facts: Any) -> dict[str, Any]:
     from filelock import FileLock, Timeout
 
     assert not {"n", "at", "kind"} & facts.keys(), "the ledger's own keys"
-    path = workspace.ledger
+    path = workspace.event_log
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock"), timeout=PATIENCE):
@@ -84,7 +84,7 @@ def append(workspace: Workspace, kind: str, **facts: Any) -> dict[str, Any]:
 
 
 def _add(workspace: Workspace, data: bytes, size: int) -> None:
-    descriptor = os.open(workspace.ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(workspace.event_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         try:
             written = 0
@@ -116,7 +116,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 def read(workspace: Workspace, last: int | None = None, kinds: Iterable[str] | None = None) -> list[dict[str, Any]]:
     """The entries, oldest first: the `last` of these `kinds`, None = all."""
     try:
-        lines = workspace.ledger.read_bytes().splitlines()
+        lines = workspace.event_log.read_bytes().splitlines()
     except FileNotFoundError:
         return []
     wanted = None if kinds is None else set(kinds)

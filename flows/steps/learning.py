@@ -18,17 +18,17 @@ from functools import partial
 from typing import Any
 
 from flows.steps import adapt_policy, event_log
-from flows.steps.attempt import Attempt
+from flows.steps.attempt import AdaptationState
 from flows.steps.run_context import (
     After,
     Busy,
     Facts,
-    Work,
-    at_work,
+    RunContext,
     failures_told,
     finished,
     nothing,
     require,
+    run_context,
     say_released,
     say_trained,
 )
@@ -36,7 +36,7 @@ from flows.steps.runner import Runner
 from moa.core.config import Config
 from moa.core.errors import PipelineError
 from moa.core.paths import MANIFEST, Workspace
-from moa.core.subprocesses import printed
+from moa.core.subprocesses import moa_json
 from moa.workspace import domains, incoming, warm_starts
 from moa.workspace.incoming import Arrival
 
@@ -53,16 +53,16 @@ def adapt(workspace: Workspace, runner: Runner, trigger: str, *, now: bool = Fal
     """
     began = time.monotonic()
     try:
-        with at_work(workspace, runner, verbose, after, wait=0.0) as work:
+        with run_context(workspace, runner, verbose, after, wait=0.0) as work:
             return reconcile(work, trigger, now, began)
     except Busy as busy:
         event_log.append(workspace, "skipped", trigger=trigger, reason=str(busy))
         return {"state": "skipped", "reason": str(busy)}
 
 
-def reconcile(work: Work, trigger: str, now: bool, began: float) -> Facts:
+def reconcile(work: RunContext, trigger: str, now: bool, began: float) -> Facts:
     """The same, under the lock."""
-    workspace, attempt = work.workspace, Attempt.load(work.workspace)
+    workspace, attempt = work.workspace, AdaptationState.load(work.workspace)
     found = pending(workspace, work.config, now=now)
     decision = found.due
     if found.hopeless:
@@ -75,7 +75,7 @@ def reconcile(work: Work, trigger: str, now: bool, began: float) -> Facts:
     work.say("started", flow="adapt", trigger=trigger, reason=decision.reason if decision.run else None,
              domains=sorted({*decision.domains} if decision.run else attempt.before if attempt else ()),
              resumed=attempt is not None)
-    attempt = attempt or Attempt.begin(trigger)
+    attempt = attempt or AdaptationState.begin(trigger)
     with failures_told(work, "adaptation", began):
         _take_in(work, attempt, wanted)
         if not attempt.touched(workspace) and not attempt.refused:
@@ -86,27 +86,27 @@ def reconcile(work: Work, trigger: str, now: bool, began: float) -> Facts:
 
 
 @dataclass(frozen=True)
-class Pending:
+class PendingFiles:
     """What lies still in data/incoming; the part of it without a row; and whether the rest is learned now."""
 
     arrivals: list[Arrival]
     hopeless: list[Arrival]
-    due: adapt_policy.Due
+    due: adapt_policy.AdaptDecision
 
 
-def pending(workspace: Workspace, config: Config, *, now: bool = False) -> Pending:
+def pending(workspace: Workspace, config: Config, *, now: bool = False) -> PendingFiles:
     params = config.adapt
     if now:
         params = params.model_copy(update={"min_rows": 1, "debounce": 0.0, "cooldown": 0.0})
     clock = time.time()
     arrivals = incoming.settled(incoming.waiting(workspace), params.settle, clock)
     rows = {each.path: incoming.rows(config, each) for each in arrivals}
-    groups = [adapt_policy.Pending(name, name in config.domains, sum(rows[each.path] for each in files),
-                          max(each.modified for each in files), len(files))
+    groups = [adapt_policy.PendingRows(name, name in config.domains, sum(rows[each.path] for each in files),
+                                       max(each.modified for each in files), len(files))
               for name in sorted({each.domain for each in arrivals})
               for files in [[each for each in arrivals if each.domain == name]]]
-    return Pending(arrivals, [each for each in arrivals if not rows[each.path]],
-                   adapt_policy.decide(groups, params, clock, _last_end(workspace), fewest(config)))
+    return PendingFiles(arrivals, [each for each in arrivals if not rows[each.path]],
+                        adapt_policy.decide(groups, params, clock, _last_end(workspace), fewest(config)))
 
 
 def fewest(config: Config) -> int:
@@ -119,7 +119,7 @@ def _last_end(workspace: Workspace) -> float | None:
     return datetime.fromisoformat(ended[-1]["at"]).timestamp() if ended else None
 
 
-def _take_in(work: Work, attempt: Attempt | None, wanted: Sequence[Arrival]) -> None:
+def _take_in(work: RunContext, attempt: AdaptationState | None, wanted: Sequence[Arrival]) -> None:
     """Take files in, or reject them; without an attempt, when all of them will be rejected."""
     if not wanted:
         return
@@ -128,7 +128,7 @@ def _take_in(work: Work, attempt: Attempt | None, wanted: Sequence[Arrival]) -> 
         for name in sorted({each.domain for each in wanted} & known.keys()):
             domains.version(work.versions, name)
         attempt.note(work.workspace, {each.domain: each.domain in known for each in wanted})
-    for taken in work.one("take in", lambda: incoming.take_in(work.versions, wanted)):
+    for taken in work.one("take in", lambda: incoming.ingest(work.versions, wanted)):
         if taken.files or taken.already_there:
             work.say("arrived", domain=taken.domain, rows=sum(each["rows"] for each in taken.files), new=taken.new,
                      files=taken.files, already_there=taken.already_there)
@@ -136,7 +136,7 @@ def _take_in(work: Work, attempt: Attempt | None, wanted: Sequence[Arrival]) -> 
             work.say("rejected", domain=taken.domain, file=each["file"], reason=each["reason"])
 
 
-def _learn(work: Work, attempt: Attempt) -> Facts:
+def _learn(work: RunContext, attempt: AdaptationState) -> Facts:
     """Build and release what was taken in; what would make a domain worse is undone, and the rest tried again."""
     workspace = work.workspace
     undone: dict[str, list[str]] = {}
@@ -158,7 +158,7 @@ def _learn(work: Work, attempt: Attempt) -> Facts:
             return {**facts, "undone": undone}
 
 
-def _try(work: Work, attempt: Attempt, touched: Sequence[str]) -> Facts | None:
+def _try(work: RunContext, attempt: AdaptationState, touched: Sequence[str]) -> Facts | None:
     """One build with what is taken in now; None when some of it has to be undone first, as `attempt` then says."""
     workspace = work.workspace
     try:
@@ -182,7 +182,7 @@ def _try(work: Work, attempt: Attempt, touched: Sequence[str]) -> Facts | None:
     return facts
 
 
-def _blame(work: Work, attempt: Attempt, errors: dict[str, Any], otherwise: Exception) -> None:
+def _blame(work: RunContext, attempt: AdaptationState, errors: dict[str, Any], otherwise: Exception) -> None:
     """Refuse the domains whose own steps cannot use their rows. Raises `otherwise` when anything else went wrong."""
     touched = attempt.touched(work.workspace)
     blamed = {name: str(error) for stage, error in errors.items() for name in touched
@@ -193,7 +193,7 @@ def _blame(work: Work, attempt: Attempt, errors: dict[str, Any], otherwise: Exce
         attempt.refuse(work.workspace, [name], reason)
 
 
-def _start(work: Work, attempt: Attempt, name: str) -> None:
+def _start(work: RunContext, attempt: AdaptationState, name: str) -> None:
     """Decide, once, where the expert of `name` begins: at itself, at another domain's expert, or afresh."""
     workspace = work.workspace
     if name in attempt.started:
@@ -215,7 +215,7 @@ def _start(work: Work, attempt: Attempt, name: str) -> None:
 
 
 def _candidates(workspace: Workspace, name: str) -> Facts:
-    found, problem = printed(workspace, "parent", "--domain", name)
+    found, problem = moa_json(workspace, "parent", "--domain", name)
     if problem:
         raise PipelineError(f"No start for {name} could be chosen: {problem}")
     return found

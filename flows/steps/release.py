@@ -16,10 +16,10 @@ from moa.core.config import Config
 from moa.core.errors import PipelineError, RegistryError, UsageError
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
-from moa.core.subprocesses import printed
+from moa.core.subprocesses import moa_json
 from moa.evaluation import comparison, gate
 from moa.release.champion_history import Entry, before
-from moa.release.registry import ANYONE, ExpertVersion, MixtureVersion, Registry
+from moa.release.registry import CURRENT_CHAMPION, ExpertVersion, MixtureVersion, Registry
 
 FIRST = "first release"
 ALREADY = "already champion"
@@ -88,7 +88,7 @@ def examine(workspace: Workspace, config: Config, challenger: int, against: int 
 
 
 def promote(workspace: Workspace, config: Config, version: int, reason: str, by: str | None = None,
-            instead_of: int | None = ANYONE) -> dict[str, Any]:
+            instead_of: int | None = CURRENT_CHAMPION) -> dict[str, Any]:
     """Make `version` champion, if the champion is still `instead_of`."""
     return asdict(Registry(workspace, config).set_champion(version, reason, by or _user(), instead_of=instead_of))
 
@@ -106,7 +106,7 @@ def approve(workspace: Workspace, config: Config, version: int, *, force: bool =
     wanted, champion = registry.get(version), registry.champion()
     if champion is not None and champion.version == wanted.version:
         return {"version": wanted.version, "previous": wanted.version, "changed": False, "reason": ALREADY}
-    compared: int | None = ANYONE
+    compared: int | None = CURRENT_CHAMPION
     if force:
         reason = f"forced: {note}"
     else:
@@ -195,7 +195,7 @@ def compare(workspace: Workspace, incumbent: int, challenger: int) -> dict[str, 
 
     In another process. Raises PipelineError with that process's own words.
     """
-    compared, problem = printed(workspace, "compare", challenger, "--against", incumbent)
+    compared, problem = moa_json(workspace, "compare", challenger, "--against", incumbent)
     if problem:
         raise PipelineError(f"Versions {incumbent} and {challenger} could not be compared: {problem}")
     return compared
@@ -207,7 +207,7 @@ def forgetting(workspace: Workspace, old: int, new: int) -> dict[str, Any]:
     In another process. Where an unchanged expert answers otherwise, `equal` is False: that is for the caller to judge.
     Raises PipelineError when there are no facts, with that process's own words.
     """
-    facts, problem = printed(workspace, "release", "forgetting", new, "--against", old)
+    facts, problem = moa_json(workspace, "release", "forgetting", new, "--against", old)
     if not facts:
         raise PipelineError(f"What version {new} forgot of version {old} could not be told: {problem}")
     return facts
@@ -223,7 +223,7 @@ def _compared(workspace: Workspace, config: Config, incumbent: MixtureVersion,
 
 def _causes(compared: Mapping[str, Any]) -> dict[str, str]:
     parts = compared.get("parts")
-    return comparison.causes(compared["rows"], parts["incumbent"], parts["challenger"]) if parts else {}
+    return comparison.attribute_regressions(compared["rows"], parts["incumbent"], parts["challenger"]) if parts else {}
 
 
 def _rules(config: Config) -> gate.Rules:

@@ -5,12 +5,11 @@ Knows no ML, and not whether Prefect watches. Each decision is a line of the led
 
 import time
 
-from flows.steps.attempt import Attempt
+from flows.steps.attempt import AdaptationState
 from flows.steps.learning import reconcile
 from flows.steps.run_context import (
     After,
     Facts,
-    at_work,
     failures_told,
     finished,
     forget_starts,
@@ -18,6 +17,7 @@ from flows.steps.run_context import (
     nothing,
     require,
     restore_starts,
+    run_context,
     say_released,
     say_trained,
 )
@@ -35,8 +35,8 @@ def retrain(workspace: Workspace, runner: Runner, trigger: str, *, from_scratch:
     the continued ones.
     """
     began = time.monotonic()
-    with at_work(workspace, runner, verbose, after, wait=WAIT) as work:
-        if Attempt.load(workspace) is not None:
+    with run_context(workspace, runner, verbose, after, wait=WAIT) as work:
+        if AdaptationState.load(workspace) is not None:
             reconcile(work, "an adaptation that was interrupted", True, began)
         afresh = work.config.retrain.from_scratch if from_scratch is None else from_scratch
         with failures_told(work, "retraining", began):

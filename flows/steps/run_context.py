@@ -12,15 +12,15 @@ from typing import Any
 from flows.steps import event_log
 from flows.steps import release as releasing
 from flows.steps.runner import Call, Runner
-from flows.steps.session import Options, Result, Session, opened
+from flows.steps.session import BuildOptions, Result, Session, opened
 from flows.steps.stage_order import build
 from moa.core.config import Config, load
 from moa.core.errors import MoaError, PipelineError, in_words
 from moa.core.files import read_json, write_json
 from moa.core.paths import Workspace
 from moa.workspace import warm_starts
-from moa.workspace.data_versions import Versions, commit
-from moa.workspace.warm_starts import Start
+from moa.workspace.data_versions import DataVersions, commit
+from moa.workspace.warm_starts import InitialExpert
 
 Facts = dict[str, Any]
 After = Callable[[Session, Result], None]
@@ -31,11 +31,11 @@ def nothing(_: Session, __: Result) -> None:
 
 
 @dataclass
-class Work:
+class RunContext:
     """What an adaptation or retraining works with, under the workspace's lock."""
 
     workspace: Workspace
-    versions: Versions
+    versions: DataVersions
     runner: Runner
     verbose: bool = False
     after: After = nothing   # told of each build that releases
@@ -52,7 +52,7 @@ class Work:
         return outcome.value
 
     def build(self, *, release: bool = True) -> Result:
-        with opened(self.workspace, Options(), verbose=self.verbose, held=self.versions) as session:
+        with opened(self.workspace, BuildOptions(), verbose=self.verbose, held=self.versions) as session:
             if not release:
                 session.hooks = ()
             elif self.config.adapt.commit:
@@ -71,8 +71,8 @@ class Busy(PipelineError):
 
 
 @contextlib.contextmanager
-def at_work(workspace: Workspace, runner: Runner, verbose: bool, after: After, wait: float) -> Iterator[Work]:
-    versions = Versions(workspace)
+def run_context(workspace: Workspace, runner: Runner, verbose: bool, after: After, wait: float) -> Iterator[RunContext]:
+    versions = DataVersions(workspace)
     with contextlib.ExitStack() as stack:
         try:
             abandoned = stack.enter_context(versions.lock(wait))
@@ -80,14 +80,14 @@ def at_work(workspace: Workspace, runner: Runner, verbose: bool, after: After, w
             raise Busy(str(error)) from None
         if abandoned is not None:
             event_log.append(workspace, "taken-over", pid=abandoned["pid"], since=abandoned["since"])
-        work = Work(workspace, versions, runner, verbose, after)
+        work = RunContext(workspace, versions, runner, verbose, after)
         if left := restore_starts(work):
             work.say("undone", domains=left, reason="the training from scratch was interrupted")
         yield work
 
 
 @contextlib.contextmanager
-def failures_told(work: Work, what: str, began: float) -> Iterator[None]:
+def failures_told(work: RunContext, what: str, began: float) -> Iterator[None]:
     try:
         yield
     except Exception as error:   # any library's: the sensor waits longer after each failure that the ledger tells
@@ -101,7 +101,7 @@ def failures_told(work: Work, what: str, began: float) -> Iterator[None]:
 
 # A retraining from scratch forgets where experts begin; what it forgot is kept until its end.
 
-def forget_starts(work: Work) -> None:
+def forget_starts(work: RunContext) -> None:
     """Let every expert begin afresh, until `restore_starts` or `keep_fresh`, whatever ends this process."""
     continued = warm_starts.read(work.workspace)
     if continued:
@@ -109,10 +109,10 @@ def forget_starts(work: Work) -> None:
         work.one("forget starts", lambda: warm_starts.forget(work.versions, sorted(continued)))
 
 
-def restore_starts(work: Work) -> list[str]:
+def restore_starts(work: RunContext) -> list[str]:
     """Put back what was forgotten, and everything made from it, out of DVC's cache; the domains, none = nothing was."""
     try:
-        continued = {name: Start(**each) for name, each in read_json(work.workspace.retraining).items()}
+        continued = {name: InitialExpert(**each) for name, each in read_json(work.workspace.retraining).items()}
     except FileNotFoundError:
         return []
     work.one("restore starts", lambda: warm_starts.restore(work.versions, continued))
@@ -121,13 +121,13 @@ def restore_starts(work: Work) -> list[str]:
     return sorted(continued)
 
 
-def keep_fresh(work: Work) -> None:
+def keep_fresh(work: RunContext) -> None:
     work.workspace.retraining.unlink(missing_ok=True)
 
 
 # What every run says.
 
-def finished(work: Work, what: str, facts: Facts, began: float) -> Facts:
+def finished(work: RunContext, what: str, facts: Facts, began: float) -> Facts:
     seconds = round(time.monotonic() - began, 1)
     work.say("finished", result=f"{what} {facts['state']}", seconds=seconds)
     return {**facts, "seconds": seconds}
@@ -138,13 +138,13 @@ def require(result: Result) -> None:
         raise failure
 
 
-def say_trained(work: Work, result: Result) -> None:
+def say_trained(work: RunContext, result: Result) -> None:
     if trained := [name.partition("@")[2] for name in result.named("done") if name.startswith("train@")]:
         seconds = max(result.outcomes[f"train@{name}"].seconds for name in trained)   # those of a group share theirs
         work.say("trained", domains=trained, seconds=round(seconds, 1))
 
 
-def _forgetting(work: Work, old: int | None, new: int) -> Facts | None:
+def _forgetting(work: RunContext, old: int | None, new: int) -> Facts | None:
     """What the new champion kept of the old one. It goes back where an expert that nobody touched answers otherwise."""
     if old in (None, new) or not work.config.adapt.golden:
         return None
@@ -161,7 +161,7 @@ def _forgetting(work: Work, old: int | None, new: int) -> Facts | None:
     return found
 
 
-def say_released(work: Work, release: Facts) -> Facts:
+def say_released(work: RunContext, release: Facts) -> Facts:
     """What the release steps came to, for people and for the policy: released, waiting, kept or refused."""
     decision, version = release["decision"], release["version"]
     facts: Facts = {"version": version, "reason": decision["reason"], "champion": release["champion"],

@@ -21,7 +21,7 @@ Hook = tuple[str, Callable[[], Any]]
 
 
 @dataclass(frozen=True)
-class Options:
+class BuildOptions:
     """What the caller of a build may choose."""
 
     domains: tuple[str, ...] | None = None   # None = all
@@ -64,7 +64,7 @@ class Session:
     workspace: Workspace
     config: Config
     pipeline: Pipeline
-    options: Options
+    options: BuildOptions
     screen: Screen
     snapshot: Snapshot
     finished: Callable[[str], bool]   # whether a domain's expert is complete for the inputs of now
@@ -90,7 +90,7 @@ _ambient: ContextVar[Session | None] = ContextVar("session", default=None)
 
 
 @contextmanager
-def opened(workspace: Workspace, options: Options, *, verbose: bool = False,
+def opened(workspace: Workspace, options: BuildOptions, *, verbose: bool = False,
            held: Pipeline | None = None) -> Iterator[Session]:
     """A session; the one that is already open in this context, if there is one. `held`: whose lock the caller has."""
     if (ambient := _ambient.get()) is not None:
@@ -123,7 +123,7 @@ def _finished(workspace: Workspace, config: Config, domain: str) -> bool:
     return finished(workspace, config, domain)
 
 
-def _release_hooks(workspace: Workspace, config: Config, options: Options) -> list[Hook]:
+def _release_hooks(workspace: Workspace, config: Config, options: BuildOptions) -> list[Hook]:
     from flows.steps import release
 
     return release.hooks(workspace, config, options.promote)

@@ -33,7 +33,7 @@ class Encoded:
         return len(self.ids) - self.completion_tokens
 
 
-class Encoder:
+class ChatEncoder:
     """Renders messages with the base's chat template and encodes them piece by piece.
 
     A conversation is cut where a model would start to write, and each piece is encoded alone. The ids before an answer

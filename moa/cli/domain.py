@@ -39,13 +39,13 @@ def add(
     """Copy rows into the workspace, version them, and make the domain if it is new. All of it, or nothing."""
     from moa.reports.domains import added_text
     from moa.workspace.domains import add as add_rows
-    from moa.workspace.row_sources import Hub
+    from moa.workspace.row_sources import HubDataset
 
     here = Path.cwd()
     reading = {"metric": metric, "map": _mapping(map_), "template": template, "group_by": group_by}
     done = add_rows(place.workspace(), name, sources or [], here,
                     {key: value for key, value in reading.items() if value is not None},
-                    Hub(revision, split, subset))
+                    HubDataset(revision, split, subset))
     print_result(done, added_text(done), as_json)
 
 

@@ -17,7 +17,7 @@ from moa.cli.release import compare, export, gate, release_app
 from moa.cli.serve import serve
 from moa.core import git
 from moa.core.errors import ConfigError, MoaError, RegistryError
-from moa.core.loopback import ask_directly
+from moa.core.loopback import bypass_proxies
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}   # what a full or broken disk answers
 RUN, DATA, USE, STEPS = "Build", "Workspace and domains", "Use", "Single steps (what the stages of dvc.yaml run)"
@@ -37,7 +37,7 @@ def _print_version(wanted: bool) -> None:
 
 def _global(
     _version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version,
-                                          is_eager=True)] = False,
+                                           is_eager=True)] = False,
 ) -> None:
     pass
 
@@ -62,10 +62,10 @@ def run(
 ) -> None:
     """Bring everything up to date: base, corpora, experts, mixture."""
     from flows.launch import run as launch
-    from flows.steps.session import Options
+    from flows.steps.session import BuildOptions
 
     workspace = place.workspace()
-    options = Options(tuple(domain) if domain else None, tuple(force or ()), promote)
+    options = BuildOptions(tuple(domain) if domain else None, tuple(force or ()), promote)
     result = launch(workspace, options, local=local, verbose=verbose)
     if as_json:
         print_json(result.as_dict())
@@ -252,11 +252,11 @@ def evaluate() -> None:
 
 def main() -> None:
     """The console script. What the user can mend is one sentence; everything else keeps its traceback."""
-    ask_directly()
+    bypass_proxies()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):   # a terminal's encoding may lack a character: escape it, never fail
             stream.reconfigure(errors="backslashreplace")
-    git.untie()
+    git.forget_ties()
     try:
         app(standalone_mode=True)
     except MoaError as error:

@@ -29,10 +29,11 @@ def up(
 ) -> None:
     """Keep the workspace current until Ctrl-C: learn what arrives in data/incoming, retrain on schedule, watch for
     drift."""
-    from flows.up import Also
+    from flows.up import ExtraServices
     from flows.up import up as run
 
-    run(place.workspace(), Also(mlflow_port if mlflow else None, serve_port if serve else None, ui), verbose=verbose)
+    run(place.workspace(), ExtraServices(mlflow_port if mlflow else None, serve_port if serve else None, ui),
+        verbose=verbose)
 
 
 def status(as_json: AsJson = False) -> None:
@@ -102,11 +103,11 @@ def ingest(
 ) -> None:
     """Queue rows in data/incoming/NAME, where they wait until they are learned. Works while something is built, too."""
     from moa.workspace.incoming import queue, queued_text
-    from moa.workspace.row_sources import Hub
+    from moa.workspace.row_sources import HubDataset
 
     here = Path.cwd()
     workspace = place.workspace()
-    done = queue(workspace, name, sources, here, Hub(revision, split, subset))
+    done = queue(workspace, name, sources, here, HubDataset(revision, split, subset))
     watched = _watched(workspace)
     if done["files"]:
         with suppress(Exception):   # an event is a nudge, never the record: the file is found without it

@@ -47,7 +47,7 @@ def serve(
     workspace, config = opened()
     from moa.core.config import NO_DOMAIN
     from moa.serving.batcher import Limits
-    from moa.serving.connections import Bounds
+    from moa.serving.connections import ConnectionLimits
     from moa.serving.server import Settings
     from moa.serving.server import serve as run
 
@@ -55,7 +55,7 @@ def serve(
                         max_tokens=max_tokens, limits=Limits(rows=max_batch, waiting=max_waiting),
                         backend=backend, backend_key=backend_key, backend_base=backend_base,
                         keep=config.drift.keep if keep_prompts is None else keep_prompts,
-                        bounds=Bounds(connections=max_connections, idle_seconds=keep_alive))
+                        bounds=ConnectionLimits(connections=max_connections, idle_seconds=keep_alive))
     try:
         run(workspace, config, settings)
     except RegistryError:

@@ -68,7 +68,7 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _ties()}
 
 
-def untie() -> None:
+def forget_ties() -> None:
     """Take the same out of our own environment, for the libraries that use git in this process, and for children."""
     kept = environment()
     for name in os.environ.keys() - kept.keys():

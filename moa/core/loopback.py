@@ -11,7 +11,7 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ws_proxy", "wss_proxy", "s
 EXCEPT = "no_proxy"
 
 
-def direct(environment: Mapping[str, str]) -> dict[str, str]:
+def without_proxy(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables to set, so that no client with this environment asks a loopback address through a proxy.
 
     The user's own exceptions stay. Empty where no proxy is named: a lone NO_PROXY makes urllib pass over the proxies
@@ -26,6 +26,6 @@ def direct(environment: Mapping[str, str]) -> dict[str, str]:
     return {EXCEPT: value, EXCEPT.upper(): value}
 
 
-def ask_directly() -> None:
+def bypass_proxies() -> None:
     """From now on this process, and what inherits its environment, asks loopback addresses without a proxy."""
-    os.environ.update(direct(os.environ))
+    os.environ.update(without_proxy(os.environ))

@@ -69,7 +69,7 @@ class Workspace:
         return self.data / "incoming"
 
     @property
-    def rejected(self) -> Path:
+    def quarantine(self) -> Path:
         """What arrived and could not be used, or was refused, each file with its reason beside it."""
         return self.incoming / ".rejected"
 
@@ -127,7 +127,7 @@ class Workspace:
         return self.local / "change.json"
 
     @property
-    def attempt(self) -> Path:
+    def adaptation_state(self) -> Path:
         """The adaptation that is under way, or was interrupted: see flows/steps/attempt.py."""
         return self.local / "attempt.json"
 
@@ -146,12 +146,12 @@ class Workspace:
         return self.local / "removed" / f"{domain}.json"
 
     @property
-    def kept(self) -> Path:
+    def prompt_log(self) -> Path:
         """What somebody put in the way of undoing an interrupted change."""
         return self.local / "kept"
 
     @property
-    def ledger(self) -> Path:
+    def event_log(self) -> Path:
         """What set runs off, and what was decided: a line each, only ever added to."""
         return self.local / "ledger.jsonl"
 

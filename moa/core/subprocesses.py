@@ -12,10 +12,10 @@ from typing import Any
 
 from moa.core import git
 from moa.core.errors import PipelineError
-from moa.core.loopback import direct
+from moa.core.loopback import without_proxy
 from moa.core.paths import Workspace
 from moa.core.progress import MARKER
-from moa.core.supervisor import Leash
+from moa.core.supervisor import SupervisedProcess
 from moa.core.text import sentence
 
 QUIET = {
@@ -33,7 +33,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Environment of our children: this interpreter's scripts first on PATH, no telemetry, no proxy before loopback,
     no variable that ties git to another repository than theirs."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**git.environment(), **direct(os.environ), **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1",
+    return {**git.environment(), **without_proxy(os.environ), **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1",
             **(extra or {})}
 
 
@@ -56,7 +56,8 @@ def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: On
                 del tail[:-200]
             on_line(line)
 
-        leash = Leash(command, cwd=workspace.root, env=environment({"MOA_PROGRESS": "json", **(extra or {})}))
+        leash = SupervisedProcess(command, cwd=workspace.root,
+                                  env=environment({"MOA_PROGRESS": "json", **(extra or {})}))
         status = leash.follow(keep)
     if leash.stopped:
         raise PipelineError(f"{name} was interrupted.")
@@ -64,7 +65,7 @@ def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: On
         raise PipelineError(f"{name} failed: {last_error(tail, status)} (full output: {workspace.relative(log)})")
 
 
-def printed(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], str | None]:
+def moa_json(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], str | None]:
     """What `moa WORDS --json` prints, in a process of its own, empty where that is no JSON; and why it failed, or None.
 
     It ends when we do. Raises PipelineError when it was interrupted.
@@ -74,7 +75,8 @@ def printed(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], st
         said = Path(folder) / "said"
         out: list[str] = []
         # A leash has one pipe: what is no JSON goes to a file.
-        leash = Leash(["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(said), *command], cwd=workspace.root, env=environment())
+        leash = SupervisedProcess(["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(said), *command], cwd=workspace.root,
+                                  env=environment())
         status = leash.follow(out.append)
         words_of_error = said.read_text(encoding="utf-8", errors="replace").splitlines() if said.exists() else []
     if leash.stopped:

@@ -18,11 +18,11 @@ from typing import IO
 
 GRACE = 5.0   # seconds between asking a group to end and ending it
 
-_running: "set[Leash]" = set()
+_running: "set[SupervisedProcess]" = set()
 _guard = threading.Lock()
 
 
-class Leash:
+class SupervisedProcess:
     """A running command with everything it starts. `stdout` receives both of its output streams."""
 
     def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str],

@@ -22,7 +22,7 @@ from moa.core.paths import Workspace
 
 
 class Change:
-    """One change while it is made; `changing` makes it."""
+    """One change while it is made: what `transaction` yields."""
 
     def __init__(self, workspace: Workspace, what: str, files: Iterable[Path], folders: Iterable[Path]) -> None:
         self.workspace = workspace
@@ -77,8 +77,8 @@ class Change:
 
 
 @contextlib.contextmanager
-def changing(workspace: Workspace, what: str, *, files: Iterable[Path] = (),
-             folders: Iterable[Path] = ()) -> Iterator[Change]:
+def transaction(workspace: Workspace, what: str, *, files: Iterable[Path] = (),
+                folders: Iterable[Path] = ()) -> Iterator[Change]:
     """Everything that happens to `files` and `folders` in the block, or nothing. The caller holds the workspace's lock.
 
     `what` is the command, as people know it. Other paths are the block's own business.
@@ -128,7 +128,7 @@ def undo(workspace: Workspace) -> list[str]:
             path = workspace.root / name
             restore = _restore_file if entry["kind"] == "file" else _restore_folder
             said += [f"{name} had been edited since: that is kept as {workspace.relative(kept)}."
-                     for kept in restore(path, entry, workspace.kept / name)]
+                     for kept in restore(path, entry, workspace.prompt_log / name)]
     _clean(workspace, journal)
     return said
 

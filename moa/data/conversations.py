@@ -7,12 +7,12 @@ from typing import Any
 
 from moa.base.encoding import Message
 from moa.core.config import Domain
-from moa.data.readers import Rejected
+from moa.data.readers import RowRejected
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}   # ShareGPT's and others' words
 
-__all__ = ["Rejected", "conversation", "fields", "group_value"]
+__all__ = ["RowRejected", "conversation", "fields", "group_value"]
 
 
 def conversation(value: Any, domain: Domain) -> list[Message]:
@@ -20,10 +20,10 @@ def conversation(value: Any, domain: Domain) -> list[Message]:
 
     Raises Rejected with the reason.
     """
-    if isinstance(value, Rejected):
+    if isinstance(value, RowRejected):
         raise value
     if not isinstance(value, dict):
-        raise Rejected(f"not an object but {type(value).__name__}")
+        raise RowRejected(f"not an object but {type(value).__name__}")
     turns = domain.map.get("messages", "messages")
     plain = ("instruction" in domain.map or domain.template is not None) and "messages" not in domain.map
     if value.get(turns) is not None and not plain:
@@ -68,7 +68,7 @@ def _instruction(value: Mapping[str, Any], domain: Domain) -> list[Message]:
 
 def _chat(turns: Any) -> list[Message]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise Rejected("messages is not a list of {role, content}")
+        raise RowRejected("messages is not a list of {role, content}")
     messages = []
     for turn in turns:
         role, content = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
@@ -77,21 +77,21 @@ def _chat(turns: Any) -> list[Message]:
     roles = [message["role"] for message in messages]
     spoken = roles[1:] if roles[0] == "system" else roles
     if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise Rejected("roles must be an optional system, then user and assistant in turn, ending with assistant")
+        raise RowRejected("roles must be an optional system, then user and assistant in turn, ending with assistant")
     return messages
 
 
 def _text(value: Mapping[str, Any], key: str) -> str:
     text = value.get(key)
     if text is None:
-        raise Rejected(f"{key} is missing")
+        raise RowRejected(f"{key} is missing")
     if not isinstance(text, str):
-        raise Rejected(f"{key} is not text but {type(text).__name__}")
+        raise RowRejected(f"{key} is not text but {type(text).__name__}")
     if CONTROL.search(text):
-        raise Rejected(f"{key} has control characters")
+        raise RowRejected(f"{key} has control characters")
     if "\r" in text:   # the same row whatever system it was written on
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = text.strip()
     if not text:
-        raise Rejected(f"{key} is empty")
+        raise RowRejected(f"{key} is empty")
     return text

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from moa.base.encoding import Encoder, Message
+from moa.base.encoding import ChatEncoder, Message
 from moa.base.pin import load_tokenizer, pin
 from moa.core import digests
 from moa.core.config import Config, PrepareParams
@@ -31,15 +31,15 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.data import splits
 from moa.data.conversations import conversation, group_value
 from moa.data.corpus import SPLITS, Row, identity
-from moa.data.readers import Raw, Rejected, read
-from moa.data.row_store import Settled, Staging
+from moa.data.readers import RawRow, RowRejected, read
+from moa.data.row_store import RowFates, RowStore
 
 BATCH = 2048          # rows on their way at a time
 SHOWN = 500           # characters of a rejected row that are kept
 CHARACTERS = 200      # a token at most, or the row is refused without encoding it
 
 
-def prepare(workspace: Workspace, config: Config, domain: str, encoder: Encoder | None = None) -> dict[str, Any]:
+def prepare(workspace: Workspace, config: Config, domain: str, encoder: ChatEncoder | None = None) -> dict[str, Any]:
     """Write `data/corpora/NAME` from `data/raw/NAME` and return its manifest. `encoder`: None = the base's.
 
     Raises DataError when there is nothing to read, too little is usable, or more than `prepare.max_rejected` is not.
@@ -48,11 +48,11 @@ def prepare(workspace: Workspace, config: Config, domain: str, encoder: Encoder 
     from moa.data.quality import describe
 
     if encoder is None:
-        encoder = Encoder(load_tokenizer(workspace), config.prompt.system, config.prompt.max_tokens)
+        encoder = ChatEncoder(load_tokenizer(workspace), config.prompt.system, config.prompt.max_tokens)
     params = config.prepare
     with _scratch(workspace, domain) as scratch, replace_directory(workspace.corpus(domain)) as folder:
-        staging = Staging(scratch, params.near_duplicate)
-        intake = Intake(config, domain, encoder, staging)
+        staging = RowStore(scratch, params.near_duplicate)
+        intake = RowFilter(config, domain, encoder, staging)
         with (_acyclic(), (folder / "rejected.jsonl").open("wb") as file,
               track(f"prepare {domain}", unit="rows") as bar):
             for batch in _batches(read(workspace.raw(domain), domain)):
@@ -78,10 +78,10 @@ def prepare(workspace: Workspace, config: Config, domain: str, encoder: Encoder 
     return manifest
 
 
-class Intake:
-    """Raw rows into a Staging, in batches; counts what became of them."""
+class RowFilter:
+    """Passes usable rows on to a RowStore, in batches, and counts what became of each raw row."""
 
-    def __init__(self, config: Config, name: str, encoder: Encoder, staging: Staging) -> None:
+    def __init__(self, config: Config, name: str, encoder: ChatEncoder, staging: RowStore) -> None:
         self.domain, self.encoder, self.staging = config.domains[name], encoder, staging
         self.read = self.rejected = self.grouped = 0
         self.reasons: Counter[str] = Counter()
@@ -100,22 +100,22 @@ class Intake:
         """Replacements by kind of personal data."""
         return Counter() if self.redact is None else self.redact.counts
 
-    def counts(self, settled: Settled) -> dict[str, int]:
+    def counts(self, settled: RowFates) -> dict[str, int]:
         """read = kept + rejected + duplicates; near-duplicates are among the duplicates, straddling among the near."""
         kept = int(settled.stays.sum())
         return {"read": self.read, "kept": kept, "rejected": self.rejected,
                 "duplicates": settled.duplicates + settled.near_duplicates,
                 "near_duplicates": settled.near_duplicates, "straddling": settled.straddling}
 
-    def take(self, batch: Sequence[Raw], rejections: Any) -> None:
+    def take(self, batch: Sequence[RawRow], rejections: Any) -> None:
         """Stage the usable rows of a batch, and write the others with their reasons."""
-        ready: list[tuple[Raw, list[Message], Any]] = []
+        ready: list[tuple[RawRow, list[Message], Any]] = []
         self.read += len(batch)
         for raw in batch:
             try:
                 messages = self._messages(raw.value)
                 ready.append((raw, messages, self._pieces(messages)))
-            except Rejected as reason:
+            except RowRejected as reason:
                 self._reject(raw, str(reason), rejections)
         rows, places = [], []
         lengths = self.encoder.lengths([pieces for _, _, pieces in ready])
@@ -139,20 +139,20 @@ class Intake:
             messages = [{**message, "content": self.redact(message["content"])} for message in messages]
         for message in messages:
             if found := self.marker.search(message["content"]):
-                raise Rejected(f"the text contains {found[0]}, a marker of the base's own")
+                raise RowRejected(f"the text contains {found[0]}, a marker of the base's own")
         return messages
 
     def _pieces(self, messages: list[Message]) -> list[tuple[str, bool]]:
         from jinja2 import TemplateError
 
         if (size := sum(len(message["content"]) for message in messages)) > CHARACTERS * self.encoder.max_tokens:
-            raise Rejected(f"too long: {size} characters, prompt.max_tokens is {self.encoder.max_tokens}")
+            raise RowRejected(f"too long: {size} characters, prompt.max_tokens is {self.encoder.max_tokens}")
         try:
             return self.encoder.pieces(messages)
         except TemplateError as error:
-            raise Rejected(f"the base's chat template refuses it: {error}") from None
+            raise RowRejected(f"the base's chat template refuses it: {error}") from None
 
-    def _reject(self, raw: Raw, reason: str, rejections: Any) -> None:
+    def _reject(self, raw: RawRow, reason: str, rejections: Any) -> None:
         self.rejected += 1
         kind = reason.partition(":")[0]
         self.reasons[kind] += 1
@@ -162,7 +162,7 @@ class Intake:
         rejections.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
 
-def _batches(rows: Iterable[Raw]) -> Iterator[list[Raw]]:
+def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
     source = iter(rows)
     while batch := list(islice(source, BATCH)):
         yield batch
@@ -193,7 +193,7 @@ def _scratch(workspace: Workspace, domain: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _refuse_if_unusable(workspace: Workspace, domain: str, params: PrepareParams, intake: Intake,
+def _refuse_if_unusable(workspace: Workspace, domain: str, params: PrepareParams, intake: RowFilter,
                         rejections: Path) -> None:
     if intake.rejected and intake.rejected > params.max_rejected * intake.read:
         kind, count = intake.reasons.most_common(1)[0]

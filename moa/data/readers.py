@@ -24,11 +24,11 @@ BATCH = 1024               # rows of a Parquet file in memory
 DEEPEST = 100              # lists and objects in each other; Python walks about 900 of them before its stack ends
 
 
-class Rejected(Exception):
+class RowRejected(Exception):
     """Why one row cannot be used."""
 
 
-class Raw(NamedTuple):
+class RawRow(NamedTuple):
     """One row as found. `value` is what was read, or the reason why nothing could be; `line` counts from 1.
 
     In JSON lists and Parquet files, `line` is the row's number.
@@ -55,7 +55,7 @@ def files(folder: Path) -> list[Path]:
                   and not path.name.startswith(".") and path.is_file())
 
 
-def read(folder: Path, domain: str) -> Iterator[Raw]:
+def read(folder: Path, domain: str) -> Iterator[RawRow]:
     """Every row of a domain's raw files. Raises DataError when there is no file, or one is not what its name says."""
     found = files(folder)
     if not found:
@@ -65,7 +65,7 @@ def read(folder: Path, domain: str) -> Iterator[Raw]:
         yield from read_file(path, path.relative_to(folder).as_posix())
 
 
-def read_file(path: Path, name: str) -> Iterator[Raw]:
+def read_file(path: Path, name: str) -> Iterator[RawRow]:
     """Every row of one file, called `name` in messages.
 
     Raises DataError when the file cannot be read, with the row after which, whatever the reason; and ArtifactError when
@@ -74,7 +74,7 @@ def read_file(path: Path, name: str) -> Iterator[Raw]:
     name, row = printable(name), 0
     try:
         for raw in _rows(path, name):
-            yield raw._replace(value=Rejected("nested too deeply")) if _too_deep(raw.value) else raw
+            yield raw._replace(value=RowRejected("nested too deeply")) if _too_deep(raw.value) else raw
             row = raw.line
     except MoaError:
         raise
@@ -86,7 +86,7 @@ def read_file(path: Path, name: str) -> Iterator[Raw]:
                         f"{row}): {escaped(in_words(error))}") from error
 
 
-def _rows(path: Path, name: str) -> Iterator[Raw]:
+def _rows(path: Path, name: str) -> Iterator[RawRow]:
     kind = path.suffix.lower()
     if kind == ".parquet":
         return _parquet(path, name)
@@ -122,7 +122,7 @@ def _open(path: Path, newline: str | None) -> TextIO:
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _lines(file: TextIO) -> Iterator[tuple[int, str | Rejected]]:
+def _lines(file: TextIO) -> Iterator[tuple[int, str | RowRejected]]:
     """Physical lines, numbered from 1, each with its end; one that is too long is a reason."""
     number = 0
     while line := file.readline(LONGEST_LINE):
@@ -130,7 +130,7 @@ def _lines(file: TextIO) -> Iterator[tuple[int, str | Rejected]]:
         if len(line) == LONGEST_LINE and not line.endswith("\n"):
             while (rest := file.readline(LONGEST_LINE)) and not rest.endswith("\n"):
                 pass
-            yield number, Rejected(f"a line of more than {LONGEST_LINE:,} characters")
+            yield number, RowRejected(f"a line of more than {LONGEST_LINE:,} characters")
         else:
             yield number, line
 
@@ -163,27 +163,27 @@ _decode = json.JSONDecoder(object_pairs_hook=_object).decode
 
 def _parsed(line: str) -> Any:
     if not decoded(line):
-        return Rejected("not UTF-8")
+        return RowRejected("not UTF-8")
     try:
         return _decode(line)
     except json.JSONDecodeError as error:
-        return Rejected(f"malformed JSON: {error}")
+        return RowRejected(f"malformed JSON: {error}")
     except ValueError as error:
-        return Rejected(str(error))
+        return RowRejected(str(error))
     except RecursionError:
-        return Rejected("JSON nested too deeply")
+        return RowRejected("JSON nested too deeply")
 
 
-def _json_lines(path: Path, name: str) -> Iterator[Raw]:
+def _json_lines(path: Path, name: str) -> Iterator[RawRow]:
     with _open(path, newline=None) as file:
         for number, line in _lines(file):
-            if isinstance(line, Rejected):
-                yield Raw(name, number, line, "")
+            if isinstance(line, RowRejected):
+                yield RawRow(name, number, line, "")
             elif line.strip():
-                yield Raw(name, number, _parsed(line), line.rstrip("\n"))
+                yield RawRow(name, number, _parsed(line), line.rstrip("\n"))
 
 
-def _json(path: Path, name: str) -> Iterator[Raw]:
+def _json(path: Path, name: str) -> Iterator[RawRow]:
     """A list of rows; a file of one object a line is read as such, whatever it is called."""
     if path.stat().st_size > LARGEST_JSON:
         raise DataError(f"{name} has more than {LARGEST_JSON >> 20} MiB: write one object a line into a .jsonl file, "
@@ -192,15 +192,15 @@ def _json(path: Path, name: str) -> Iterator[Raw]:
         text = file.read()
     value = _parsed(text) if text.strip() else []
     if isinstance(value, list):
-        yield from (Raw(name, number, item) for number, item in enumerate(value, 1))
-    elif isinstance(value, Rejected) and not text.lstrip().startswith("["):
+        yield from (RawRow(name, number, item) for number, item in enumerate(value, 1))
+    elif isinstance(value, RowRejected) and not text.lstrip().startswith("["):
         yield from _json_lines(path, name)
-    elif isinstance(value, Rejected):
+    elif isinstance(value, RowRejected):
         raise DataError(f"{name} cannot be read: {value}. Mend it, or write one object a line into a .jsonl file.")
     elif "\n" in text.strip():
         raise DataError(f"{name} must be a list of rows, or hold one object a line; it is one {type(value).__name__}.")
     else:
-        yield Raw(name, 1, value, text)
+        yield RawRow(name, 1, value, text)
 
 
 # CSV and TSV.
@@ -219,7 +219,7 @@ class _Feed:
 
     def __next__(self) -> str:
         number, line = self.again.popleft() if self.again else next(self.lines)
-        if isinstance(line, Rejected):
+        if isinstance(line, RowRejected):
             self.taken.append((number, ""))
             raise csv.Error(str(line))
         self.taken.append((number, line))
@@ -230,7 +230,7 @@ class _Feed:
         self.again.extendleft(reversed(self.taken[1:]))
 
 
-def _separated(path: Path, name: str, delimiter: str) -> Iterator[Raw]:
+def _separated(path: Path, name: str, delimiter: str) -> Iterator[RawRow]:
     csv.field_size_limit(LONGEST_LINE)
     with _open(path, newline="") as file:
         feed = _Feed(file)
@@ -238,14 +238,14 @@ def _separated(path: Path, name: str, delimiter: str) -> Iterator[Raw]:
         header: list[str] | None = None
         while True:
             feed.taken.clear()
-            fields: list[str] | Rejected
+            fields: list[str] | RowRejected
             try:
                 fields = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
                 # A stray quotation mark runs on through good rows: its own line is bad, the others are read again.
-                fields = Rejected(f"malformed {path.suffix[1:].upper()}: {error}")
+                fields = RowRejected(f"malformed {path.suffix[1:].upper()}: {error}")
                 if len(feed.taken) > 1 and sum(len(line) for _, line in feed.taken) <= REREAD:
                     feed.give_back()
                     del feed.taken[1:]
@@ -253,11 +253,12 @@ def _separated(path: Path, name: str, delimiter: str) -> Iterator[Raw]:
             if header is None:
                 header = _header(fields, name)
             elif fields:
-                yield Raw(name, number, _record(header, fields), "".join(line for _, line in feed.taken).rstrip("\r\n"))
+                yield RawRow(name, number, _record(header, fields),
+                             "".join(line for _, line in feed.taken).rstrip("\r\n"))
 
 
-def _header(fields: list[str] | Rejected, name: str) -> list[str] | None:
-    if isinstance(fields, Rejected):
+def _header(fields: list[str] | RowRejected, name: str) -> list[str] | None:
+    if isinstance(fields, RowRejected):
         raise DataError(f"{name} has no readable header line: {fields}.")
     if not fields:
         return None   # an empty line before it
@@ -267,21 +268,21 @@ def _header(fields: list[str] | Rejected, name: str) -> list[str] | None:
     return header
 
 
-def _record(header: Sequence[str], fields: list[str] | Rejected) -> Mapping[str, str] | Rejected:
+def _record(header: Sequence[str], fields: list[str] | RowRejected) -> Mapping[str, str] | RowRejected:
     """A row by column name; empty fields are absent."""
-    if isinstance(fields, Rejected):
+    if isinstance(fields, RowRejected):
         return fields
     if len(fields) > len(header) and any(fields[len(header):]):
-        return Rejected(f"{len(fields)} fields, and the header names {len(header)}")
+        return RowRejected(f"{len(fields)} fields, and the header names {len(header)}")
     if not all(map(decoded, fields)):
-        return Rejected("not UTF-8")
+        return RowRejected("not UTF-8")
     return {key: value for key, value in zip(header, fields, strict=False) if value}
 
 
 # Parquet.
 
 
-def _parquet(path: Path, name: str) -> Iterator[Raw]:
+def _parquet(path: Path, name: str) -> Iterator[RawRow]:
     import pyarrow.parquet as pq
 
     number = 0
@@ -292,7 +293,7 @@ def _parquet(path: Path, name: str) -> Iterator[Raw]:
         for batch in file.iter_batches(BATCH):
             for value in _values(batch):
                 number += 1
-                yield Raw(name, number, value)
+                yield RawRow(name, number, value)
 
 
 def _values(batch: Any) -> list[Any]:
@@ -302,7 +303,7 @@ def _values(batch: Any) -> list[Any]:
         return list(batch.to_pylist())
     except Exception as error:
         if batch.num_rows == 1:
-            return [Rejected("not UTF-8" if isinstance(error, UnicodeDecodeError) else
-                             f"not readable: {escaped(in_words(error))}")]
+            return [RowRejected("not UTF-8" if isinstance(error, UnicodeDecodeError) else
+                                f"not readable: {escaped(in_words(error))}")]
         half = batch.num_rows // 2
         return _values(batch.slice(0, half)) + _values(batch.slice(half))

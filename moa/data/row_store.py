@@ -26,7 +26,7 @@ SHOWN = 200              # characters of a near-duplicate that are kept
 
 
 @dataclass(frozen=True)
-class Settled:
+class RowFates:
     """What became of every staged row. Arrays are indexed by the order of arrival."""
 
     stays: np.ndarray       # bool [N]
@@ -45,7 +45,7 @@ class Settled:
         return int((self.side[left_out] != self.side[self.double_of[left_out]]).sum())
 
 
-class Staging:
+class RowStore:
     """Takes rows in any order, then settles and writes them. `threshold` 0 = near-duplicates are not looked for."""
 
     def __init__(self, folder: Path, threshold: float) -> None:
@@ -103,12 +103,12 @@ class Staging:
             self._parts[name] = parts = [np.concatenate(parts)]
         return parts[0]
 
-    def tokens(self, part: str, settled: Settled) -> np.ndarray:
+    def tokens(self, part: str, settled: RowFates) -> np.ndarray:
         """`prompt` or `completion` tokens of the rows that stay."""
         counts: np.ndarray = self._parts_of(part)[settled.stays]
         return counts
 
-    def settle(self, bounds: tuple[float, float]) -> Settled:
+    def settle(self, bounds: tuple[float, float]) -> RowFates:
         """Decide what stays, and where. Of near-duplicates the one furthest ahead in splits.ORDER stays."""
         ids, arrived = self._parts_of("ids"), np.arange(self.count)
         side = np.searchsorted(np.array(bounds), self._parts_of("places"), side="right").astype(np.int8)
@@ -123,9 +123,9 @@ class Staging:
             priority = np.full(self.count, -1)
             priority[unique[np.argsort(side[unique], kind="stable")]] = np.arange(len(unique))
             stays, double_of = self._sketches.survivors(priority)
-        return Settled(stays, side, double_of, self.count - len(unique))
+        return RowFates(stays, side, double_of, self.count - len(unique))
 
-    def write(self, folder: Path, settled: Settled) -> dict[Split, tuple[int, str]]:
+    def write(self, folder: Path, settled: RowFates) -> dict[Split, tuple[int, str]]:
         """Write the splits and `near_duplicates.jsonl`. Returns each split's count and the digest of its ids."""
         import pyarrow as pa
 
@@ -146,7 +146,7 @@ class Staging:
                     doubles.write(json.dumps(double, ensure_ascii=False) + "\n")
             return splits.finish()
 
-    def _double(self, row: dict[str, Any], number: int, settled: Settled) -> dict[str, str]:
+    def _double(self, row: dict[str, Any], number: int, settled: RowFates) -> dict[str, str]:
         other = int(settled.double_of[number])
         high, low = (int(half) for half in self._parts_of("ids")[other])
         return {"id": row["id"], "of": f"{high:016x}{low:016x}", "split": ORDER[settled.side[number]],

@@ -14,7 +14,7 @@ from moa.core.files import read_json, write_json
 from moa.core.paths import Workspace
 
 
-class Remembered:
+class AnswerCache:
     """Losses and answers of one mixture's experts; `save` keeps what was added."""
 
     def __init__(self, workspace: Workspace, mixture: Any) -> None:

@@ -169,7 +169,7 @@ def _parts(mixture: Path) -> dict[str, Any]:
                         for label, expert in manifest["experts"].items()}}
 
 
-def causes(rows: Sequence[ComparedRow], before: Parts, after: Parts) -> dict[str, str]:
+def attribute_regressions(rows: Sequence[ComparedRow], before: Parts, after: Parts) -> dict[str, str]:
     """A clause, to follow "because", for every domain of which something differs, whether it is worse or not."""
     by_domain: dict[str, list[ComparedRow]] = defaultdict(list)
     for row in rows:

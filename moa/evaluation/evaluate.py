@@ -21,7 +21,7 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.data import corpus
 from moa.data.corpus import Row
 from moa.evaluation import metrics
-from moa.evaluation.answer_cache import Remembered
+from moa.evaluation.answer_cache import AnswerCache
 from moa.evaluation.summary import table
 
 SYSTEMS = ("base", "routed", "forced")
@@ -55,7 +55,7 @@ def evaluate(workspace: Workspace, config: Config) -> dict[str, Any]:
         metrics.resolve(domain.metric)   # before anything slow
     base = load(workspace, config.base, pick_device(config.execution.devices))
     mixture = Mixture.load(workspace.mixture, base, config.execution.resident)
-    memory = Remembered(workspace, mixture)
+    memory = AnswerCache(workspace, mixture)
     scored = score(mixture, workspace, config, memory)
     memory.save()
     summary = summarise(scored, mixture.labels)
@@ -72,7 +72,7 @@ def test_rows(workspace: Workspace, config: Config, domains: Sequence[str]) -> l
             for row in corpus.read(workspace.corpus(domain), "test")[:config.evaluate.rows]]
 
 
-def score(mixture: Any, workspace: Workspace, config: Config, memory: Remembered | None = None) -> list[Scored]:
+def score(mixture: Any, workspace: Workspace, config: Config, memory: AnswerCache | None = None) -> list[Scored]:
     """Every test row under every system; `memory` is asked first, and told what it did not know."""
     from moa.core.progress import track
     from moa.mixture.mixture import BASE, answering

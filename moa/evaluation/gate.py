@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moa.evaluation.statistics import Moves, exact_test, interval, moves, resampled, sign_test
+from moa.evaluation.statistics import RoutingChanges, exact_test, interval, resampled, routing_changes, sign_test
 
 Verdict = Literal["pass", "fail", "not enough data"]
 Against = Literal["incumbent", "base"]
@@ -285,12 +285,13 @@ def _on(count: int, what: str, tested_by: str | None) -> str:
     return f"on the {count} {'test rows' if what == 'rows' else f'{what} to test rows'} that {tested_by} was tested on"
 
 
-def _routes(domain: str, scores: Iterable[Score], known: bool = True) -> Moves:
-    return moves(domain, [(one.incumbent_routed, one.challenger_routed) for one in scores if one.known == known
-                          and one.incumbent_routed is not None and one.challenger_routed is not None])
+def _routes(domain: str, scores: Iterable[Score], known: bool = True) -> RoutingChanges:
+    return routing_changes(domain, [(one.incumbent_routed,
+                                     one.challenger_routed) for one in scores if one.known == known
+                                    and one.incumbent_routed is not None and one.challenger_routed is not None])
 
 
-def _strayed(known: Moves, new: Moves, rules: Rules, tested_by: str) -> Iterator[str]:
+def _strayed(known: RoutingChanges, new: RoutingChanges, rules: Rules, tested_by: str) -> Iterator[str]:
     """What is wrong with where a domain's prompts go. A tolerance of a few per cent could not be shown to hold by a few
     dozen prompts, so the challenger is refused for what is surely beyond it, and not asked to show more."""
     share = (1 - rules.confidence) / 2

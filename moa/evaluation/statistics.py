@@ -61,7 +61,7 @@ def _tail(share: float, count: int) -> float:
 
 
 @dataclass(frozen=True)
-class Moves:
+class RoutingChanges:
     """The prompts of one domain that both releases routed; `before`, `after` and `lost` count them by best guess."""
 
     domain: str
@@ -95,12 +95,12 @@ class Moves:
         return self.rows - self.after.get(self.domain, 0)
 
 
-def moves(domain: str, pairs: Iterable[tuple[str, str]]) -> Moves:
+def routing_changes(domain: str, pairs: Iterable[tuple[str, str]]) -> RoutingChanges:
     """Of each prompt the best guess before and after."""
     pairs = list(pairs)
     before, after, lost = (_counted(guesses) for guesses in (
         [old for old, _ in pairs], [new for _, new in pairs], [new for old, new in pairs if old == domain != new]))
-    return Moves(domain, len(pairs), before, after, lost, sum(new == domain != old for old, new in pairs))
+    return RoutingChanges(domain, len(pairs), before, after, lost, sum(new == domain != old for old, new in pairs))
 
 
 def sign_test(for_it: int, against_it: int) -> float:

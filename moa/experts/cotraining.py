@@ -27,7 +27,7 @@ from moa.experts.batches import Batch, collate, microbatches, row_losses
 from moa.experts.lora import ExpertStack, Selection, StackedLoRA
 
 
-class Shelf:
+class DiskTensor:
     """Holds a copy of the last tensor that was put on it, on its device again when it is taken. Raises OSError when the
     disk has no room for it."""
 
@@ -114,7 +114,7 @@ class Learner:
         self.steps_per_epoch = len(self.order) // params.epochs
         self.weights = nn.Parameter(stack.weights[expert])   # shares the stack's storage
         self.weights.grad = stack.gradients[expert]
-        self.best = Shelf(self.weights)   # looked at once an epoch
+        self.best = DiskTensor(self.weights)   # looked at once an epoch
         self.optimizer = torch.optim.AdamW([self.weights], lr=0.0, weight_decay=params.weight_decay, fused=True)
         self.progress = Progress()
 
@@ -182,7 +182,7 @@ class Learner:
                 "exp_avg_sq": tensors["exp_avg_sq"].to(self.weights)}
 
 
-def forced(model: nn.Module, stack: ExpertStack, batch: Batch) -> tuple[Tensor, None]:
+def domain_forward(model: nn.Module, stack: ExpertStack, batch: Batch) -> tuple[Tensor, None]:
     """The forward of individual training: each row through its own expert."""
     stack.select(batch.owners)
     return row_losses(model, batch), None
@@ -215,7 +215,7 @@ def _learn(model: nn.Module, stack: ExpertStack, active: Sequence[Learner], batc
 
 @torch.no_grad()
 def validation_losses(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,
-                      forward: Forward = forced) -> dict[str, float]:
+                      forward: Forward = domain_forward) -> dict[str, float]:
     """Mean loss in nats over the target tokens of each learner's validation rows, by name."""
     rows = [(learner.expert, row) for learner in learners for row in learner.validation]
     losses, targets = torch.zeros(len(stack), dtype=torch.float64), torch.zeros(len(stack), dtype=torch.float64)
@@ -228,8 +228,8 @@ def validation_losses(model: nn.Module, stack: ExpertStack, learners: Sequence[L
     return {learner.name: (losses[learner.expert] / targets[learner.expert]).item() for learner in learners}
 
 
-def count_starts(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,
-                 forward: Forward = forced) -> None:
+def measure_initial_loss(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,
+                         forward: Forward = domain_forward) -> None:
     """Measure what the learners are before the first step: who gets no better than that ends as it began."""
     losses = validation_losses(model, stack, learners, batch_tokens, forward)
     for learner in learners:
@@ -238,7 +238,7 @@ def count_starts(model: nn.Module, stack: ExpertStack, learners: Sequence[Learne
 
 
 def cotrain(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,
-            after_step: Callable[[Sequence[Learner]], Any] = lambda _: None, forward: Forward = forced) -> None:
+            after_step: Callable[[Sequence[Learner]], Any] = lambda _: None, forward: Forward = domain_forward) -> None:
     """Train until every learner is done; each ends with its best epoch in the stack.
 
     `after_step` is called after each common step, for progress and checkpoints. A learner whose loss or gradient is no
@@ -257,7 +257,7 @@ def cotrain(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], b
 def _train(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,
            after_step: Callable[[Sequence[Learner]], Any], forward: Forward) -> None:
     if starting := [learner for learner in learners if learner.warm and not learner.progress.curve]:
-        count_starts(model, stack, starting, batch_tokens, forward)
+        measure_initial_loss(model, stack, starting, batch_tokens, forward)
         for learner in starting:
             learner.progress.curve.append({"epoch": 0, "step": 0, "tokens": 0,
                                            "validation_loss": learner.progress.best_loss})
@@ -288,12 +288,12 @@ def recomputing(model: Any, wanted: bool = True) -> Iterator[None]:
 
     @contextmanager
     def again(choice: Any) -> Iterator[None]:
-        with _training_mode(layers, False), selection.holding(choice):
+        with _training_mode(layers, False), selection.restored(choice):
             yield
 
     # Reentrant checkpoints need an input with a gradient, and a frozen embedding gives none.
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={
-        "use_reentrant": False, "context_fn": lambda: (_training_mode(layers, False), again(selection.standing))})
+        "use_reentrant": False, "context_fn": lambda: (_training_mode(layers, False), again(selection.snapshot))})
     model.disable_input_require_grads()   # for the reentrant ones alone
     try:
         with _training_mode(layers, True):

@@ -65,14 +65,14 @@ class Selection:
         return None if chosen is None else len(chosen)
 
     @property
-    def standing(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The choice as it is now, for `holding`."""
+    def snapshot(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The selection as it is now, for `restored`."""
         return self.rows, self.inactive, self.weights
 
     @contextmanager
-    def holding(self, choice: tuple[Tensor | None, Tensor | None, Tensor | None]) -> Iterator[None]:
-        """Inside, the choice is an earlier one."""
-        now = self.standing
+    def restored(self, choice: tuple[Tensor | None, Tensor | None, Tensor | None]) -> Iterator[None]:
+        """Restore a saved selection within the block: gradient checkpointing runs the forward again."""
+        now = self.snapshot
         self.rows, self.inactive, self.weights = choice
         self.generation += 1
         try:
@@ -93,7 +93,7 @@ class StackedLoRA(nn.Module):
         self.b_EOR = nn.Parameter(b_EOR)
         self.register_buffer("scale_E", scale_E, persistent=False)
         self.selection = selection
-        self.gathered: tuple[tuple[int, torch.dtype], Tensor, Tensor] | None = None
+        self._gathered: tuple[tuple[int, torch.dtype], Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:   # (B, T, I) -> (B, T, O)
         batch = self.selection.batch
@@ -108,7 +108,7 @@ class StackedLoRA(nn.Module):
         y = self.base(x)
         if self.selection.weights is not None:
             return y + self._blended(x, self.selection.weights)
-        a_BRI, b_BRO = self.kept(x.dtype)
+        a_BRI, b_BRO = self.gather(x.dtype)
         if x.shape[1] == 1 and x.device.type == "cpu":
             # A step of decoding is matrix-vector products, and CPUs do these fastest in full precision.
             hidden_BR1 = torch.bmm(a_BRI, x.to(a_BRI.dtype).transpose(1, 2))
@@ -118,28 +118,32 @@ class StackedLoRA(nn.Module):
 
     def _learning(self, x: Tensor) -> Tensor:
         """The output when gradients are wanted."""
-        self.gathered = None                  # what a validation kept for its rows is of no more use
+        self._gathered = None                  # what a validation kept for its rows is of no more use
         plain = type(self.base) is nn.Linear   # others know best how gradients pass through them
         y = self.base(x.detach() if plain else x)
         return add_lora(y, x, self.base.weight if plain else None, self.a_ERI, self.b_EOR, self.scale_E,
                         self.selection.rows, self.selection.inactive)
 
-    def kept(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def gather(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The slices for forwards without gradients: one choice serves many, as in decoding, and is gathered once.
         On a CPU they are in float32 at least."""
         if self.a_ERI.device.type == "cpu":
             dtype = torch.promote_types(dtype, torch.float32)
         key = self.selection.generation, dtype
-        if self.gathered is None or self.gathered[0] != key:
+        if self._gathered is None or self._gathered[0] != key:
             rows = self.selection.rows
             assert rows is not None
-            self.gathered = key, *slices(self.a_ERI, self.b_EOR, self.scale_E, rows, self.selection.inactive, dtype)
-        return self.gathered[1:]
+            self._gathered = key, *slices(self.a_ERI, self.b_EOR, self.scale_E, rows, self.selection.inactive, dtype)
+        return self._gathered[1:]
 
-    def handed_over(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The same, not kept here any longer."""
-        kept = self.kept(dtype)
-        self.gathered = None
+    def forget_gathered(self) -> None:
+        """Free the gathered slices."""
+        self._gathered = None
+
+    def take_gathered(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same slices, which this layer no longer keeps afterwards."""
+        kept = self.gather(dtype)
+        self._gathered = None
         return kept
 
     def _blended(self, x: Tensor, weights_BE: Tensor) -> Tensor:
@@ -250,7 +254,7 @@ class ExpertStack:
         """End the choice, and free what was gathered for it."""
         self.select(None)
         for layer in self.layers.values():
-            layer.gathered = None
+            layer.forget_gathered()
 
     def initialise(self, expert: int, seed: int) -> None:
         """PEFT's own start: A uniform in +-1/sqrt(I), B zero. Depends on nothing but the seed and the layers."""

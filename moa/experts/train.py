@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moa.base.encoding import Encoder
+from moa.base.encoding import ChatEncoder
 from moa.base.pin import BasePin, load, pick_device, pin
 from moa.core import code_version, digests
 from moa.core.config import Config, TrainParams
@@ -70,7 +70,7 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
 
     device = pick_device(config.execution.devices)
     base = load(workspace, config.base, device)
-    encoder = Encoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
+    encoder = ChatEncoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
     params = config.train
     specs = [LoraSpec(params.rank, params.alpha, params.rslora)] * len(todo)
     stack = ExpertStack(base.model, specs, params.targets).trainable(True)
@@ -108,7 +108,8 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
                             "longest and strangest rows; the other experts are done.")
 
 
-def _begin(workspace: Workspace, stack: Any, expert: int, domain: str, start: warm_start.Start | None, config: Config,
+def _begin(workspace: Workspace, stack: Any, expert: int, domain: str, start: warm_start.InitialExpert | None,
+           config: Config,
            base: BasePin) -> dict[str, Any]:
     """Give an expert the weights that it begins with; what its manifest says of them."""
     from moa.experts import peft_format
@@ -127,7 +128,7 @@ def _begin(workspace: Workspace, stack: Any, expert: int, domain: str, start: wa
     return {"parent": None, **({"parent_refused": reason} if reason else {})}
 
 
-def _learner(workspace: Workspace, stack: Any, expert: int, domain: str, encoder: Encoder, params: TrainParams,
+def _learner(workspace: Workspace, stack: Any, expert: int, domain: str, encoder: ChatEncoder, params: TrainParams,
              warmly: bool) -> Any:
     from moa.experts.cotraining import Learner
 

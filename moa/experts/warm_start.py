@@ -24,19 +24,19 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialExpert:
     """A parent: whose expert it was, and which."""
 
     domain: str
     digest: str
 
 
-def read(workspace: Workspace) -> dict[str, Start]:
+def read(workspace: Workspace) -> dict[str, InitialExpert]:
     """The start of every domain that has one. Raises ArtifactError when data/starts.json is not what moa writes."""
     name = workspace.relative(workspace.starts)
     try:
         content = read_json(workspace.starts)
-        found = {domain: Start(entry["domain"], entry["digest"]) for domain, entry in content.items()}
+        found = {domain: InitialExpert(entry["domain"], entry["digest"]) for domain, entry in content.items()}
         sound = all(isinstance(start.domain, str) and DIGEST.fullmatch(start.digest) for start in found.values())
     except FileNotFoundError:
         return {}
@@ -49,7 +49,7 @@ def read(workspace: Workspace) -> dict[str, Start]:
     return found
 
 
-def folder(workspace: Workspace, start: Start) -> Path:
+def folder(workspace: Workspace, start: InitialExpert) -> Path:
     """The parent's files, once they are what the digest says. Raises ArtifactError otherwise."""
     place = workspace.parent(start.digest)
     name = workspace.relative(place)

@@ -87,9 +87,9 @@ def expert_digest(folder: Path) -> str:
 def read(folder: Path, pin: BasePin, *, check: bool = True) -> tuple[dict[str, Any], "Router", dict[str, Path]]:
     """Manifest, router and the experts' directories by label, once everything is what the manifest says.
 
-    Without `check`, the experts have to pass through `Checked` before they are used. Raises ArtifactError when anything
-    is missing, unreadable or changed, or made for another base, tokenizer or template than those of `pin`; the message
-    says which.
+    Without `check`, the experts have to pass through `VerifiedExperts` before they are used. Raises ArtifactError when
+    anything is missing, unreadable or changed, or made for another base, tokenizer or template than those of `pin`; the
+    message says which.
     """
     manifest = _manifest(folder)
     if other := [part for part in ("weights", "tokenizer", "template") if manifest["base"][part] != getattr(pin, part)]:
@@ -102,12 +102,12 @@ def read(folder: Path, pin: BasePin, *, check: bool = True) -> tuple[dict[str, A
     if digests.of_json(content) != manifest["digest"] or found != manifest["router"]["digest"]:
         raise ArtifactError(f"The mixture in {folder} is not what its manifest says: its router or manifest changed; "
                             f"{AGAIN}.")
-    checked = Checked(folder, manifest)
+    checked = VerifiedExperts(folder, manifest)
     experts = {label: checked.expert(label) if check else checked.folder / label for label in manifest["labels"]}
     return manifest, _router(folder, manifest), experts
 
 
-class Checked:
+class VerifiedExperts:
     """The experts of a mixture as they are used: each is compared with its digest first, and again when the system says
     that its files are others than they were."""
 

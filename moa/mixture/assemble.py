@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moa.base.encoding import Encoder
+from moa.base.encoding import ChatEncoder
 from moa.base.pin import Base, load, pick_device, pin
 from moa.core import code_version, digests
 from moa.core.config import Config
@@ -38,7 +38,7 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
              for domain, manifest in ((domain, _expert(workspace, domain)) for domain in labels)}
     folders = {domain: workspace.expert(domain) for domain in labels}
     base = load(workspace, config.base, pick_device(config.execution.devices))
-    encoder = Encoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
+    encoder = ChatEncoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
     limits: dict[Split, int | None] = {"train": params.rows, "validation": None}
     # In order of their digests: a limit takes no sides.
     content: Content = {split: {domain: corpus.read(workspace.corpus(domain), split)[:limit] for domain in labels}
@@ -54,7 +54,7 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
                   max_abstention=params.max_abstention)
         with replace_directory(workspace.mixture) as folder:
             return artifact.write(folder, base=base.pin, prompt=config.prompt.model_dump(), router=router,
-                                experts=folders, facts=facts)
+                                  experts=folders, facts=facts)
 
 
 def _expert(workspace: Workspace, domain: str) -> dict[str, Any]:
@@ -82,11 +82,11 @@ def _targets(content: Content) -> dict[Split, Any]:
             for split, domains in content.items()}
 
 
-def _prompts(encoder: Encoder, content: list[Row]) -> list[list[int]]:
+def _prompts(encoder: ChatEncoder, content: list[Row]) -> list[list[int]]:
     return [encoder.prompt(row.prompt)[-encoder.max_tokens:] for row in content]
 
 
-def _base_features(workspace: Workspace, base: Base, encoder: Encoder, content: Content) -> dict[Split, Any]:
+def _base_features(workspace: Workspace, base: Base, encoder: ChatEncoder, content: Content) -> dict[Split, Any]:
     """Features of all rows' prompts under the base alone, (N, L, D) for each split."""
     import torch
 
@@ -101,7 +101,7 @@ def _base_features(workspace: Workspace, base: Base, encoder: Encoder, content: 
     return {split: torch.cat(parts) for split, parts in found.items()}
 
 
-def _cached_features(workspace: Workspace, base: Base, encoder: Encoder, content: list[Row]) -> Any:
+def _cached_features(workspace: Workspace, base: Base, encoder: ChatEncoder, content: list[Row]) -> Any:
     """The features of these rows' prompts, (N, L, D), from the cache when they were computed before."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
@@ -124,7 +124,7 @@ def _cached_features(workspace: Workspace, base: Base, encoder: Encoder, content
 
 # Joint training.
 
-def _joined(workspace: Workspace, config: Config, base: Base, encoder: Encoder, router: Any, content: Content,
+def _joined(workspace: Workspace, config: Config, base: Base, encoder: ChatEncoder, router: Any, content: Content,
             facts: dict[str, dict[str, Any]], temporary: Path) -> tuple[
                 dict[str, Path], dict[str, dict[str, Any]], dict[Split, Any]]:
     """Continue all experts together with the router's heads; directories and facts of the new experts, and features.
@@ -136,7 +136,7 @@ def _joined(workspace: Workspace, config: Config, base: Base, encoder: Encoder, 
     from moa.experts.cotraining import Learner, recomputing, seed_for
     from moa.experts.lora import ExpertStack
     from moa.mixture.joint_training import forget_labels, train_jointly
-    from moa.mixture.layer_routing import chooser
+    from moa.mixture.layer_routing import layer_selector
     from moa.mixture.router import features
 
     labels, params = list(facts), config.assemble
@@ -166,7 +166,7 @@ def _joined(workspace: Workspace, config: Config, base: Base, encoder: Encoder, 
                             "lower assemble.joint_learning_rate.")
     stack.trainable(False)
     seen = {split: features(base.model, _prompts(encoder, [row for part in domains.values() for row in part]),
-                            choose=chooser(stack, router)) for split, domains in content.items()}
+                            choose=layer_selector(stack, router)) for split, domains in content.items()}
     folders, joined = {}, {}
     for learner in learners:
         domain, at = learner.name, learner.progress

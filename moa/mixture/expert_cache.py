@@ -1,12 +1,12 @@
 """The experts of a mixture that are in memory, when its stack holds fewer than there are: least recently used leave.
 
-`Loader` fills a slot of a stack from an expert's PEFT directory. A safetensors file begins with a header that names
-every tensor with its shape, type and place. An expert whose PEFT configuration and header are byte for byte those of
-one that `moa.experts.peft_format` has loaded needs only the check of its numbers, and where it fills a slot in the
+`ExpertLoader` fills a slot of a stack from an expert's PEFT directory. A safetensors file begins with a header that
+names every tensor with its shape, type and place. An expert whose PEFT configuration and header are byte for byte those
+of one that `moa.experts.peft_format` has loaded needs only the check of its numbers, and where it fills a slot in the
 slot's own type, loading it copies ranges of the memory-mapped file. `moa.experts.peft_format` loads every other expert.
 
-`Pages` decides which expert is in which slot. Nothing is kept of an expert without a slot: the operating system caches
-its file. An expert is the same numbers in every slot, so paging changes no result.
+`ExpertCache` decides which expert is in which slot. Nothing is kept of an expert without a slot: the operating system
+caches its file. An expert is the same numbers in every slot, so paging changes no result.
 
 Shapes: P an expert's parameters, as in `moa.experts.lora`.
 """
@@ -37,7 +37,7 @@ class _Layout:
     ranges: list[tuple[int, int, int]]    # where among the numbers, where in the slot, and how many
 
 
-class Loader:
+class ExpertLoader:
     """Fills slots of one stack from PEFT directories."""
 
     def __init__(self, stack: ExpertStack) -> None:
@@ -156,7 +156,7 @@ class Slots:
         self._free.append(slot)
 
 
-class Pages:
+class ExpertCache:
     """The experts of one mixture, and those that the slots of its stack hold. One thread at a time may use them."""
 
     def __init__(self, slots: int, load: Load) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from moa.core.config import TrainParams
 from moa.experts.batches import Batch, row_losses
-from moa.experts.cotraining import Learner, cotrain, count_starts
+from moa.experts.cotraining import Learner, cotrain, measure_initial_loss
 from moa.experts.lora import ExpertStack
-from moa.mixture.layer_routing import Heads, Use, heads_at_work, prompt_mask
+from moa.mixture.layer_routing import Heads, Use, layer_routing, prompt_mask
 from moa.mixture.router import Router
 
 HEAD_RATE = 2e-3   # AdamW on standardised features, a few hundred steps: logits move by whole units
@@ -48,7 +48,7 @@ def train_jointly(model: nn.Module, stack: ExpertStack, router: Router, learners
     def forward(model: nn.Module, stack: ExpertStack, batch: Batch) -> tuple[Tensor, Tensor | None]:
         if eta:
             stack.select(batch.owners)
-        with heads_at_work(model, stack, heads, prompt_mask(batch), use) as logits:
+        with layer_routing(model, stack, heads, prompt_mask(batch), use) as logits:
             loss_B = row_losses(model, batch)
         if not eta:
             return loss_B, None
@@ -65,7 +65,7 @@ def train_jointly(model: nn.Module, stack: ExpertStack, router: Router, learners
         after_step(active)
 
     if keep_start:
-        count_starts(model, stack, learners, params.batch_tokens, forward)
+        measure_initial_loss(model, stack, learners, params.batch_tokens, forward)
     cotrain(model, stack, learners, params.batch_tokens, step, forward)
     heads.into(router)
     router.stream = "experts" if eta else "blend"

@@ -42,7 +42,7 @@ class Heads(nn.Module):
 
 
 @contextmanager
-def heads_at_work(model: nn.Module, stack: ExpertStack, heads: Heads, prompts_BT: Tensor, use: Use) -> Iterator[
+def layer_routing(model: nn.Module, stack: ExpertStack, heads: Heads, prompts_BT: Tensor, use: Use) -> Iterator[
         list[Tensor]]:
     """Inside, each decoder layer's head reads the prompt as it enters the layer; yields their logits (B, C), by level.
 
@@ -77,7 +77,7 @@ def choice(stack: ExpertStack, logits_BC: Tensor, *, blend: bool) -> None:
         stack.select(logits_BC.argmax(-1))
 
 
-def chooser(stack: ExpertStack, router: Router) -> Callable[[int, Tensor], None] | None:
+def layer_selector(stack: ExpertStack, router: Router) -> Callable[[int, Tensor], None] | None:
     """What `moa.mixture.router.features` needs to follow a jointly trained router; None for one that reads the base."""
     if router.stream == "base":
         return None

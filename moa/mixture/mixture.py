@@ -13,17 +13,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from moa.base.encoding import Encoder, Message
+from moa.base.encoding import ChatEncoder, Message
 from moa.base.pin import Base
 from moa.core.errors import ArtifactError, UsageError
 from moa.experts import peft_format
 from moa.experts.batches import collate, microbatches, row_losses
 from moa.experts.lora import BASE_ONLY, ExpertStack
 from moa.mixture import artifact
-from moa.mixture.expert_cache import Loader, Pages
+from moa.mixture.expert_cache import ExpertCache, ExpertLoader
 from moa.mixture.generation import engine
-from moa.mixture.generation.engine import Finish, Options, Order, Tell, Writing
-from moa.mixture.layer_routing import chooser
+from moa.mixture.generation.engine import Finish, GenerationBatch, GenerationConfig, GenerationRequest, Tell
+from moa.mixture.layer_routing import layer_selector
 from moa.mixture.router import Choice, Decision, Router, features
 
 BASE = "base"               # forced in place of a domain: no expert
@@ -61,18 +61,18 @@ class Request:
 
     messages: Conversation
     domain: str | None = None
-    options: Options = field(default_factory=Options)
+    options: GenerationConfig = field(default_factory=GenerationConfig)
     listener: Listener = field(default_factory=Listener)
 
 
 class Mixture:
     """A base with all experts of one mixture on it, and their router. Threads may share it: they take turns."""
 
-    def __init__(self, base: Base, stack: ExpertStack, router: Router, encoder: Encoder,
-                 experts: dict[str, str], pages: Pages | None = None) -> None:
+    def __init__(self, base: Base, stack: ExpertStack, router: Router, encoder: ChatEncoder,
+                 experts: dict[str, str], pages: ExpertCache | None = None) -> None:
         """Without `pages` the stack holds every expert, in the order of the router's labels."""
         self.base, self.stack, self.router, self.encoder = base, stack, router, encoder
-        self.pages = pages or Pages.resident(len(stack))
+        self.pages = pages or ExpertCache.resident(len(stack))
         self.experts = {**experts, BASE: BASE}   # who may answer: the digest of each, for what depends on that alone
         self.labels = router.labels
         self._turn = threading.RLock()   # the choice of experts is the model's, not a call's
@@ -93,8 +93,8 @@ class Mixture:
                                 f"{config.num_hidden_layers} of {config.hidden_size}: run `moa assemble` again.")
         # A router that chooses experts layer by layer may choose any of them.
         most = resident if resident and router.stream == "base" else len(folders)
-        stack, pages = _stacked(base, artifact.Checked(directory, manifest), folders, min(most, len(folders)))
-        return cls(base, stack, router, Encoder(base.tokenizer, **manifest["prompt"]),
+        stack, pages = _stacked(base, artifact.VerifiedExperts(directory, manifest), folders, min(most, len(folders)))
+        return cls(base, stack, router, ChatEncoder(base.tokenizer, **manifest["prompt"]),
                    {label: expert["digest"] for label, expert in manifest["experts"].items()}, pages)
 
     def unload(self) -> Base:
@@ -138,7 +138,7 @@ class Mixture:
     def _features(self, prompts: Sequence[Conversation], depth: int | None) -> Tensor:
         ids = [self.encoder.prompt(messages)[-self.encoder.max_tokens:] for messages in prompts]
         with self._using([]):
-            return features(self.base.model, ids, depth, chooser(self.stack, self.router))
+            return features(self.base.model, ids, depth, layer_selector(self.stack, self.router))
 
     # Score.
 
@@ -161,11 +161,11 @@ class Mixture:
 
     def generate(self, prompts: Sequence[Conversation], domains: Sequence[str | None] | None = None,
                  **options: Any) -> list[Answer]:
-        """Answer a mixed batch, each row with its own expert; `options` are those of `generation.Options`.
+        """Answer a mixed batch, each row with its own expert; `options` are those of `GenerationConfig`.
 
         `domains` has a name for each prompt; rows with None, or all without `domains`, are routed. Raises UsageError.
         """
-        chosen = Options(**options)
+        chosen = GenerationConfig(**options)
         if domains is not None and len(domains) != len(prompts):
             raise UsageError(f"There are {len(prompts)} prompts and {len(domains)} domains.")
         return self.answer([Request(messages=messages, domain=domain, options=chosen) for messages, domain
@@ -180,7 +180,8 @@ class Mixture:
         for domain in {request.domain for request in requests} - {None}:
             self.expert_of(str(domain))
         prompts = [self.encoder.prompt(request.messages) for request in requests]
-        limits = engine.rooms(self.base.model, prompts, [request.options.max_new_tokens for request in requests])
+        limits = engine.answer_budgets(self.base.model, prompts,
+                                       [request.options.max_new_tokens for request in requests])
         routed = iter(self.route([request.messages for request in requests if request.domain is None]))
         decisions = [request.domain or next(routed) for request in requests]
         orders = [_order(*row) for row in zip(requests, prompts, limits, decisions, strict=True)]
@@ -193,38 +194,40 @@ class Mixture:
 
         Decoding has a thread of its own, which ends with the iterator. Raises UsageError, at once.
         """
-        chosen = Options(**options)
+        chosen = GenerationConfig(**options)
         encoded = self.encoder.prompt(prompt)
-        limit, = engine.rooms(self.base.model, [encoded], [chosen.max_new_tokens])
+        limit, = engine.answer_budgets(self.base.model, [encoded], [chosen.max_new_tokens])
         if domain is not None:
             self.expert_of(domain)
         decision = self.route([prompt])[0] if domain is None else domain
 
         def work(tell: Tell, cancelled: threading.Event) -> None:
-            self._write([Order(prompt=encoded, limit=limit, options=chosen, tell=tell, cancelled=cancelled)],
+            self._write([GenerationRequest(prompt=encoded, limit=limit, options=chosen, tell=tell,
+                                           cancelled=cancelled)],
                         [decision])
 
         return engine.pieces(work)
 
-    def _write(self, orders: Sequence[Order], decisions: Sequence[Decision | str]) -> list[Writing]:
+    def _write(self, orders: Sequence[GenerationRequest], decisions: Sequence[Decision | str]) -> list[GenerationBatch]:
         experts = [self.expert_of(_by(decision)) for decision in decisions]
-        written: dict[int, Writing] = {}
+        written: dict[int, GenerationBatch] = {}
         for part in self.pages.parts(experts):   # one, but for a batch of more experts than are held in memory
             written |= zip(part, self._decode([orders[index] for index in part], [experts[index] for index in part]),
                            strict=True)
         return [written[index] for index in range(len(orders))]
 
-    def _decode(self, orders: Sequence[Order], experts: Sequence[int]) -> list[Writing]:
+    def _decode(self, orders: Sequence[GenerationRequest], experts: Sequence[int]) -> list[GenerationBatch]:
         with self._using(experts) as slots_B:
-            return engine.write(self.base.model, self.base.tokenizer, orders,
-                                    lambda rows: self.stack.select(slots_B[rows]))
+            return engine.generate_batch(self.base.model, self.base.tokenizer, orders,
+                                         lambda rows: self.stack.select(slots_B[rows]))
 
     def chat(self, messages: Conversation, domain: str | None = None, **options: Any) -> Answer:
         """Answer one conversation. A caller's `domain` always wins over the router; "base" is the base alone."""
         return self.generate([messages], [domain], **options)[0]
 
 
-def _stacked(base: Base, checked: artifact.Checked, folders: dict[str, Path], slots: int) -> tuple[ExpertStack, Pages]:
+def _stacked(base: Base, checked: artifact.VerifiedExperts, folders: dict[str, Path], slots: int) -> tuple[ExpertStack,
+                                                                                                           ExpertCache]:
     """A stack of so many slots on the base, and the experts' pages: in their slots if there is one for each."""
     labels = list(folders)
     everything = range(len(labels)) if slots == len(labels) else range(0)
@@ -236,14 +239,14 @@ def _stacked(base: Base, checked: artifact.Checked, folders: dict[str, Path], sl
             specs.append(peft_format.read_spec(folder))
     widest = max(specs, key=lambda spec: spec.rank)
     stack = ExpertStack(base.model, specs if everything else [widest] * slots)
-    loader = Loader(stack)
+    loader = ExpertLoader(stack)
 
     def page_in(expert: int, slot: int) -> None:
         folder = checked.expert(labels[expert])
         with artifact.readable(f"The expert {labels[expert]!r} in {checked.mixture}"):
             loader.load(slot, folder)
 
-    pages = Pages(slots, page_in)
+    pages = ExpertCache(slots, page_in)
     try:
         pages.bring(everything)
     except BaseException:
@@ -252,19 +255,19 @@ def _stacked(base: Base, checked: artifact.Checked, folders: dict[str, Path], sl
     return stack, pages
 
 
-def _order(request: Request, prompt: list[int], limit: int, decision: Decision | str) -> Order:
+def _order(request: Request, prompt: list[int], limit: int, decision: Decision | str) -> GenerationRequest:
     """The request as one for tokens; its listener hears who answers."""
     listener, ended = request.listener, None
     if listener.begun is not None:
         listener.begun(_by(decision))
     if (told := listener.ended) is not None:
-        def ended(row: Writing) -> None:
+        def ended(row: GenerationBatch) -> None:
             told(_answer(decision, len(prompt), row))
-    return Order(prompt=prompt, limit=limit, options=request.options, tell=listener.piece, ended=ended,
-                 cancelled=listener.cancelled)
+    return GenerationRequest(prompt=prompt, limit=limit, options=request.options, tell=listener.piece, ended=ended,
+                             cancelled=listener.cancelled)
 
 
-def _answer(decision: Decision | str, prompt_tokens: int, row: Writing) -> Answer:
+def _answer(decision: Decision | str, prompt_tokens: int, row: GenerationBatch) -> Answer:
     text, counts = row.text.strip(), (row.finish, len(row.ids), prompt_tokens)
     if isinstance(decision, str):
         return Answer(text, decision, None, False, *counts)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moa.base.encoding import Encoded, Encoder
+from moa.base.encoding import ChatEncoder, Encoded
 from moa.base.pin import Base, BasePin, load, pick_device
 from moa.core import digests
 from moa.core.config import Config
@@ -42,7 +42,7 @@ def candidates(workspace: Workspace, config: Config, domain: str) -> dict[str, A
         why = "There is no other expert" if adapt.candidates else "adapt.candidates is 0"
         return found | {"reason": f"{why}: the training begins afresh."}
     base = load(workspace, config.base, pick_device(config.execution.devices))
-    encoder = Encoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
+    encoder = ChatEncoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
     similar = _similarity(workspace, base, [encoder.prompt(row.prompt)[-encoder.max_tokens:] for row in validation])
     if similar is not None:
         others = sorted((name for name in others if name in similar), key=lambda name: -similar[name])

@@ -18,7 +18,7 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.core.text import NOTHING_RELEASED, SHORT_DIGEST, shorten, table
 from moa.data.corpus import Row, read
 from moa.evaluation.evaluate import answer_limit
-from moa.evaluation.statistics import Moves, moves
+from moa.evaluation.statistics import RoutingChanges, routing_changes
 from moa.release.champion_history import before
 from moa.release.registry import MixtureVersion, Registry
 
@@ -103,10 +103,10 @@ def figures(metrics: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def paired(old: Mapping[tuple[str, str], str], new: Mapping[tuple[str, str], str]) -> list[Moves]:
+def paired(old: Mapping[tuple[str, str], str], new: Mapping[tuple[str, str], str]) -> list[RoutingChanges]:
     """By domain, where the prompts went that both releases were tested on; keys are (domain, row)."""
     both = sorted(old.keys() & new.keys())
-    return [moves(domain, [(old[key], new[key]) for key in both if key[0] == domain])
+    return [routing_changes(domain, [(old[key], new[key]) for key in both if key[0] == domain])
             for domain in sorted({domain for domain, _ in both})]
 
 
@@ -199,5 +199,5 @@ def _route_lines(routing: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not routing:
         return ["", "routing: the releases recorded no test row that both were tested on"]
     lines = [("domain", "rows", "routing accuracy, on the rows that both were tested on")]
-    lines += [(domain, str(each["rows"]), Moves(**each).text) for domain, each in routing.items()]
+    lines += [(domain, str(each["rows"]), RoutingChanges(**each).text) for domain, each in routing.items()]
     return ["", table(lines)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moa.core.errors import RegistryError
-from moa.core.loopback import ask_directly
+from moa.core.loopback import bypass_proxies
 from moa.core.paths import Workspace
 
 PROBE_SECONDS = 5
@@ -52,8 +52,8 @@ def connect(workspace: Workspace) -> Any:
 
     address = uri(workspace)
     workspace.mlflow.mkdir(parents=True, exist_ok=True)
-    with talking(address), FileLock(workspace.mlflow / "open.lock"):
-        quieten()
+    with mlflow_errors(address), FileLock(workspace.mlflow / "open.lock"):
+        quiet()
         from mlflow.tracking import MlflowClient
 
         client = MlflowClient(tracking_uri=address, registry_uri=address)
@@ -67,7 +67,7 @@ def experiment(workspace: Workspace, client: Any, name: str) -> str:
     from filelock import FileLock
 
     address = uri(workspace)
-    with talking(address), FileLock(workspace.mlflow / "open.lock"):
+    with mlflow_errors(address), FileLock(workspace.mlflow / "open.lock"):
         if (found := client.get_experiment_by_name(name)) is None:
             # A server chooses where its artifacts lie; in a database of ours they lie beside it.
             place = (workspace.mlflow / "artifacts").as_uri() if private(workspace) else None
@@ -99,17 +99,17 @@ def pages(workspace: Workspace, port: int) -> tuple[list[str], dict[str, str]] |
                      "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false"}
 
 
-def quieten() -> None:
+def quiet() -> None:
     """No telemetry, no advice, no progress: what matters comes back as a value or an error."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    ask_directly()
+    bypass_proxies()
     for name in ("mlflow", "alembic", "alembic.runtime.migration"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
-def talking(address: str) -> Iterator[None]:
+def mlflow_errors(address: str) -> Iterator[None]:
     """Turn what MLflow, its database or the network raise inside into a RegistryError of one sentence."""
     try:
         yield
@@ -150,7 +150,7 @@ def _short_of_patience() -> Iterator[None]:
 
 
 @contextmanager
-def everywhere(address: str) -> Iterator[None]:
+def default_uri(address: str) -> Iterator[None]:
     """Make `address` MLflow's own default inside, for the calls that look there whatever their client says.
 
     Undone afterwards: MLflow writes the default into the environment, where `uri` would take it for the user's wish.

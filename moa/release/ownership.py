@@ -37,7 +37,7 @@ def resolve(registry: "Registry") -> tuple[Names, bool]:
 
 def own(registry: "Registry", name: str) -> Any:
     """The registered model `name`, None where there is none. Raises RegistryError when it is another project's."""
-    with mlflow_client.talking(registry.address):
+    with mlflow_client.mlflow_errors(registry.address):
         model = _find(registry.client, name)
         if model is not None and not registry.private and _ours(registry, model) is False:
             _refuse(registry, model)

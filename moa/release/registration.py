@@ -65,7 +65,7 @@ def register_expert(registry: "Registry", domain: str) -> tuple[Any, bool]:
     """MLflow's version of the expert of `domain`, and whether it is new."""
     folder = registry.workspace.expert(domain)
     manifest = _manifest(folder, f"Domain {domain!r} has no expert: run `moa train --domain {domain}` first.")
-    with mlflow_client.talking(registry.address):
+    with mlflow_client.mlflow_errors(registry.address):
         name = registry.names.expert(domain)
         ownership.claim(registry, name)
         if (found := _version(registry, name, manifest["digest"])) is not None:
@@ -95,7 +95,7 @@ def register_mixture(registry: "Registry", experts: Mapping[str, "ExpertVersion"
     workspace, folder = registry.workspace, registry.workspace.mixture
     manifest = _manifest(folder, "There is no mixture: run `moa assemble` first.")
     _check_experts(manifest, experts)
-    with mlflow_client.talking(registry.address):
+    with mlflow_client.mlflow_errors(registry.address):
         name = registry.mixture_name
         ownership.claim(registry, name)
         if (found := _version(registry, name, manifest["digest"])) is not None:
@@ -160,7 +160,7 @@ def _register(registry: "Registry", entry: Entry, content: Any) -> Any:
         if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
             raise
         ownership.claim(registry, entry.name)   # it may be new, and another project's
-    with mlflow_client.everywhere(registry.address):
+    with mlflow_client.default_uri(registry.address):
         return _linked(registry, client.create_model_version(
             entry.name, f"models:/{model.model_id}", run.info.run_id, tags={**entry.all_tags, **entry.pins},
             description=entry.description, model_id=model.model_id))

@@ -30,7 +30,7 @@ from moa.release import mlflow_client
 from moa.release.champion_history import HISTORY, Entry, following, parse
 
 CHAMPION = "champion"
-ANYONE = -1         # whoever is champion
+CURRENT_CHAMPION = -1         # whoever is champion
 GATE = "moa.gate"   # tag of a version; with a number behind it, against that version
 
 
@@ -134,14 +134,14 @@ class Registry:
 
     def versions(self) -> list[MixtureVersion]:
         """Every release, oldest first."""
-        with mlflow_client.talking(self.address):
+        with mlflow_client.mlflow_errors(self.address):
             found = self.client.search_model_versions(f"name='{self.mixture_name}'", max_results=10_000)
         return sorted((_mixture(each) for each in found), key=lambda version: version.version)
 
     def get(self, version: int | str) -> MixtureVersion:
         """A release by number, or by alias ("champion")."""
         if (number := str(version)).isdigit():
-            with mlflow_client.talking(self.address):
+            with mlflow_client.mlflow_errors(self.address):
                 try:
                     return _mixture(self.client.get_model_version(self.mixture_name, number))
                 except Exception as error:
@@ -158,12 +158,12 @@ class Registry:
 
     def corpora(self, version: MixtureVersion) -> dict[str, dict[str, str]]:
         """What each domain's expert of a release learned from: `moa.digest` and, if DVC knew it, `dvc.md5`."""
-        with mlflow_client.talking(self.address):
+        with mlflow_client.mlflow_errors(self.address):
             inputs = self.client.get_run(version.run_id).inputs.dataset_inputs
         return {each.dataset.name: {tag.key: tag.value for tag in each.tags} for each in inputs}
 
     def _by_alias(self, alias: str) -> MixtureVersion | None:
-        with mlflow_client.talking(self.address):
+        with mlflow_client.mlflow_errors(self.address):
             try:
                 return _mixture(self.client.get_model_version_by_alias(self.mixture_name, alias))
             except Exception as error:
@@ -176,12 +176,12 @@ class Registry:
         """Keep the decision with the version it is about; the newest one counts. `against` another release than the
         champion it decides nothing, and is kept beside."""
         tag = GATE if against is None else f"{GATE}.{against}"
-        with mlflow_client.talking(self.address):
+        with mlflow_client.mlflow_errors(self.address):
             self.client.set_model_version_tag(self.mixture_name, str(version), tag, json.dumps(decision))
 
     def params(self, version: MixtureVersion) -> dict[str, str]:
         """Parameters of a release and of its experts' trainings; an expert's are named `DOMAIN.train.KEY`."""
-        with mlflow_client.talking(self.address):
+        with mlflow_client.mlflow_errors(self.address):
             found = dict(self.client.get_run(version.run_id).data.params)
             for domain, pin in version.experts.items():
                 expert = self.client.get_model_version(pin["name"], str(pin["version"]))
@@ -191,7 +191,7 @@ class Registry:
 
     def metrics(self, version: MixtureVersion) -> dict[str, float]:
         """What `moa evaluate` measured before it was registered, such as `math/routed/loss`."""
-        with mlflow_client.talking(self.address):
+        with mlflow_client.mlflow_errors(self.address):
             return dict(self.client.get_run(version.run_id).data.metrics)
 
     def download(self, version: int | str) -> Path:
@@ -222,7 +222,7 @@ class Registry:
 
     def _fetch(self, version: MixtureVersion, folder: Path) -> Path:
         self.open()   # quiet before the import
-        with mlflow_client.talking(self.address), mlflow_client.everywhere(self.address):
+        with mlflow_client.mlflow_errors(self.address), mlflow_client.default_uri(self.address):
             from mlflow.artifacts import download_artifacts
 
             return Path(download_artifacts(
@@ -235,7 +235,7 @@ class Registry:
         """The release that serves; None before the first, or when somebody deleted the alias."""
         return self._by_alias(CHAMPION)
 
-    def set_champion(self, version: int, reason: str, by: str, *, instead_of: int | None = ANYONE) -> Entry:
+    def set_champion(self, version: int, reason: str, by: str, *, instead_of: int | None = CURRENT_CHAMPION) -> Entry:
         """Move the alias and record the move. Repeated after a crash, it completes what was begun.
 
         Raises, before anything changes, ArtifactError when the version's files are no longer what was registered, and
@@ -248,14 +248,15 @@ class Registry:
 
         with self._alone():
             wanted, current = self.get(version), self.champion()
-            if instead_of != ANYONE and current is not None and current.version not in (instead_of, wanted.version):
+            if instead_of != CURRENT_CHAMPION and current is not None and current.version not in (instead_of,
+                                                                                                  wanted.version):
                 raise RegistryError(f"Version {current.version} became champion meanwhile, and the gate has not "
                                     f"compared version {wanted.version} with it: run the same command again.")
             self.check(wanted)
             claim(self, self.mixture_name)
             entry, new = following(self.history(), wanted.version, wanted.digest,
                                    current.version if current else None, reason, by)
-            with mlflow_client.talking(self.address):
+            with mlflow_client.mlflow_errors(self.address):
                 if new:
                     self.client.set_registered_model_tag(self.mixture_name, entry.key, entry.as_json())
                 if current is None or current.version != wanted.version:
@@ -264,7 +265,7 @@ class Registry:
 
     def history(self) -> list[Entry]:
         """Every change of champion, oldest first; kept in tags of the registered model, out of reach of the alias."""
-        with mlflow_client.talking(self.address):
+        with mlflow_client.mlflow_errors(self.address):
             try:
                 tags = self.client.get_registered_model(self.mixture_name).tags
             except Exception as error:

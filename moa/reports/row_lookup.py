@@ -18,8 +18,8 @@ from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.data.conversations import conversation
 from moa.data.corpus import SPLITS, identity
-from moa.data.readers import Rejected, files, read
-from moa.workspace.data_versions import Versions
+from moa.data.readers import RowRejected, files, read
+from moa.workspace.data_versions import DataVersions
 
 BATCH = 1 << 14
 MOST = 1000            # rows that are listed; more is no answer
@@ -123,7 +123,7 @@ def _raw(workspace: Workspace, config: Config, domain: str, query: _Query) -> It
         place = (raw.file, raw.line)
         try:
             messages = conversation(raw.value, config.domains[domain])
-        except Rejected as reason:
+        except RowRejected as reason:
             if query.said([raw.text, *_strings(raw.value)]):
                 yield _Found(domain, None, raw.text, [place], why=f"rejected: {reason}")
             continue
@@ -225,7 +225,7 @@ def _corpora(workspace: Workspace, config: Config
 
 def _cached(workspace: Workspace, digest: str, tags: Mapping[str, str]) -> dict[str, Path] | None:
     """Files of a corpus in DVC's cache, if all of it is there and it is the one with this digest."""
-    found = Versions(workspace).cached(tags["dvc.md5"]) if "dvc.md5" in tags else {}
+    found = DataVersions(workspace).cached(tags["dvc.md5"]) if "dvc.md5" in tags else {}
     if not {MANIFEST, *(f"{split}.parquet" for split in SPLITS)} <= found.keys():
         return None
     return found if read_json(found[MANIFEST])["digest"] == digest else None

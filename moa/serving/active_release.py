@@ -20,7 +20,7 @@ from moa.core.config import Config
 from moa.core.errors import MoaError
 from moa.core.paths import Workspace
 from moa.mixture.generation import engine
-from moa.mixture.generation.engine import Options, Tell
+from moa.mixture.generation.engine import GenerationConfig, Tell
 from moa.mixture.mixture import Answer, Conversation, Listener, Mixture, Request
 from moa.mixture.router import Decision
 from moa.release.champion import champion
@@ -34,7 +34,7 @@ RETRY_SECONDS = 60   # before a release that could not be loaded is tried again
 Watch = Callable[[int, str, Conversation, Decision], None]   # version and digest of the release, prompt, decision
 
 
-class Watched(Mixture):
+class ObservedMixture(Mixture):
     """A mixture that tells what its router decided, as a release's own: a version and a digest come with it."""
 
     tell: Callable[[Conversation, Decision], None] | None = None
@@ -72,7 +72,7 @@ class Release:
         return f"{self.name}-{self.version}-{self.digest[:12]}"
 
 
-class Hearing:
+class AnswerListener:
     """What somebody hears of an answer while it is written: first who answers, then pieces of text.
 
     A row that is begun anew, because a neighbour failed, says again what it said: that is passed over.
@@ -97,21 +97,21 @@ class Hearing:
 
 
 @dataclass(frozen=True)
-class Ask:
+class ChatRequest:
     """One conversation for one release. The options are checked, the domain is one that the release has."""
 
     release: Release
     messages: Conversation
     domain: str | None
-    options: Options
+    options: GenerationConfig
     prompt_tokens: int
-    hearing: Hearing | None = None
+    hearing: AnswerListener | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)   # once set, nobody waits for the answer
 
     @classmethod
     def of(cls, release: Release, messages: Conversation, domain: str | None, options: dict[str, Any],
-           prompt_tokens: int, hearing: Hearing | None = None) -> Self:
-        chosen = Options(**options)
+           prompt_tokens: int, hearing: AnswerListener | None = None) -> Self:
+        chosen = GenerationConfig(**options)
         if chosen.temperature > 0 and chosen.seed is None:   # so that a row which is begun anew says the same
             chosen = replace(chosen, seed=secrets.randbits(63))
         return cls(release, messages, domain, chosen, prompt_tokens, hearing)
@@ -140,7 +140,7 @@ def decide(jobs: Sequence[Job]) -> list[Decision]:
     return jobs[0].work.release.mixture.route([job.work.messages for job in jobs])
 
 
-class Champions:
+class ReleaseWatcher:
     """The release that serves now, replaced when the champion changes."""
 
     def __init__(self, workspace: Workspace, config: Config, watch: Watch | None = None) -> None:
@@ -198,7 +198,7 @@ class Champions:
                 and time.monotonic() - self._refused[1] < RETRY_SECONDS)
 
     def _load(self, version: Any, folder: Path) -> Release:
-        mixture = Watched.load(folder, self._own_base(), self.config.execution.resident)
+        mixture = ObservedMixture.load(folder, self._own_base(), self.config.execution.resident)
         if self.watch is not None:
             mixture.tell = partial(self.watch, version.version, version.digest)
         return Release(version.name, version.version, version.digest, mixture, version.created_at // 1000,
@@ -224,7 +224,7 @@ def room(release: Release, messages: Conversation, max_new_tokens: int) -> int:
     """Tokens of the prompt. Raises UsageError when the base's context leaves no room for an answer."""
     mixture = release.mixture
     encoded = mixture.encoder.prompt(messages)
-    engine.rooms(mixture.base.model, [encoded], [max_new_tokens])
+    engine.answer_budgets(mixture.base.model, [encoded], [max_new_tokens])
     return len(encoded)
 
 

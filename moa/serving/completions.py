@@ -19,11 +19,11 @@ from starlette.requests import ClientDisconnect
 from moa.core.errors import DataError, UsageError
 from moa.serving import protocol
 from moa.serving.batcher import Closed, Full, Job
-from moa.serving.protocol import ChatError, Question, Trimmed, Voice
-from moa.serving.upstream import Backend, Routed
+from moa.serving.protocol import ChatError, ChatQuestion, ChatResponseBuilder, StreamTrimmer
+from moa.serving.upstream import Routed, UpstreamServer
 
 if TYPE_CHECKING:
-    from moa.serving.active_release import Answer, Hearing, Release
+    from moa.serving.active_release import Answer, AnswerListener, Release
     from moa.serving.server import Server
 
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -43,7 +43,7 @@ async def complete(server: "Server", request: Request) -> Response:
             _forwarded(server, server.backend, release, question, tokens)))
         return found or Response(status_code=499)
     headers = {"X-Moa-Release": release.label}
-    voice = Voice(release.fingerprint)
+    voice = ChatResponseBuilder(release.fingerprint)
     if question.stream:
         events, hearing = _hearing()
         job = _submit(server, release, question, tokens, hearing)
@@ -84,7 +84,7 @@ def _too_large(most: int) -> ChatError:
     return ChatError(413, f"The body is larger than the {most} bytes that this server takes.", "request_too_large")
 
 
-def _prompt_tokens(release: "Release", question: Question, most: int) -> int:
+def _prompt_tokens(release: "Release", question: ChatQuestion, most: int) -> int:
     """Length of the prompt. Raises ChatError when it may not be asked."""
     from jinja2 import TemplateError
 
@@ -107,12 +107,12 @@ def _prompt_tokens(release: "Release", question: Question, most: int) -> int:
     return tokens
 
 
-def _submit(server: "Server", release: "Release", question: Question, tokens: int,
-            hearing: "Hearing | None") -> Job:
+def _submit(server: "Server", release: "Release", question: ChatQuestion, tokens: int,
+            hearing: "AnswerListener | None") -> Job:
     """The question's job: an answer, or only who is to give it where a backend decodes."""
-    from moa.serving.active_release import Ask
+    from moa.serving.active_release import ChatRequest
 
-    ask = Ask.of(release, question.messages, question.domain, question.options, tokens, hearing)
+    ask = ChatRequest.of(release, question.messages, question.domain, question.options, tokens, hearing)
     job = ask.job() if server.backend is None else ask.routing()
     try:
         server.batcher.submit(job)
@@ -155,7 +155,7 @@ class _Relayed(StreamingResponse):
             await self.source.aclose()
 
 
-async def _forwarded(server: "Server", backend: Backend, release: "Release", question: Question,
+async def _forwarded(server: "Server", backend: UpstreamServer, release: "Release", question: ChatQuestion,
                      tokens: int) -> Response:
     """The backend's answer under our names. Raises ChatError."""
     routed = await _routed(server, release, question, tokens)
@@ -173,14 +173,14 @@ async def _forwarded(server: "Server", backend: Backend, release: "Release", que
     return JSONResponse({**completion, **ours, "moa": protocol.routing(routed)}, headers=headers)
 
 
-async def _routed(server: "Server", release: "Release", question: Question, tokens: int) -> Routed:
+async def _routed(server: "Server", release: "Release", question: ChatQuestion, tokens: int) -> Routed:
     if question.domain is not None:
         return Routed(question.domain, None, False)
     decision = await asyncio.wrap_future(_submit(server, release, question, tokens, None).done)
     return Routed(decision.domain, decision.confidence, decision.abstained)
 
 
-async def _relayed(server: "Server", backend: Backend, reply: Any, routed: Routed, ours: dict[str, str],
+async def _relayed(server: "Server", backend: UpstreamServer, reply: Any, routed: Routed, ours: dict[str, str],
                    usage: bool) -> AsyncIterator[str]:
     try:
         async for chunk in backend.chunks(reply):
@@ -220,16 +220,17 @@ class _Events:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
 
 
-def _hearing() -> tuple[_Events, "Hearing"]:
-    from moa.serving.active_release import Hearing
+def _hearing() -> tuple[_Events, "AnswerListener"]:
+    from moa.serving.active_release import AnswerListener
 
     events = _Events()
-    return events, Hearing(lambda by: events.put({"by": by}), events.put)
+    return events, AnswerListener(lambda by: events.put({"by": by}), events.put)
 
 
-async def _chunks(server: "Server", job: Job, events: _Events, voice: Voice, usage: bool) -> AsyncIterator[str]:
+async def _chunks(server: "Server", job: Job, events: _Events, voice: ChatResponseBuilder,
+                  usage: bool) -> AsyncIterator[str]:
     """Server-sent events: who answers, the text as it becomes certain, how it ended."""
-    model, text = "moa", Trimmed()
+    model, text = "moa", StreamTrimmer()
     try:
         while not isinstance(event := await events.queue.get(), Future):
             if isinstance(event, dict):

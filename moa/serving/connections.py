@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bounds:
+class ConnectionLimits:
     """What a server allows its clients. How long an answer takes to be made has no bound here."""
 
     connections: int = 1000         # open at once; fewer where the process may not have so many descriptors
@@ -64,7 +64,7 @@ class Phase(Enum):
 class Config(uvicorn.Config):
     """uvicorn's, with bounds. HTTP/1.1 is read by h11, whose protocol the deadlines know; there are no WebSockets."""
 
-    def __init__(self, app: Any, bounds: Bounds, **named: Any) -> None:
+    def __init__(self, app: Any, bounds: ConnectionLimits, **named: Any) -> None:
         super().__init__(app, http=BoundedProtocol, ws="none", backlog=TURN, **named)
         self.timeout_keep_alive = bounds.idle_seconds   # type: ignore[assignment]   # any number of seconds will do
         self.bounds = bounds
@@ -190,7 +190,7 @@ def drop_longest_waiting(connections: Iterable[BoundedProtocol]) -> bool:
     return bool(waiting)
 
 
-def affordable(bounds: Bounds) -> Bounds:
+def affordable(bounds: ConnectionLimits) -> ConnectionLimits:
     """`bounds` with as many connections as the process may have descriptors for, after its soft limit was raised as far
     as they need and the hard limit allows."""
     needed = bounds.connections * bounds.descriptors + RESERVED

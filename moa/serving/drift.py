@@ -22,8 +22,8 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.core.text import shorten
 from moa.data import corpus
 from moa.serving import drift_statistics, prompt_log
-from moa.serving.drift_statistics import Seen
-from moa.serving.prompt_log import Kept
+from moa.serving.drift_statistics import RoutedPrompt
+from moa.serving.prompt_log import LoggedPrompt
 
 WINDOW = 1_000            # newest prompts that are compared with validation
 VALIDATION_ROWS = 4_000   # of all domains together that the comparison is made with
@@ -50,9 +50,9 @@ def check(workspace: Workspace, config: Config) -> dict[str, Any]:
     least = config.drift.min_prompts
     reference = (_reference(workspace, folder, version.digest, mixture)
                  if len(served) >= least or len(abstained) >= config.drift.cluster else None)
-    known = [Seen(**row) for row in reference["rows"]] if reference else []
+    known = [RoutedPrompt(**row) for row in reference["rows"]] if reference else []
     measures = drift_statistics.measures([_seen(each) for each in served], known, window=WINDOW, least=least,
-                              psi_limit=config.drift.psi)
+                                         psi_limit=config.drift.psi)
     missing = (_missing(mixture, abstained, reference["width"], config.drift.cluster)
                if reference and len(abstained) >= config.drift.cluster else _nothing(len(abstained)))
     return {"release": version.version, "name": version.name, "digest": version.digest,
@@ -68,13 +68,13 @@ def alarming(report: dict[str, Any]) -> bool:
 
 # What was kept.
 
-def _gather(workspace: Workspace, version: Any) -> tuple[list[Kept], list[Kept], dict[str, Any]]:
+def _gather(workspace: Workspace, version: Any) -> tuple[list[LoggedPrompt], list[LoggedPrompt], dict[str, Any]]:
     """The champion's newest prompts; what any release abstained on, each text once; and how many there are.
 
     A prompt whose domain the caller named says nothing of the router, and is counted only.
     """
-    served: deque[Kept] = deque(maxlen=2 * WINDOW)
-    abstained: deque[Kept] = deque(maxlen=ABSTAINED)
+    served: deque[LoggedPrompt] = deque(maxlen=2 * WINDOW)
+    abstained: deque[LoggedPrompt] = deque(maxlen=ABSTAINED)
     counts = {"kept": 0, "of_champion": 0, "forced": 0}
     for kept in prompt_log.read(workspace):
         counts["kept"] += 1
@@ -92,9 +92,9 @@ def _gather(workspace: Workspace, version: Any) -> tuple[list[Kept], list[Kept],
         **counts, "compared": min(len(ordered), WINDOW), **span}
 
 
-def _seen(kept: Kept) -> Seen:
+def _seen(kept: LoggedPrompt) -> RoutedPrompt:
     assert kept.score is not None and kept.confidence is not None
-    return Seen(domain=kept.domain, score=kept.score, confidence=kept.confidence, abstained=kept.abstained)
+    return RoutedPrompt(domain=kept.domain, score=kept.score, confidence=kept.confidence, abstained=kept.abstained)
 
 
 def _time(seconds: float) -> str:
@@ -120,10 +120,10 @@ def _reference(workspace: Workspace, folder: Path, digest: str, mixture: Callabl
         raise ArtifactError("None of the champion's domains has a prepared corpus here, so there is nothing to compare "
                             "prompts with: run `moa run`.")
     mixed = [prompt for part in prompts.values() for prompt in part]
-    found = {"rows": [asdict(Seen(domain=one.domain, score=one.score, confidence=one.confidence,
-                                  abstained=one.abstained)) for one in mixture().route(mixed)],
+    found = {"rows": [asdict(RoutedPrompt(domain=one.domain, score=one.score, confidence=one.confidence,
+                                          abstained=one.abstained)) for one in mixture().route(mixed)],
              "width": drift_statistics.widest(drift_statistics.unit(_standard(mixture(), part[:WIDTH_ROWS]))
-                                       for part in prompts.values() if part),
+                                              for part in prompts.values() if part),
              "changed": [domain for domain in manifest["labels"]
                          if _corpus(workspace, domain) != manifest["experts"][domain].get("corpus")]}
     write_json(path, found)
@@ -145,12 +145,12 @@ def _corpus(workspace: Workspace, domain: str) -> str | None:
 
 def _features(mixture: Any, prompts: Sequence[list[Message]]) -> Any:
     """What the router reads of prompts: (N, L, D)."""
-    from moa.mixture.layer_routing import chooser
+    from moa.mixture.layer_routing import layer_selector
     from moa.mixture.router import features
 
     encoder, router = mixture.encoder, mixture.router
     ids = [encoder.prompt(prompt)[-encoder.max_tokens:] for prompt in prompts]
-    return features(mixture.base.model, ids, router.depth, chooser(mixture.stack, router))
+    return features(mixture.base.model, ids, router.depth, layer_selector(mixture.stack, router))
 
 
 def _standard(mixture: Any, prompts: Sequence[list[Message]]) -> Any:
@@ -163,7 +163,8 @@ def _nothing(distinct: int) -> dict[str, Any]:
     return {"abstained": {"distinct": distinct, "looked_at": 0, "still": 0}, "missing": []}
 
 
-def _missing(mixture: Callable[[], Any], abstained: list[Kept], width: float | None, least: int) -> dict[str, Any]:
+def _missing(mixture: Callable[[], Any], abstained: list[LoggedPrompt], width: float | None, least: int) -> dict[str,
+                                                                                                                 Any]:
     """Groups of at least `least` different prompts that this champion, too, would leave to the base: what an earlier
     release abstained on may have been learned since."""
     if width is None:
@@ -183,7 +184,7 @@ def _missing(mixture: Callable[[], Any], abstained: list[Kept], width: float | N
             found.append({"prompts": len(group),
                           "nearest": [{"domain": label, "probability": mean[label]} for label in nearest],
                           "examples": [shorten(still[place].text, SHOWN)
-                                        for place in drift_statistics.typical(unit, group)],
+                                       for place in drift_statistics.typical(unit, group)],
                           "from": _time(min(still[place].at for place in group)),
                           "to": _time(max(still[place].at for place in group))})
     return {"abstained": {"distinct": len(abstained), "looked_at": len(looked), "still": len(still)}, "missing": found}

@@ -33,7 +33,7 @@ WORDS = {"score": "how much at home prompts are", "confidence": "the router's co
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class RoutedPrompt:
     """What the router said of one prompt."""
 
     domain: str          # its best guess
@@ -58,7 +58,7 @@ class Measure:
         return asdict(self)
 
 
-def measures(traffic: Sequence[Seen], validation: Sequence[Seen], *, window: int, least: int,
+def measures(traffic: Sequence[RoutedPrompt], validation: Sequence[RoutedPrompt], *, window: int, least: int,
              psi_limit: float) -> list[Measure]:
     """All four, of the newest `window` prompts; `least` is the fewest for a verdict. `traffic` is in order of time."""
     newest = traffic[-window:]
@@ -83,7 +83,8 @@ def psi(first: Sequence[float], second: Sequence[float]) -> float:
     return float(((p - q) * np.log(p / q)).sum())
 
 
-def distribution(name: Literal["score", "confidence"], traffic: Sequence[Seen], validation: Sequence[Seen], *,
+def distribution(name: Literal["score", "confidence"], traffic: Sequence[RoutedPrompt],
+                 validation: Sequence[RoutedPrompt], *,
                  least: int, psi_limit: float) -> Measure:
     """One of the router's numbers, whatever share of the prompts each domain has.
 
@@ -119,14 +120,14 @@ def distribution(name: Literal["score", "confidence"], traffic: Sequence[Seen], 
                                           "validation_median": usual, "p_by_domain": each})
 
 
-def by_domain(name: Literal["score", "confidence"], rows: Sequence[Seen]) -> dict[str, Any]:
+def by_domain(name: Literal["score", "confidence"], rows: Sequence[RoutedPrompt]) -> dict[str, Any]:
     found: dict[str, list[float]] = {}
     for row in rows:
         found.setdefault(row.domain, []).append(getattr(row, name))
     return {domain: np.array(values) for domain, values in found.items()}
 
 
-def abstention(traffic: Sequence[Seen], validation: Sequence[Seen], *, least: int) -> Measure:
+def abstention(traffic: Sequence[RoutedPrompt], validation: Sequence[RoutedPrompt], *, least: int) -> Measure:
     """The share of prompts that the router left to the base: shifted where the exact (Clopper-Pearson) intervals of
     traffic and of validation do not meet."""
     if len(traffic) < least or not validation:
@@ -140,7 +141,8 @@ def abstention(traffic: Sequence[Seen], validation: Sequence[Seen], *, least: in
                                           "validation_interval": [floor, ceiling], "prompts": len(traffic)})
 
 
-def domains(traffic: Sequence[Seen], validation: Sequence[Seen], *, least: int, psi_limit: float) -> Measure:
+def domains(traffic: Sequence[RoutedPrompt], validation: Sequence[RoutedPrompt], *, least: int,
+            psi_limit: float) -> Measure:
     """The shares of the domains, in the newer half of the prompts against the older.
 
     Against validation there is no verdict, only a number: its shares are those of the corpora's sizes, which nobody
@@ -168,7 +170,7 @@ def domains(traffic: Sequence[Seen], validation: Sequence[Seen], *, least: int, 
                                           "newer": dict(zip(names, second, strict=True))})
 
 
-def _table(first: Sequence[Seen], second: Sequence[Seen]) -> tuple[list[str], list[int], list[int]]:
+def _table(first: Sequence[RoutedPrompt], second: Sequence[RoutedPrompt]) -> tuple[list[str], list[int], list[int]]:
     """Prompts by who they went to."""
     one, other = (Counter(NOBODY if row.abstained else row.domain for row in rows) for rows in (first, second))
     names = sorted(one.keys() | other.keys())
@@ -207,7 +209,7 @@ def _chi_square(first: Sequence[int], second: Sequence[int]) -> float:
     return float(chi2_contingency(np.array(columns).T, correction=False).pvalue)
 
 
-def _share(rows: Sequence[Seen]) -> tuple[float, float, float]:
+def _share(rows: Sequence[RoutedPrompt]) -> tuple[float, float, float]:
     """The share that abstained, with its exact interval."""
     from scipy.stats import binomtest
 

@@ -34,7 +34,7 @@ END_SECONDS = 5.0     # for the last prompts when the server ends
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class LoggedPrompt:
     """One prompt that was answered."""
 
     at: float                  # seconds since 1970
@@ -54,19 +54,19 @@ class Kept:
         return next((one["content"] for one in reversed(self.messages) if one["role"] == "user"), "")
 
 
-class Keeper:
+class PromptLogger:
     """Writes prompts behind the back of whoever answers them. `close` writes what still waits."""
 
     def __init__(self, workspace: Workspace, megabytes: float, redact: Sequence[str]) -> None:
         self.lost = 0   # prompts let go, because too many waited or the disk refused
         self._segments = _Segments(folder(workspace), int(megabytes * MEGABYTE))
         self._redactor = Redactor(redact)
-        self._queue: queue.Queue[Kept | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[LoggedPrompt | None] = queue.Queue(WAITING)
         self._complained = False
         self._thread = threading.Thread(target=self._write, name="moa-evidence", daemon=True)
         self._thread.start()
 
-    def keep(self, kept: Kept) -> None:
+    def keep(self, kept: LoggedPrompt) -> None:
         """Returns at once, and never raises."""
         try:
             self._queue.put_nowait(kept)
@@ -75,14 +75,14 @@ class Keeper:
 
     def routed(self, release: int, digest: str, messages: Sequence[Message], decision: "Decision") -> None:
         """Keep a prompt that the router of this release decided on."""
-        self.keep(Kept(at=time.time(), release=release, digest=digest, messages=list(messages), cut=False,
-                       domain=decision.domain, forced=False, abstained=decision.abstained, score=decision.score,
-                       confidence=decision.confidence))
+        self.keep(LoggedPrompt(at=time.time(), release=release, digest=digest, messages=list(messages), cut=False,
+                               domain=decision.domain, forced=False, abstained=decision.abstained, score=decision.score,
+                               confidence=decision.confidence))
 
     def named(self, release: int, digest: str, messages: Sequence[Message], domain: str) -> None:
         """Keep a prompt whose domain the caller named: the router was not asked."""
-        self.keep(Kept(at=time.time(), release=release, digest=digest, messages=list(messages), cut=False,
-                       domain=domain, forced=True))
+        self.keep(LoggedPrompt(at=time.time(), release=release, digest=digest, messages=list(messages), cut=False,
+                               domain=domain, forced=True))
 
     def close(self) -> None:
         with suppress(queue.Full):
@@ -101,7 +101,7 @@ class Keeper:
         self._segments.close()
 
 
-def _line(kept: Kept, redactor: Redactor) -> bytes:
+def _line(kept: LoggedPrompt, redactor: Redactor) -> bytes:
     """`kept` without personal data and within its bound. Redacted whole: a cut could hide half of an address."""
     room = CHARACTERS
     messages: list[Message] = []
@@ -172,7 +172,7 @@ def segments(home: Path) -> list[Path]:
     return sorted(home.glob("*.jsonl")) if home.is_dir() else []
 
 
-def read(workspace: Workspace, release: int | None = None, since: float | None = None) -> Iterator[Kept]:
+def read(workspace: Workspace, release: int | None = None, since: float | None = None) -> Iterator[LoggedPrompt]:
     """What is kept, as good as in order of time: all, or of one version, or from a time (seconds since 1970) on.
 
     Lines that a crash tore are passed over, and so is a file that is deleted meanwhile.
@@ -185,9 +185,9 @@ def read(workspace: Workspace, release: int | None = None, since: float | None =
                     yield kept
 
 
-def _parse(line: bytes) -> Kept | None:
+def _parse(line: bytes) -> LoggedPrompt | None:
     try:
         found: Any = json.loads(line)
-        return Kept(**found) if isinstance(found, dict) else None
+        return LoggedPrompt(**found) if isinstance(found, dict) else None
     except (ValueError, TypeError):   # torn, or of another version of moa
         return None

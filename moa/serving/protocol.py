@@ -72,7 +72,7 @@ def parse(body: Any) -> tuple[list[dict[str, str]], str | None, dict[str, Any]]:
 
 
 def _options(body: dict[str, Any]) -> dict[str, Any]:
-    from moa.mixture.generation.engine import Options  # it also says what each option may be
+    from moa.mixture.generation.engine import GenerationConfig  # it also says what each option may be
 
     options: dict[str, Any] = {}
     for key, ours in OPTIONS.items():
@@ -82,7 +82,7 @@ def _options(body: dict[str, Any]) -> dict[str, Any]:
         if key in WHOLE and isinstance(value, float) and value.is_integer():   # JSON has 4.0 where it has 4
             value = int(value)
         try:
-            Options(**{ours: value})
+            GenerationConfig(**{ours: value})
         except UsageError as error:
             raise BodyError(str(error).replace(ours, f"`{key}`", 1)) from None
         if options.setdefault(ours, value) != value:
@@ -91,7 +91,7 @@ def _options(body: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Question:
+class ChatQuestion:
     """A chat body that makes sense; the domain is one that was offered."""
 
     messages: list[dict[str, str]]
@@ -105,7 +105,8 @@ def models(labels: Sequence[str]) -> list[str]:
     return ["moa", *(f"moa/{label}" for label in labels), "base"]
 
 
-def read(data: bytes, labels: Sequence[str], most_tokens: int, adapters: Mapping[str, str] | None = None) -> Question:
+def read(data: bytes, labels: Sequence[str], most_tokens: int,
+         adapters: Mapping[str, str] | None = None) -> ChatQuestion:
     """The question in a request's bytes. `adapters` are other names of labels. Raises ChatError."""
     body = _json(data)
     if isinstance(body, dict):
@@ -121,7 +122,7 @@ def read(data: bytes, labels: Sequence[str], most_tokens: int, adapters: Mapping
     except (BodyError, UsageError) as error:
         raise ChatError(400, str(error), "invalid_body") from None
     stream, usage = _streaming(body)
-    return Question(messages, domain, _bounded(options, most_tokens), stream, usage)
+    return ChatQuestion(messages, domain, _bounded(options, most_tokens), stream, usage)
 
 
 def _equal(value: Any, wanted: Any) -> bool:
@@ -181,9 +182,9 @@ def _streaming(body: dict[str, Any]) -> tuple[bool, bool]:
 
 def _bounded(options: dict[str, Any], most_tokens: int) -> dict[str, Any]:
     """The options with a number of tokens, within what the server allows."""
-    from moa.mixture.generation.engine import Options
+    from moa.mixture.generation.engine import GenerationConfig
 
-    asked = options.get("max_new_tokens", min(Options().max_new_tokens, most_tokens))
+    asked = options.get("max_new_tokens", min(GenerationConfig().max_new_tokens, most_tokens))
     if asked > most_tokens:
         raise ChatError(400, f"`max_tokens` is {_short(asked)}; this server writes {most_tokens} at most.",
                         "max_tokens_too_large")
@@ -204,7 +205,7 @@ def _short(value: Any) -> str:
 # Answers.
 
 @dataclass(frozen=True)
-class Voice:
+class ChatResponseBuilder:
     """What every message of one answer says of itself."""
 
     fingerprint: str | None   # None = nobody knows which release it is
@@ -251,7 +252,7 @@ def routing(answer: Any) -> dict[str, Any]:
     return {"domain": answer.domain, "confidence": answer.confidence, "abstained": answer.abstained}
 
 
-class Trimmed:
+class StreamTrimmer:
     """Pieces of a text without the white space at its two ends, as `generate` gives it."""
 
     def __init__(self) -> None:

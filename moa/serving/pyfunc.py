@@ -11,7 +11,7 @@ from typing import Any
 
 from moa.core.errors import UsageError
 from moa.core.paths import Workspace
-from moa.serving.protocol import BodyError, Voice, parse
+from moa.serving.protocol import BodyError, ChatResponseBuilder, parse
 
 
 def python_model() -> Any:
@@ -43,7 +43,7 @@ def respond(mixture: Any, body: Any) -> dict[str, Any]:
         answer = mixture.chat(messages, domain=domain, **options)
     except UsageError as error:   # no such expert, a prompt that is too long, an option out of its range
         raise BodyError(str(error)) from None
-    return Voice(None).completion(answer)
+    return ChatResponseBuilder(None).completion(answer)
 
 
 def _workspace(recorded: dict[str, Any]) -> Workspace | None:

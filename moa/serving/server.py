@@ -25,16 +25,16 @@ from moa.core.paths import Workspace
 from moa.serving import connections, protocol
 from moa.serving.batcher import Batcher, Limits
 from moa.serving.completions import complete
-from moa.serving.connections import Bounds
+from moa.serving.connections import ConnectionLimits
 from moa.serving.hosts import names_this_machine
 from moa.serving.metrics import Metrics
 from moa.serving.openapi import document
-from moa.serving.prompt_log import Keeper
+from moa.serving.prompt_log import PromptLogger
 from moa.serving.protocol import ChatError
-from moa.serving.upstream import Backend
+from moa.serving.upstream import UpstreamServer
 
 if TYPE_CHECKING:
-    from moa.serving.active_release import Champions
+    from moa.serving.active_release import ReleaseWatcher
 
 GRACE_SECONDS = 60      # for answers under way when the server is told to end
 
@@ -55,7 +55,7 @@ class Settings:
     backend_key: str | None = None
     backend_base: str | None = None   # its name of the base; None = it is asked
     keep: int = 0                  # megabytes of prompts that are kept; 0 = none
-    bounds: Bounds = field(default_factory=Bounds)   # of connections
+    bounds: ConnectionLimits = field(default_factory=ConnectionLimits)   # of connections
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,21 @@ class Server:
     """What the handlers share."""
 
     settings: Settings
-    champions: "Champions"
+    champions: "ReleaseWatcher"
     batcher: Batcher
     metrics: Metrics
-    backend: Backend | None = None
+    backend: UpstreamServer | None = None
 
 
 def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what is under way. Raises MoaError when it cannot begin."""
-    backend = (Backend(settings.backend, settings.backend_key, settings.backend_base)
+    backend = (UpstreamServer(settings.backend, settings.backend_key, settings.backend_base)
                if settings.backend is not None else None)
     listening = _bind(settings)
-    from moa.serving.active_release import Champions, answer, decide
+    from moa.serving.active_release import ReleaseWatcher, answer, decide
 
     metrics = Metrics()
-    keeper = Keeper(workspace, settings.keep, config.drift.redact) if settings.keep else None
+    keeper = PromptLogger(workspace, settings.keep, config.drift.redact) if settings.keep else None
 
     def work(jobs: Any) -> Any:
         metrics.rows.observe(len(jobs))
@@ -85,7 +85,7 @@ def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
             keep_named(keeper, [job.work for job in jobs])
         return answer(jobs) if backend is None else decide(jobs)
 
-    champions = Champions(workspace, config, keeper.routed if keeper is not None else None)
+    champions = ReleaseWatcher(workspace, config, keeper.routed if keeper is not None else None)
     batcher = Batcher(work, settings.limits)
     metrics.watch(waiting=lambda: batcher.waiting, running=lambda: batcher.running,
                   release=lambda: champions.now.version, failures=lambda: champions.failures)
@@ -111,7 +111,7 @@ def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
             signal.signal(number, handler)
 
 
-def keep_named(keeper: Keeper, asks: Sequence[Any]) -> None:
+def keep_named(keeper: PromptLogger, asks: Sequence[Any]) -> None:
     """The prompts that no router sees, because the caller named the domain."""
     for ask in asks:
         if ask.domain is not None:

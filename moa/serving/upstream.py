@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from moa.core.errors import UsageError
-from moa.serving.protocol import ChatError, Question
+from moa.serving.protocol import ChatError, ChatQuestion
 
 CONNECT_SECONDS, READ_SECONDS = 10, 600   # the second between two pieces of an answer, of which a whole one is one
 OURS = re.compile(r"moa(/.*)?|[^/]+-[0-9a-f]{12}")   # names of a moa server, and of adapters as `moa export` has them
@@ -34,7 +34,7 @@ class Routed:
         return "base" if self.abstained else self.domain
 
 
-class Backend:
+class UpstreamServer:
     """One server, at an address with or without its /v1. `base` is its name of the base; None = it is asked."""
 
     def __init__(self, url: str, key: str | None = None, base: str | None = None) -> None:
@@ -58,7 +58,7 @@ class Backend:
             raise _failed(f"The backend at {self.url} lists no base model: give --backend-base.")
         return self._found
 
-    async def begin(self, model: str, question: Question) -> httpx.Response:
+    async def begin(self, model: str, question: ChatQuestion) -> httpx.Response:
         """The answer's head; its body is still to come, and whoever has it must close it. Raises ChatError."""
         return await self._send(self._client.build_request("POST", "chat/completions", json=_body(model, question)),
                                 model)
@@ -136,7 +136,7 @@ def _address(url: str) -> str:
     return f"{str(parsed).rstrip('/').removesuffix('/v1')}/v1"
 
 
-def _body(model: str, question: Question) -> dict[str, Any]:
+def _body(model: str, question: ChatQuestion) -> dict[str, Any]:
     """A body that leaves little to the backend's own defaults: without a temperature, for one, ours is greedy."""
     options = question.options
     body: dict[str, Any] = {

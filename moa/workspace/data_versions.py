@@ -17,7 +17,7 @@ from moa.core.errors import PipelineError
 from moa.core.paths import Workspace
 from moa.core.subprocesses import QUIET
 from moa.core.text import sentence
-from moa.workspace.dvc_repository import hushed, listening, misnamed
+from moa.workspace.dvc_repository import listening, misnamed, silence_dvc
 from moa.workspace.pipeline import Pipeline
 
 
@@ -40,7 +40,7 @@ def initialise(root: Path) -> bool:
     return True
 
 
-class Versions(Pipeline):
+class DataVersions(Pipeline):
     """A pipeline whose data may change."""
 
     def add(self, folder: Path) -> None:
@@ -137,7 +137,7 @@ class Versions(Pipeline):
 def _silence() -> Iterator[None]:
     """DVC says what it does, to people who called it; nobody did."""
     words = io.StringIO()
-    with hushed(), contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
+    with silence_dvc(), contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
         yield
 
 

@@ -21,17 +21,17 @@ from moa.core.errors import ArtifactError, UsageError
 from moa.core.files import read_json, write_json
 from moa.core.names import escaped, storable
 from moa.core.paths import Workspace
-from moa.core.transaction import changing
+from moa.core.transaction import transaction
 from moa.data import overlap
 from moa.data.conversations import fields
 from moa.evaluation import metrics
 from moa.experts.train import Checkpoint
 from moa.workspace import params_editor, row_sources, warm_starts
-from moa.workspace.data_versions import Versions
+from moa.workspace.data_versions import DataVersions
 from moa.workspace.origins import note as _note_origins
 from moa.workspace.origins import origins as origins
 from moa.workspace.pipeline import Pipeline
-from moa.workspace.row_sources import Found, Hub
+from moa.workspace.row_sources import HubDataset, SourceFile
 from moa.workspace.stage_graph import PER_DOMAIN
 
 METRIC = "rouge_l"
@@ -51,19 +51,19 @@ def valid_name(name: str) -> str:
 # Adding.
 
 def add(workspace: Workspace, name: str, sources: Sequence[str], here: Path, reading: Mapping[str, Any],
-        hub: Hub | None = None) -> dict[str, Any]:
+        hub: HubDataset | None = None) -> dict[str, Any]:
     """Take the rows of `sources` into domain `name`, which is made if there is none; what was done.
 
     `reading` holds the keys of config.Domain that were given. No sources: the files that lie in data/raw/NAME already.
     Raises UsageError, ConfigError or DataError, and then nothing has changed.
     """
-    versions = Versions(workspace)
+    versions = DataVersions(workspace)
     raw, tracked = workspace.raw(valid_name(name)), workspace.tracked(name)
     with versions.lock():
         config = parameters.load(workspace.params)
         domain = reading_of(config, name, reading)
         refuse_generated(versions, config, name)
-        with row_sources.gathered(workspace, sources, here, hub or Hub()) as gathered:
+        with row_sources.gathered(workspace, sources, here, hub or HubDataset()) as gathered:
             there = present(workspace, name)
             if not gathered.found and not there:
                 raise UsageError(f"Name at least one file, folder or {row_sources.HUB} with rows of {name}.")
@@ -72,7 +72,7 @@ def add(workspace: Workspace, name: str, sources: Sequence[str], here: Path, rea
             known = {found.digest for found in there}
             new = {free_name(found, raw): found for found in gathered.found if found.digest not in known}
             by_hand = [] if tracked.exists() else [found.origin for found in there]
-            changed = take_in(versions, name, domain, new, f"moa domain add {name}")
+            changed = add_files(versions, name, domain, new, f"moa domain add {name}")
     return {"domain": name, "new": name not in config.domains,
             "files": [{"name": file, "origin": found.origin, "size": found.size, "digest": found.digest}
                       for file, found in new.items()],
@@ -121,7 +121,7 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else str(value)
 
 
-def refuse_generated(versions: Versions, config: Config, name: str) -> None:
+def refuse_generated(versions: DataVersions, config: Config, name: str) -> None:
     """Raise UsageError if moa makes the rows of `name` itself: what is added would be overwritten."""
     raw = versions.workspace.relative(versions.workspace.raw(name))
     makers = [stage.name for stage in versions.snapshot().graph.stages.values()
@@ -131,7 +131,7 @@ def refuse_generated(versions: Versions, config: Config, name: str) -> None:
                          f"add yours under another name, or run `moa domain remove {name}` first.")
 
 
-def present(workspace: Workspace, name: str) -> list[Found]:
+def present(workspace: Workspace, name: str) -> list[SourceFile]:
     """The files with rows that lie in data/raw/NAME."""
     raw = workspace.raw(name)
     if raw.is_symlink() or (raw.exists() and not raw.is_dir()):
@@ -143,13 +143,13 @@ def present(workspace: Workspace, name: str) -> list[Found]:
     return [row_sources.look(path, path.relative_to(raw).as_posix()) for path in row_sources.files(raw)]
 
 
-def free_name(found: Found, raw: Path) -> str:
+def free_name(found: SourceFile, raw: Path) -> str:
     """A file of the usual name may have been edited since it was added: it is left alone."""
     return found.name() if not (raw / found.name()).exists() else found.name(64)
 
 
-def take_in(versions: Versions, name: str, domain: Domain, new: Mapping[str, Found], what: str, *,
-            link: bool = False) -> list[str]:
+def add_files(versions: DataVersions, name: str, domain: Domain, new: Mapping[str, SourceFile], what: str, *,
+              link: bool = False) -> list[str]:
     """Put the files of `new` into data/raw/NAME under these names, all or nothing; the paths that are different now.
 
     A domain that params.yaml lacks is written into it. The caller holds the lock and has checked the rows. `what`: the
@@ -161,7 +161,7 @@ def take_in(versions: Versions, name: str, domain: Domain, new: Mapping[str, Fou
     known = name in parameters.load(params).domains
     wanted = text if known else params_editor.add_domain(text, name, domain.model_dump(exclude_unset=True))
     before = tracked.read_bytes() if tracked.exists() else None
-    with changing(workspace, what, files=[params, tracked, raw.parent / ".gitignore"], folders=[raw]) as change:
+    with transaction(workspace, what, files=[params, tracked, raw.parent / ".gitignore"], folders=[raw]) as change:
         if new:
             with change.replace(raw) as folder:
                 _link_tree(raw, folder)
@@ -198,7 +198,7 @@ def remove(workspace: Workspace, name: str, *, purge: bool = False) -> dict[str,
     ArtifactError when another domain would not be as before, and with `purge` GitError when git refuses to say what
     earlier commits had; then nothing has changed.
     """
-    versions = Versions(workspace)
+    versions = DataVersions(workspace)
     valid_name(name)
     with versions.lock():
         config = parameters.load(workspace.params)
@@ -221,7 +221,7 @@ def _traces(workspace: Workspace, name: str) -> list[Path]:
     return [path for path in (*_folders(workspace, name), workspace.tracked(name)) if path.exists()]
 
 
-def _take_out(versions: Versions, name: str, what: str, history: "_History") -> dict[str, Any]:
+def _take_out(versions: DataVersions, name: str, what: str, history: "_History") -> dict[str, Any]:
     """What `remove` does once it holds the lock."""
     workspace = versions.workspace
     folders, tracked = _folders(workspace, name), workspace.tracked(name)
@@ -234,7 +234,7 @@ def _take_out(versions: Versions, name: str, what: str, history: "_History") -> 
     dropped = [stage for stage in stages if stage in versions.recorded()]
     files = [workspace.params, tracked, workspace.starts, workspace.root / "dvc.lock",
              *(folder.parent / ".gitignore" for folder in folders)]
-    with changing(workspace, what, files=files, folders=folders) as change:
+    with transaction(workspace, what, files=files, folders=folders) as change:
         change.write(workspace.params, wanted)
         for folder in folders:
             change.take_out(folder)
@@ -249,7 +249,7 @@ def _take_out(versions: Versions, name: str, what: str, history: "_History") -> 
             "params": wanted != text, "others": len(others)}
 
 
-def _others(versions: Versions, config: Config, name: str) -> dict[str, dict[str, Any]]:
+def _others(versions: DataVersions, config: Config, name: str) -> dict[str, dict[str, Any]]:
     """All that must not change when `name` does, by domain: what is recorded, what is stale, every file."""
     workspace, recorded, stale = versions.workspace, versions.recorded(), versions.snapshot().stale
     found: dict[str, dict[str, Any]] = {}
@@ -276,7 +276,7 @@ def _require_same(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
                                     "changed.")
 
 
-def _versions(versions: Versions, name: str, stages: Sequence[str], history: "_History") -> list[str]:
+def _versions(versions: DataVersions, name: str, stages: Sequence[str], history: "_History") -> list[str]:
     """Digests of what the domain has and, by `history`, had."""
     workspace, recorded = versions.workspace, versions.recorded()
     found = read_json(workspace.removed(name)) if workspace.removed(name).exists() else []
@@ -311,7 +311,7 @@ def _history(workspace: Workspace, name: str, *, required: bool = False) -> _His
         return _History("", shallow=False)
 
 
-def _purge(versions: Versions, name: str) -> dict[str, Any]:
+def _purge(versions: DataVersions, name: str) -> dict[str, Any]:
     workspace = versions.workspace
     folders, roots = _folders(workspace, name), read_json(workspace.removed(name))
     shutil.rmtree(workspace.cache / "features", ignore_errors=True)   # of its prompts; can be computed again
@@ -323,7 +323,7 @@ def _purge(versions: Versions, name: str) -> dict[str, Any]:
 
 # Going back.
 
-def version(versions: Versions, name: str) -> None:
+def version(versions: DataVersions, name: str) -> None:
     """Give the rows that lie in data/raw/NAME a version, however they came there, so that one can go back to them.
 
     The caller holds the lock. What is not in params.yaml, has no rows, or is generated, is left alone.
@@ -334,10 +334,10 @@ def version(versions: Versions, name: str) -> None:
             refuse_generated(versions, config, name)
         except UsageError:
             return
-        take_in(versions, name, config.domains[name], {}, f"moa domain add {name}")
+        add_files(versions, name, config.domains[name], {}, f"moa domain add {name}")
 
 
-def revert(versions: Versions, name: str, before: str | None) -> None:
+def revert(versions: DataVersions, name: str, before: str | None) -> None:
     """Put data/raw/NAME back to what `before` names, an earlier text of its .dvc file.
 
     None = there was no such domain: it is taken out; empty = it had no rows.
@@ -351,7 +351,7 @@ def revert(versions: Versions, name: str, before: str | None) -> None:
             _take_out(versions, name, what, _history(workspace, name))
         return
     if not before:
-        with changing(workspace, what, files=[tracked, raw.parent / ".gitignore"], folders=[raw]) as change:
+        with transaction(workspace, what, files=[tracked, raw.parent / ".gitignore"], folders=[raw]) as change:
             change.take_out(raw)
             tracked.unlink(missing_ok=True)
             versions.forget([], [raw])
@@ -361,7 +361,7 @@ def revert(versions: Versions, name: str, before: str | None) -> None:
     if len(cached) < files:
         raise ArtifactError(f"DVC's cache lacks {files - len(cached)} of the {files} earlier files of {name}: run "
                             f"`dvc fetch`, or put them back into {workspace.relative(raw)} yourself.")
-    with changing(workspace, what, files=[tracked, raw.parent / ".gitignore"], folders=[raw]) as change:
+    with transaction(workspace, what, files=[tracked, raw.parent / ".gitignore"], folders=[raw]) as change:
         with change.replace(raw) as folder:
             for file, path in cached.items():
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ READ = ("dvc.yaml", "dvc.lock", "params.yaml")   # what DVC makes its stages fro
 _guard = threading.RLock()   # DVC is not made for threads, and the folder where we stand is the process's
 
 
-class Repository:
+class DvcRepository:
     """The repository of the workspace at `root`, and its stages by name."""
 
     def __init__(self, root: Path) -> None:
@@ -46,7 +46,7 @@ class Repository:
         from dvc.repo import lock_repo
 
         refused: list[OSError] = []
-        with _guard, hushed(), listening(refused), contextlib.chdir(self.root), _parsed_once():
+        with _guard, silence_dvc(), listening(refused), contextlib.chdir(self.root), _parsed_once():
             try:
                 repo = self._opened()
                 with lock_repo(repo):
@@ -74,7 +74,7 @@ class Repository:
                 self._open.close()
             self._open = self._nodes = None
 
-    def noted(self, name: str) -> None:
+    def mark_written(self, name: str) -> None:
         """The file `name` has been written by us, and the stages know what it says."""
         self._read[name] = _stamp(self.root / name)
 
@@ -110,7 +110,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[None]:
+def silence_dvc() -> Iterator[None]:
     """No warnings: of locks left by killed processes, and of outputs that are not there yet."""
     logger = logging.getLogger("dvc")
     before = logger.level
@@ -121,7 +121,7 @@ def hushed() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def swept(items: Iterable[T]) -> Iterator[T]:
+def release_memory(items: Iterable[T]) -> Iterator[T]:
     """The same; what DVC left in memory over one is gone before the next.
 
     It keeps every list of files that it ever made, and looks through all of them for each.

@@ -21,7 +21,7 @@ from moa.core.config import Config
 from moa.core.errors import ArtifactError, BaseModelError, ConfigError, DataError, UsageError
 from moa.core.files import read_json, write_json
 from moa.core.paths import MANIFEST, Workspace
-from moa.core.transaction import changing
+from moa.core.transaction import transaction
 from moa.experts import train
 from moa.workspace.pipeline import Pipeline
 
@@ -44,8 +44,8 @@ def admit(workspace: Workspace, source: Path, domain: str) -> dict[str, Any]:
         found = inspect(workspace, config, source, pinned)
         before = _manifest(workspace.expert(domain)).get("digest")
         stage, folder = f"train@{domain}", workspace.expert(domain)
-        with changing(workspace, f"moa expert import --domain {domain}", folders=[folder],
-                      files=[workspace.root / "dvc.lock", folder.parent / ".gitignore"]) as change:
+        with transaction(workspace, f"moa expert import --domain {domain}", folders=[folder],
+                         files=[workspace.root / "dvc.lock", folder.parent / ".gitignore"]) as change:
             with change.replace(folder) as new:
                 digest = _write(workspace, config, domain, source, new, found, pinned)
             pipeline.record([stage])

@@ -24,12 +24,12 @@ from moa.core.files import read_json, write_json
 from moa.core.names import printable
 from moa.core.paths import Workspace
 from moa.core.text import name_list
-from moa.data.conversations import Rejected, conversation
+from moa.data.conversations import RowRejected, conversation
 from moa.data.readers import FORMATS, read_file
 from moa.workspace import domains, row_sources
-from moa.workspace.data_versions import Versions
+from moa.workspace.data_versions import DataVersions
 from moa.workspace.quarantine import reject
-from moa.workspace.row_sources import Found, Hub
+from moa.workspace.row_sources import HubDataset, SourceFile
 
 UNFINISHED = (".part", ".tmp", ".crdownload", ".partial", "~")   # names of files that somebody is still writing
 AHEAD = 60.0   # seconds; a file that much from the future was written before a clock was put back
@@ -77,7 +77,7 @@ def signature(arrivals: Sequence[Arrival]) -> str:
 
 
 def rows(config: Config, arrival: Arrival) -> int:
-    """How many rows of a file its domain can use; 0 = `take_in` will reject it."""
+    """How many rows of a file its domain can use; 0 = `ingest` will reject it."""
     try:
         acceptable(arrival.domain)
     except UsageError:
@@ -110,10 +110,10 @@ def usable_rows(path: Path, name: str, domain: Domain | None) -> int:
 
 def _usable(value: Any, domain: Domain | None) -> bool:
     if domain is None:
-        return not isinstance(value, Rejected)
+        return not isinstance(value, RowRejected)
     try:
         conversation(value, domain)
-    except Rejected:
+    except RowRejected:
         return False
     return True
 
@@ -125,11 +125,22 @@ def acceptable(name: str) -> None:
     domains.valid_name(name)
 
 
-__all__ = ["Arrival", "Taken", "count_rows", "queue", "queued_text", "reject", "rows", "settled", "signature",
-           "take_in", "waiting"]
+__all__ = [
+    "Arrival",
+    "IngestResult",
+    "count_rows",
+    "ingest",
+    "queue",
+    "queued_text",
+    "reject",
+    "rows",
+    "settled",
+    "signature",
+    "waiting",
+]
 
 
-def _check(found: Found, config: Config, name: str, domain: Domain) -> int:
+def _check(found: SourceFile, config: Config, name: str, domain: Domain) -> int:
     """How many rows can be used. Raises DataError when that is none, or a column is missing."""
     if found.path.suffix.lower() not in FORMATS:
         raise DataError(f"{found.origin} is not of a known format; files end with {', '.join(FORMATS)}.")
@@ -144,7 +155,7 @@ def _check(found: Found, config: Config, name: str, domain: Domain) -> int:
 
 # How files get there.
 
-def queue(workspace: Workspace, name: str, sources: Sequence[str], here: Path, hub: Hub | None = None
+def queue(workspace: Workspace, name: str, sources: Sequence[str], here: Path, hub: HubDataset | None = None
           ) -> dict[str, Any]:
     """Copy the files behind `sources` to data/incoming/NAME, all or none; what was done.
 
@@ -158,7 +169,7 @@ def queue(workspace: Workspace, name: str, sources: Sequence[str], here: Path, h
                          f"name, or run `moa domain remove {name}` first.")
     domain = domains.reading_of(config, name, {})
     folder = workspace.incoming / name
-    with row_sources.gathered(workspace, sources, here, hub or Hub()) as gathered:
+    with row_sources.gathered(workspace, sources, here, hub or HubDataset()) as gathered:
         counts = {found.digest: _check(found, config, name, domain) for found in gathered.found}
         there = [found for found in gathered.found if _lies_in(row_sources.files(workspace.raw(name)), found)]
         queued = [each.path for each in waiting(workspace) if each.domain == name]
@@ -174,7 +185,7 @@ def queue(workspace: Workspace, name: str, sources: Sequence[str], here: Path, h
             "ignored": list(gathered.ignored)}
 
 
-def _lies_in(paths: Sequence[Path], found: Found) -> bool:
+def _lies_in(paths: Sequence[Path], found: SourceFile) -> bool:
     for path in paths:
         with contextlib.suppress(OSError):   # somebody is taking it in
             if path.stat().st_size == found.size and digests.of_file(path) == found.digest:
@@ -182,7 +193,7 @@ def _lies_in(paths: Sequence[Path], found: Found) -> bool:
     return False
 
 
-def _put(new: Sequence[Found], folder: Path) -> None:
+def _put(new: Sequence[SourceFile], folder: Path) -> None:
     """Copy under hidden names, and rename when every copy is complete and on disk."""
     temporary = {folder / f".{found.name()}.{os.getpid()}.part": found for found in new}
     try:
@@ -234,7 +245,7 @@ def queued_text(done: dict[str, Any]) -> str:
 # How they are taken in.
 
 @dataclass(frozen=True)
-class Taken:
+class IngestResult:
     """What became of the files of one domain.
 
     `files`: name in data/raw, origin, digest, rows. `already_there`: origins of files whose content data/raw holds.
@@ -250,7 +261,7 @@ class Taken:
     before: str | None
 
 
-def take_in(versions: Versions, arrivals: Sequence[Arrival]) -> list[Taken]:
+def ingest(versions: DataVersions, arrivals: Sequence[Arrival]) -> list[IngestResult]:
     """Move what arrived to data/raw, versioned, each domain all or nothing; those for which anything happened.
 
     The caller holds the lock. A new domain with fewer usable rows than `prepare.min_rows` stays where it is. Raises
@@ -266,12 +277,12 @@ class _Seen:
     """An arrival that was looked at. `state`: so that a file that was replaced meanwhile is not deleted."""
 
     arrival: Arrival
-    found: Found
+    found: SourceFile
     rows: int
     state: tuple[int, int]
 
 
-def _take_domain(versions: Versions, name: str, arrivals: Sequence[Arrival]) -> Taken:
+def _take_domain(versions: DataVersions, name: str, arrivals: Sequence[Arrival]) -> IngestResult:
     workspace, config = versions.workspace, load(versions.workspace.params)
     new = name not in config.domains
     try:
@@ -280,7 +291,7 @@ def _take_domain(versions: Versions, name: str, arrivals: Sequence[Arrival]) -> 
         _refuse_foreign(workspace, config, name)
     except UsageError as error:
         rejected = reject(workspace, name, [each.path for each in arrivals], str(error))
-        return Taken(printable(name), new, [], [], rejected, None)
+        return IngestResult(printable(name), new, [], [], rejected, None)
     there = {found.digest for found in domains.present(workspace, name)}
     usable, bad = _looked_at(arrivals, config, name, there)
     if new and 0 < sum(each.rows for each in usable) < config.prepare.min_rows:
@@ -295,17 +306,18 @@ def _take_domain(versions: Versions, name: str, arrivals: Sequence[Arrival]) -> 
         domains.version(versions, name)
         tracked = workspace.tracked(name)
         before = tracked.read_text(encoding="utf-8") if tracked.exists() else None if new else ""
-        domains.take_in(versions, name, domains.reading_of(config, name, {}),
-                        {file: each.found for file, each in files.items()}, "moa adapt", link=True)
+        domains.add_files(versions, name, domains.reading_of(config, name, {}),
+                          {file: each.found for file, each in files.items()}, "moa adapt", link=True)
     for each in usable:
         _delete(each)
     rejected = [fact for arrival, reason in bad for fact in reject(workspace, name, [arrival.path], reason,
                                                                    origin=_called(arrival))]
     for arrival, _ in bad:
         _forget_origin(arrival.path)
-    return Taken(name, new, [{"name": file, "origin": each.found.origin, "digest": each.found.digest, "rows": each.rows}
-                             for file, each in files.items()],
-                 [each.found.origin for each in usable if each not in fresh.values()], rejected, before)
+    return IngestResult(name, new, [{"name": file, "origin": each.found.origin, "digest": each.found.digest,
+                                     "rows": each.rows}
+                                    for file, each in files.items()],
+                        [each.found.origin for each in usable if each not in fresh.values()], rejected, before)
 
 
 def _refuse_foreign(workspace: Workspace, config: Config, name: str) -> None:

@@ -21,7 +21,7 @@ from moa.core.paths import Workspace
 RENEWED, VALID = 10.0, 60.0   # seconds
 
 
-class Owner:
+class LockHolder:
     """The file that names the owner."""
 
     def __init__(self, path: Path) -> None:

@@ -23,8 +23,8 @@ from moa.core.files import write_atomic
 from moa.core.paths import Workspace
 from moa.core.subprocesses import OnLine, execute
 from moa.workspace import origins, stage_graph, stage_inputs
-from moa.workspace.dvc_repository import Repository, swept
-from moa.workspace.lock import Owner
+from moa.workspace.dvc_repository import DvcRepository, release_memory
+from moa.workspace.lock import LockHolder
 from moa.workspace.stage_graph import Graph, Reason, Snapshot, Stage
 
 HEAD = "schema: '2.0'\nstages:\n"
@@ -62,7 +62,7 @@ class Pipeline:
             raise UsageError(f"{root} is not set up for DVC: run `{'' if inside_git else 'git init && '}{command}` "
                              "there first.")
         self.workspace = workspace
-        self._repository = Repository(root)
+        self._repository = DvcRepository(root)
 
     @contextlib.contextmanager
     def lock(self, wait: float = 0) -> Iterator[dict[str, Any] | None]:
@@ -74,7 +74,7 @@ class Pipeline:
 
         path = self.workspace.lock
         path.parent.mkdir(parents=True, exist_ok=True)
-        owner = Owner.of(self.workspace)
+        owner = LockHolder.of(self.workspace)
         guard = FileLock(path, timeout=wait)
         try:
             guard.acquire()
@@ -121,7 +121,7 @@ class Pipeline:
 
         found = set()
         with self._stages() as (repo, nodes):
-            for name in swept(names):
+            for name in release_memory(names):
                 stage = nodes[name]
                 recorded = [(dep, dep.hash_info, dep.meta) for dep in stage.deps]
                 try:
@@ -140,7 +140,7 @@ class Pipeline:
     def inputs(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Digest of every input of `names` as it is now, by stage and path."""
         with self._stages() as (_, nodes):
-            return {name: self._inputs(nodes[name]) for name in swept(names)}
+            return {name: self._inputs(nodes[name]) for name in release_memory(names)}
 
     def reproduce(self, name: str, on_line: OnLine, *, force: bool = False) -> None:
         """Run one stage and record it, or bring it back from DVC's cache. Raises PipelineError naming it.
@@ -176,7 +176,7 @@ class Pipeline:
             return []
         more = f" and {len(names) - 1} more" if names[1:] else ""
         with self._stages(f"{names[0]}{more} could not be recorded") as (repo, nodes):
-            changed = [name for name in swept(names) if before and self._inputs(nodes[name]) != before[name]]
+            changed = [name for name in release_memory(names) if before and self._inputs(nodes[name]) != before[name]]
             self._save(repo, [nodes[name] for name in names if name not in changed])
         return changed
 
@@ -191,7 +191,7 @@ class Pipeline:
     @contextlib.contextmanager
     def _stages(self, *what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         """DVC's repository, locked, and its stages by name; `what` begins the sentence that says it failed."""
-        stage_inputs.project(self.workspace)
+        stage_inputs.write_stage_inputs(self.workspace)
         with self._repository.stages(*what) as (repo, nodes):
             yield repo, nodes
 
@@ -202,7 +202,7 @@ class Pipeline:
 
         entries = {}
         with repo.scm_context(quiet=True):
-            for stage in swept(stages):
+            for stage in release_memory(stages):
                 stage.save(run_cache=all(out.use_cache or out.metric or out.plot for out in stage.outs))
                 stage.commit()
                 stage.cmd_changed = False
@@ -214,7 +214,7 @@ class Pipeline:
             else:
                 for stage in stages:
                     stage.dump(update_pipeline=False)
-        self._repository.noted(self._lock_file.name)
+        self._repository.mark_written(self._lock_file.name)
 
     def _path(self, entry: Any) -> str:
         """DVC names files from the current folder; we name them from the workspace's root."""
@@ -227,12 +227,12 @@ class Pipeline:
     def _stale(self, nodes: Mapping[str, Any]) -> dict[str, tuple[Reason, ...]]:
         """Why each is stale, of those that are and have a command."""
         stale = {}
-        for name, stage in swept(nodes.items()):
+        for name, stage in release_memory(nodes.items()):
             changes: list[Any] = next(iter(stage.status().values()), []) if stage.cmd else []
             if changes:
                 entries = (*stage.outs, *stage.deps)
                 stale[name] = stage_graph.reasons(changes, {str(entry): self._path(entry) for entry in entries},
-                                                recorded=any(entry.hash_info for entry in entries))
+                                                  recorded=any(entry.hash_info for entry in entries))
         return stale
 
     @property

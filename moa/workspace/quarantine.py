@@ -39,7 +39,8 @@ def reject(workspace: Workspace, name: str, paths: Sequence[Path], reason: str, 
         try:
             target = _reject(workspace, name, path, reason, origin)
         except OSError as error:
-            raise ArtifactError(f"{printable(path.name)} cannot be put into {workspace.relative(workspace.rejected)}: "
+            raise ArtifactError(f"{printable(path.name)} cannot be put into "
+                                f"{workspace.relative(workspace.quarantine)}: "
                                 f"{error.strerror or error}; mend that, and the next run tries again.") from error
         done.append({"file": printable(path.name), "reason": escaped(reason),
                      "kept": printable(workspace.relative(target))})
@@ -51,7 +52,7 @@ def _reject(workspace: Workspace, name: str, path: Path, reason: str, origin: st
         digest = digests.of_file(path)
     except OSError:
         digest = None   # that may be what is wrong with it
-    folder = workspace.rejected / (name or "-")
+    folder = workspace.quarantine / (name or "-")
     target = _free(folder, path, digest)
     for left in folder.glob(".*.tmp"):   # by a process that was killed
         left.unlink(missing_ok=True)

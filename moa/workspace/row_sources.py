@@ -20,7 +20,7 @@ from moa.core.errors import ArtifactError, DataError, UsageError, in_words, of_m
 from moa.core.names import printable, storable
 from moa.core.paths import Workspace
 from moa.core.text import name_list
-from moa.data.conversations import Rejected, conversation, fields
+from moa.data.conversations import RowRejected, conversation, fields
 from moa.data.readers import FORMATS, files, read_file
 
 LOOKED_AT = 100        # rows of each file before anything is changed
@@ -29,7 +29,7 @@ HUB = "hub:OWNER/NAME@REVISION"
 
 
 @dataclass(frozen=True)
-class Hub:
+class HubDataset:
     """Which part of a hub's data set to take. `revision`: None = as the source says, or main."""
 
     revision: str | None = None
@@ -38,7 +38,7 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceFile:
     """One file to take in. `origin` is what people called it, without this machine's folders."""
 
     path: Path
@@ -53,30 +53,30 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Gathered:
+class SourceFiles:
     """`found` has one file for each content; `twice` and `ignored` are names of files that are not taken."""
 
-    found: tuple[Found, ...]
+    found: tuple[SourceFile, ...]
     twice: tuple[str, ...]
     ignored: tuple[str, ...]
 
 
 @contextmanager
-def gathered(workspace: Workspace, sources: Sequence[str], here: Path, hub: Hub) -> Iterator[Gathered]:
+def gathered(workspace: Workspace, sources: Sequence[str], here: Path, hub: HubDataset) -> Iterator[SourceFiles]:
     """The files behind `sources`, as long as the block lasts. Relative paths start from `here`.
 
     Several processes may do this at once. Raises UsageError or DataError naming the source that there is not, or that
     holds no rows.
     """
     remote = [source for source in sources if source.startswith("hub:")]
-    if hub != Hub() and not remote:
+    if hub != HubDataset() and not remote:
         raise UsageError(f"--revision, --split and --subset belong to data sets of a hub; a source of that kind is "
                          f"written {HUB}.")
     scratch = workspace.local / f"intake.{os.getpid()}"
     for other in scratch.parent.glob("intake.*"):
         if other == scratch or not alive(other.suffix[1:]):   # of a killed command
             shutil.rmtree(other, ignore_errors=True)
-    found: dict[str, Found] = {}
+    found: dict[str, SourceFile] = {}
     twice: list[str] = []
     ignored: list[str] = []
     try:
@@ -91,7 +91,7 @@ def gathered(workspace: Workspace, sources: Sequence[str], here: Path, hub: Hub)
                 if each.digest in found:
                     twice.append(each.origin)
                 found.setdefault(each.digest, each)
-        yield Gathered(tuple(found.values()), tuple(twice), tuple(ignored))
+        yield SourceFiles(tuple(found.values()), tuple(twice), tuple(ignored))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -109,7 +109,7 @@ def alive(pid: str) -> bool:
 
 # Files and folders.
 
-def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[Found], list[str]]:
+def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[SourceFile], list[str]]:
     path = (here / Path(source).expanduser()).resolve()
     source = printable(source)
     if not os.path.exists(path):   # noqa: PTH110 - False for a name that is too long, too
@@ -134,14 +134,14 @@ def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[Foun
     return [look(each, f"{path.name}/{each.relative_to(path).as_posix()}") for each in chosen], others
 
 
-def look(path: Path, origin: str) -> Found:
+def look(path: Path, origin: str) -> SourceFile:
     """The file at `path`, called `origin` by people.
 
     Raises DataError when it cannot be read, and ArtifactError when the machine is to blame.
     """
     origin = printable(origin)
     try:
-        return Found(path, stem(path.stem), digests.of_file(path), origin, path.stat().st_size)
+        return SourceFile(path, stem(path.stem), digests.of_file(path), origin, path.stat().st_size)
     except OSError as error:
         kind = ArtifactError if of_machine(error) else DataError
         raise kind(f"{origin} cannot be read: {in_words(error)}.") from None
@@ -154,7 +154,7 @@ def stem(name: str) -> str:
 
 # A hub's data sets.
 
-def _from_hub(source: str, hub: Hub, scratch: Path) -> Found:
+def _from_hub(source: str, hub: HubDataset, scratch: Path) -> SourceFile:
     name, _, revision = source.removeprefix("hub:").partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UsageError(f"The source {printable(source)} is not understood; write {HUB}.")
@@ -169,8 +169,8 @@ def _from_hub(source: str, hub: Hub, scratch: Path) -> Found:
     path = scratch / f"{stem(f'{name}-{split}')}-{commit[:12]}.parquet"
     _download(name, commit, split, hub.subset, path)
     origin = f"hub:{name}@{commit} {f'{hub.subset} ' if hub.subset else ''}{split}"
-    return Found(path, stem(f"{name}-{f'{hub.subset}-' if hub.subset else ''}{split}"), digests.of_file(path),
-                 printable(origin), path.stat().st_size)
+    return SourceFile(path, stem(f"{name}-{f'{hub.subset}-' if hub.subset else ''}{split}"), digests.of_file(path),
+                      printable(origin), path.stat().st_size)
 
 
 def _commit(name: str, revision: str) -> str:
@@ -227,7 +227,7 @@ def _first_line(error: BaseException) -> str:
 
 # Whether the rows can be used.
 
-def check(found: Found, domain: Domain) -> None:
+def check(found: SourceFile, domain: Domain) -> None:
     """Raise DataError unless at least one of the file's first rows becomes a conversation and every column that
     `domain` names exists in it."""
     rows = _values(found, LOOKED_AT)
@@ -250,14 +250,14 @@ def check(found: Found, domain: Domain) -> None:
         try:
             conversation(row, domain)
             return
-        except Rejected as rejected:
+        except RowRejected as rejected:
             reasons[str(rejected)] += 1
     reason, count = reasons.most_common(1)[0]
     raise DataError(f"{found.origin}: none of its first {len(rows)} rows can be used, most often ({count}) because of: "
                     f"{reason}. {_advice(list(columns))}")
 
 
-def _values(found: Found, limit: int) -> list[Any]:
+def _values(found: SourceFile, limit: int) -> list[Any]:
     return [raw.value for raw in islice(read_file(found.path, found.origin), limit)]
 
 
@@ -269,7 +269,7 @@ def _advice(columns: list[str]) -> str:
             f"--map instruction={first},output={last}.")
 
 
-def copy_checked(found: Found, target: Path, *, link: bool = False) -> None:
+def copy_checked(found: SourceFile, target: Path, *, link: bool = False) -> None:
     """Copy a file and read it back. Raises DataError when it is another by now.
 
     With `link`, `target` becomes a second name of it where the disk can, unless it has another one already: whoever

@@ -9,16 +9,16 @@ from typing import Any
 from moa.core import code_version
 from moa.core.files import write_json_if_changed
 from moa.core.paths import Workspace
-from moa.experts.warm_start import Start, read
+from moa.experts.warm_start import InitialExpert, read
 
 
-def project(workspace: Workspace) -> None:
+def write_stage_inputs(workspace: Workspace) -> None:
     """Bring both files up to date. DVC must be asked after this, never before."""
     code_version.write(workspace)
-    project_starts(workspace)
+    write_initial_experts(workspace)
 
 
-def project_starts(workspace: Workspace, domains: Iterable[str] | None = None) -> None:
+def write_initial_experts(workspace: Workspace, domains: Iterable[str] | None = None) -> None:
     """Bring .moa/starts.json up to date, where DVC looks: a key for each domain, null = afresh.
 
     `domains` are those of params.yaml. Where that cannot be read nothing is written: DVC, too, needs it before.
@@ -31,7 +31,7 @@ def project_starts(workspace: Workspace, domains: Iterable[str] | None = None) -
                                                  for name in names})
 
 
-def entry(workspace: Workspace, start: Start) -> dict[str, str]:
+def entry(workspace: Workspace, start: InitialExpert) -> dict[str, str]:
     return {"domain": start.domain, "digest": start.digest, "path": workspace.relative(workspace.parent(start.digest))}
 
 

@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING
 from moa.core.errors import ArtifactError
 from moa.core.files import read_json, replace_directory, write_json
 from moa.core.paths import MANIFEST, Workspace
-from moa.experts.warm_start import Start, digest, read
-from moa.workspace.stage_inputs import entry, project_starts
+from moa.experts.warm_start import InitialExpert, digest, read
+from moa.workspace.stage_inputs import entry, write_initial_experts
 
 if TYPE_CHECKING:
-    from moa.workspace.data_versions import Versions
+    from moa.workspace.data_versions import DataVersions
 
-__all__ = ["Start", "forget", "prune", "read", "restore", "use"]
+__all__ = ["InitialExpert", "forget", "prune", "read", "restore", "use"]
 
 KEPT = re.compile(r"([0-9a-f]{16})(\.dvc)?")
 
 
-def use(versions: "Versions", name: str, parent: str) -> Start:
+def use(versions: "DataVersions", name: str, parent: str) -> InitialExpert:
     """Let the training of `name` begin at the expert that `parent` has now; `name` itself may be the parent.
 
     Raises ArtifactError when there is no such expert, or it is not the one its manifest names.
     """
     workspace = versions.workspace
     expert = workspace.expert(parent)
-    start = Start(parent, _verified(workspace, parent))
+    start = InitialExpert(parent, _verified(workspace, parent))
     before = read(workspace)
     kept = workspace.parent(start.digest)
     if not ((kept / MANIFEST).is_file() and digest(kept) == start.digest):
@@ -61,7 +61,7 @@ def _verified(workspace: Workspace, domain: str) -> str:
     return named
 
 
-def forget(versions: "Versions", names: Iterable[str]) -> list[str]:
+def forget(versions: "DataVersions", names: Iterable[str]) -> list[str]:
     """Let the training of `names` begin afresh; those that had a start. Their parents' files stay until `prune`."""
     before, names = read(versions.workspace), set(names)
     if had := sorted(names & before.keys()):
@@ -69,7 +69,7 @@ def forget(versions: "Versions", names: Iterable[str]) -> list[str]:
     return had
 
 
-def restore(versions: "Versions", before: Mapping[str, Start]) -> None:
+def restore(versions: "DataVersions", before: Mapping[str, InitialExpert]) -> None:
     """Put back what `read` gave earlier. Raises ArtifactError when a parent's files have been pruned meanwhile."""
     workspace = versions.workspace
     for name, start in before.items():
@@ -80,7 +80,7 @@ def restore(versions: "Versions", before: Mapping[str, Start]) -> None:
         _write(workspace, before)
 
 
-def prune(versions: "Versions") -> list[str]:
+def prune(versions: "DataVersions") -> list[str]:
     """Delete the parents that no start names any more, and what git knows of them; DVC's cache keeps their bytes."""
     workspace = versions.workspace
     named = {workspace.parent(start.digest).name for start in read(workspace).values()}
@@ -97,9 +97,9 @@ def prune(versions: "Versions") -> list[str]:
     return [workspace.relative(place) for place in gone]
 
 
-def _write(workspace: Workspace, starts: Mapping[str, Start]) -> None:
+def _write(workspace: Workspace, starts: Mapping[str, InitialExpert]) -> None:
     if starts:
         write_json(workspace.starts, {name: entry(workspace, starts[name]) for name in sorted(starts)})
     else:
         workspace.starts.unlink(missing_ok=True)
-    project_starts(workspace)
+    write_initial_experts(workspace)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moa.base import pin
-from moa.base.encoding import Encoder
+from moa.base.encoding import ChatEncoder
 from moa.core.config import BaseParams
 from moa.core.paths import Workspace
 
@@ -28,7 +28,7 @@ def test_the_real_base_has_the_digests_that_experts_are_pinned_to(real_base: Wor
 def test_the_real_base_knows_the_capital_of_france(real_base: Workspace) -> None:
     loaded = pin.load(real_base, PARAMS, pin.Device("cpu", "float32", "greedy decoding without rounding ties"))
     question = {"role": "user", "content": "What is the capital of France?"}
-    prompt = Encoder(loaded.tokenizer, None, 1024).prompt([question])
+    prompt = ChatEncoder(loaded.tokenizer, None, 1024).prompt([question])
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         answer = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)

@@ -36,6 +36,6 @@ def held(work: Work) -> Work:
 
 
 active_release.answer, active_release.decide = held(active_release.answer), held(active_release.decide)
-connections.Bounds = partial(   # type: ignore[misc, assignment]
-    connections.Bounds, **json.loads(os.environ.get("MOA_TEST_BOUNDS", "{}")))
+connections.ConnectionLimits = partial(   # type: ignore[misc, assignment]
+    connections.ConnectionLimits, **json.loads(os.environ.get("MOA_TEST_BOUNDS", "{}")))
 main.main()

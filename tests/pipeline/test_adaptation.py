@@ -243,7 +243,7 @@ def test_killed_at_every_step(workspace: Workspace, tmp_path: Path) -> None:
         return lambda: any(workspace.logs.glob(name))
 
     # The first is held there. What is seen of the others stays: a look that comes late kills later, which must do, too.
-    gate = Gate(tmp_path, "moa.workspace.data_versions:Versions.add")
+    gate = Gate(tmp_path, "moa.workspace.data_versions:DataVersions.add")
     moments: dict[str, Callable[[], object]] = {
         "ingest": gate.reached,
         "commit of rows": lambda: workspace.tracked("onyx").exists() or any(raw.glob("*")),
@@ -259,10 +259,10 @@ def test_killed_at_every_step(workspace: Workspace, tmp_path: Path) -> None:
         kill_when(start(workspace, "adapt", "--local", **gate.environment), seen)
         gate.open()
         assert champion(workspace) in (version, version + 1)
-    if workspace.attempt.exists() or waiting(workspace):   # the last kill may have come after its end
+    if workspace.adaptation_state.exists() or waiting(workspace):   # the last kill may have come after its end
         done = adapt(workspace)
         assert done["state"] in ("released", "kept")
-    assert champion(workspace) == version + 1 and not waiting(workspace) and not workspace.attempt.exists()
+    assert champion(workspace) == version + 1 and not waiting(workspace) and not workspace.adaptation_state.exists()
     assert "onyx" in experts(workspace) and fresh(workspace)
     assert len([path for path in raw.iterdir() if path.suffix == ".jsonl"]) == 1
     assert "taken-over" in kinds(workspace, last)
@@ -283,7 +283,7 @@ def test_one_misfortune_after_the_other(workspace: Workspace) -> None:
     said = moa(workspace, "adapt", "--local", status=1, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert "MLflow" in said and event_log.read(workspace, kinds=["failed"])[-1]["n"] > last
     assert kinds(workspace, last).count("trained") == 1
-    assert champion(workspace) == version and workspace.attempt.exists() and not waiting(workspace)
+    assert champion(workspace) == version and workspace.adaptation_state.exists() and not waiting(workspace)
 
     last = len(event_log.read(workspace))
     both = [start(workspace, "adapt", "--local", "--json") for _ in range(2)]

@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows.steps import event_log
-from flows.steps.run_context import at_work, failures_told, nothing
+from flows.steps.run_context import failures_told, nothing, run_context
 from flows.steps.runner import LocalRunner
 from moa.core.config import Domain
 from moa.core.errors import DataError
 from moa.core.paths import Workspace
 from moa.data.conversations import conversation
-from moa.data.readers import Rejected, read_file
+from moa.data.readers import RowRejected, read_file
 from moa.workspace import domains, incoming
 from moa.workspace.init import init
 
@@ -124,7 +124,7 @@ def test_bad_files_are_put_aside_and_good_rows_are_taken_in(workspace: Workspace
         assert told.keys() == BAD.keys()
         for name, (_, reason) in BAD.items():
             assert reason in told[name] and "\n" not in told[name], told[name]
-            assert (workspace.rejected / domain / f"{name}.reason.json").exists()
+            assert (workspace.quarantine / domain / f"{name}.reason.json").exists()
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -162,13 +162,13 @@ def test_a_bad_value_is_a_rejected_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"instruction": ["Ask?"] * 3, "output": ["Say."] * 3,
                              "at": pa.array([None, 2, None], zone)}), tmp_path / "a.parquet")
     first, second, third = (raw.value for raw in read_file(tmp_path / "a.parquet", "a.parquet"))
-    assert isinstance(second, Rejected) and "Mars/Olympus" in str(second)
+    assert isinstance(second, RowRejected) and "Mars/Olympus" in str(second)
     assert first == third == {**ROW, "at": None}
 
 
 def test_a_failure_that_is_no_error_of_ours_is_told(workspace: Workspace) -> None:
     """The sensor waits longer after each failed run, which it knows from the ledger."""
-    with (pytest.raises(KeyError), at_work(workspace, LocalRunner(1), False, nothing, wait=0.0) as work,
+    with (pytest.raises(KeyError), run_context(workspace, LocalRunner(1), False, nothing, wait=0.0) as work,
           failures_told(work, "adaptation", time.monotonic())):
         raise KeyError("Mars/Olympus")
     told, = event_log.read(workspace, kinds=["failed"])
@@ -264,7 +264,7 @@ def _read(path: Path) -> None:
             assert isinstance(raw.text, str)
             try:
                 conversation(raw.value, Domain(metric="rouge_l"))
-            except Rejected as reason:
+            except RowRejected as reason:
                 assert str(reason)
     except DataError as error:
         assert str(error).startswith(path.name) and "\n" not in str(error)

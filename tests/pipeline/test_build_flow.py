@@ -11,7 +11,7 @@ import toy
 from flows import prefect_server
 from flows.launch import run
 from flows.prefect_api import Api
-from flows.steps.session import Options
+from flows.steps.session import BuildOptions
 from moa.core.paths import Workspace
 
 EVERYTHING = {"base", "prepare@math", "prepare@sql", "train@math", "train@sql", "assemble", "evaluate"}
@@ -48,7 +48,7 @@ def last_run(url: str) -> tuple[str, dict[str, str]]:
 
 def test_states(prefect_url: str, workspace: Workspace) -> None:
     toy.control(workspace, fail=["train@math"])
-    result = run(workspace, Options())
+    result = run(workspace, BuildOptions())
     assert str(result.failure()).startswith("Failed: train@math.")
     flow, tasks = last_run(prefect_url)
     assert flow == "Failed"
@@ -57,15 +57,15 @@ def test_states(prefect_url: str, workspace: Workspace) -> None:
 
     toy.control(workspace)
     toy.runs(workspace)
-    assert run(workspace, Options()).failure() is None
+    assert run(workspace, BuildOptions()).failure() is None
     assert toy.runs(workspace) == ["assemble", "evaluate", "train math"]
     flow, tasks = last_run(prefect_url)
     assert flow == "Completed"
     assert {name for name, state in tasks.items() if state == "Cached"} == {"base", "prepare@math", "prepare@sql",
-                                                                           "train@sql"}
+                                                                            "train@sql"}
     assert tasks["train@math"] == tasks["evaluate"] == tasks["register"] == "Completed"
 
-    result = run(workspace, Options())
+    result = run(workspace, BuildOptions())
     assert last_run(prefect_url) == ("Completed", {**dict.fromkeys(EVERYTHING, "Cached"), "register": "Completed"})
     assert result.release == {"version": 1} and not toy.runs(workspace)
 
@@ -104,7 +104,7 @@ def test_a_build_leaves_its_report_and_the_gates_verdicts(prefect_url: str, work
     steps.write_text(steps.read_text().replace(
         'read(data / "mixture"))})', 'read(data / "mixture"))})\n        '
         f'(data / "reports" / "summary.json").write_text({json.dumps(json.dumps(SUMMARY))})'))
-    assert run(workspace, Options()).failure() is None
+    assert run(workspace, BuildOptions()).failure() is None
     found = artifacts_of_the_last_run()
     assert {key: each.type for key, each in found.items()} == {"moa-report": "markdown", "moa-gate": "table"}
     told = found["moa-report"].data
@@ -119,7 +119,7 @@ def test_a_build_leaves_its_report_and_the_gates_verdicts(prefect_url: str, work
 
     toy.add_rows(workspace, "math", "more")
     toy.control(workspace, fail=["train@math"])
-    assert run(workspace, Options()).failure() is not None
+    assert run(workspace, BuildOptions()).failure() is not None
     found = artifacts_of_the_last_run()
     assert found.keys() == {"moa-report"}
     assert "- failed: train@math" in found["moa-report"].data and "label forced" not in found["moa-report"].data
@@ -131,7 +131,7 @@ def test_a_report_that_cannot_be_kept_fails_no_build(prefect_url: str, workspace
     steps.write_text(steps.read_text().replace(
         'read(data / "mixture"))})', 'read(data / "mixture"))})\n        '
         '(data / "reports" / "summary.json").write_text(\'{"domains": 7}\')'))
-    result = run(workspace, Options())
+    result = run(workspace, BuildOptions())
     assert result.failure() is None and result.release == {"version": 1}
     assert last_run(prefect_url)[0] == "Completed" and not artifacts_of_the_last_run()
     assert "Prefect did not keep this build's report: AttributeError" in capsys.readouterr().err
@@ -139,7 +139,7 @@ def test_a_report_that_cannot_be_kept_fails_no_build(prefect_url: str, workspace
 
 def test_without_prefect_the_same_happens(prefect_url: str, workspace: Workspace, tmp_path: Path) -> None:
     other = Workspace(shutil.copytree(workspace.root, tmp_path / "other"))
-    local, under_prefect = run(workspace, Options(), local=True).as_dict(), run(other, Options()).as_dict()
+    local, under_prefect = run(workspace, BuildOptions(), local=True).as_dict(), run(other, BuildOptions()).as_dict()
     for result in (local, under_prefect):
         result.pop("seconds")
     assert local == under_prefect

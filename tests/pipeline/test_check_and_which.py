@@ -21,7 +21,7 @@ from moa.data import overlap
 from moa.release.lineage import dvc_outputs
 from moa.release.registry import Registry
 from moa.reports import quality, row_lookup
-from moa.workspace.data_versions import Versions
+from moa.workspace.data_versions import DataVersions
 from moa.workspace.domains import check
 
 BASE = {"digest": "b" * 64, "weights": "w", "tokenizer": "t", "template": "c", "source": "path:toy"}
@@ -221,7 +221,7 @@ def test_a_deleted_row_is_still_found_in_the_releases_that_hold_it(workspace: Wo
     assert [each["version"] for each in still["releases"]] == [1, 2]
 
     # Without the old corpus nobody can say: that is said.
-    cached = Versions(workspace).cached(before)
+    cached = DataVersions(workspace).cached(before)
     assert {MANIFEST, "train.parquet", "quality.json"} <= cached.keys()
     cached["train.parquet"].unlink()
     done = moa(workspace, "domain", "which", held["id"])

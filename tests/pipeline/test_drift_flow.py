@@ -28,7 +28,7 @@ from moa.mixture.assemble import assemble
 from moa.mixture.mixture import Mixture
 from moa.release.champion import champion, open_mixture
 from moa.serving import prompt_log
-from moa.serving.prompt_log import Keeper, Kept
+from moa.serving.prompt_log import LoggedPrompt, PromptLogger
 from tests import tiny
 from tests.waiting import until
 
@@ -62,7 +62,7 @@ def workspace(released: Released) -> Workspace:
     """The same with nothing kept and nothing noted."""
     found = released[0]
     shutil.rmtree(prompt_log.folder(found), ignore_errors=True)
-    found.ledger.unlink(missing_ok=True)
+    found.event_log.unlink(missing_ok=True)
     return found
 
 
@@ -74,10 +74,10 @@ def serve(released: Released, texts: Sequence[str], **changed: Any) -> None:
     """Keep these prompts as a server does that was asked them."""
     workspace, loaded, mixture = released
     version = champion(workspace, loaded)[0]
-    keeper = Keeper(workspace, 1, loaded.drift.redact)
+    keeper = PromptLogger(workspace, 1, loaded.drift.redact)
     messages = [[{"role": "user", "content": text}] for text in texts]
     for place, (asked, decision) in enumerate(zip(messages, mixture.route(messages), strict=True)):
-        keeper.keep(Kept(**{
+        keeper.keep(LoggedPrompt(**{
             "at": time.time() + place / 1000, "release": version.version, "digest": version.digest, "messages": asked,
             "cut": False, "domain": decision.domain, "forced": False, "abstained": decision.abstained,
             "score": decision.score, "confidence": decision.confidence} | changed))

@@ -244,5 +244,5 @@ def test_what_a_child_is_told(other: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(name, "x")
     for known in (git.environment(), environment()):
         assert not known.keys() & set(local.split()) and known["GIT_AUTHOR_NAME"] == "somebody"
-    git.untie()
+    git.forget_ties()
     assert not os.environ.keys() & set(local.split()) and os.environ["GIT_AUTHOR_NAME"] == "somebody"

@@ -18,7 +18,7 @@ import pytest
 import tiny
 
 from flows import prefect_server, status
-from flows.keep_alive import Command, Keeper, Record, State
+from flows.keep_alive import CommandService, ServiceKeeper, ServiceRecord, State
 from flows.sensor import Sensor
 from flows.steps import event_log
 from moa.core.files import read_json
@@ -106,7 +106,7 @@ def workspace(tmp_path: Path) -> Workspace:
 def test_a_sensor_outlives_whatever_a_look_raises(workspace: Workspace) -> None:
     drop(workspace, "law")
     (workspace.local).mkdir(exist_ok=True)
-    workspace.attempt.write_text("{")   # cut off by a broken disk: what reads it raises no error of moa's
+    workspace.adaptation_state.write_text("{")   # cut off by a broken disk: what reads it raises no error of moa's
     asked: list[list[str]] = []
     heard = threading.Event()
 
@@ -121,7 +121,7 @@ def test_a_sensor_outlives_whatever_a_look_raises(workspace: Workspace) -> None:
     try:
         trouble = until(lambda: sensor.trouble)
         assert trouble.startswith("data/incoming could not be looked at: JSONDecodeError: ")
-        workspace.attempt.unlink()
+        workspace.adaptation_state.unlink()
         assert heard.wait(120) and asked[0] == ["law"]
         until(lambda: sensor.trouble is None)
     finally:
@@ -136,20 +136,20 @@ LEAVE = [sys.executable, "-c", "import subprocess, sys; subprocess.Popen(sys.arg
 
 
 @pytest.fixture
-def keeper(workspace: Workspace) -> Iterator[Keeper]:
-    made = Keeper(workspace.up, {"pid": os.getpid()}, lambda line: None, lambda why: None)
+def keeper(workspace: Workspace) -> Iterator[ServiceKeeper]:
+    made = ServiceKeeper(workspace.up, {"pid": os.getpid()}, lambda line: None, lambda why: None)
     yield made
     made.stop()
 
 
-def state(keeper: Keeper, name: str) -> Record:
+def state(keeper: ServiceKeeper, name: str) -> ServiceRecord:
     return keeper._records[name]
 
 
-def test_a_killed_command_comes_back_at_its_port(workspace: Workspace, keeper: Keeper) -> None:
+def test_a_killed_command_comes_back_at_its_port(workspace: Workspace, keeper: ServiceKeeper) -> None:
     """Although what it had started itself lives on and holds the port."""
     port = prefect_server.free_port()
-    part = Command(workspace, "pages", [*LEAVE, str(port)], port, {}, {})
+    part = CommandService(workspace, "pages", [*LEAVE, str(port)], port, {}, {})
     keeper.keep(part)
     keeper.start()
     until(lambda: parts(workspace).get("pages", {}).get("state") == "up")
@@ -161,11 +161,11 @@ def test_a_killed_command_comes_back_at_its_port(workspace: Workspace, keeper: K
     assert psutil.Process(part._leash._process.pid).children(recursive=True)
 
 
-def test_one_that_ends_at_once_is_down_and_its_pauses_grow(workspace: Workspace, keeper: Keeper,
+def test_one_that_ends_at_once_is_down_and_its_pauses_grow(workspace: Workspace, keeper: ServiceKeeper,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     gave_up: list[str] = []
     keeper.give_up = gave_up.append
-    part = Command(workspace, "pages", ["/bin/sh", "-c", "exit 3"], prefect_server.free_port(), {}, {})
+    part = CommandService(workspace, "pages", ["/bin/sh", "-c", "exit 3"], prefect_server.free_port(), {}, {})
     keeper.keep(part, most=2)
     clock, pauses = [0.0], []
     monkeypatch.setattr("flows.keep_alive.time.monotonic", lambda: clock[0])
@@ -184,8 +184,9 @@ def test_one_that_ends_at_once_is_down_and_its_pauses_grow(workspace: Workspace,
     assert gave_up == ["pages ended with status 3 (its output: .moa/logs/up-pages.log), 3 times in a row."]
 
 
-def test_one_that_waits_is_not_down(workspace: Workspace, keeper: Keeper) -> None:
-    part = Command(workspace, "serve", ["/bin/sh", "-c", "exit 4"], prefect_server.free_port(), {}, {4: "nothing yet"})
+def test_one_that_waits_is_not_down(workspace: Workspace, keeper: ServiceKeeper) -> None:
+    part = CommandService(workspace, "serve", ["/bin/sh", "-c", "exit 4"], prefect_server.free_port(), {},
+                          {4: "nothing yet"})
     keeper.keep(part)
     part._leash.wait()
     keeper.look()
@@ -193,7 +194,7 @@ def test_one_that_waits_is_not_down(workspace: Workspace, keeper: Keeper) -> Non
     assert status._troubles(workspace, read_json(workspace.up)) == []
 
 
-def test_a_part_that_fails_in_any_way_takes_no_other_with_it(workspace: Workspace, keeper: Keeper) -> None:
+def test_a_part_that_fails_in_any_way_takes_no_other_with_it(workspace: Workspace, keeper: ServiceKeeper) -> None:
     class Bad:
         name = "bad"
 
@@ -208,7 +209,7 @@ def test_a_part_that_fails_in_any_way_takes_no_other_with_it(workspace: Workspac
 
     port = prefect_server.free_port()
     keeper.keep(Bad())
-    keeper.keep(Command(workspace, "pages", [*LISTEN, str(port)], port, {}, {}))
+    keeper.keep(CommandService(workspace, "pages", [*LISTEN, str(port)], port, {}, {}))
     keeper.start()
     until(lambda: parts(workspace).get("pages", {}).get("state") == "up")
     assert status._troubles(workspace, read_json(workspace.up))[0].startswith("bad is down since ")

@@ -17,7 +17,7 @@ from moa.core.errors import ArtifactError
 from moa.core.files import write_json
 from moa.core.paths import Workspace
 from moa.workspace import domains
-from moa.workspace.data_versions import Versions
+from moa.workspace.data_versions import DataVersions
 from moa.workspace.init import init
 from moa.workspace.pipeline import Pipeline
 
@@ -121,12 +121,12 @@ def test_purging_forgets_what_steps_once_made(workspace: Workspace) -> None:
 
 def test_another_domain_that_would_not_be_untouched(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     before = workspace.params.read_bytes()
-    forget = Versions.forget
+    forget = DataVersions.forget
 
-    def too_much(self: Versions, names: list[str], folders: list[Path]) -> None:
+    def too_much(self: DataVersions, names: list[str], folders: list[Path]) -> None:
         forget(self, [*names, "train@domain-02"], folders)
 
-    monkeypatch.setattr(Versions, "forget", too_much)
+    monkeypatch.setattr(DataVersions, "forget", too_much)
     with pytest.raises(ArtifactError, match="domain-02 would not be untouched"):
         domains.remove(workspace, "domain-01")
     assert workspace.params.read_bytes() == before and workspace.expert("domain-01").exists()

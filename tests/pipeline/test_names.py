@@ -108,7 +108,7 @@ def test_files_of_any_name_arrive(workspace: Workspace, tmp_path: Path) -> None:
     assert {each["domain"] for each in rejected} == {"law", "d\\xffr", "a\\nb", "\\u202ex"}
     for each in rejected:
         assert f"{each['file']}{each['reason']}".isprintable()
-    for path in workspace.rejected.rglob("*.reason.json"):
+    for path in workspace.quarantine.rglob("*.reason.json"):
         assert json.loads(path.read_text())["origin"].isprintable()
     every_command_works(workspace, "law")
 
@@ -183,10 +183,10 @@ def test_whichever_command_comes_first_mends_it(workspace: Workspace, template: 
 
 def test_a_run_that_prefect_began_mends_it_too(workspace: Workspace, template: Path) -> None:
     """It does not come through the command line."""
-    from moa.workspace.data_versions import Versions
+    from moa.workspace.data_versions import DataVersions
 
     broken(workspace, template)
-    with Versions(workspace).lock():
+    with DataVersions(workspace).lock():
         assert YAML(typ="safe").load(workspace.tracked("law"))
 
 

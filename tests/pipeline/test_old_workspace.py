@@ -114,7 +114,7 @@ def test_what_was_interrupted_is_brought_to_an_end(workspace: Workspace) -> None
     done = json.loads(subprocess.run([sys.executable, "-m", "moa", "adapt", "--local", "--json"], cwd=workspace.root,
                                      env=environment(), text=True, capture_output=True).stdout)
     assert done["state"] in ("released", "kept", "refused")
-    assert event_log.read(workspace, last=1)[0]["kind"] == "finished" and not workspace.attempt.exists()
+    assert event_log.read(workspace, last=1)[0]["kind"] == "finished" and not workspace.adaptation_state.exists()
     moa(workspace, "run", "--local")
     assert not said(workspace, "plan")["stale"]
     assert said(workspace, "status")["champion"].startswith("moa-mixture version ")   # the names it always had

@@ -12,11 +12,11 @@ import pytest
 import toy
 
 from flows.launch import run
-from flows.steps.session import Options, Result
+from flows.steps.session import BuildOptions, Result
 from moa.core.errors import ConfigError, PipelineError, UsageError
 from moa.core.paths import Workspace
 from moa.core.subprocesses import environment
-from moa.core.supervisor import Leash
+from moa.core.supervisor import SupervisedProcess
 from moa.workspace.pipeline import Pipeline
 from tests.waiting import until
 
@@ -46,7 +46,7 @@ def built(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace
 
 
 def build(workspace: Workspace, **options: object) -> Result:
-    return run(workspace, Options(**options), local=True)   # type: ignore[arg-type]
+    return run(workspace, BuildOptions(**options), local=True)   # type: ignore[arg-type]
 
 
 def texts(workspace: Workspace, name: str) -> list[str]:
@@ -302,7 +302,8 @@ def test_told_to_end(workspace: Workspace, number: int) -> None:
 
 def test_leash_ends_what_does_not_listen(tmp_path: Path) -> None:
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); signal.pause()"
-    leash = Leash(["/bin/sh", "-c", f"{sys.executable} -c '{deaf}' & echo $!; wait"], cwd=tmp_path, env=os.environ)
+    leash = SupervisedProcess(["/bin/sh", "-c", f"{sys.executable} -c '{deaf}' & echo $!; wait"], cwd=tmp_path,
+                              env=os.environ)
     lines: list[str] = []
     leash.follow(lambda line: (lines.append(line), len(lines) == 2 and leash.release()))   # type: ignore[func-returns-value]
     pid = int(next(line for line in lines if line != "1"))

@@ -64,7 +64,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new MLflow database, which takes seconds to make."""
     from mlflow.tracking import MlflowClient
 
-    mlflow_client.quieten()
+    mlflow_client.quiet()
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}", f"sqlite:///{path}").search_experiments()
     return path
@@ -150,7 +150,7 @@ def test_a_corpus_that_moved_on_is_not_taken_for_the_one_learned_from(registry: 
 
 
 def test_a_person_can_follow_an_expert_to_its_parent_and_a_mixture_to_its_experts(registry: Registry,
-                                                                                 workspace: Workspace) -> None:
+                                                                                  workspace: Workspace) -> None:
     """What MLflow's pages show: descriptions with links, models that went into a run, versions of a model."""
     client, _ = registry.open()
     old = registry.register_expert("math")
@@ -347,7 +347,7 @@ def test_mlflow_serves_chat_bodies(registry: Registry, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "moa.release.champion", ask)
     register(registry)
     registry.set_champion(1, "first release", "ann")
-    with mlflow_client.everywhere(registry.address):
+    with mlflow_client.default_uri(registry.address):
         model = load_model("models:/moa-mixture@champion")
     (directory, where), = opened
     assert (directory / "router.safetensors").is_file() and where == registry.workspace

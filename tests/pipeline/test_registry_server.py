@@ -155,7 +155,7 @@ def _files(registry: Registry, version: Any) -> dict[str, str]:
         return digests.by_name(registry.download(int(version.version)).parent)
     from mlflow.artifacts import download_artifacts
 
-    with mlflow_client.everywhere(registry.address):
+    with mlflow_client.default_uri(registry.address):
         return digests.by_name(Path(download_artifacts(artifact_uri=f"models:/{version.name}/{version.version}")))
 
 

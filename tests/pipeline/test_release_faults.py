@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         workspace.mlflow.mkdir(parents=True)
         workspace.params.write_text("{}")
         (workspace.root / "dvc.yaml").write_text("{}")
-        mlflow_client.quieten()
+        mlflow_client.quiet()
         address = mlflow_client.uri(workspace)
         import mlflow.artifacts
         import mlflow.pyfunc  # noqa: F401  loaded once, not by every child

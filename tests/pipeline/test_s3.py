@@ -14,12 +14,12 @@ import pytest
 
 from flows.steps import release
 from flows.steps.runner import LocalRunner
-from flows.steps.session import Options, opened
+from flows.steps.session import BuildOptions, opened
 from flows.steps.stage_order import build
 from moa.core import config
 from moa.core.paths import Workspace
 from moa.release.champion import champion, open_mixture
-from moa.workspace.data_versions import Versions, initialise
+from moa.workspace.data_versions import DataVersions, initialise
 from tests import tiny
 from tests.waiting import until
 
@@ -90,7 +90,7 @@ def workspace(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Workspa
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made.root)
         initialise(made.root)
-        versions = Versions(made)
+        versions = DataVersions(made)
         for name in NAMES:
             versions.add(made.raw(name))
         tiny.build(made, settings)
@@ -133,7 +133,7 @@ def test_a_clone_pulls_everything_and_trains_nothing(store: Store, workspace: Wo
         assert contents(fresh.data / folder) == contents(workspace.data / folder), folder
     assert not fresh.base.exists()   # the base comes back from its source
     monkeypatch.chdir(fresh.root)
-    with opened(fresh, Options()) as session:
+    with opened(fresh, BuildOptions()) as session:
         session.hooks = ()
         result = build(session, LocalRunner(1))
     assert result.failure() is None

@@ -26,7 +26,7 @@ from flows.remote import train as remote_training
 from flows.remote.payload import Files
 from flows.remote.worker import work
 from flows.steps.runner import LocalRunner
-from flows.steps.session import Options, opened
+from flows.steps.session import BuildOptions, opened
 from flows.steps.stage_order import _command, build
 from moa.base import pin
 from moa.core import config
@@ -34,7 +34,7 @@ from moa.core.config import ExecutionParams
 from moa.core.errors import ArtifactError, ConfigError, PipelineError
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.progress import Screen
-from moa.core.supervisor import Leash
+from moa.core.supervisor import SupervisedProcess
 from moa.data import prepare
 from moa.experts import train
 from moa.workspace.data_versions import initialise
@@ -224,7 +224,7 @@ def test_an_interrupted_run_ends_its_work_on_the_workers(cluster: Cluster, works
     seconds = str(100_000 + cluster.port)
     command = [sys.executable, "-P", "-m", "flows.remote.train", "--command", f"sleep {seconds}; :",
                "--domain", "alpha", "--domain", "beta"]
-    leash = Leash(command, cwd=workspace.root, env=os.environ, stdout=subprocess.DEVNULL)
+    leash = SupervisedProcess(command, cwd=workspace.root, env=os.environ, stdout=subprocess.DEVNULL)
     try:
         until(lambda: len(trainings(seconds)) == 2)
     finally:
@@ -251,7 +251,7 @@ class Killing(Screen):
 def test_a_lost_workers_group_is_trained_elsewhere(cluster: Cluster, workspace: Workspace,
                                                    here: dict[str, dict[str, bytes]]) -> None:
     configured(workspace, runner=cluster.engine, address=cluster.address, group=1)
-    with contextlib.chdir(workspace.root), opened(workspace, Options()) as session:
+    with contextlib.chdir(workspace.root), opened(workspace, BuildOptions()) as session:
         session.hooks, session.screen = (), Killing(cluster)
         result = build(session, LocalRunner(2))
     assert result.failure() is None and result.named("done") == ["train@alpha", "train@beta"]
@@ -295,7 +295,7 @@ class Here:
         return 1
 
     def submit(self, files: Files) -> int:
-        self.sent.append(payload.letter(files)["domains"])
+        self.sent.append(payload.header(files)["domains"])
         self.answer = (lambda: work(files, self.base, lambda _: None)) if len(self.sent) > self.losses else None
         return len(self.sent)
 
@@ -304,7 +304,7 @@ class Here:
 
     def result(self, ticket: int) -> Files:
         if self.answer is None:
-            raise engines.Lost("it is gone.")
+            raise engines.WorkerLost("it is gone.")
         return self.answer()
 
     def close(self) -> None:
@@ -359,7 +359,7 @@ def test_a_parcel_holds_what_training_reads_and_nothing_of_this_machine(workspac
 def test_a_parcel_that_was_altered_on_its_way_is_refused(workspace: Workspace) -> None:
     files = payload.pack(workspace, config.load(workspace.params), ["alpha"], "moa train")
     with pytest.raises(ArtifactError, match="arrived otherwise"):
-        payload.letter({**files, "params.yaml": b"{}"})
+        payload.header({**files, "params.yaml": b"{}"})
     with pytest.raises(ArtifactError, match=r"'\.\./up'"):
         payload.write({"../up": b""}, workspace.root)
 
@@ -395,7 +395,7 @@ def test_a_worker_refuses_what_it_cannot_do_as_here(workspace: Workspace, fact: 
     files = payload.pack(workspace, settings, ["alpha"], "moa train")
     letter = {**json.loads(files.pop("parcel.json")), fact: value}
     answer = work(payload._sealed(files, letter), payload.pack_base(workspace, settings), lambda _: None)
-    assert message in payload.letter(answer)["error"] and answer.keys() == {"parcel.json"}
+    assert message in payload.header(answer)["error"] and answer.keys() == {"parcel.json"}
 
 
 # What a user may get wrong.

@@ -41,9 +41,9 @@ from moa.mixture.assemble import assemble
 from moa.mixture.generation.decoding import Decoding
 from moa.mixture.mixture import Answer, Mixture
 from moa.release.registry import Registry
-from moa.serving.active_release import Ask, Champions, Hearing, Release, answer
+from moa.serving.active_release import AnswerListener, ChatRequest, Release, ReleaseWatcher, answer
 from moa.serving.batcher import Batcher, Limits
-from moa.serving.protocol import ChatError, Trimmed, read
+from moa.serving.protocol import ChatError, StreamTrimmer, read
 from moa.serving.server import Settings, serve
 from tests import tiny
 
@@ -343,9 +343,9 @@ def test_a_stream_that_is_begun_anew_goes_on_where_it_was(mixtures: dict[int, Mi
     monkeypatch.setattr(Decoding, "step", fail)
     served = Release("m", 1, "", mixture, 0, {})
     try:
-        jobs = [Ask.of(served, question("alpha", number), "alpha",
-                       {"max_new_tokens": 30, "temperature": 0.8 if number else 0.0}, 0,
-                       Hearing(heard[number].append, heard[number].append)).job() for number in heard]
+        jobs = [ChatRequest.of(served, question("alpha", number), "alpha",
+                               {"max_new_tokens": 30, "temperature": 0.8 if number else 0.0}, 0,
+                               AnswerListener(heard[number].append, heard[number].append)).job() for number in heard]
         for job in jobs:
             batcher.submit(job)
         answers = [job.done.result(SOON) for job in jobs]
@@ -620,7 +620,7 @@ def test_a_champion_that_cannot_be_loaded_changes_nothing(
     workspace, loaded = Workspace(tmp_path / "copy"), released[1]
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)   # MLflow leaves the address of another workspace there
     monkeypatch.setattr("moa.serving.active_release.RETRY_SECONDS", math.inf)   # however long two looks take
-    champions = Champions(workspace, loaded)
+    champions = ReleaseWatcher(workspace, loaded)
     assert str(tmp_path) in champions.registry.address
     first, alone = champions.now, champions.now.mixture.chat(question("alpha", 1), max_new_tokens=8)
     router = Registry(workspace, loaded).download(2) / "router.safetensors"
@@ -738,5 +738,5 @@ def test_without_a_release_there_is_nothing_to_serve(released: tuple[Workspace, 
 @given(text=st.text(st.sampled_from("ab \n\t"), max_size=12), cuts=st.lists(st.integers(0, 12), max_size=4))
 def test_trimmed_pieces_are_the_trimmed_text(text: str, cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), len(text)]
-    trimmed = Trimmed()
+    trimmed = StreamTrimmer()
     assert "".join(trimmed.add(text[a:b]) for a, b in itertools.pairwise(edges)) == text.strip()

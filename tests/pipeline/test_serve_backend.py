@@ -20,8 +20,8 @@ from moa.core.config import Config
 from moa.core.errors import UsageError
 from moa.core.paths import Workspace
 from moa.release.export import export
-from moa.serving.protocol import ChatError, Question
-from moa.serving.upstream import Backend
+from moa.serving.protocol import ChatError, ChatQuestion
+from moa.serving.upstream import UpstreamServer
 from tests.pipeline.test_serve import (
     CHAT,
     DOMAINS,
@@ -191,8 +191,8 @@ def test_what_cannot_begin(released: tuple[Workspace, Config], words: tuple[str,
 
 # Backends that are not ours.
 
-QUESTION = Question([{"role": "user", "content": "x"}], None, {"max_new_tokens": 4}, False, False)
-STREAM = Question([{"role": "user", "content": "x"}], None, {"max_new_tokens": 4}, True, False)
+QUESTION = ChatQuestion([{"role": "user", "content": "x"}], None, {"max_new_tokens": 4}, False, False)
+STREAM = ChatQuestion([{"role": "user", "content": "x"}], None, {"max_new_tokens": 4}, True, False)
 ERROR = {"error": {"message": "It cannot be.", "type": "x", "code": 1}}
 
 
@@ -229,11 +229,11 @@ def scripted(status: int, content: bytes) -> Iterator[tuple[str, list[tuple[str,
         server.server_close()
 
 
-async def whole(backend: Backend) -> Any:
+async def whole(backend: UpstreamServer) -> Any:
     return await backend.whole(await backend.begin("alpha-0123456789ab", QUESTION))
 
 
-async def streamed(backend: Backend, kept: list[Any]) -> None:
+async def streamed(backend: UpstreamServer, kept: list[Any]) -> None:
     reply = await backend.begin("alpha-0123456789ab", STREAM)
     try:
         async for chunk in backend.chunks(reply):
@@ -255,13 +255,13 @@ async def streamed(backend: Backend, kept: list[Any]) -> None:
 ])
 def test_what_a_backend_refuses(status: int, content: str, ours: int, sentence: str) -> None:
     with scripted(status, content.encode()) as (url, _), pytest.raises(ChatError) as caught:
-        asyncio.run(whole(Backend(url)))
+        asyncio.run(whole(UpstreamServer(url)))
     assert caught.value.status == ours and sentence in str(caught.value)
 
 
 def test_what_is_sent_leaves_little_to_the_backends_defaults() -> None:
     with scripted(200, b'{"choices": []}') as (url, seen):
-        assert asyncio.run(whole(Backend(f"{url}/v1/"))) == {"choices": []}
+        assert asyncio.run(whole(UpstreamServer(f"{url}/v1/"))) == {"choices": []}
     assert seen == [("/v1/chat/completions", {"model": "alpha-0123456789ab", "messages": QUESTION.messages,
                                               "max_tokens": 4, "temperature": 0.0, "top_p": 1.0})]
 
@@ -271,10 +271,10 @@ def test_a_stream_is_cut_where_its_lines_end_and_said_to_be_broken() -> None:
     event = f": a comment\r\ndata: {json.dumps(chunk, ensure_ascii=False)}\r\n\r\n".encode()
     kept: list[Any] = []
     with scripted(200, event * 2 + b"data: [DONE]\n\n") as (url, _):
-        asyncio.run(streamed(Backend(url), kept))
+        asyncio.run(streamed(UpstreamServer(url), kept))
     assert kept == [chunk, chunk]
     with scripted(200, event) as (url, _), pytest.raises(ChatError, match="broke off"):
-        asyncio.run(streamed(Backend(url), kept))
+        asyncio.run(streamed(UpstreamServer(url), kept))
     assert len(kept) == 3
 
 
@@ -288,14 +288,14 @@ def test_the_backends_name_of_the_base(listed: list[dict[str, str]], name: str |
     with scripted(200, json.dumps({"data": listed}).encode()) as (url, seen):
         if name is None:
             with pytest.raises(ChatError, match="give --backend-base"):
-                asyncio.run(Backend(url).base())
+                asyncio.run(UpstreamServer(url).base())
         else:
-            assert asyncio.run(Backend(url).base()) == name
+            assert asyncio.run(UpstreamServer(url).base()) == name
         assert seen == [("/v1/models", None)]
-        assert asyncio.run(Backend(url, base="told").base()) == "told" and len(seen) == 1
+        assert asyncio.run(UpstreamServer(url, base="told").base()) == "told" and len(seen) == 1
 
 
 @pytest.mark.parametrize("url", ["", "host:8000", "ftp://host", "http://", "http://a:b@host", "http://host?x=1"])
 def test_no_address(url: str) -> None:
     with pytest.raises(UsageError, match="write it as http://HOST:PORT"):
-        Backend(url)
+        UpstreamServer(url)

@@ -22,8 +22,8 @@ from moa.experts.peft_format import WEIGHTS
 from moa.experts.warm_start import digest
 from moa.mixture.assemble import assemble
 from moa.workspace import domains, warm_starts
-from moa.workspace.data_versions import Versions, initialise
-from moa.workspace.warm_starts import Start
+from moa.workspace.data_versions import DataVersions, initialise
+from moa.workspace.warm_starts import InitialExpert
 from tests import tiny
 
 NAMES = ("alpha", "beta-2", "2024")   # a name may be all digits
@@ -58,7 +58,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
             prepare.prepare(workspace, settings, name)
         train.train(workspace, settings, NAMES)
         assemble(workspace, settings)
-        versions = Versions(workspace)
+        versions = DataVersions(workspace)
         versions.snapshot()
         versions.record(RECORDED)
     return workspace
@@ -77,7 +77,8 @@ def settings(workspace: Workspace) -> Config:
 
 
 def stale(workspace: Workspace) -> dict[str, list[str]]:
-    return {name: [reason.text for reason in reasons] for name, reasons in Versions(workspace).snapshot().stale.items()}
+    return {name: [reason.text for reason in reasons] for name,
+            reasons in DataVersions(workspace).snapshot().stale.items()}
 
 
 def expert_digest(workspace: Workspace, name: str) -> str:
@@ -100,7 +101,7 @@ def test_every_domain_has_a_key_whatever_comes_and_goes(workspace: Workspace, tm
     assert set(stale(workspace)) == {"evaluate"}   # was never run
     assert read_json(workspace.projection) == dict.fromkeys(NAMES)
     written = workspace.projection.stat().st_mtime_ns
-    Versions(workspace).snapshot()
+    DataVersions(workspace).snapshot()
     assert workspace.projection.stat().st_mtime_ns == written and not workspace.starts.exists()
     rows = tmp_path / "law.jsonl"
     rows.write_text("".join(json.dumps(tiny.row("law", number)) + "\n" for number in range(20)))
@@ -116,9 +117,10 @@ def test_every_domain_has_a_key_whatever_comes_and_goes(workspace: Workspace, tm
 
 @pytest.mark.parametrize(("name", "parent"), [("beta-2", "alpha"), ("2024", "2024")])
 def test_a_start_makes_one_training_stale(workspace: Workspace, name: str, parent: str) -> None:
-    versions = Versions(workspace)
+    versions = DataVersions(workspace)
     start = warm_starts.use(versions, name, parent)
-    assert start == Start(parent, expert_digest(workspace, parent)) and warm_starts.read(workspace) == {name: start}
+    assert start == InitialExpert(parent,
+                                  expert_digest(workspace, parent)) and warm_starts.read(workspace) == {name: start}
     snapshot = versions.snapshot()
     assert set(snapshot.stale) == {f"train@{name}", "evaluate"}
     assert snapshot.affected == {f"train@{name}", *FOLLOWS}
@@ -128,7 +130,7 @@ def test_a_start_makes_one_training_stale(workspace: Workspace, name: str, paren
 
 
 def test_another_start_is_a_change_and_the_same_start_is_none(workspace: Workspace, settings: Config) -> None:
-    versions = Versions(workspace)
+    versions = DataVersions(workspace)
     warm_starts.use(versions, "beta-2", "alpha")
     first = train.fingerprint(workspace, settings, "beta-2")
     train.train(workspace, settings, ["beta-2"])
@@ -142,7 +144,7 @@ def test_another_start_is_a_change_and_the_same_start_is_none(workspace: Workspa
 
 
 def test_dvc_brings_back_an_expert_by_its_start(workspace: Workspace, settings: Config) -> None:
-    versions = Versions(workspace)
+    versions = DataVersions(workspace)
     afresh = (workspace.expert("beta-2") / WEIGHTS).read_bytes()
     warm_starts.use(versions, "beta-2", "alpha")
     train.train(workspace, settings, ["beta-2"])
@@ -161,7 +163,7 @@ def test_dvc_brings_back_an_expert_by_its_start(workspace: Workspace, settings: 
 
 
 def test_params_that_cannot_be_read_change_nothing(workspace: Workspace) -> None:
-    versions = Versions(workspace)
+    versions = DataVersions(workspace)
     start = warm_starts.use(versions, "beta-2", "alpha")
     shown = workspace.projection.read_bytes()
     for text in ("domains: [", "domains: 3\n", "3\n"):
@@ -174,7 +176,7 @@ def test_params_that_cannot_be_read_change_nothing(workspace: Workspace) -> None
 # What is kept.
 
 def test_the_parent_is_kept_as_it_was_and_git_sees_what_it_needs(workspace: Workspace) -> None:
-    versions = Versions(workspace)
+    versions = DataVersions(workspace)
     start = warm_starts.use(versions, "beta-2", "alpha")
     kept = workspace.parent(start.digest)
     assert kept.name == start.digest[:16] and digest(kept) == start.digest
@@ -193,7 +195,7 @@ def test_the_parent_is_kept_as_it_was_and_git_sees_what_it_needs(workspace: Work
 
 
 def test_the_sentence_about_missing_bytes_says_what_helps(workspace: Workspace, settings: Config) -> None:
-    start = warm_starts.use(Versions(workspace), "beta-2", "alpha")
+    start = warm_starts.use(DataVersions(workspace), "beta-2", "alpha")
     kept = workspace.parent(start.digest)
     for damage, words in ((lambda: shutil.rmtree(kept), ("checkout",)),
                           (lambda: (kept / WEIGHTS).write_bytes(b"x"), ("checkout", "--force"))):
@@ -208,7 +210,7 @@ def test_the_sentence_about_missing_bytes_says_what_helps(workspace: Workspace, 
 
 
 def test_an_expert_that_is_not_there_or_not_itself_is_no_parent(workspace: Workspace) -> None:
-    versions = Versions(workspace)
+    versions = DataVersions(workspace)
     with pytest.raises(ArtifactError, match="Domain 'law' has no expert to begin at: run `moa train --domain law` fir"):
         warm_starts.use(versions, "beta-2", "law")
     with (workspace.expert("alpha") / WEIGHTS).open("ab") as file:
@@ -225,11 +227,11 @@ class Killed(BaseException):
     """As sudden as a signal: nothing in moa catches it."""
 
 
-@pytest.mark.parametrize("at", ["shutil.copyfile", "moa.workspace.data_versions.Versions.add",
+@pytest.mark.parametrize("at", ["shutil.copyfile", "moa.workspace.data_versions.DataVersions.add",
                                 "moa.workspace.warm_starts.write_json"])
 def test_a_start_that_was_cut_off_is_none_and_is_made_the_next_time(workspace: Workspace, at: str,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = Versions(workspace)
+    versions = DataVersions(workspace)
 
     def die(*_: object) -> None:
         raise Killed
@@ -245,7 +247,7 @@ def test_a_start_that_was_cut_off_is_none_and_is_made_the_next_time(workspace: W
 
 
 def test_prune_keeps_what_a_start_names(workspace: Workspace) -> None:
-    versions = Versions(workspace)
+    versions = DataVersions(workspace)
     before = warm_starts.read(workspace)
     one = warm_starts.use(versions, "beta-2", "alpha")
     two = warm_starts.use(versions, "2024", "2024")
@@ -265,7 +267,7 @@ def test_prune_keeps_what_a_start_names(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("purge", [False, True])
 def test_a_domain_that_goes_takes_its_start_along(workspace: Workspace, settings: Config, purge: bool) -> None:
-    versions = Versions(workspace)
+    versions = DataVersions(workspace)
     other = warm_starts.use(versions, "beta-2", "alpha")
     own = warm_starts.use(versions, "alpha", "alpha")
     assert own.digest == other.digest
@@ -283,7 +285,7 @@ def test_a_domain_that_goes_takes_its_start_along(workspace: Workspace, settings
 
 
 def test_what_ends_a_removal_puts_the_start_back(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = Versions(workspace)
+    versions = DataVersions(workspace)
     start = warm_starts.use(versions, "2024", "2024")
     with monkeypatch.context() as patch:
         patch.setattr("moa.workspace.domains.write_json",

@@ -184,7 +184,7 @@ def test_sigterm_ends_all_of_it_and_kill_leaves_no_process_behind(tmp_path: Path
     process.kill()
     process.communicate()
     psutil.wait_procs(children)
-    assert workspace.attempt.exists()
+    assert workspace.adaptation_state.exists()
 
     process = start(workspace)
     try:

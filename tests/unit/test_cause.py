@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moa.evaluation.comparison import causes
+from moa.evaluation.comparison import attribute_regressions
 
 DOMAINS = ("alpha", "beta")
 
@@ -47,30 +47,30 @@ OLD = parts(alpha="a1/a", beta="b1/b")
      "the expert of beta, which answers 4 of 10 of its rows, changed from b1 to b2"),
     # Losses equal, answers worse.
     (parts(alpha="a2/a", beta="b1/b"), rows("alpha", "alpha", "beta", 5, 0, 0.0) + rows("alpha", "alpha", "alpha", 5, 0,
-                                                                                       1.0),
+                                                                                        1.0),
      "its expert changed from a1 to a2"),
     (parts(alpha="a2/a", beta="b1/b"), rows("alpha", "alpha", "alpha", 5, float("nan"))
      + rows("alpha", "alpha", "beta", 5, 9), "its expert changed from a1 to a2"),
 ])
 def test_the_cause_is_what_the_rise_comes_from(new: dict[str, Any], worse: list[dict[str, Any]], said: str) -> None:
-    assert causes(worse, OLD, new) == {"alpha": said}
+    assert attribute_regressions(worse, OLD, new) == {"alpha": said}
 
 
 def test_a_new_domain_is_compared_with_the_base() -> None:
     new = parts(alpha="a1/a", beta="b1/b", gamma="c1/c")
     own = [{"domain": "gamma", "row": str(number), "challenger_by": "gamma", "challenger_loss": 2.0, "base_loss": 1.0}
            for number in range(5)]
-    assert causes(own, OLD, new) == {"gamma": "its expert is new"}
+    assert attribute_regressions(own, OLD, new) == {"gamma": "its expert is new"}
     strays = [{**row, "challenger_by": "alpha"} for row in own]
-    assert causes(strays, OLD, new) == {"gamma": "the router gives 5 of its 5 rows to alpha now"}
+    assert attribute_regressions(strays, OLD, new) == {"gamma": "the router gives 5 of its 5 rows to alpha now"}
 
 
 def test_a_domain_that_the_challenger_lacks_has_no_cause() -> None:
     gone = [{"domain": "beta", "row": "1", "incumbent_by": "beta", "incumbent_loss": 1.0}]
-    assert causes(gone, OLD, parts(alpha="a1/a")) == {}
+    assert attribute_regressions(gone, OLD, parts(alpha="a1/a")) == {}
 
 
 @given(st.lists(st.tuples(st.sampled_from(DOMAINS), st.sampled_from([*DOMAINS, "base"])), max_size=20))
 def test_where_nothing_differs_nothing_is_blamed(answered: list[tuple[str, str]]) -> None:
     same = [row for domain, by in answered for row in rows(domain, by, by, 1, 0)]
-    assert causes(same, OLD, OLD) == {}
+    assert attribute_regressions(same, OLD, OLD) == {}

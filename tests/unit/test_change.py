@@ -18,7 +18,7 @@ from moa.core.errors import ArtifactError, DataError, PipelineError
 from moa.core.paths import Workspace
 from moa.workspace import domains
 from moa.workspace import plan as planning
-from moa.workspace.data_versions import Versions
+from moa.workspace.data_versions import DataVersions
 from moa.workspace.init import init
 from moa.workspace.pipeline import Pipeline
 
@@ -138,7 +138,7 @@ def test_undoing_can_itself_be_killed(template: Path, copied: Callable[[], Works
         workspace = copied()
         with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
             patch.setattr(transaction, "undo", lambda _: [])   # the process is gone
-            patch.setattr(Versions, "add", _interrupt)
+            patch.setattr(DataVersions, "add", _interrupt)
             add_more(workspace, template)
         assert workspace.journal.exists() and state(workspace) != old
         survived = not ended(workspace, transaction.recover, step)
@@ -193,8 +193,8 @@ def test_what_somebody_did_since_is_kept(template: Path, copied: Callable[[], Wo
     (workspace.raw("law") / "mine.jsonl").write_text(ROWS)
     said = transaction.recover(workspace)
     assert state(workspace) == old
-    assert (workspace.kept / "params.yaml").read_text().endswith("# mine\n")
-    assert (workspace.kept / "data/raw/law/mine.jsonl").read_text() == ROWS
+    assert (workspace.prompt_log / "params.yaml").read_text().endswith("# mine\n")
+    assert (workspace.prompt_log / "data/raw/law/mine.jsonl").read_text() == ROWS
     assert said == ["an interrupted `moa domain add law` was undone.",
                     "params.yaml had been edited since: that is kept as .moa/kept/params.yaml.",
                     "data/raw/law had been edited since: that is kept as .moa/kept/data/raw/law/mine.jsonl."]
@@ -215,7 +215,7 @@ def test_a_change_that_is_being_made_is_left_alone(copied: Callable[[], Workspac
     workspace = copied()
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
         patch.setattr(transaction, "undo", lambda _: [])
-        patch.setattr(Versions, "add", _interrupt)
+        patch.setattr(DataVersions, "add", _interrupt)
         add_more(workspace, template)
     with FileLock(workspace.lock):
         assert transaction.recover(workspace) == [] and workspace.journal.exists()

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
+from transformers import GenerationConfig as HfGenerationConfig
 
 from moa.experts.lora import ExpertStack, LoraSpec
 from moa.mixture.generation import decoding, engine, native
 from moa.mixture.generation.decoding import Decoding, LlamaDecoding
-from moa.mixture.generation.engine import Options
+from moa.mixture.generation.engine import GenerationConfig
 from tests import tiny
 
 FAST = ("llama", "qwen2")
@@ -112,8 +113,8 @@ def test_greedy_tokens_are_those_of_transformers_generate(architecture: str) -> 
     model = model_of(architecture)
     ids, mask = prompts_of([5, 12, 1])
     written = engine.decode(model, tiny.tokenizer(), [row[mask[b] == 1].tolist() for b, row in enumerate(ids)], 80,
-                                Options())
-    reference = model.generate(ids, attention_mask=mask, generation_config=GenerationConfig(
+                            GenerationConfig())
+    reference = model.generate(ids, attention_mask=mask, generation_config=HfGenerationConfig(
         max_new_tokens=80, do_sample=False))[:, ids.shape[1]:].tolist()
     assert len({tuple(row) for row in reference}) == 3
     for ours, theirs in zip(written, reference, strict=True):

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moa.serving import drift_statistics
-from moa.serving.drift_statistics import Seen
+from moa.serving.drift_statistics import RoutedPrompt
 
 DOMAINS = ("code", "law", "math", "tales")
 LIMIT = 0.25
@@ -45,17 +45,19 @@ def test_the_index_is_the_textbooks_where_rows_are_many() -> None:
 # Verdicts.
 
 def prompts(source: np.random.Generator, number: int, *, shares: Sequence[float] = (0.25,) * 4, lower: float = 0.0,
-            abstaining: float = 0.01) -> list[Seen]:
+            abstaining: float = 0.01) -> list[RoutedPrompt]:
     """Prompts whose score depends on their domain, as real routers' do; `lower` moves all."""
     found = []
     for label in source.choice(len(DOMAINS), size=number, p=shares):
         score = source.normal(0.6 + 0.08 * label - lower, 0.05)
-        found.append(Seen(domain=DOMAINS[label], score=score, confidence=float(source.beta(20 + label, 1)) - lower / 2,
-                          abstained=bool(source.random() < abstaining)))
+        found.append(RoutedPrompt(domain=DOMAINS[label], score=score,
+                                  confidence=float(source.beta(20 + label, 1)) - lower / 2,
+                                  abstained=bool(source.random() < abstaining)))
     return found
 
 
-def judged(traffic: list[Seen], validation: list[Seen], least: int = 100) -> dict[str, drift_statistics.Measure]:
+def judged(traffic: list[RoutedPrompt], validation: list[RoutedPrompt], least: int = 100) -> dict[str,
+                                                                                                  drift_statistics.Measure]:
     found = drift_statistics.measures(traffic, validation, window=1000, least=least, psi_limit=LIMIT)
     assert tuple(measure.name for measure in found) == drift_statistics.MEASURES
     return {measure.name: measure for measure in found}
@@ -102,7 +104,7 @@ def test_too_few_prompts_have_no_verdict() -> None:
     one_window = judged(prompts(source, 150, shares=(1, 0, 0, 0)), validation)["domains"]
     assert one_window.verdict == "not enough data" and (one_window.number or 0) > LIMIT
     assert one_window.detail == {"against": "validation"}
-    strange = [Seen(domain="new", score=0.5, confidence=0.5, abstained=False)] * 200
+    strange = [RoutedPrompt(domain="new", score=0.5, confidence=0.5, abstained=False)] * 200
     assert judged(strange, validation)["score"].verdict == "not enough data"
     assert judged(prompts(source, 200), [])["abstention"].verdict == "not enough data"
 
@@ -116,7 +118,7 @@ def test_only_the_newest_prompts_are_compared() -> None:
 
 
 def test_scores_that_are_all_the_same_are_no_shift() -> None:
-    same = [Seen(domain="law", score=1e6, confidence=1.0, abstained=False)] * 150
+    same = [RoutedPrompt(domain="law", score=1e6, confidence=1.0, abstained=False)] * 150
     measures = judged(same, same)
     assert measures["score"].verdict == measures["confidence"].verdict == measures["abstention"].verdict == "stable"
     assert measures["score"].number == pytest.approx(0)

@@ -4,46 +4,53 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.steps.adapt_policy import GRAIN, Due, Pending, decide
+from flows.steps.adapt_policy import GRAIN, AdaptDecision, PendingRows, decide
 from moa.core.config import AdaptParams
 
 NOW, MIN_NEW = 1_800_000_000.0, 30
 
 
-def waiting(domain: str = "sql", rows: int = 40, age: float = 100, *, known: bool = True) -> Pending:
-    return Pending(domain, known, rows, NOW - age, 1)
+def waiting(domain: str = "sql", rows: int = 40, age: float = 100, *, known: bool = True) -> PendingRows:
+    return PendingRows(domain, known, rows, NOW - age, 1)
 
 
 @pytest.mark.parametrize(("pending", "params", "last_end", "expected"), [
-    ([], {}, None, Due(False, (), "nothing that can be learned waits.")),
-    ([waiting()], {}, None, Due(True, ("sql",), "40 new rows of sql.")),
-    ([waiting("tax"), waiting("law", 1)], {}, NOW - 1, Due(True, ("law", "tax"), "41 new rows of law and tax.")),
-    ([waiting(rows=0)], {}, None, Due(False, (), "nothing that can be learned waits.")),
+    ([], {}, None, AdaptDecision(False, (), "nothing that can be learned waits.")),
+    ([waiting()], {}, None, AdaptDecision(True, ("sql",), "40 new rows of sql.")),
+    ([waiting("tax"), waiting("law", 1)], {}, NOW - 1,
+     AdaptDecision(True, ("law", "tax"), "41 new rows of law and tax.")),
+    ([waiting(rows=0)], {}, None, AdaptDecision(False, (), "nothing that can be learned waits.")),
     ([waiting(age=4)], {}, None,
-     Due(False, ("sql",), "the newest file is younger than adapt.debounce (10 s); waiting: 40 new rows of sql.", 6)),
-    ([waiting(age=4)], {"debounce": 0.0}, None, Due(True, ("sql",), "40 new rows of sql.")),
+     AdaptDecision(False, ("sql",),
+                   "the newest file is younger than adapt.debounce (10 s); waiting: 40 new rows of sql.", 6)),
+    ([waiting(age=4)], {"debounce": 0.0}, None, AdaptDecision(True, ("sql",), "40 new rows of sql.")),
     ([waiting()], {"cooldown": 60.0}, NOW - 20,
-     Due(False, ("sql",), "the last run ended less than adapt.cooldown (60 s) ago; waiting: 40 new rows of sql.", 40)),
-    ([waiting()], {"cooldown": 60.0}, NOW - 60, Due(True, ("sql",), "40 new rows of sql.")),
-    ([waiting()], {"cooldown": 60.0}, None, Due(True, ("sql",), "40 new rows of sql.")),
+     AdaptDecision(False, ("sql",),
+                   "the last run ended less than adapt.cooldown (60 s) ago; waiting: 40 new rows of sql.", 40)),
+    ([waiting()], {"cooldown": 60.0}, NOW - 60, AdaptDecision(True, ("sql",), "40 new rows of sql.")),
+    ([waiting()], {"cooldown": 60.0}, None, AdaptDecision(True, ("sql",), "40 new rows of sql.")),
     ([waiting(age=0)], {"cooldown": 60.0, "debounce": 90.0}, NOW - 20,   # the longer of the two
-     Due(False, ("sql",), "the newest file is younger than adapt.debounce (90 s); waiting: 40 new rows of sql.", 90)),
+     AdaptDecision(False, ("sql",),
+                   "the newest file is younger than adapt.debounce (90 s); waiting: 40 new rows of sql.", 90)),
     ([waiting(rows=4), waiting("tax", 5)], {"min_rows": 10}, None,
-     Due(False, ("sql", "tax"), "adapt.min_rows is 10; waiting: 9 new rows of sql and tax.")),
+     AdaptDecision(False, ("sql", "tax"), "adapt.min_rows is 10; waiting: 9 new rows of sql and tax.")),
     ([waiting(rows=5), waiting("tax", 5)], {"min_rows": 10}, None,
-     Due(True, ("sql", "tax"), "10 new rows of sql and tax.")),
+     AdaptDecision(True, ("sql", "tax"), "10 new rows of sql and tax.")),
     ([waiting("law", 29, known=False)], {}, None,
-     Due(False, (), "law has 29 usable rows, and a new domain needs 30.")),
-    ([waiting("law", 30, known=False)], {}, None, Due(True, ("law",), "30 new rows of law.")),
+     AdaptDecision(False, (), "law has 29 usable rows, and a new domain needs 30.")),
+    ([waiting("law", 30, known=False)], {}, None, AdaptDecision(True, ("law",), "30 new rows of law.")),
     ([waiting("law", 1, 0, known=False), waiting(rows=1)], {}, None,   # no newcomer to wait for, and no rows of a run
-     Due(True, ("sql",),
-         "1 new row of sql; law has 1 usable row, and a new domain needs 30.")),
+     AdaptDecision(True, ("sql",),
+                   "1 new row of sql; law has 1 usable row, and a new domain needs 30.")),
     ([waiting("law", 29, known=False), waiting(rows=1)], {"min_rows": 30}, None,
-     Due(False, ("sql",), "adapt.min_rows is 30; waiting: 1 new row of sql; law has 29 usable rows, and a new "
-                          "domain needs 30.")),
-    ([waiting(age=-3600)], {"cooldown": 60.0}, NOW + 3600, Due(True, ("sql",), "40 new rows of sql.")),   # future
+     AdaptDecision(False, ("sql",),
+                   "adapt.min_rows is 30; waiting: 1 new row of sql; law has 29 usable rows, and a new "
+                   "domain needs 30.")),
+    # future
+    ([waiting(age=-3600)], {"cooldown": 60.0}, NOW + 3600, AdaptDecision(True, ("sql",), "40 new rows of sql.")),
 ])
-def test_table(pending: list[Pending], params: dict[str, float], last_end: float | None, expected: Due) -> None:
+def test_table(pending: list[PendingRows], params: dict[str, float], last_end: float | None,
+               expected: AdaptDecision) -> None:
     assert decide(pending, AdaptParams(**params), NOW, last_end, MIN_NEW) == expected
 
 
@@ -54,20 +61,20 @@ policies = st.builds(AdaptParams, min_rows=st.integers(1, 80), debounce=st.float
 ends = st.none() | ages.map(lambda age: NOW - age)
 
 
-def enough(pending: list[Pending], params: AdaptParams) -> bool:
+def enough(pending: list[PendingRows], params: AdaptParams) -> bool:
     rows = [each.rows for each in pending if each.known or each.rows >= MIN_NEW]
     return sum(rows) >= params.min_rows
 
 
 @given(some, policies, ends)
 def test_with_enough_rows_waiting_long_enough_runs_and_without_nothing_does(
-        pending: list[Pending], params: AdaptParams, last_end: float | None) -> None:
+        pending: list[PendingRows], params: AdaptParams, last_end: float | None) -> None:
     later = decide(pending, params, NOW + 10_001, last_end, MIN_NEW)
     assert later.run == enough(pending, params) and later.wait is None
 
 
 @given(some, policies, ends)
-def test_no_run_while_cooling_down_or_right_behind_a_newcomer(pending: list[Pending], params: AdaptParams,
+def test_no_run_while_cooling_down_or_right_behind_a_newcomer(pending: list[PendingRows], params: AdaptParams,
                                                               last_end: float | None) -> None:
     if decide(pending, params, NOW, last_end, MIN_NEW).run:
         assert last_end is None or NOW - last_end > params.cooldown - 2 * GRAIN
@@ -75,7 +82,7 @@ def test_no_run_while_cooling_down_or_right_behind_a_newcomer(pending: list[Pend
 
 
 @given(some, policies, ends, st.floats(0, 1))
-def test_wait_is_when_the_answer_changes(pending: list[Pending], params: AdaptParams, last_end: float | None,
+def test_wait_is_when_the_answer_changes(pending: list[PendingRows], params: AdaptParams, last_end: float | None,
                                          share: float) -> None:
     due = decide(pending, params, NOW, last_end, MIN_NEW)
     if due.wait is None:
@@ -89,7 +96,7 @@ def test_wait_is_when_the_answer_changes(pending: list[Pending], params: AdaptPa
 
 
 @given(some, policies, ends)
-def test_every_answer_has_its_reason(pending: list[Pending], params: AdaptParams, last_end: float | None) -> None:
+def test_every_answer_has_its_reason(pending: list[PendingRows], params: AdaptParams, last_end: float | None) -> None:
     due = decide(pending, params, NOW, last_end, MIN_NEW)
     assert due.reason.endswith(".") and (due.domains or not due.run)
     for each in pending:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from moa.core.paths import Workspace
 from moa.serving import prompt_log
-from moa.serving.prompt_log import Keeper, Kept
+from moa.serving.prompt_log import LoggedPrompt, PromptLogger
 
 SOON = 120   # seconds, until a hanging test fails
 ALL = ("email", "phone", "card", "account")
@@ -32,17 +32,18 @@ def patient() -> Iterator[None]:
         yield
 
 
-def prompt(text: str, *earlier: str, at: float = 1.0, **named: Any) -> Kept:
+def prompt(text: str, *earlier: str, at: float = 1.0, **named: Any) -> LoggedPrompt:
     roles = ("user", "assistant")
     turns = [*earlier, text]
     messages = [{"role": roles[(len(turns) - 1 - place) % 2], "content": each} for place, each in enumerate(turns)]
-    return Kept(**{"at": at, "release": 1, "digest": "d", "messages": messages, "cut": False, "domain": "law",
-                   "forced": False, "abstained": True, "score": 0.25, "confidence": 0.5} | named)
+    return LoggedPrompt(**{"at": at, "release": 1, "digest": "d", "messages": messages, "cut": False, "domain": "law",
+                           "forced": False, "abstained": True, "score": 0.25, "confidence": 0.5} | named)
 
 
-def keep(workspace: Workspace, prompts: list[Kept], megabytes: float = 1, redact: tuple[str, ...] = ALL) -> Keeper:
+def keep(workspace: Workspace, prompts: list[LoggedPrompt], megabytes: float = 1,
+         redact: tuple[str, ...] = ALL) -> PromptLogger:
     """Keep these and end; waits where a server would let go."""
-    keeper = Keeper(workspace, megabytes, redact)
+    keeper = PromptLogger(workspace, megabytes, redact)
     for each in prompts:
         while keeper._queue.full():
             time.sleep(0.001)
@@ -60,7 +61,7 @@ def size(workspace: Workspace) -> int:
 @given(st.lists(st.builds(
     prompt, st.text(st.characters(exclude_categories=["Cs"])), at=st.floats(0, 2e9), score=st.none() | st.floats(-9, 9),
     abstained=st.booleans(), forced=st.booleans(), release=st.integers(1, 3)), max_size=8))
-def test_what_is_kept_is_read_again(tmp_path_factory: pytest.TempPathFactory, prompts: list[Kept]) -> None:
+def test_what_is_kept_is_read_again(tmp_path_factory: pytest.TempPathFactory, prompts: list[LoggedPrompt]) -> None:
     workspace = Workspace(tmp_path_factory.mktemp("w"))
     keep(workspace, prompts, redact=())
     assert list(prompt_log.read(workspace)) == prompts
@@ -119,8 +120,9 @@ def test_two_servers_write_side_by_side(tmp_path: Path) -> None:
     script = ("import sys; from pathlib import Path; from moa.serving import prompt_log\n"
               "from moa.serving.prompt_log import *\n"
               f"prompt_log.END_SECONDS = {SOON}; w = Workspace(Path(sys.argv[1]))\n"
-              "keeper = Keeper(w, 1, ())\n"
-              "for n in range(200): keeper.keep(Kept(at=n, release=1, digest='d', cut=False, domain=sys.argv[2], "
+              "keeper = PromptLogger(w, 1, ())\n"
+              "for n in range(200): keeper.keep(LoggedPrompt(at=n, release=1, digest='d', cut=False, "
+              "domain=sys.argv[2], "
               "forced=True, messages=[{'role': 'user', 'content': str(n)}]))\n"
               "keeper.close(); assert not keeper.lost")
     running = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), name]) for name in ("one", "two")]
@@ -145,8 +147,8 @@ def test_torn_and_strange_lines_are_passed_over(tmp_path: Path) -> None:
 
 def test_a_killed_server_leaves_what_it_wrote(tmp_path: Path) -> None:
     script = ("import os, signal, sys, time; from pathlib import Path; from moa.serving.prompt_log import *\n"
-              "w = Workspace(Path(sys.argv[1])); keeper = Keeper(w, 1, ())\n"
-              "keeper.keep(Kept(at=1, release=1, digest='d', cut=False, domain='law', forced=True, "
+              "w = Workspace(Path(sys.argv[1])); keeper = PromptLogger(w, 1, ())\n"
+              "keeper.keep(LoggedPrompt(at=1, release=1, digest='d', cut=False, domain='law', forced=True, "
               "messages=[{'role': 'user', 'content': 'hello'}]))\n"
               "while not list(read(w)): time.sleep(0.01)\n"
               "os.kill(os.getpid(), signal.SIGKILL)")
@@ -169,7 +171,7 @@ def test_a_disk_that_refuses_costs_prompts_and_nothing_else(tmp_path: Path, capf
 
 def test_whoever_answers_never_waits(tmp_path: Path) -> None:
     """The writer is held up; prompts wait as far as there is room, and the others are counted."""
-    keeper = Keeper(Workspace(tmp_path), 1, ())
+    keeper = PromptLogger(Workspace(tmp_path), 1, ())
     held, go_on = threading.Event(), threading.Event()
     add = keeper._segments.add
 
@@ -192,7 +194,7 @@ def test_whoever_answers_never_waits(tmp_path: Path) -> None:
 
 def test_deleting_the_folder_while_it_is_written_begins_anew(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
-    keeper = Keeper(workspace, 1, ())
+    keeper = PromptLogger(workspace, 1, ())
     keeper.keep(prompt("a"))
     while not list(prompt_log.read(workspace)):
         time.sleep(0.001)

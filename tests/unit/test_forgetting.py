@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from moa.data.corpus import Row
-from moa.evaluation.statistics import exact_test, moves, sign_test
+from moa.evaluation.statistics import exact_test, routing_changes, sign_test
 from moa.release.forgetting import changes, complaint, figures, paired, text, word_for_word
 
 ROWS = [Row(str(number), ({"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": "x"}),
@@ -50,7 +50,7 @@ def test_routes_are_compared_on_the_rows_that_both_releases_had() -> None:
 
 @pytest.mark.parametrize(("lost", "gained", "chance"), [(0, 0, 1), (5, 0, 1 / 32), (6, 0, 1 / 64), (3, 3, 42 / 64)])
 def test_how_surely_prompts_stray(lost: int, gained: int, chance: float) -> None:
-    found = moves("math", [("math", "sql")] * lost + [("sql", "math")] * gained + [("math", "math")] * 20)
+    found = routing_changes("math", [("math", "sql")] * lost + [("sql", "math")] * gained + [("math", "math")] * 20)
     assert found.chance == pytest.approx(chance) == sign_test(lost, gained)
     assert found.fall == pytest.approx((lost - gained) / (20 + lost + gained))
 

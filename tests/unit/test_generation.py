@@ -18,16 +18,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
+from transformers import GenerationConfig as HfGenerationConfig
 
-from moa.base.encoding import Encoder
+from moa.base.encoding import ChatEncoder
 from moa.base.pin import Base, BasePin, Device
 from moa.core.errors import UsageError
 from moa.experts.lora import ExpertStack, LoraSpec
 from moa.mixture.calibration import fit
 from moa.mixture.generation import engine
 from moa.mixture.generation.decoding import Decoding
-from moa.mixture.generation.engine import Options, Writing
+from moa.mixture.generation.engine import GenerationBatch, GenerationConfig
 from moa.mixture.generation.sampling import Sampling, generator
 from moa.mixture.mixture import BASE, Answer, Listener, Mixture, Request, answering
 from moa.mixture.router import features
@@ -50,7 +51,7 @@ def toy(architecture: str = "llama") -> Mixture:
             if weight.dim() > 1:
                 weight.normal_(0, 0.3, generator=random)
     base = Base(model, tiny.tokenizer(), BasePin("toy", "", "", "", "", 0, architecture), Device("cpu", "float64", ""))
-    encoder = Encoder(base.tokenizer, "", 256)
+    encoder = ChatEncoder(base.tokenizer, "", 256)
     prompts = [encoder.prompt(ask(f"{label} {number}")) for label in LABELS for number in range(8)]
     found = features(model, prompts)
     router = fit(LABELS, found, torch.arange(2).repeat_interleave(8))
@@ -69,7 +70,7 @@ def ask(text: str) -> list[dict[str, str]]:
 def ending_at(mixture: Mixture, tokens: list[int]) -> Iterator[None]:
     """Inside, the base's own generation settings say that these tokens end an answer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixture.base.model, "generation_config", GenerationConfig(eos_token_id=tokens))
+        patch.setattr(mixture.base.model, "generation_config", HfGenerationConfig(eos_token_id=tokens))
         yield
 
 
@@ -99,7 +100,7 @@ def test_a_batch_writes_the_tokens_of_its_rows_alone(architecture: str, rows: li
             mixture.stack.select(torch.tensor([mixture.expert_of(by[index]) for index in group]))
             tokens += [row.ids for row in engine.decode(
                 mixture.base.model, mixture.base.tokenizer, [mixture.encoder.prompt(prompts[index]) for index in group],
-                limit, Options())]
+                limit, GenerationConfig())]
             mixture.stack.select(None)
     assert tokens[:len(rows)] == tokens[len(rows):]
     for one, same in zip(together, alone, strict=True):
@@ -119,7 +120,7 @@ def test_the_cache_changes_nothing(architecture: str) -> None:
     for _ in range(12):
         with torch.no_grad():
             ids.append(int(mixture.base.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    row, = engine.decode(mixture.base.model, mixture.base.tokenizer, [prompt], 12, Options())
+    row, = engine.decode(mixture.base.model, mixture.base.tokenizer, [prompt], 12, GenerationConfig())
     mixture.stack.select(None)
     assert ids[len(prompt):][:len(row.ids)] == row.ids
 
@@ -170,7 +171,7 @@ def test_threads_take_turns() -> None:
 
 def test_every_end_token_of_the_base_and_the_tokenizer_ends_an_answer() -> None:
     mixture = toy()
-    prompt, whole = ask("How does it end?"), Options(max_new_tokens=20)
+    prompt, whole = ask("How does it end?"), GenerationConfig(max_new_tokens=20)
     mixture.stack.select(torch.tensor([0]))
     free, = engine.decode(mixture.base.model, mixture.base.tokenizer, [mixture.encoder.prompt(prompt)], 20, whole)
     mixture.stack.select(None)
@@ -188,7 +189,7 @@ def test_every_end_token_of_the_base_and_the_tokenizer_ends_an_answer() -> None:
 def test_other_settings_of_the_base_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     mixture, asked = toy(), ([ask("a"), ask("something longer")], ANSWERERS[:2])
     plain = mixture.generate(*asked, max_new_tokens=20)
-    opinion = GenerationConfig(repetition_penalty=5.0, do_sample=True, temperature=9.0, no_repeat_ngram_size=1)
+    opinion = HfGenerationConfig(repetition_penalty=5.0, do_sample=True, temperature=9.0, no_repeat_ngram_size=1)
     monkeypatch.setattr(mixture.base.model, "generation_config", opinion)
     assert mixture.generate(*asked, max_new_tokens=20) == plain
     assert mixture.base.model.generation_config is opinion
@@ -301,11 +302,11 @@ def test_streams_and_whole_answers_are_written_side_by_side() -> None:
     mixture, events = toy(), []
     first, second = Heard("first", events), Heard("second", events)
     begun: list[str] = []
-    requests = [Request(messages=ask("one"), domain="alpha", options=Options(max_new_tokens=20),
+    requests = [Request(messages=ask("one"), domain="alpha", options=GenerationConfig(max_new_tokens=20),
                         listener=replace(first.listener(), begun=begun.append)),
-                Request(messages=ask("and the other"), domain="beta", options=Options(max_new_tokens=20),
+                Request(messages=ask("and the other"), domain="beta", options=GenerationConfig(max_new_tokens=20),
                         listener=second.listener()),
-                Request(messages=ask("whole"), options=Options(max_new_tokens=20))]
+                Request(messages=ask("whole"), options=GenerationConfig(max_new_tokens=20))]
     with forwards(mixture) as seen:
         answers = mixture.answer(requests)
     assert len(seen) <= 20 and begun == ["alpha"]   # as many passes as one row takes
@@ -323,7 +324,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one_and_costs_nothing_more() ->
     asked = [(ask(f"number {limit}"), "beta", limit) for limit in limits]
     with forwards(mixture) as seen:
         answers = mixture.answer([
-            Request(messages=messages, domain=domain, options=Options(max_new_tokens=limit),
+            Request(messages=messages, domain=domain, options=GenerationConfig(max_new_tokens=limit),
                     listener=long.listener() if limit == 40 else Heard("short", events).listener())
             for messages, domain, limit in asked])
     assert [one.tokens for one in answers] == limits
@@ -340,11 +341,11 @@ def test_a_cancelled_stream_leaves_the_others_whole() -> None:
     leaver, stayer = Heard("leaver", events, until=3), Heard("stayer", events)
     with forwards(mixture) as seen:
         cut, whole, plain = mixture.answer([
-            Request(messages=ask("I leave"), domain="alpha", options=Options(max_new_tokens=30),
+            Request(messages=ask("I leave"), domain="alpha", options=GenerationConfig(max_new_tokens=30),
                     listener=leaver.listener()),
-            Request(messages=ask("I stay"), domain="beta", options=Options(max_new_tokens=30),
+            Request(messages=ask("I stay"), domain="beta", options=GenerationConfig(max_new_tokens=30),
                     listener=stayer.listener()),
-            Request(messages=ask("Me too"), domain=BASE, options=Options(max_new_tokens=30))])
+            Request(messages=ask("Me too"), domain=BASE, options=GenerationConfig(max_new_tokens=30))])
     alone = mixture.chat(ask("I leave"), "alpha", max_new_tokens=30)
     said = cut.answer.rstrip(engine.UNFINISHED)   # it may be cut within a character
     assert cut.tokens < 10 < alone.tokens and alone.answer.startswith(said) and said
@@ -354,7 +355,7 @@ def test_a_cancelled_stream_leaves_the_others_whole() -> None:
 
 
 wishes = st.builds(dict, max_new_tokens=st.integers(1, 16), stop=st.lists(st.text("aeé ", min_size=1, max_size=2),
-                                                                        max_size=2),
+                                                                          max_size=2),
                    temperature=st.sampled_from([0, 0, 0.8, 1.5]), top_k=st.sampled_from([0, 20]),
                    top_p=st.sampled_from([1, 0.9]), seed=st.integers(0, 9))
 
@@ -373,7 +374,7 @@ def test_a_row_is_the_same_whatever_its_neighbours_want(
     with ending_at(mixture, ends), pytest.MonkeyPatch.context() as patch, forwards(mixture) as seen:
         patch.setattr(mixture.base.model.config, "max_position_embeddings", context)
         together = mixture.answer([
-            Request(messages=ask(text), domain=domain, options=Options(**wish),
+            Request(messages=ask(text), domain=domain, options=GenerationConfig(**wish),
                     listener=heard[place].listener() if streams else Listener())
             for place, (text, domain, wish, streams) in enumerate(rows)])
         assert together == [mixture.chat(ask(text), domain, **wish) for text, domain, wish, _ in rows]
@@ -407,7 +408,7 @@ def test_greedy_is_the_limit_of_drawing() -> None:
 def test_draws_follow_the_probabilities() -> None:
     """2,000 rows of one token: shares are within 4 standard deviations of the softmax at that temperature."""
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5]]).repeat(2000, 1)
-    process = Sampling([(Options(temperature=0.7), generator(None))] * 2000)
+    process = Sampling([(GenerationConfig(temperature=0.7), generator(None))] * 2000)
     shares = process(scores).bincount(minlength=5) / 2000
     wanted = (scores[0] / 0.7).softmax(-1)
     assert ((shares - wanted).abs() < 4 * (wanted * (1 - wanted) / 2000).sqrt()).all()
@@ -417,10 +418,10 @@ def test_draws_follow_the_probabilities() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=30) | st.text("ab", max_size=30), stop=st.lists(st.text("abé", min_size=1, max_size=3),
-                                                                           max_size=3))
+                                                                             max_size=3))
 def test_text_comes_in_whole_characters_and_stops_are_held_back(text: str, stop: list[str]) -> None:
     tokenizer = tiny.tokenizer()
-    row, given_out = Writing(tokenizer, frozenset({tokenizer.eos_token_id}), stop, watched=True), []
+    row, given_out = GenerationBatch(tokenizer, frozenset({tokenizer.eos_token_id}), stop, watched=True), []
     for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]:
         if not row.done:
             row.add(token)

@@ -16,7 +16,7 @@ from moa.experts.lora import ExpertStack, LoraSpec
 from moa.mixture import joint_training
 from moa.mixture.calibration import fit
 from moa.mixture.joint_training import forget_labels, train_jointly
-from moa.mixture.layer_routing import Heads, Use, chooser, heads_at_work, prompt_mask
+from moa.mixture.layer_routing import Heads, Use, layer_routing, layer_selector, prompt_mask
 from moa.mixture.router import Router, decoder_layers, features, pooled
 from tests.tiny import ARCHITECTURES
 
@@ -87,7 +87,7 @@ class Scene:
         """Mean over levels and prompts, as joint training sees it: under each row's own expert."""
         batch, heads = self.batch(), Heads(self.router)
         self.stack.select(batch.owners)
-        with torch.no_grad(), heads_at_work(self.model, self.stack, heads, prompt_mask(batch), "labels") as logits:
+        with torch.no_grad(), layer_routing(self.model, self.stack, heads, prompt_mask(batch), "labels") as logits:
             self.model(batch.ids)
         self.stack.select(None)
         return nn.functional.cross_entropy(torch.cat(logits), batch.owners.repeat(LAYERS)).item()
@@ -130,7 +130,7 @@ def test_gradients_reach_exactly_experts_and_heads(architecture: str, use: Use) 
     scene = Scene(architecture)
     heads, batch = Heads(scene.router), scene.batch("rows")
     scene.stack.select(batch.owners)
-    with heads_at_work(scene.model, scene.stack, heads, prompt_mask(batch), use) as logits:
+    with layer_routing(scene.model, scene.stack, heads, prompt_mask(batch), use) as logits:
         losses = row_losses(scene.model, batch)
     assert [tuple(each.shape) for each in logits] == [(24, 3)] * LAYERS
     routing = nn.functional.cross_entropy(torch.cat(logits), batch.owners.repeat(LAYERS))
@@ -250,7 +250,7 @@ def test_forgotten_labels_prefer_nobody_and_blend_all_evenly() -> None:
     forget_labels(scene.router)
     batch, heads = scene.batch(), Heads(scene.router)
     with torch.no_grad():
-        with heads_at_work(scene.model, scene.stack, heads, prompt_mask(batch), "blend"):
+        with layer_routing(scene.model, scene.stack, heads, prompt_mask(batch), "blend"):
             ours = scene.model(batch.ids).logits
         scene.stack.blend(torch.full((12, 3), 1 / 3, dtype=torch.float64))
         even = scene.model(batch.ids).logits
@@ -322,7 +322,7 @@ def test_one_forward_chooses_as_layer_by_layer(architecture: str, use: Use) -> N
     with torch.no_grad():
         with chosen_by_hand(scene, said, use == "blend"):
             manual = scene.model(batch.ids).logits
-        with heads_at_work(scene.model, scene.stack, Heads(router), mask, use) as logits:
+        with layer_routing(scene.model, scene.stack, Heads(router), mask, use) as logits:
             ours = scene.model(batch.ids).logits
         scene.stack.select(None)
         plain = scene.model(batch.ids).logits
@@ -338,12 +338,12 @@ def test_the_router_reads_what_the_heads_read_and_neither_sees_the_answer(archit
                                                                           use: Use) -> None:
     scene = Scene(architecture, stream=stream, spread=0.5)
     router, rows = unsure(scene), [row for rows in scene.validation for row in rows]
-    seen = router.logits(features(scene.model, prompts_of(rows), choose=chooser(scene.stack, router)))
+    seen = router.logits(features(scene.model, prompts_of(rows), choose=layer_selector(scene.stack, router)))
     scene.stack.select(None)
     others = [Encoded(row.ids[:row.question_tokens] + [7] * 3, row.targets) for row in rows]
     for content in (rows, others):
         batch = collate([(0, row) for row in content])
-        with torch.no_grad(), heads_at_work(scene.model, scene.stack, Heads(router), prompt_mask(batch), use) as logits:
+        with torch.no_grad(), layer_routing(scene.model, scene.stack, Heads(router), prompt_mask(batch), use) as logits:
             scene.model(batch.ids)
         assert torch.allclose(torch.stack(logits, 1), seen, rtol=1e-4, atol=1e-4)
     scene.stack.select(None)
@@ -353,7 +353,7 @@ def test_the_router_reads_what_the_heads_read_and_neither_sees_the_answer(archit
 
 def test_a_router_of_the_base_chooses_nothing_on_the_way() -> None:
     scene = Scene(stream="base")
-    assert chooser(scene.stack, scene.router) is None
+    assert layer_selector(scene.stack, scene.router) is None
 
 
 @pytest.mark.parametrize("use", ["choose", "blend"])
@@ -365,7 +365,7 @@ def test_what_the_prompt_chose_holds_while_decoding(use: Use) -> None:
     with torch.no_grad():
         with chosen_by_hand(scene, said, use == "blend"):
             whole = scene.model(ids).logits
-        with heads_at_work(scene.model, scene.stack, Heads(router), mask, use) as logits:
+        with layer_routing(scene.model, scene.stack, Heads(router), mask, use) as logits:
             cache = scene.model(ids[:, :4], use_cache=True).past_key_values
             steps = [scene.model(ids[:, t:t + 1], past_key_values=cache, use_cache=True).logits for t in range(4, 7)]
     assert len(logits) == LAYERS

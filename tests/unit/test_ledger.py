@@ -32,27 +32,27 @@ def test_entries_are_numbered_and_come_back(workspace: Workspace) -> None:
     assert [entry["n"] for entry in event_log.read(workspace, last=2)] == [2, 3]
     assert [entry["n"] for entry in event_log.read(workspace, last=1, kinds=["arrived"])] == [3]
     assert event_log.read(workspace, last=0) == [] == event_log.read(workspace, kinds=[])
-    assert len(workspace.ledger.read_bytes().splitlines()) == 3
+    assert len(workspace.event_log.read_bytes().splitlines()) == 3
 
 
 @pytest.mark.parametrize("cut", [1, 10, 30, -1])
 def test_a_torn_line_breaks_neither_reading_nor_the_next_append(workspace: Workspace, cut: int) -> None:
     event_log.append(workspace, "up", pid=1)
-    whole = workspace.ledger.read_bytes()
+    whole = workspace.event_log.read_bytes()
     event_log.append(workspace, "skipped", reason="übel")
-    line = workspace.ledger.read_bytes()[len(whole):]
+    line = workspace.event_log.read_bytes()[len(whole):]
     torn = line[:cut]   # -1: only the end of the line is missing, so the entry is whole
-    workspace.ledger.write_bytes(whole + torn)
+    workspace.event_log.write_bytes(whole + torn)
     kept = 2 if cut == -1 else 1
     assert len(event_log.read(workspace)) == kept
     assert event_log.append(workspace, "down", pid=1)["n"] == kept + 1
     assert [entry["n"] for entry in event_log.read(workspace)] == list(range(1, kept + 2))
-    assert torn in workspace.ledger.read_bytes()   # nothing was taken away
+    assert torn in workspace.event_log.read_bytes()   # nothing was taken away
 
 
 def test_lines_that_are_no_entries_are_passed_over(workspace: Workspace) -> None:
     event_log.append(workspace, "up", pid=1)
-    with workspace.ledger.open("ab") as file:
+    with workspace.event_log.open("ab") as file:
         file.write(b'[]\n{"n": "x"}\n\xff\xfe\n{"n": 7}\n')
     assert [entry["n"] for entry in event_log.read(workspace)] == [1]
     assert event_log.append(workspace, "down", pid=1)["n"] == 2
@@ -94,7 +94,7 @@ def test_several_writers_and_one_that_is_killed(workspace: Workspace) -> None:
 
 def test_a_full_disk_leaves_no_half_a_line(workspace: Workspace) -> None:
     event_log.append(workspace, "up", pid=1)
-    before = workspace.ledger.read_bytes()
+    before = workspace.event_log.read_bytes()
     child = os.fork()
     if child == 0:   # the operating system refuses what goes beyond
         status = 1
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_no_half_a_line(workspace: Workspace) -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert workspace.ledger.read_bytes() == before
+    assert workspace.event_log.read_bytes() == before
 
 
 # For people.
@@ -145,4 +145,4 @@ def test_one_line_for_each_entry(workspace: Workspace) -> None:
         event_log.append(workspace, "drift" if number % 2 else "start-chosen", domain="law", reason="a\nb")
     lines = event_log.text(event_log.read(workspace)).splitlines()
     assert len(lines) == 10 and re.match(r" 1  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d  start-chosen  law begins", lines[0])
-    assert json.loads(workspace.ledger.read_text().splitlines()[0])["reason"] == "a\nb"
+    assert json.loads(workspace.event_log.read_text().splitlines()[0])["reason"] == "a\nb"

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from moa.core.loopback import direct
+from moa.core.loopback import without_proxy
 
 PROXY = "http://proxy.example:3128"
 
@@ -22,15 +22,15 @@ PROXY = "http://proxy.example:3128"
     ({"all_proxy": PROXY, "NO_PROXY": "corp.example,*"}, "*"),
 ])
 def test_what_is_set(given: dict[str, str], value: str | None) -> None:
-    assert direct(given) == ({} if value is None else {"no_proxy": value, "NO_PROXY": value})
+    assert without_proxy(given) == ({} if value is None else {"no_proxy": value, "NO_PROXY": value})
 
 
 CLIENTS = """
 import os, sys, urllib.request
 from urllib.parse import urlsplit
 import httpx, requests
-from moa.core.loopback import ask_directly
-ask_directly()
+from moa.core.loopback import bypass_proxies
+bypass_proxies()
 for url in sys.argv[1:]:
     chosen = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
     pool = httpx.Client()._transport_for_url(httpx.URL(url))._pool

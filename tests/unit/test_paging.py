@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moa.base import pin
-from moa.base.encoding import Encoder
+from moa.base.encoding import ChatEncoder
 from moa.base.pin import Base, Device
 from moa.core import config
 from moa.core.errors import ArtifactError
@@ -24,7 +24,7 @@ from moa.experts.lora import BASE_ONLY, ExpertStack, LoraSpec
 from moa.experts.peft_format import WEIGHTS
 from moa.mixture import artifact
 from moa.mixture.calibration import calibrate, fit
-from moa.mixture.expert_cache import Loader, Pages
+from moa.mixture.expert_cache import ExpertCache, ExpertLoader
 from moa.mixture.mixture import BASE, Mixture
 from moa.mixture.router import features
 from tests import tiny
@@ -36,12 +36,12 @@ experts_of_a_batch = st.lists(st.integers(BASE_ONLY, 8), max_size=12)
 
 
 class Counted:
-    """Pages without weights, and who was loaded into which slot."""
+    """An ExpertCache without weights, and who was loaded into which slot."""
 
     def __init__(self, slots: int) -> None:
         self.content: dict[int, int] = {}
         self.loads: list[int] = []
-        self.pages = Pages(slots, self.load)
+        self.pages = ExpertCache(slots, self.load)
 
     def load(self, expert: int, slot: int) -> None:
         assert 0 <= slot < self.pages.slots.count
@@ -101,7 +101,7 @@ def test_an_expert_that_cannot_be_read_leaves_its_slot_free() -> None:
         if expert == 7:
             raise ArtifactError("torn")
 
-    counted.pages = Pages(2, broken)
+    counted.pages = ExpertCache(2, broken)
     with counted.pages.using([1, 2]):
         pass
     for _ in range(2):
@@ -121,7 +121,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     params = config.load(made.params)
     pin.fetch(made, params.base)
     loaded = plain(made)
-    encoder = Encoder(loaded.tokenizer, params.prompt.system, params.prompt.max_tokens)
+    encoder = ChatEncoder(loaded.tokenizer, params.prompt.system, params.prompt.max_tokens)
     prompts = [encoder.prompt(ask(label, number)) for label in LABELS for number in range(6)]
     seen, targets = features(loaded.model, prompts), torch.arange(len(LABELS)).repeat_interleave(6)
     router = calibrate(fit(LABELS, seen, targets), seen, targets, rule="early", tolerance=0.0, max_abstention=0.0)
@@ -138,7 +138,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         peft_format.save(stack, expert, folder, loaded.pin.source)
     made.mixture.mkdir(parents=True)
     artifact.write(made.mixture, base=loaded.pin, prompt=params.prompt.model_dump(), router=router, experts=folders,
-                 facts={label: {} for label in LABELS})
+                   facts={label: {} for label in LABELS})
     yield made
 
 
@@ -233,7 +233,7 @@ def test_a_router_that_chooses_layer_by_layer_has_every_expert_at_hand(copied: P
     again = copied.parent / "joint"
     again.mkdir()
     artifact.write(again, base=pin.pin(workspace), prompt=manifest["prompt"], router=router, experts=folders,
-                 facts=manifest["experts"])
+                   facts=manifest["experts"])
     assert len(Mixture.load(again, plain(workspace), resident=2).stack) == len(LABELS)
 
 
@@ -262,7 +262,7 @@ def test_an_expert_of_a_known_layout_is_copied_into_its_slot(workspace: Workspac
         load(stack, slot, folder)
 
     monkeypatch.setattr(peft_format, "load", counted)
-    loader, stack.weights[:] = Loader(stack), 7.0
+    loader, stack.weights[:] = ExpertLoader(stack), 7.0
     for slot, name in [(0, "first"), (1, "second"), (2, "small"), (2, "second"), (0, "half"), (0, "first")] * 2:
         loader.load(slot, tmp_path / name)
         assert torch.equal(stack.weights[slot], expected[name])
@@ -299,7 +299,7 @@ def one_byte(path: Path) -> None:
 @pytest.mark.parametrize("change", [scaled, one_byte, lambda path: (path / "more").write_text("?")])
 @pytest.mark.parametrize("used", [False, True])
 def test_a_tampered_expert_is_refused_when_it_is_paged_in(workspace: Workspace, copied: Path, used: bool,
-                                                         change: Callable[[Path], Any]) -> None:
+                                                          change: Callable[[Path], Any]) -> None:
     """`used`: it was right when it was paged in before."""
     mixture = Mixture.load(copied, plain(workspace), resident=2)
     if used:

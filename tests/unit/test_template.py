@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moa.base import pin
 from moa.base.chat_template import PLAIN
-from moa.base.encoding import Encoder, Message
+from moa.base.encoding import ChatEncoder, Message
 from moa.core import config
 from moa.core.config import BaseParams
 from moa.core.errors import BaseModelError
@@ -40,8 +40,8 @@ def tokenizer() -> Any:
     return made
 
 
-def encoder(system: str | None = None) -> Encoder:
-    return Encoder(tokenizer(), system, 1024)
+def encoder(system: str | None = None) -> ChatEncoder:
+    return ChatEncoder(tokenizer(), system, 1024)
 
 
 # The template itself.
@@ -58,7 +58,7 @@ def talk(found: list[str], system: str | None = None) -> list[Message]:
 
 @given(turns, st.one_of(st.none(), st.just(""), texts), st.sampled_from([None, "", "Be brief."]))
 def test_the_answers_alone_are_learned_and_every_prompt_is_a_prefix(found: list[str], system: str | None,
-                                                                     default: str | None) -> None:
+                                                                    default: str | None) -> None:
     messages = talk(found, system)
     row = encoder(default).row(messages)
     learned = tokenizer().decode([token for token, target in zip(row.ids, row.targets, strict=True) if target])

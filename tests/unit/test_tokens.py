@@ -5,7 +5,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moa.base.encoding import Encoded, Encoder, Message
+from moa.base.encoding import ChatEncoder, Encoded, Message
 from moa.core.errors import DataError
 
 END = "<|im_end|>"
@@ -15,8 +15,8 @@ def talk(*texts: str) -> list[Message]:
     return [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(texts)]
 
 
-def encoder(system: str | None = None) -> Encoder:
-    return Encoder(tiny.tokenizer(), system, 1024)
+def encoder(system: str | None = None) -> ChatEncoder:
+    return ChatEncoder(tiny.tokenizer(), system, 1024)
 
 
 def learned(encoded: Encoded) -> str:

@@ -121,7 +121,8 @@ def copy(built: tuple[Workspace, Config], tmp_path: Path, monkeypatch: pytest.Mo
 
 def begin_at(workspace: Workspace, **parents: str) -> None:
     """What `starts.use` leaves, without DVC."""
-    written = {name: warm_starts.Start(other, experts_digest(workspace, other)) for name, other in parents.items()}
+    written = {name: warm_starts.InitialExpert(other, experts_digest(workspace, other)) for name,
+               other in parents.items()}
     for start in written.values():
         shutil.copytree(workspace.expert(start.domain), workspace.parent(start.digest), dirs_exist_ok=True)
     warm_starts._write(workspace, written)

@@ -203,7 +203,7 @@ class _Group:
         row; halves B, having inputs of their own, are cut into S blocks of one width, which makes them one batch.
         """
         self.a_BIR: Tensor | None = None
-        halves = [layer.handed_over(layer.base.weight.dtype) if isinstance(layer, StackedLoRA)
+        halves = [layer.take_gathered(layer.base.weight.dtype) if isinstance(layer, StackedLoRA)
                   and layer.selection.rows is not None else None for layer in layers]
         some = next((half for half in halves if half is not None), None)
         if some is None:

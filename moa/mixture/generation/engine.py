@@ -16,14 +16,14 @@ from torch import Tensor
 from moa.core.errors import UsageError
 from moa.mixture.generation import decoding, native
 from moa.mixture.generation.decoding import Decoding
-from moa.mixture.generation.sampling import Options, Sampling, generator
+from moa.mixture.generation.sampling import GenerationConfig, Sampling, generator
 
 Finish = Literal["stop", "length"]
 Tell = Callable[[str], None]
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"   # how a decoder shows the first bytes of a character
 
 
-def rooms(model: Any, prompts: Sequence[Sequence[int]], asked: Sequence[int]) -> list[int]:
+def answer_budgets(model: Any, prompts: Sequence[Sequence[int]], asked: Sequence[int]) -> list[int]:
     """How many tokens may be written after each prompt: what is asked for, bounded by what the model's context leaves.
 
     Raises UsageError for a prompt that leaves none.
@@ -39,7 +39,7 @@ def rooms(model: Any, prompts: Sequence[Sequence[int]], asked: Sequence[int]) ->
 
 # One row.
 
-class Writing:
+class GenerationBatch:
     """A row as it is written: `add` takes its tokens one at a time, `take` hands out text that nothing can change.
 
     Text is decoded while it comes only when `watched`, or for the sake of stop texts. What `take` holds back: bytes of
@@ -102,23 +102,24 @@ class Writing:
 # A batch.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class GenerationRequest:
     """What is wanted of one row, and who hears of it. Callbacks come from the thread that decodes."""
 
     prompt: Sequence[int]
-    limit: int                                       # tokens to write at most, no more than `rooms` allows
-    options: Options
+    limit: int                                       # tokens to write at most, no more than `answer_budgets` allows
+    options: GenerationConfig
     tell: Tell | None = None                         # gets pieces of text as they become certain
-    ended: Callable[[Writing], None] | None = None   # gets the row when it ends, whoever else is still being written
+    # gets the row when it ends, whoever else is still being written
+    ended: Callable[[GenerationBatch], None] | None = None
     cancelled: threading.Event | None = None         # once set, the row ends where it is
 
 
-class _Row:
+class RowState:
     """An order as it is carried out."""
 
-    def __init__(self, order: Order, tokenizer: Any, ends: frozenset[int]) -> None:
+    def __init__(self, order: GenerationRequest, tokenizer: Any, ends: frozenset[int]) -> None:
         self.order, self.place = order, len(order.prompt)   # the position of its next token, written or padding
-        self.writing = Writing(tokenizer, ends, order.options.stop, watched=order.tell is not None)
+        self.writing = GenerationBatch(tokenizer, ends, order.options.stop, watched=order.tell is not None)
         self.random = generator(order.options.seed)
 
     @property
@@ -145,8 +146,8 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
 
-def write(model: Any, tokenizer: Any, orders: Sequence[Order],
-          choose: Callable[[list[int]], None] | None = None) -> list[Writing]:
+def generate_batch(model: Any, tokenizer: Any, orders: Sequence[GenerationRequest],
+                   choose: Callable[[list[int]], None] | None = None) -> list[GenerationBatch]:
     """Decode the orders as one batch, left-padded, with a KV cache, each by its own options and up to its own limit.
 
     Rows that have ended leave the batch once they are a quarter of it, or when the base's context would end under
@@ -154,7 +155,7 @@ def write(model: Any, tokenizer: Any, orders: Sequence[Order],
     none leaves before all do.
     """
     ends = end_tokens(model, tokenizer)
-    rows = [_Row(order, tokenizer, ends) for order in orders]
+    rows = [RowState(order, tokenizer, ends) for order in orders]
     ids, mask = (tensor.to(model.device) for tensor in _padded([order.prompt for order in orders]))
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     here = list(range(len(rows)))
@@ -181,7 +182,7 @@ def _way(model: Any) -> type[Decoding]:
     return native.CompiledDecoding if native.fits(model) else decoding.LlamaDecoding
 
 
-def _until_some_leave(batch: Decoding, rows: Sequence[_Row], context: float | None) -> Tensor:
+def _until_some_leave(batch: Decoding, rows: Sequence[RowState], context: float | None) -> Tensor:
     """Decode until all rows have ended, or it pays that some leave; the last tokens, (B), were not passed on.
 
     `context` is the model's; None = nobody leaves before all do.
@@ -198,9 +199,11 @@ def _until_some_leave(batch: Decoding, rows: Sequence[_Row], context: float | No
         batch.step(tokens_B)
 
 
-def decode(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], limit: int, options: Options) -> list[Writing]:
-    """`write` for rows that want the same, under whatever experts the caller chose for all of them."""
-    return write(model, tokenizer, [Order(prompt=prompt, limit=limit, options=options) for prompt in prompts])
+def decode(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], limit: int,
+           options: GenerationConfig) -> list[GenerationBatch]:
+    """`generate_batch` for rows that want the same, under whatever experts the caller chose for all of them."""
+    return generate_batch(model, tokenizer,
+                          [GenerationRequest(prompt=prompt, limit=limit, options=options) for prompt in prompts])
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,7 @@ class CompiledDecoding(LlamaDecoding):
         weight, bias_O = packed(plain, self.lanes, self.pair)
         group.weight, group.bias = self._point(weight), None if bias_O is None else self._point(bias_O)
         group.inputs, group.outputs, group.parts = plain[0].in_features, len(weight) * self.lanes, len(plain)
-        halves = [layer.handed_over(torch.float32) if isinstance(layer, StackedLoRA)
+        halves = [layer.take_gathered(torch.float32) if isinstance(layer, StackedLoRA)
                   and layer.selection.rows is not None else None for layer in layers]
         some = next((half for half in halves if half is not None), None)
         if some is None:

@@ -16,7 +16,7 @@ NOT_READ = torch.empty(0, dtype=torch.long)   # these filters take the tokens so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class GenerationConfig:
     """How to decode. Raises UsageError that names the option whose value means nothing.
 
     With a `seed`, a row draws from a generator of its own: the same prompt and seed give the same answer, whatever is
@@ -80,7 +80,7 @@ class Sampling:
     change its draws, nor the reverse.
     """
 
-    def __init__(self, rows: Sequence[tuple[Options, Generator]]) -> None:
+    def __init__(self, rows: Sequence[tuple[GenerationConfig, Generator]]) -> None:
         self.generators = [generator for _, generator in rows]
         self.groups: dict[tuple[float, int, float], list[int]] = defaultdict(list)   # rows by what filters them
         for b, (options, _) in enumerate(rows):
