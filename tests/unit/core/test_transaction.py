@@ -107,6 +107,7 @@ def remove_one(workspace: Workspace, _sources: Path) -> object:
     return domains.remove(workspace, "tax")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [add_new, add_more, remove_one])
 def test_killed_at_any_step_it_leaves_the_old_state_or_the_new(
         command: Callable[[Workspace, Path], object], template: Path, copied: Callable[[], Workspace]) -> None:
@@ -132,6 +133,7 @@ def test_killed_at_any_step_it_leaves_the_old_state_or_the_new(
     assert len(seen) * every > 15 and seen == sorted(seen) and not seen[0] and seen[-1]   # one commit, from old to new
 
 
+@pytest.mark.slow
 def test_undoing_can_itself_be_killed(template: Path, copied: Callable[[], Workspace]) -> None:
     old = state(copied())
     for step in range(1, 100):

@@ -40,6 +40,7 @@ def test_same_seed_same_bytes_and_another_seed_other_rows(name: str, tmp_path: P
     assert one == two != other
 
 
+@pytest.mark.slow
 def test_the_python_corpus_is_deterministic_too(corpora: dict[str, list[Row]], tmp_path: Path) -> None:
     quickstart.write("python", tmp_path / "again")
     again = (tmp_path / "again" / "rows.jsonl").read_text(encoding="utf-8").splitlines()

@@ -74,6 +74,7 @@ def test_redacting_twice_changes_nothing(text: str) -> None:
     assert not again.counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("repeated", "end"), [("a", "@"), ("b.", ""), ("1", ""), ("4111 ", ""), ("+1 ", ""),
                                                ("DE89 ", ""), ("tel: ", ""), ("(212) ", "")])
 def test_long_texts_take_no_longer_than_they_are(repeated: str, end: str) -> None:

@@ -241,6 +241,7 @@ def test_a_damaged_list_of_starts_is_one_sentence(tmp_path: Path, content: str) 
         warm_start.read(workspace)
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_gives_the_same_bytes(copy: tuple[Workspace, Config]) -> None:
     """A real process, a real kill -9, with checkpoints at every step."""
     workspace, settings = copy

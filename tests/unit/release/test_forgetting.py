@@ -2,10 +2,7 @@
 
 from typing import Any
 
-import pytest
-
 from moa.data.corpus import Row
-from moa.evaluation.routing_changes import exact_test, moves, sign_test
 from moa.release.forgetting import changes, complaint, figures, paired, text, word_for_word
 
 ROWS = [Row(str(number), ({"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": "x"}),
@@ -46,19 +43,6 @@ def test_routes_are_compared_on_the_rows_that_both_releases_had() -> None:
     assert (math.lost, math.gained, math.fall) == ({"law": 1}, 1, 0)
     assert math.text == "from 66.7% to 66.7%, 1 prompt goes to law now"
     assert (sql.rows, sql.lost, sql.text) == (1, {}, "from 100.0% to 100.0%")
-
-
-@pytest.mark.parametrize(("lost", "gained", "chance"), [(0, 0, 1), (5, 0, 1 / 32), (6, 0, 1 / 64), (3, 3, 42 / 64)])
-def test_how_surely_prompts_stray(lost: int, gained: int, chance: float) -> None:
-    found = moves("math", [("math", "sql")] * lost + [("sql", "math")] * gained + [("math", "math")] * 20)
-    assert found.chance == pytest.approx(chance) == sign_test(lost, gained)
-    assert found.fall == pytest.approx((lost - gained) / (20 + lost + gained))
-
-
-def test_how_surely_these_are_missed_more_than_others() -> None:
-    assert exact_test(2, 2, 0, 2) == pytest.approx(1 / 6)
-    assert exact_test(0, 5, 3, 5) == 1 == exact_test(0, 5, 0, 5)
-    assert exact_test(3, 4, 1, 6) == pytest.approx((4 * 6 + 1) / 210)
 
 
 def facts(answer: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""What importing a module does, and dvc.yaml against the paths, stages and parameters it speaks of. Layers are
-import-linter's (`make lint`)."""
+"""Where modules and tests lie, what importing a module does, and dvc.yaml against the paths, stages and parameters it
+speaks of. Layers are import-linter's (`make lint`)."""
 
 import ast
 import re
@@ -31,6 +31,9 @@ SLOW = {"moa.base.kernels.attention", "moa.base.kernels.llama_ops", "moa.experts
 # reaches every stage as the digests in the base's manifest.
 EVERYWHERE = {"execution", "base"}
 
+# Folders of tests that are about no package: the checkout and the suite's own helpers, and several packages at once.
+OTHER_FOLDERS = {"unit": {"repository"}, "integration": {"product"}}
+
 
 def _modules() -> dict[str, Path]:
     files = [path for package in ("moa", "flows") for path in sorted((REPOSITORY / package).rglob("*.py"))]
@@ -53,6 +56,20 @@ def test_the_architecture_names_every_module() -> None:
 def test_packages_import_nothing() -> None:
     assert not [name for name, path in MODULES.items() if path.name == "__init__.py" and name != "moa.data.quickstart"
                 and re.search(r"^\s*(import|from) ", path.read_text(encoding="utf-8"), re.MULTILINE)]
+
+
+@pytest.mark.parametrize("kind", OTHER_FOLDERS)
+def test_tests_lie_and_are_named_as_what_they_test(kind: str) -> None:
+    """test_MODULE.py or test_MODULE_AND_MORE.py, in the folder of the module's package."""
+    root, astray = REPOSITORY / "tests" / kind, []
+    for path in root.rglob("test_*.py"):
+        folder = path.relative_to(root).parent
+        package = ".".join(folder.parts if folder.parts[0] == "flows" else ("moa", *folder.parts))
+        modules = {name.rpartition(".")[2] for name in MODULES if name.rpartition(".")[0] == package}
+        if folder.name not in OTHER_FOLDERS[kind] and not any(
+                f"{path.stem}_".startswith(f"test_{module}_") for module in modules):
+            astray.append(path)
+    assert not astray
 
 
 # What importing does.

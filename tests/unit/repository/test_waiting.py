@@ -31,6 +31,7 @@ print(json.dumps([counts, min(slept, default=0) > 0]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "hidden", "passes"), [("10", 128, 2), ("1", 128, 0), ("10", 512, 0)])
 def test_a_slow_toy_model_is_slow_in_child_processes_and_real_ones_are_not(tmp_path: Path, factor: str, hidden: int,
                                                                           passes: int) -> None:

@@ -168,6 +168,7 @@ def test_dvc_that_had_hardly_begun(tmp_path: Path) -> None:
         init.init(other, None, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     def moa(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-m", "moa", *words], cwd=tmp_path, capture_output=True, text=True,
