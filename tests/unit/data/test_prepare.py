@@ -214,6 +214,7 @@ generated = st.lists(st.builds(lambda question, answer: {"instruction": question
                                questions, answers), max_size=30)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(before=generated, after=generated, threshold=st.sampled_from([0.0, 0.5, 0.9]), seed=st.randoms())
 def test_no_row_ever_moves_when_rows_are_added(tmp_path_factory: pytest.TempPathFactory, before: list[Any],
@@ -257,6 +258,7 @@ def accounted(workspace: Workspace, good: int) -> dict[str, int]:
     return counted
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(noise=st.lists(st.tuples(st.integers(0, 60), LINE), max_size=12), end=END, bom=st.booleans())
 def test_no_bytes_break_json_lines_and_no_valid_row_is_lost(

@@ -19,13 +19,27 @@ from moa.evaluation.metrics import METRICS, sql_result
 Row = dict[str, str]
 
 
+# The Python corpus is read from the standard library's sources, in seconds; the others are generated at once.
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name == "python" else name for name in quickstart.NAMES]
+
+
+class Corpora(dict[str, list[Row]]):
+    """Rows by the name of their corpus, which is written when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, name: str) -> list[Row]:
+        quickstart.write(name, self._folder / name)
+        lines = (self._folder / name / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+        self[name] = list(map(json.loads, lines))
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
-    folder = tmp_path_factory.mktemp("raw")
-    for name in quickstart.NAMES:
-        quickstart.write(name, folder / name)
-    return {name: list(map(json.loads, (folder / name / "rows.jsonl").read_text(encoding="utf-8").splitlines()))
-            for name in quickstart.NAMES}
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Corpora:
+    return Corpora(tmp_path_factory.mktemp("raw"))
 
 
 def question(row: Row) -> str:
@@ -60,7 +74,7 @@ def test_an_unknown_corpus_is_refused_with_the_names_there_are(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", quickstart.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_are_many_and_well_formed(corpora: dict[str, list[Row]], name: str) -> None:
     rows = corpora[name]
     assert len(rows) >= 400
@@ -71,7 +85,7 @@ def test_rows_are_many_and_well_formed(corpora: dict[str, list[Row]], name: str)
         assert not re.search(r"\b[Aa] (?!one)[aeio]", row["instruction"]), "wrong article"
 
 
-@pytest.mark.parametrize("name", quickstart.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_two_rows_nearly_repeat_each_other(corpora: dict[str, list[Row]], name: str) -> None:
     texts = [" ".join(row.values()).lower().split() for row in corpora[name]]
     assert len(set(map(tuple, texts))) == len(texts)
@@ -169,6 +183,7 @@ def test_records_are_normalised(corpora: dict[str, list[Row]]) -> None:
 
 # python
 
+@pytest.mark.slow
 def test_sources_are_code_without_the_summary(corpora: dict[str, list[Row]]) -> None:
     for row in corpora["python"]:
         assert row["output"].rstrip(".").lower() not in row["input"].lower()

@@ -30,6 +30,7 @@ def test_it_is_compiled_once_and_kept(tmp_path: Path) -> None:
     assert [each.stat().st_mtime_ns for each in (tmp_path / "moa").iterdir()] == [before]
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once_leave_one_library(tmp_path: Path) -> None:
     script = "from moa.base.kernels.build import library; print(library('step').lanes())"
     processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
