@@ -14,6 +14,7 @@ that a step runs the code that is on the disk when it starts. Knows nothing of w
 The fork server ends when its control socket does, so neither it nor a step outlives the caller.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -215,11 +216,39 @@ def _step(command: list[str], cwd: str, env: dict[str, str], channel: int, out: 
     return pkgutil.resolve_name(entry)   # type: ignore[no-any-return]
 
 
+def _status(run: Callable[[], Any]) -> int:
+    """Call `run`; the exit status that the interpreter would end with."""
+    try:
+        code = run()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    if code is None or isinstance(code, int):
+        return (code or 0) & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def _leave(status: list[int]) -> None:
+    """End a step once its threads and all exit handlers have ended, without taking its modules apart.
+
+    That would write to every object of the libraries, and so copy their memory: it took a small step a second.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status[-1])
+
+
 if __name__ == "__main__":
+    _statuses = [1]   # of what ends before it has begun
+    atexit.register(_leave, _statuses)   # before any library's, and so after it
     _control = socket.socket(fileno=os.dup(0))
     _null = os.open(os.devnull, os.O_RDWR)
     for _stream in (0, 1, 2):   # Python has opened them by now, and takes both outputs for pipes, as a step's are
         os.dup2(_null, _stream)
     os.close(_null)
     if (_run := _serve(_control, sys.argv[1:])) is not None:
-        sys.exit(_run())
+        _statuses.append(_status(_run))

@@ -42,6 +42,15 @@ def signalled():
     print("still here", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
+def said():
+    sys.exit("moa: no luck")
+
+def handlers():
+    import atexit, threading
+    atexit.register(print, "handler")
+    threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+    print("end")
+
 def flood():
     for number in range(int(sys.argv[1])):
         print(number, "x" * 80)
@@ -131,6 +140,13 @@ def test_an_error_keeps_its_traceback(server: ForkServer, tmp_path: Path, env: d
     assert status == 1 and lines[0].startswith("Traceback") and lines[-1] == "ValueError: no luck"
     status, lines = forked(server, ["unknown"], tmp_path, env)
     assert status == 1 and "unknown" in lines[-1]
+    status, lines = forked(server, ["status", 0], tmp_path / "no such folder", env)
+    assert status == 1 and "no such folder" in lines[-1]   # what does not even begin has not succeeded
+
+
+def test_threads_and_exit_handlers_end_as_ever(server: ForkServer, tmp_path: Path, env: dict[str, str]) -> None:
+    assert forked(server, ["handlers"], tmp_path, env) == (0, ["end", "thread", "handler"])
+    assert forked(server, ["said"], tmp_path, env) == (1, ["moa: no luck"])
 
 
 def test_a_flood_of_lines_arrives_whole(server: ForkServer, tmp_path: Path, env: dict[str, str]) -> None:
