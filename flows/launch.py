@@ -13,6 +13,7 @@ from moa.core.config import load
 from moa.core.errors import PipelineError
 from moa.core.paths import Workspace
 from moa.core.supervisor import stop_all
+from moa.release import mlflow_client
 
 
 def run(workspace: Workspace, options: BuildOptions, *, local: bool = False, verbose: bool = False) -> Result:
@@ -31,6 +32,7 @@ def _under_prefect(workspace: Workspace, options: BuildOptions, verbose: bool) -
     # The session looks at the pipeline while the server starts.
     with (prefect_server.running(workspace, verbose=verbose) as prefect,
           opened(workspace, options, verbose=verbose) as session):
+        mlflow_client.load()   # the release needs it; Prefect's server takes as long to start
         prefect.ready()
         from prefect.task_runners import ThreadPoolTaskRunner
 

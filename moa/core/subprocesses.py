@@ -1,17 +1,27 @@
-"""Run a step's command: output to a log file of its own, its last words into the error. Knows nothing of DVC."""
+"""Run a step's command: output to a log file of its own, its last words into the error. Knows nothing of DVC.
+
+While a workspace is held, commands that are moa's own are forked from a process that has imported what they need (see
+moa.core.fork_server); all others are started by a shell.
+"""
 
 import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from moa.core import git
 from moa.core.errors import PipelineError
+from moa.core.fork_server import ForkServer
 from moa.core.loopback import without_proxy
 from moa.core.paths import Workspace
 from moa.core.progress import MARKER
@@ -27,6 +37,16 @@ QUIET = {
 }
 FAILED_STAGE = re.compile(r"^ERROR: failed to reproduce '[^']*'(: )?")   # DVC; its reason, if any, stands behind
 OnLine = Callable[[str], None]
+SHELL = ("/bin/sh", "-c")
+MODULE = (sys.executable, "-P", "-m", "moa")
+ENTRY = "moa.cli.main:main"   # what both `moa` and `python -m moa` call
+# What two steps or more import, and what takes them longest. A step imports what is missing here by itself.
+LIBRARIES = ("typer.rich_utils", "pydantic.main", "pydantic.fields", "ruamel.yaml", "rich.progress", "sqlite3",
+             "numpy", "torch", "safetensors.torch", "transformers.models.auto.tokenization_auto",
+             "transformers.models.auto.modeling_auto", "transformers.modeling_utils",
+             "transformers.tokenization_utils_tokenizers", "transformers.masking_utils",
+             "transformers.models.llama.modeling_llama", "peft", "pandas", "pyarrow.parquet", "pyarrow.dataset",
+             "rensa")
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -56,10 +76,9 @@ def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: On
                 del tail[:-200]
             on_line(line)
 
-        leash = SupervisedProcess(command, cwd=workspace.root,
-                                  env=environment({"MOA_PROGRESS": "json", **(extra or {})}))
-        status = leash.follow(keep)
-    if leash.stopped:
+        process = _begun(command, name, workspace, environment({"MOA_PROGRESS": "json", **(extra or {})}))
+        status = process.follow(keep)
+    if process.stopped:
         raise PipelineError(f"{name} was interrupted.")
     if status:
         raise PipelineError(f"{name} failed: {last_error(tail, status)} (full output: {workspace.relative(log)})")
@@ -70,16 +89,15 @@ def moa_json(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], s
 
     It ends when we do. Raises PipelineError when it was interrupted.
     """
-    command = [sys.executable, "-P", "-m", "moa", *map(str, words), "--json"]
-    with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "said"
-        out: list[str] = []
-        # A leash has one pipe: what is no JSON goes to a file.
-        leash = SupervisedProcess(["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(said), *command], cwd=workspace.root,
-                                  env=environment())
-        status = leash.follow(out.append)
-        words_of_error = said.read_text(encoding="utf-8", errors="replace").splitlines() if said.exists() else []
-    if leash.stopped:
+    command = [*MODULE, *map(str, words), "--json"]
+    out: list[str] = []
+    # A process has one pipe: what is no JSON goes to a file.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = _begun(command, " ".join(command[2:]), workspace, environment(), said)
+        status = process.follow(out.append)
+        said.seek(0)
+        words_of_error = said.read().splitlines()
+    if process.stopped:
         raise PipelineError(f"`{' '.join(command[2:])}` was interrupted.")
     try:
         found: dict[str, Any] = json.loads("\n".join(out))
@@ -100,3 +118,83 @@ def last_error(lines: Sequence[str], status: int) -> str:
         if text:
             return sentence(text)
     return f"it ended with status {status} and said nothing."
+
+
+# Commands that are moa's own, forked.
+
+class _Forking:
+    """The fork server of this process, which begins with the first step that can use it."""
+
+    def __init__(self) -> None:
+        self.guard = threading.Lock()
+        self.users = 0
+        self.server: ForkServer | None = None
+
+    def ready(self, root: Path, env: Mapping[str, str]) -> ForkServer | None:
+        with self.guard:
+            if not self.users or os.environ.get("MOA_FORK_SERVER") == "0" or sys.platform != "linux":
+                return None
+            if self.server is None:
+                self.server = ForkServer(LIBRARIES, cwd=root, env=env)
+            server = self.server
+        return server if server.ready(env) or server.stopped else None
+
+
+_forking = _Forking()
+
+
+@contextmanager
+def steps_forked() -> Iterator[None]:
+    """Within the block, fork what can be forked; the libraries are imported once, if at all, and not kept beyond it."""
+    with _forking.guard:
+        _forking.users += 1
+    try:
+        yield
+    finally:
+        with _forking.guard:
+            _forking.users -= 1
+            server = _forking.server if not _forking.users else None
+            if server is not None:
+                _forking.server = None
+        if server is not None:
+            server.stop()
+
+
+def _begun(command: Sequence[str], name: str, workspace: Workspace, env: Mapping[str, str],
+           stderr: int | IO[str] = subprocess.STDOUT) -> SupervisedProcess:
+    """Start a command: forked if it is moa's own, else as it is. Raises PipelineError after an interruption."""
+    words = own(command, env["PATH"])
+    server = _forking.ready(workspace.root, env) if words is not None else None
+    if words is None or server is None:
+        return SupervisedProcess(command, cwd=workspace.root, env=env, stderr=stderr)
+    if server.stopped:
+        raise PipelineError(f"{name} was interrupted.")
+    return SupervisedProcess([ENTRY, *words], cwd=workspace.root, env=env, stderr=stderr, server=server)
+
+
+def own(command: Sequence[str], path: str) -> list[str] | None:
+    """The words of a command of moa that this interpreter runs, `moa` first; None for every other command.
+
+    Of a shell's command only a list of plain words counts, in which no character means anything to a shell.
+    """
+    if tuple(command[:len(MODULE)]) == MODULE:
+        return ["moa", *command[len(MODULE):]]
+    if len(command) != 3 or tuple(command[:2]) != SHELL:
+        return None
+    with suppress(ValueError):   # a quotation that does not end
+        words = shlex.split(command[2])
+        if words and shlex.join(words) == command[2] and words[0] == "moa" and _is_ours(shutil.which("moa", path=path)):
+            return words
+    return None
+
+
+@cache
+def _is_ours(script: str | None) -> bool:
+    """Whether a program `moa` is this interpreter's and calls the entry point, as pip writes it."""
+    if script is None:
+        return False
+    with suppress(OSError, UnicodeDecodeError):
+        text = Path(script).read_text(encoding="utf-8")
+        module, _, function = ENTRY.partition(":")
+        return text.startswith(f"#!{sys.executable}\n") and f"from {module} import {function}\n" in text
+    return False

@@ -14,27 +14,37 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moa.core.fork_server import ForkServer
 
 GRACE = 5.0   # seconds between asking a group to end and ending it
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-_running: "set[SupervisedProcess]" = set()
+_running: "set[SupervisedProcess | ForkServer]" = set()
 _guard = threading.Lock()
 
 
 class SupervisedProcess:
-    """A running command with everything it starts. `stdout` receives both of its output streams."""
+    """A running command with everything it starts."""
 
     def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str],
-                 stdout: int | IO[str] = subprocess.PIPE, step: bool = True) -> None:
-        """`step=False` keeps the command out of `stop_all`: a server must hear of the interruption."""
+                 stdout: int | IO[str] = subprocess.PIPE, stderr: int | IO[str] = subprocess.STDOUT, step: bool = True,
+                 server: "ForkServer | None" = None) -> None:
+        """Start `command`.
+
+        Args:
+            step: whether `stop_all` ends it. A server must hear of the interruption by itself.
+            server: what forks the command, where it is a Python entry point's and not a program's: see `ForkServer`.
+        """
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, *command], cwd=cwd, env=dict(env), stdin=subprocess.PIPE,
-            stdout=stdout, stderr=subprocess.STDOUT, start_new_session=True, text=True, errors="replace", bufsize=1)
+            stdout=stdout, stderr=stderr, start_new_session=True, text=True, errors="replace", bufsize=1,
+        ) if server is None else server.fork(command, cwd=cwd, env=env, stderr=stderr)
         self.stopped = self._cleared = False
         if step:
-            with _guard:
-                _running.add(self)
+            register(self)
 
     @property
     def ended(self) -> bool:
@@ -75,18 +85,29 @@ class SupervisedProcess:
         self._forget()
 
     def _forget(self) -> None:
-        with _guard:
-            _running.discard(self)
+        forget(self)
+
+
+def register(process: "SupervisedProcess | ForkServer") -> None:
+    """From now on `stop_all` ends this, too."""
+    with _guard:
+        _running.add(process)
+
+
+def forget(process: "SupervisedProcess | ForkServer") -> None:
+    """It has ended, or `stop_all` need not end it."""
+    with _guard:
+        _running.discard(process)
 
 
 def stop_all() -> None:
-    """End every step that runs on a leash, side by side."""
+    """End every step that runs, and what forks steps, side by side."""
     with _guard:
-        leashes = list(_running)
-    for leash in leashes:
-        leash.release()
-    for leash in leashes:
-        leash.stop()
+        processes = list(_running)
+    for process in processes:
+        process.release()
+    for process in processes:
+        process.stop()
 
 
 def end_with_parent(seconds: float = 1.0) -> None:
@@ -103,28 +124,35 @@ def end_with_parent(seconds: float = 1.0) -> None:
         threading.Thread(target=watch, name="moa-parent", daemon=True).start()
 
 
-def _supervise(command: Sequence[str]) -> int:
-    """The script's part: run `command`; when standard input closes, end the process group (and so ourselves)."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+def unmoved_by_signals() -> None:
+    """Let the signals that end a process pass: a supervisor ends when its command has."""
+    for number in ENDING:
         signal.signal(number, lambda *_: None)   # a handler, not SIG_IGN, which the command would inherit
 
+
+def supervise(wait: Callable[[], int], lead: int) -> int:
+    """Exit status of the command that `wait` waits for; 128 and the signal's number where one ended it.
+
+    When the descriptor `lead` reaches its end, end the process group, and so this process.
+    """
     released = threading.Event()
 
     def watch() -> None:
-        while os.read(0, 1024):
-            pass
+        with contextlib.suppress(ConnectionResetError):   # a socket whose other end had something left to read
+            while os.read(lead, 1024):
+                pass
         released.set()
         os.killpg(0, signal.SIGTERM)
         threading.Event().wait(GRACE)
         os.killpg(0, signal.SIGKILL)
 
-    child = subprocess.Popen(list(command), stdin=subprocess.DEVNULL)
     threading.Thread(target=watch, daemon=True).start()
-    status = child.wait()
+    status = wait()
     if released.is_set():
         os.killpg(0, signal.SIGKILL)   # the command is gone; what it started must not stay behind
     return 128 - status if status < 0 else status
 
 
 if __name__ == "__main__":
-    sys.exit(_supervise(sys.argv[1:]))
+    unmoved_by_signals()
+    sys.exit(supervise(subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL).wait, lead=0))

@@ -1,5 +1,6 @@
 """How moa opens MLflow: quietly, once, and with an end to waiting. Knows nothing of experts, mixtures or champions."""
 
+import importlib
 import logging
 import os
 import re
@@ -60,6 +61,14 @@ def connect(workspace: Workspace) -> Any:
         with _short_of_patience():
             client.search_experiments(max_results=1)
         return client
+
+
+def load() -> None:
+    """Import what `connect` needs, seconds of work, where there is time for it."""
+    quiet()
+    for name in ("mlflow.tracking", "mlflow.artifacts", "mlflow.store.tracking.sqlalchemy_store",
+                 "mlflow.store.model_registry.sqlalchemy_store"):
+        importlib.import_module(name)
 
 
 def experiment(workspace: Workspace, client: Any, name: str) -> str:

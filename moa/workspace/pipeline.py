@@ -21,7 +21,7 @@ from moa.core import code_version, transaction
 from moa.core.errors import PipelineError, UsageError
 from moa.core.files import write_atomic
 from moa.core.paths import Workspace
-from moa.core.subprocesses import OnLine, execute
+from moa.core.subprocesses import OnLine, execute, steps_forked
 from moa.workspace import origins, stage_graph, stage_inputs
 from moa.workspace.dvc_repository import DvcRepository, release_memory
 from moa.workspace.lock import LockHolder
@@ -89,7 +89,8 @@ class Pipeline:
                 origins.mend(self.workspace)
                 self._heal()
                 self._repository.kept = True
-                yield abandoned
+                with steps_forked():
+                    yield abandoned
         finally:
             self._repository.kept = False
             self._repository.close()
