@@ -74,7 +74,7 @@ import pathlib, sys, flows.steps.session
 from flows.launch import run
 from moa.core.paths import Workspace
 flows.steps.session._release_hooks = lambda *_: []
-options = flows.steps.session.Options(force=tuple(sys.argv[1:]))
+options = flows.steps.session.BuildOptions(force=tuple(sys.argv[1:]))
 if failure := run(Workspace(pathlib.Path.cwd()), options, local=True).failure():
     raise failure
 """

@@ -196,5 +196,7 @@ def _is_ours(script: str | None) -> bool:
     with suppress(OSError, UnicodeDecodeError):
         text = Path(script).read_text(encoding="utf-8")
         module, _, function = ENTRY.partition(":")
-        return text.startswith(f"#!{sys.executable}\n") and f"from {module} import {function}\n" in text
+        interpreter = Path(text.partition("\n")[0].removeprefix("#!"))   # python, python3 or python3.11 of one folder
+        return (interpreter.parent == Path(sys.executable).parent and interpreter.samefile(sys.executable)
+                and f"from {module} import {function}\n" in text)
     return False

@@ -247,7 +247,7 @@ from tests import toy
 moa.experts.train.finished = toy.finished
 flows.steps.session._release_hooks = lambda *_: []
 try:
-    run(moa.core.paths.Workspace(pathlib.Path(sys.argv[1])), flows.steps.session.Options(), local=True)
+    run(moa.core.paths.Workspace(pathlib.Path(sys.argv[1])), flows.steps.session.BuildOptions(), local=True)
 except KeyboardInterrupt:
     sys.exit(130)
 """
