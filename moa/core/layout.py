@@ -17,7 +17,8 @@ from moa.core.errors import ConfigError
 from moa.core.files import write_atomic
 
 OLDEST, LAYOUT = 0, 1   # what this moa reads; the last is what it writes
-TRACKED = re.compile(r"^format:[ \t]+(\d+)[ \t]*(?:#.*)?$", re.MULTILINE)   # parsing YAML here would cost each command
+# Parsing YAML here would cost each command time.
+TRACKED = re.compile(r"""^(["']?)format\1[ \t]*:[ \t]+(\d+)[ \t]*(?:#.*)?$""", re.MULTILINE)
 
 
 def check(root: Path) -> None:
@@ -37,7 +38,7 @@ def tracked(root: Path) -> int | None:
     """The layout of the files in git, None where params.yaml does not say."""
     with suppress(OSError, UnicodeDecodeError):   # whatever reads the parameters next says what is wrong with them
         if found := TRACKED.search((root / "params.yaml").read_text(encoding="utf-8")):
-            return int(found[1])
+            return int(found[2])
     return None
 
 

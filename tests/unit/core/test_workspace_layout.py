@@ -53,6 +53,13 @@ def test_the_sentence_names_the_distribution() -> None:
     assert f"pip install -U {project['name']}`" in Path(layout.__file__).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("line", ['"format": 9', "'format': 9", "format : 9", "format:\t9", "format: 9 #"])
+def test_the_number_is_found_however_its_line_is_written(tmp_path: Path, line: str) -> None:
+    make(tmp_path)
+    (tmp_path / "params.yaml").write_bytes(f"base: {{}}\n{line}\nprompt: {{}}\n".encode())
+    assert layout.tracked(tmp_path) == 9
+
+
 def test_a_number_elsewhere_in_the_parameters_is_none_of_the_layout(tmp_path: Path) -> None:
     make(tmp_path)
     (tmp_path / "params.yaml").write_text("prompt:\n  format: 9\n  system: |\n    format: 9\n# format: 9\nformats: 9\n")
