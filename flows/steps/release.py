@@ -228,7 +228,8 @@ def _causes(compared: Mapping[str, Any]) -> dict[str, str]:
 
 def _rules(config: Config) -> gate.Rules:
     params = config.release
-    return gate.Rules(**{rule.name: getattr(params, rule.name) for rule in fields(gate.Rules)})
+    settable = [rule.name for rule in fields(gate.Rules) if rule.name in type(params).model_fields]
+    return gate.Rules(**{name: getattr(params, name) for name in settable})
 
 
 def _question(workspace: Workspace, config: Config, challenger: MixtureVersion,

@@ -96,6 +96,18 @@ def init(
     print_result(done, text(done, here), as_json)
 
 
+@app.command(rich_help_panel=DATA)
+def upgrade(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring the files of a workspace that an older moa made to the layout of this one. Makes no stage stale."""
+    from moa.workspace import upgrade as upgrading
+
+    made = upgrading.upgrade(place.workspace(), dry_run=dry_run)
+    print_result(made.as_dict(dry_run=dry_run), made.text(dry_run=dry_run), as_json)
+
+
 @app.command(rich_help_panel=RUN)
 def plan(domain: Domains = None, force: Force = None, as_json: AsJson = False) -> None:
     """Say what `moa run` would do, why, and how long it would take. Runs nothing."""

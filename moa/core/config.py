@@ -3,7 +3,11 @@
 Each group of parameters belongs to one stage, and each stage of dvc.yaml lists only its own groups.
 """
 
+import os
 import re
+import sys
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +20,10 @@ DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 PROJECT_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 WATCHED = ("prompt", "prepare", "train", "assemble", "evaluate")   # groups that stages of dvc.yaml depend on
 NO_DOMAIN = "params.yaml has no domain yet: add one with `moa domain add NAME FILE`."
+# Keys that moa once read. They are ignored, whatever they hold; `moa upgrade` removes them from the file.
+REMOVED = ("assemble.seed", "release.min_gain", "release.resamples", "release.seed", "drift.psi")
+UNLISTED = "unlisted"   # marks a key that is read, and that no scaffold, document or error message offers
+QUIET = "MOA_QUIET"      # variable of the environment; 1 = do not name them
 RESERVED = frozenset({"base", "routed", "forced", "none", "all"})
 
 
@@ -84,10 +92,11 @@ class TrainParams(Group):
     max_grad_norm: float = Field(default=1.0, gt=0)
     validation_rows: int = Field(default=32, ge=1, description="rows of the validation split used after each epoch")
     patience: int = Field(default=0, ge=0, description="epochs without improvement before stopping; 0 = off")
-    warm_patience: int = Field(default=1, ge=0, description="the same for an expert that starts from another one")
+    warm_patience: Annotated[int, UNLISTED] = Field(default=1, ge=0, description="the same for an expert that starts "
+                                                                               "from another one")
     batch_tokens: int = Field(default=448, ge=16, description="padded tokens in one forward: memory, not mathematics")
     recompute: bool = Field(default=False, description="gradient checkpointing: a third slower, much less memory")
-    seed: int = 0
+    seed: int = Field(default=0, description="the one seed: of training, alone and joint")
 
 
 class AssembleParams(Group):
@@ -97,10 +106,10 @@ class AssembleParams(Group):
     max_abstention: float = Field(default=0.01, ge=0, lt=1, description="share of known-domain validation prompts")
     joint_epochs: int = Field(default=0, ge=0, description="all experts and heads together, as in the paper; 0 = off")
     joint_learning_rate: float = Field(default=5e-4, ge=0, description="of the experts; 0 = the router alone learns")
-    joint_start: Literal["experts", "random"] = Field(default="experts", description="random = an ablation")
+    joint_start: Annotated[Literal["experts", "random"], UNLISTED] = Field(default="experts",
+                                                                           description="random = an ablation")
     eta: float = Field(default=1.0, ge=0, description="weight of the routing loss; 0 = no labels: each layer blends "
                                                       "the experts as its head says, and learns from the answers")
-    seed: int = 0
 
 
 class EvaluateParams(Group):
@@ -115,7 +124,6 @@ class ReleaseParams(Group):
     approval: Literal["auto", "manual"] = Field(default="auto", description="manual: a release that passes the gate "
                                                                             "waits for `moa release promote`")
     tolerance: float = Field(default=0.02, ge=0, description="gate: largest rise of a domain's routed loss, in nats")
-    min_gain: float = Field(default=0.001, ge=0, description="gate: least certain fall that counts as better, in nats")
     metric_rows: int = Field(default=40, ge=0, description="gate: test rows per domain that both releases answer and "
                                                            "the domain's metric scores; 0 = loss alone")
     metric_tolerance: float = Field(default=0.05, ge=0, le=1, description="gate: largest fall of a domain's mean score")
@@ -123,8 +131,6 @@ class ReleaseParams(Group):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     accuracy_drop: float = Field(default=0.02, ge=0, le=1, description="gate: routing accuracy may fall by this much")
     abstention_rise: float = Field(default=0.05, ge=0, le=1, description="gate: abstentions may rise by this share")
-    resamples: int = Field(default=10_000, ge=100, description="gate: of each bootstrap")
-    seed: int = Field(default=0, ge=0, description="gate: of the bootstraps")
 
 
 class AdaptParams(Group):
@@ -133,13 +139,16 @@ class AdaptParams(Group):
     min_rows: int = Field(default=1, ge=1, description="fewest new rows, all domains together, that start a run")
     debounce: float = Field(default=10.0, ge=0, description="seconds without a newcomer before a run starts")
     cooldown: float = Field(default=0.0, ge=0, description="seconds between the end of one run and the next")
-    settle: float = Field(default=2.0, ge=0, description="seconds that a file must lie unchanged: half a copy waits")
-    poll: float = Field(default=2.0, gt=0, description="seconds between two looks at data/incoming")
+    settle: Annotated[float, UNLISTED] = Field(default=2.0, ge=0, description="seconds that a file must lie unchanged: "
+                                                                              "half a copy waits")
+    poll: Annotated[float, UNLISTED] = Field(default=2.0, gt=0, description="seconds between two looks at "
+                                                                            "data/incoming")
     candidates: int = Field(default=3, ge=0, description="experts tried as the start of a new domain's; 0 = none")
     candidate_rows: int = Field(default=8, ge=1, description="validation rows that each candidate is tried on")
     candidate_gain: float = Field(default=0.1, ge=0, lt=1, description="share of the base's loss that a candidate must "
                                                                        "save to be preferred to a fresh start")
-    golden: int = Field(default=4, ge=0, description="test prompts per domain whose answers are compared word for word")
+    golden: Annotated[int, UNLISTED] = Field(default=4, ge=0, description="test prompts per domain whose answers are "
+                                                                          "compared word for word")
     commit: bool = Field(default=False, description="commit what a release was made of to git")
 
 
@@ -160,8 +169,8 @@ class DriftParams(Group):
         default=["email", "phone", "card", "account"], description="personal data replaced before a prompt is kept")
     cron: str | None = Field(default="0 * * * *", description="when the kept prompts are looked at; null = never")
     min_prompts: int = Field(default=100, ge=10, description="fewest kept prompts for a verdict")
-    psi: float = Field(default=0.25, gt=0, description="population stability index from which a shift is reported")
-    cluster: int = Field(default=10, ge=2, description="fewest abstained prompts that may be a missing domain")
+    cluster: Annotated[int, UNLISTED] = Field(default=10, ge=2, description="fewest abstained prompts that may be a "
+                                                                            "missing domain")
 
 
 class ExecutionParams(Group):
@@ -195,6 +204,7 @@ class Domain(Group):
 
 
 class Config(Group):
+    format: int | None = Field(default=None, ge=0, description="layout of the files in git: see moa/core/layout.py")
     project: ProjectId | None = Field(default=None, description="id, in every name on MLflow's and Prefect's servers; "
                                                                 "null = the names from before there were ids")
     base: BaseParams
@@ -220,12 +230,28 @@ class Config(Group):
 
 
 def _keys_of(location: tuple[int | str, ...]) -> str:
-    """The keys allowed at a place of params.yaml."""
+    """The keys to choose from at a place of params.yaml."""
     group: Any = Config
     for part in location:
         field = getattr(group, "model_fields", {}).get(part)
         group = field.annotation if field else Domain
-    return ", ".join(getattr(group, "model_fields", {}))
+    return ", ".join(name for name, field in getattr(group, "model_fields", {}).items()
+                     if UNLISTED not in field.metadata)
+
+
+def removed_keys(raw: Any) -> list[str]:
+    """Which keys of `REMOVED` a parsed params.yaml has."""
+    groups = raw if isinstance(raw, Mapping) else {}
+    return [name for name in REMOVED for group, _, key in [name.partition(".")]
+            if isinstance(groups.get(group), Mapping) and key in groups[group]]
+
+
+@cache   # once a process, and not in those that a command starts: their output is searched for what failed
+def _name_removed(file: str, names: tuple[str, ...]) -> None:
+    if os.environ.get(QUIET) == "1":
+        return
+    have, them = ("has", "it") if len(names) == 1 else ("have", "them")
+    print(f"{file}: {', '.join(names)} {have} no effect any more; `moa upgrade` removes {them}.", file=sys.stderr)
 
 
 def _explain(path: Path, error: ValidationError) -> str:
@@ -241,14 +267,31 @@ def _explain(path: Path, error: ValidationError) -> str:
 
 
 def load(path: Path) -> Config:
-    """Read and check `params.yaml`. Raises ConfigError with the key, what is allowed and what was found."""
+    """Read and check `params.yaml`; keys that moa reads no more are named on standard error, once.
+
+    Raises ConfigError with the key, what is allowed and what was found.
+    """
     try:
-        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing.") from None
+    config, removed = parse(text, path)
+    if removed:
+        _name_removed(path.name, tuple(removed))
+    return config
+
+
+def parse(text: str, path: Path) -> tuple[Config, list[str]]:
+    """`load` for a text that is or will be the file at `path`; and which keys of `REMOVED` it has."""
+    try:
+        raw = YAML(typ="safe").load(text)
     except YAMLError as error:
         detail = " ".join(str(error).split())
         raise ConfigError(f"{path.name} is not valid YAML: {detail}") from None
+    removed = removed_keys(raw)
+    for name in removed:
+        group, _, key = name.partition(".")
+        del raw[group][key]
     try:
         config = Config.model_validate(raw if raw is not None else {})
     except ValidationError as error:
@@ -256,4 +299,4 @@ def load(path: Path) -> Config:
     if missing := [group for group in WATCHED if group not in raw]:
         raise ConfigError(f"{path.name}: the group {missing[0]!r} is missing, and DVC watches it; write "
                           f"`{missing[0]}: {{}}` for its defaults.")
-    return config
+    return config, removed

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from moa.core import layout
 from moa.core.errors import UsageError
 
 MANIFEST = "manifest.json"
@@ -27,10 +28,14 @@ class Workspace:
 
     @classmethod
     def find(cls, start: Path | None = None) -> "Workspace":
-        """The workspace at `start` or the nearest folder above it. Raises UsageError when there is none."""
+        """The workspace at `start` or the nearest folder above it.
+
+        Raises UsageError when there is none, and ConfigError when a newer moa has made it.
+        """
         here = (start or Path.cwd()).resolve()
         for folder in (here, *here.parents):
             if (folder / "params.yaml").is_file() and (folder / "dvc.yaml").is_file():
+                layout.check(folder)
                 return cls(folder)
         raise UsageError(
             f"No workspace at {here} or above it: a workspace is a folder with params.yaml and dvc.yaml. "

@@ -51,10 +51,10 @@ LIBRARIES = ("typer.rich_utils", "pydantic.main", "pydantic.fields", "ruamel.yam
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Environment of our children: this interpreter's scripts first on PATH, no telemetry, no proxy before loopback,
-    no variable that ties git to another repository than theirs."""
+    no variable that ties git to another repository than theirs, nothing about keys that we name ourselves."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**git.environment(), **without_proxy(os.environ), **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1",
-            **(extra or {})}
+    return {**git.environment(), **without_proxy(os.environ), **QUIET, "MOA_QUIET": "1", "PATH": path,
+            "PYTHONUNBUFFERED": "1", **(extra or {})}
 
 
 def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: OnLine,

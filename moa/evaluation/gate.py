@@ -33,7 +33,7 @@ Pairs = Sequence[tuple[float | None, float | None]]   # challenger, other
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a challenger may do: `release` in params.yaml."""
+    """What a challenger may do: `release` in params.yaml, as far as it has a key for it."""
 
     tolerance: float = 0.02          # largest rise of a domain's mean loss, in nats
     min_gain: float = 0.001          # a fall of less than this is no improvement, however certain: rounding is certain

@@ -142,14 +142,14 @@ def _joined(workspace: Workspace, config: Config, base: Base, encoder: ChatEncod
     labels, params = list(facts), config.assemble
     specs = [peft_format.read_spec(workspace.expert(domain)) for domain in labels]
     stack = ExpertStack(base.model, specs, config.train.targets)
-    train = config.train.model_copy(update={"epochs": params.joint_epochs, "seed": params.seed,
+    train = config.train.model_copy(update={"epochs": params.joint_epochs,
                                             "learning_rate": params.joint_learning_rate})
     learners = []
     for expert, domain in enumerate(labels):
         if params.joint_start == "experts":
             peft_format.load(stack, expert, workspace.expert(domain))
         else:
-            stack.initialise(expert, seed_for(domain, params.seed))
+            stack.initialise(expert, seed_for(domain, train.seed))
     stack.trainable(True)
     for expert, domain in enumerate(labels):
         training, validation = ([encoder.row(row.messages) for row in corpus.read(workspace.corpus(domain), split)]

@@ -30,6 +30,7 @@ VALIDATION_ROWS = 4_000   # of all domains together that the comparison is made 
 WIDTH_ROWS = 100          # of each domain that say how far apart its prompts are
 ABSTAINED = 20_000        # newest abstained prompts that are considered
 SAMPLE = 1_000            # of these that are grouped, drawn with a fixed seed: memory grows with the square
+PSI_LIMIT = 0.25          # population stability index from which a shift is reported
 FOUND = 3                 # exit code of `moa drift` when somebody should look
 SHOWN = 200               # characters of an example
 NEAREST = 3               # experts named for a group
@@ -52,7 +53,7 @@ def check(workspace: Workspace, config: Config) -> dict[str, Any]:
                  if len(served) >= least or len(abstained) >= config.drift.cluster else None)
     known = [RoutedPrompt(**row) for row in reference["rows"]] if reference else []
     measures = drift_statistics.measures([_seen(each) for each in served], known, window=WINDOW, least=least,
-                                         psi_limit=config.drift.psi)
+                                         psi_limit=PSI_LIMIT)
     missing = (_missing(mixture, abstained, reference["width"], config.drift.cluster)
                if reference and len(abstained) >= config.drift.cluster else _nothing(len(abstained)))
     return {"release": version.version, "name": version.name, "digest": version.digest,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moa.base import sources
-from moa.core import git
+from moa.core import git, layout
 from moa.core.errors import BaseModelError, UsageError
 from moa.core.files import write_atomic
 from moa.core.project import fresh
@@ -58,6 +58,7 @@ def _make(root: Path, texts: dict[str, str], project: str) -> dict[str, Any]:
     for name, text in {"params.yaml": texts["params.yaml"], **kept, **texts}.items():
         write_atomic(root / name, text.encode("utf-8"))
         changed.append(name)
+    layout.mark(root)
     return {"workspace": str(root), "git": new, "dvc": dvc, "files": changed}
 
 

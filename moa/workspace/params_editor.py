@@ -1,9 +1,10 @@
-"""A domain into or out of the text of params.yaml; every other byte stays, comments and quotes included.
+"""A domain or another key into or out of the text of params.yaml; every other byte stays, comments and quotes included.
 
 YAML libraries give a comment between two keys to the key above it, so that writing the parsed file again moves or loses
 it. Here the parser only says where things stand. Knows neither files nor what the values mean.
 """
 
+import re
 from collections.abc import Mapping
 from io import StringIO
 from typing import Any, NamedTuple
@@ -54,10 +55,31 @@ def remove_domain(text: str, name: str) -> str:
     return _checked(changed, expected, f"take {name!r} out of it yourself and run the command again.")
 
 
+def remove_key(text: str, group: str, key: str) -> str:
+    """The text without `key` in `group`. Raises ConfigError when that must be done by hand."""
+    expected = _parsed(text)
+    del expected[group][key]
+    return _checked(_without(text, group, key), expected, f"take {group}.{key} out of it yourself and run the command "
+                                                          "again.")
+
+
+def set_number(text: str, key: str, number: int, comment: str) -> str:
+    """The text with `key: number` at its top level: in the place of an older number, or at its end with `comment`."""
+    expected = {**_parsed(text), key: number}
+    changed, found = re.subn(rf"^{key}:[ \t]+\d+", f"{key}: {number}", text, count=1, flags=re.MULTILINE)
+    if not found:
+        newline = "\r\n" if "\r\n" in text else "\n"
+        gap = "" if text.endswith("\n") else newline
+        changed = f"{text}{gap}{newline}{key}: {number}   # {comment}{newline}"
+    return _checked(changed, expected, f"write `{key}: {number}` into it yourself and run the command again.")
+
+
 def _without(text: str, group: str, name: str) -> str:
     key, collection = _top(text, group)
     spans = _spans(text, collection)
-    at = next(number for number, span in enumerate(spans) if span.key == name)
+    at = next((number for number, span in enumerate(spans) if span.key == name), None)
+    if at is None:   # merged from another place
+        raise ConfigError(f"{BY_HAND}: `{group}` must be written out in it.")
     empty = "{}" if isinstance(collection, MappingNode) else "[]"
     if len(spans) == 1:
         if collection.flow_style:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moa.core import code_version, transaction
+from moa.core import code_version, layout, transaction
 from moa.core.errors import PipelineError, UsageError
 from moa.core.files import write_atomic
 from moa.core.paths import Workspace
@@ -84,6 +84,7 @@ class Pipeline:
         try:
             abandoned = owner.read()
             with owner.seen():
+                layout.mark(self.workspace.root)
                 self._clear_stale_locks()
                 transaction.undo(self.workspace)
                 origins.mend(self.workspace)

@@ -1,4 +1,5 @@
-"""A workspace that an older version of moa left is gone on with: tests/data/README.md says what is in it."""
+"""A workspace that an older version of moa left is gone on with, before and after `moa upgrade`: tests/data/README.md
+says what is in it."""
 
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from ruamel.yaml import YAML
 
 from flows.steps import event_log
 from moa.core.paths import Workspace
@@ -28,6 +30,13 @@ import json, sys, mlflow
 model = mlflow.pyfunc.load_model("models:/moa-mixture@champion")
 print(json.dumps(model.predict({"messages": [{"role": "user", "content": sys.argv[1]}], "max_tokens": 4})))
 """
+# As a worker of a work pool loads what prefect.yaml names.
+FLOWS = """
+import sys
+from prefect.flows import load_flow_from_entrypoint
+print(*(load_flow_from_entrypoint(name).name for name in sys.argv[1:]))
+"""
+REMOVED = {"assemble: {}\n": "assemble:\n  seed: 0   # ours\n", "  min_rows: 4\n": "  min_rows: 4\n  seed: 0\n"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +48,8 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workspace(unpacked: Path, tmp_path: Path) -> Workspace:
+def old(unpacked: Path, tmp_path: Path) -> Workspace:
+    """With two keys of params.yaml that moa read then and does not read any more."""
     root = tmp_path / "w"
     shutil.copytree(unpacked, root, symlinks=True)
     database = sqlite3.connect(root / ".moa" / "mlflow" / "mlflow.db")
@@ -47,7 +57,19 @@ def workspace(unpacked: Path, tmp_path: Path) -> Workspace:
         for table, column in LOCATIONS.items():
             database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (PLACE, str(root)))
     database.close()
+    text = (root / "params.yaml").read_text()
+    for before, after in REMOVED.items():
+        assert before in text
+        text = text.replace(before, after)
+    (root / "params.yaml").write_text(text)
     return Workspace(root)
+
+
+@pytest.fixture(params=["as it was", "upgraded"])
+def workspace(request: pytest.FixtureRequest, old: Workspace) -> Workspace:
+    if request.param == "upgraded":
+        moa(old, "upgrade")
+    return old
 
 
 def environment() -> dict[str, str]:
@@ -118,3 +140,35 @@ def test_what_was_interrupted_is_brought_to_an_end(workspace: Workspace) -> None
     moa(workspace, "run", "--local")
     assert not said(workspace, "plan")["stale"]
     assert said(workspace, "status")["champion"].startswith("moa-mixture version ")   # the names it always had
+
+
+def test_its_flows_are_where_its_prefect_file_says(old: Workspace) -> None:
+    named = [each["entrypoint"] for each in YAML(typ="safe").load(old.root / "prefect.yaml")["deployments"]]
+    done = subprocess.run([sys.executable, "-c", FLOWS, *named], cwd=old.root, env=environment(), text=True, check=True,
+                          capture_output=True)
+    assert done.stdout.split() == ["adapt", "retrain", "drift"]
+
+
+def stale(workspace: Workspace) -> tuple[list[str], list[str]]:
+    """What moa finds stale itself, without what may follow from it, and what DVC does."""
+    found = [each["name"] for each in said(workspace, "plan")["stale"] if each["state"] == "stale"]
+    words = [sys.executable, "-m", "dvc", "status", "--json"]
+    status = json.loads(subprocess.run(words, cwd=workspace.root, env=environment(), text=True, check=True,
+                                       capture_output=True).stdout)
+    return sorted(found), sorted(name for name in status if not name.endswith(".dvc"))
+
+
+def test_an_upgrade_makes_nothing_stale_and_changes_no_name(old: Workspace) -> None:
+    def tracked() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in old.root.iterdir() if path.is_file()}
+
+    facts, before, files = said(old, "status"), stale(old), tracked()
+    assert before[0] == before[1]
+    shown = said(old, "upgrade", "--dry-run")
+    assert shown["files"] == ["params.yaml"] and tracked() == files   # its stages never recorded these keys
+    assert said(old, "upgrade")["diff"] == shown["diff"]
+    assert "assemble: {}\n" in (text := old.params.read_text()) and "seed" not in text and "format: 1 " in text
+    assert {name for name, data in tracked().items() if data != files[name]} == {"params.yaml"}
+    assert said(old, "upgrade")["files"] == []
+    assert stale(old) == before
+    assert said(old, "status") == facts

@@ -1,0 +1,64 @@
+"""Which layout a workspace has: how its files are named and written, as a number that a newer moa may raise.
+
+Two places hold it, because a workspace has two kinds of files:
+
+    params.yaml     `format: N` is the layout of the files in git; clones share it. Without the key it is 0.
+    .moa/format     the layout of this machine's own files. A clone has none until its first change.
+
+Light to import: every command asks.
+"""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from moa import __version__
+from moa.core.errors import ConfigError
+from moa.core.files import write_atomic
+
+OLDEST, LAYOUT = 0, 1   # what this moa reads; the last is what it writes
+# Parsing YAML here would cost each command time.
+TRACKED = re.compile(r"""^(["']?)format\1[ \t]*:[ \t]+(\d+)[ \t]*(?:#.*)?$""", re.MULTILINE)
+
+
+def check(root: Path) -> None:
+    """Let a workspace through whose layout this moa knows.
+
+    Raises:
+        ConfigError: The workspace is of a newer moa, or `.moa/format` holds no number.
+    """
+    for place, number in (("params.yaml", tracked(root)), (".moa/format", local(root))):
+        if number is not None and number > LAYOUT:
+            raise ConfigError(f"This workspace has layout {number} ({place}), which a newer moa made, and moa "
+                              f"{__version__} reads layouts {OLDEST} to {LAYOUT}: run `pip install -U moa` and the "
+                              "command again.")
+
+
+def tracked(root: Path) -> int | None:
+    """The layout of the files in git, None where params.yaml does not say."""
+    with suppress(OSError, UnicodeDecodeError):   # whatever reads the parameters next says what is wrong with them
+        if found := TRACKED.search((root / "params.yaml").read_text(encoding="utf-8")):
+            return int(found[2])
+    return None
+
+
+def local(root: Path) -> int | None:
+    """The layout of `.moa/`, None where no moa that knows layouts has changed anything."""
+    try:
+        text = _path(root).read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ConfigError(f".moa/format should hold the number of the workspace's layout, and holds {text[:20]!r}: "
+                          "delete the file, and the next change writes it.")
+    return int(text)
+
+
+def mark(root: Path) -> None:
+    """Say which layout `.moa/` has, where nothing says it yet: layout 1 is layout 0 with this file."""
+    if not _path(root).exists():
+        write_atomic(_path(root), f"{LAYOUT}\n".encode())
+
+
+def _path(root: Path) -> Path:
+    return root / ".moa" / "format"

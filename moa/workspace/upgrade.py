@@ -1,0 +1,272 @@
+"""`moa upgrade`: the files of an older workspace made what this moa writes, comments kept; all of them or none.
+
+`plan` makes the new texts out of the old ones and changes nothing. Values that users set stay: the upgrade removes only
+keys that moa reads no more, and adds only what moa's own stages must name. No name on a server changes, so a workspace
+without a project id gets none. What a stage recorded in dvc.lock is edited along with the key that it records, so the
+removal of a key without effect makes no stage stale.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML, YAMLError
+
+from moa.core import config as parameters
+from moa.core import layout
+from moa.core.config import Config
+from moa.core.errors import ConfigError
+from moa.core.paths import Workspace
+from moa.core.project import Names
+from moa.core.transaction import transaction
+from moa.experts import warm_start
+from moa.workspace import params_editor, stage_inputs
+from moa.workspace.init import SCAFFOLD
+from moa.workspace.pipeline import Pipeline
+
+PARAMS, PIPELINE, LOCK, PREFECT = FILES = ("params.yaml", "dvc.yaml", "dvc.lock", "prefect.yaml")
+FORMAT_COMMENT = "of this folder's files; `moa upgrade` raises it"
+OLD_TRIGGER = "moa.domain.*"   # matches no event of a project with an id
+Texts = dict[str, str]         # by file
+
+
+@dataclass
+class Upgrade:
+    """New texts of files that change, what is done to them, and what is left for the user to decide."""
+
+    old: Texts
+    new: Texts
+    done: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+    def diff(self) -> str:
+        """Unified, as `git apply` takes it."""
+        return "".join(line if line.endswith("\n") else f"{line}\n" for name in self.changed()
+                       for line in difflib.unified_diff(_lines(self.old[name]), _lines(self.new[name]),
+                                                        f"a/{name}", f"b/{name}"))
+
+    def changed(self) -> list[str]:
+        return [name for name in FILES if self.new.get(name) != self.old.get(name)]
+
+    def as_dict(self, *, dry_run: bool) -> dict[str, Any]:
+        """For --json."""
+        return {"layout": layout.LAYOUT, "dry_run": dry_run, "files": self.changed(), "done": self.done,
+                "left": self.left, "diff": self.diff()}
+
+    def text(self, *, dry_run: bool) -> str:
+        """For people."""
+        left = [f"Left as it is: {line}." for line in self.left]
+        if not self.changed():
+            return "\n".join([f"Nothing to do: the workspace has layout {layout.LAYOUT}.", *left])
+        if dry_run:
+            return "\n".join([self.diff(), *left, "Nothing was changed: `moa upgrade` does this."])
+        return "\n".join([*(f"  {line}" for line in self.done), *left, f"The workspace has layout {layout.LAYOUT} now. "
+                          f"Commit {', '.join(self.changed())} to git."])
+
+
+def upgrade(workspace: Workspace, *, dry_run: bool = False) -> Upgrade:
+    """Bring the files to this moa's layout, or with `dry_run` say what would be done.
+
+    Raises ConfigError where a file cannot be read or must be edited by hand, and then nothing has changed.
+    """
+    if dry_run:
+        return plan(workspace, _read(workspace.root))
+    with Pipeline(workspace).lock():
+        made = plan(workspace, _read(workspace.root))
+        files = {workspace.root / name: made.new[name] for name in made.changed()}
+        if files:
+            with transaction(workspace, "moa upgrade", files=files) as change:
+                for path, text in files.items():
+                    change.write(path, text)
+    return made
+
+
+def plan(workspace: Workspace, texts: Mapping[str, str]) -> Upgrade:
+    """What is to be done to these texts of the workspace's files. Changes nothing."""
+    made = Upgrade(dict(texts), dict(texts))
+    config, removed = parameters.parse(texts[PARAMS], Path(PARAMS))
+    for name in removed:
+        if name in texts[PIPELINE]:   # as a parameter of a stage, or in a command
+            made.left.append(f"{name} in {PARAMS}, which {PIPELINE} names and moa reads no more")
+            continue
+        made.new[PARAMS] = params_editor.remove_key(made.new[PARAMS], *name.split("."))
+        made.done.append(f"{PARAMS}: {name} removed, which had no effect any more")
+    if (config.format or 0) < layout.LAYOUT:
+        made.new[PARAMS] = params_editor.set_number(made.new[PARAMS], "format", layout.LAYOUT, FORMAT_COMMENT)
+        made.done.append(f"{PARAMS}: layout {layout.LAYOUT} named")
+    edit_pipeline(workspace, made)
+    edit_lock(workspace, made, [name for name in removed if not any(name in line for line in made.left)])
+    edit_prefect(made, config)
+    return made
+
+
+# dvc.yaml
+
+def edit_pipeline(workspace: Workspace, made: Upgrade) -> None:
+    """Give moa's own stages the parameters that they lack, and take out dependencies on modules of moa.
+
+    A stage whose command is not moa's own is its user's business.
+    """
+    yaml, content = _editable(made.new[PIPELINE], PIPELINE)
+    said = len(made.done)
+    for name, ours in _our_stages().items():
+        stage = _body(content, name)
+        if stage is None or stage.get("cmd") != ours["cmd"]:
+            continue
+        params = stage.setdefault("params", [])
+        for at, entry in enumerate(ours["params"]):
+            if isinstance(params, list) and not any(_covers(other, entry) for other in params):
+                params.insert(at, entry)
+                made.done.append(f"{PIPELINE}: {name} depends on {_named(entry)}")
+        for path in [path for path in _modules(stage) if not (workspace.root / path).exists()]:
+            stage["deps"].remove(path)
+            made.done.append(f"{PIPELINE}: {name} depends no more on {path}, which is not there")
+        if stage.get("deps") == []:
+            del stage["deps"]
+    if len(made.done) > said:
+        made.new[PIPELINE] = _dumped(yaml, content, made.old[PIPELINE])
+
+
+def _our_stages() -> dict[str, Any]:
+    """The stages of a new workspace, each without its loop over domains."""
+    _, content = _editable((SCAFFOLD / "pipeline.yaml").read_text("utf-8"), "pipeline.yaml")
+    return {name: stage.get("do", stage) for name, stage in content["stages"].items()}
+
+
+def _body(content: Any, name: str) -> Any:
+    stages = content.get("stages") if isinstance(content, Mapping) else None
+    stage = stages.get(name) if isinstance(stages, Mapping) else None
+    body = stage.get("do", stage) if isinstance(stage, Mapping) else None
+    return body if isinstance(body, Mapping) else None
+
+
+def _covers(entry: Any, wanted: Any) -> bool:
+    """Whether a stage that lists `entry` among its parameters depends on `wanted`."""
+    if isinstance(entry, Mapping) and isinstance(wanted, Mapping):
+        return all(file in entry and (not entry[file] or set(keys) <= set(entry[file]))
+                   for file, keys in wanted.items())
+    return entry == wanted or (isinstance(entry, str) and isinstance(wanted, str) and wanted.startswith(f"{entry}."))
+
+
+def _named(entry: Any) -> str:
+    return ", ".join(entry) if isinstance(entry, Mapping) else str(entry)
+
+
+def _modules(stage: Mapping[str, Any]) -> list[str]:
+    """Of moa, from before code was a parameter."""
+    deps = stage.get("deps")
+    listed = deps if isinstance(deps, list) else []
+    return [path for path in listed if isinstance(path, str) and path.startswith("moa/")]
+
+
+# dvc.lock
+
+def edit_lock(workspace: Workspace, made: Upgrade, removed: list[str]) -> None:
+    """Let stages have recorded what the other files say now, where that has no effect on their results.
+
+    DVC compares whole groups of params.yaml with what a stage recorded. A training that recorded no start is given the
+    one of now: that is all that the layouts without this parameter could record.
+    """
+    if LOCK not in made.old:
+        return
+    stages = (_parsed(made.old[LOCK], LOCK) or {}).get("stages") or {}
+    starts = warm_start.read(workspace) if made.new[PIPELINE] != made.old[PIPELINE] else None
+    edits = [*_recorded(stages, removed), *([] if starts is None else _startless(workspace, stages, starts))]
+    if not edits:
+        return
+    from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
+
+    content: Any = parse_yaml_for_update(made.old[LOCK], LOCK)   # as DVC itself edits the file
+    for name, file, group, value in edits:
+        recorded = content["stages"][name]["params"]
+        if file == PARAMS:
+            del recorded[file][group][value]
+            made.done.append(f"{LOCK}: {group}.{value} removed from what {name} recorded")
+        else:
+            recorded[file] = {group: value}
+            made.done.append(f"{LOCK}: {name} recorded where its training began")
+    made.new[LOCK] = dumps_yaml(content)
+
+
+def _recorded(stages: Mapping[str, Any], removed: list[str]) -> Iterator[tuple[str, str, str, Any]]:
+    """Stage, file, group and key of every removed key that a stage recorded in its group."""
+    for name, stage in stages.items():
+        groups = (stage.get("params") or {}).get(PARAMS) or {}
+        for group, key in (each.split(".") for each in removed):
+            if isinstance(groups.get(group), Mapping) and key in groups[group]:
+                yield name, PARAMS, group, key
+
+
+def _startless(workspace: Workspace, stages: Mapping[str, Any],
+               starts: Mapping[str, warm_start.InitialExpert]) -> Iterator[tuple[str, str, str, Any]]:
+    """Stage, file, domain and start of every training that recorded none."""
+    file = workspace.relative(workspace.projection)
+    for name, stage in stages.items():
+        step, _, domain = name.partition("@")
+        if step == "train" and domain and file not in (stage.get("params") or {file: None}):
+            yield name, file, domain, stage_inputs.entry(workspace, starts[domain]) if domain in starts else None
+
+
+# prefect.yaml
+
+def edit_prefect(made: Upgrade, config: Config) -> None:
+    """Let the trigger of a project with an id match its events."""
+    if PREFECT not in made.old or config.project is None or OLD_TRIGGER not in made.old[PREFECT]:
+        return
+    yaml, content = _editable(made.old[PREFECT], PREFECT)
+    resource, found = Names.of(config).resource("domain", "*"), False
+    for deployment in _list(content, "deployments"):
+        for trigger in _list(deployment, "triggers"):
+            match = trigger.get("match") if isinstance(trigger, Mapping) else None
+            if isinstance(match, dict) and match.get("prefect.resource.id") == OLD_TRIGGER:
+                match["prefect.resource.id"], found = resource, True
+    if found:
+        made.done.append(f"{PREFECT}: the trigger matches {resource}")
+        made.new[PREFECT] = _dumped(yaml, content, made.old[PREFECT])
+
+
+def _list(content: Any, key: str) -> list[Any]:
+    found = content.get(key) if isinstance(content, Mapping) else None
+    return found if isinstance(found, list) else []
+
+
+# Texts
+
+def _read(root: Path) -> Texts:
+    texts = {}
+    for name in FILES:
+        try:
+            texts[name] = (root / name).read_bytes().decode("utf-8")   # line ends stay as they are
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name} cannot be read ({error}).") from None
+    return texts
+
+
+def _editable(text: str, name: str) -> tuple[Any, Any]:
+    """A parser that keeps comments and quotes, and what it makes of the text."""
+    yaml: Any = YAML()
+    yaml.preserve_quotes, yaml.width, yaml.brace_single_entry_mapping_in_flow_sequence = True, 1 << 20, True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml, _parsed(text, name, yaml)
+
+
+def _parsed(text: str, name: str, yaml: Any = None) -> Any:
+    try:
+        return (yaml or YAML(typ="safe")).load(text)
+    except YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _dumped(yaml: Any, content: Any, old: str) -> str:
+    out = StringIO()
+    yaml.dump(content, out)
+    return out.getvalue().replace("\n", "\r\n") if "\r\n" in old else out.getvalue()
+
+
+def _lines(text: str) -> list[str]:
+    return text.splitlines(keepends=True)
