@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/moa run
 
 demo-adapt: .venv/installed
-	$(BIN)/python -m flows.demo
+	$(BIN)/python examples/demo_adapt.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

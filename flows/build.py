@@ -3,6 +3,7 @@
 Prefect's task cache stays off: DVC alone knows what is fresh, and such a stage ends in a state named `Cached`.
 """
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,17 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled, Completed, Crashed
 
 from flows import artifacts
+from flows.steps import event_log
 from flows.steps.runner import Call, Outcome, attempt
 from flows.steps.session import BuildOptions, opened
 from flows.steps.stage_order import build as build_stages
+from moa.core.config import load
 from moa.core.errors import PipelineError
 from moa.core.paths import Workspace
-from moa.core.supervisor import stop_all
+from moa.core.supervisor import end_with_parent, stop_all
+
+if "PREFECT__FLOW_RUN_ID" in os.environ:   # a runner started this process for one flow run
+    end_with_parent()                      # and when the runner is killed, it cannot end this process
 
 
 class PrefectRunner:
@@ -84,3 +90,9 @@ def build(root: str = ".", domains: list[str] | None = None, force: list[str] | 
     if failure := result.failure():
         raise failure
     return result.as_dict()
+
+
+def flow_context(root: str) -> tuple[Workspace, PrefectRunner, int]:
+    """The workspace at `root`, a runner for its flow, and how many lines its event log has."""
+    workspace = Workspace.find(Path(root))
+    return workspace, PrefectRunner(load(workspace.params).execution.workers), len(event_log.read(workspace))

@@ -10,8 +10,9 @@ from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.events import DeploymentEventTrigger
 from prefect.flows import EntrypointType, Flow
 
-from flows.adapt import adapt, retrain
+from flows.adapt import adapt
 from flows.drift import drift
+from flows.retrain import retrain
 from flows.sensor import ARRIVED, related
 from moa.core.config import Config, DriftParams, RetrainParams
 from moa.core.paths import Workspace

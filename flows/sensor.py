@@ -14,7 +14,7 @@ from typing import Any
 
 from flows import prefect_api
 from flows.steps import event_log
-from flows.steps.attempt import AdaptationState
+from flows.steps.adaptation_state import AdaptationState
 from flows.steps.learning import pending
 from moa.core.config import Config, load
 from moa.core.errors import in_words

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from flows.steps import adapt_policy, event_log
-from flows.steps.attempt import AdaptationState
+from flows.steps.adaptation_state import AdaptationState
 from flows.steps.run_context import (
     After,
     Busy,

@@ -5,7 +5,7 @@ Knows no ML, and not whether Prefect watches. Each decision is a line of the led
 
 import time
 
-from flows.steps.attempt import AdaptationState
+from flows.steps.adaptation_state import AdaptationState
 from flows.steps.learning import reconcile
 from flows.steps.run_context import (
     After,

@@ -133,7 +133,7 @@ class Workspace:
 
     @property
     def adaptation_state(self) -> Path:
-        """The adaptation that is under way, or was interrupted: see flows/steps/attempt.py."""
+        """The adaptation that is under way, or was interrupted: see flows/steps/adaptation_state.py."""
         return self.local / "attempt.json"
 
     @property

@@ -30,6 +30,7 @@ from moa.workspace.pipeline import Pipeline
 PARAMS, PIPELINE, LOCK, PREFECT = FILES = ("params.yaml", "dvc.yaml", "dvc.lock", "prefect.yaml")
 FORMAT_COMMENT = "of this folder's files; `moa upgrade` raises it"
 OLD_TRIGGER = "moa.domain.*"   # matches no event of a project with an id
+ENTRYPOINTS = {"flows.adapt.retrain": "flows.retrain.retrain"}   # former names, which still work
 Texts = dict[str, str]         # by file
 
 
@@ -213,18 +214,25 @@ def _startless(workspace: Workspace, stages: Mapping[str, Any],
 # prefect.yaml
 
 def edit_prefect(made: Upgrade, config: Config) -> None:
-    """Let the trigger of a project with an id match its events."""
-    if PREFECT not in made.old or config.project is None or OLD_TRIGGER not in made.old[PREFECT]:
+    """Name the flows as they are called now, and let the trigger of a project with an id match its events."""
+    if PREFECT not in made.old or not any(each in made.old[PREFECT] for each in (OLD_TRIGGER, *ENTRYPOINTS)):
         return
     yaml, content = _editable(made.old[PREFECT], PREFECT)
-    resource, found = Names.of(config).resource("domain", "*"), False
+    resource, found, renamed = Names.of(config).resource("domain", "*"), False, False
     for deployment in _list(content, "deployments"):
+        if isinstance(deployment, dict) and deployment.get("entrypoint") in ENTRYPOINTS:
+            former = deployment["entrypoint"]
+            deployment["entrypoint"], renamed = ENTRYPOINTS[former], True
+            made.done.append(f"{PREFECT}: {former} is called {ENTRYPOINTS[former]}")
+        if config.project is None:
+            continue
         for trigger in _list(deployment, "triggers"):
             match = trigger.get("match") if isinstance(trigger, Mapping) else None
             if isinstance(match, dict) and match.get("prefect.resource.id") == OLD_TRIGGER:
                 match["prefect.resource.id"], found = resource, True
     if found:
         made.done.append(f"{PREFECT}: the trigger matches {resource}")
+    if found or renamed:
         made.new[PREFECT] = _dumped(yaml, content, made.old[PREFECT])
 
 

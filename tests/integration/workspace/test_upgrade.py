@@ -188,6 +188,15 @@ def test_the_trigger_of_a_project_with_an_id_matches_its_events(workspace: Works
     assert prefect.read_text() == today
 
 
+def test_a_flow_that_moved_is_named_where_it_lies(workspace: Workspace) -> None:
+    prefect = workspace.root / "prefect.yaml"
+    today = prefect.read_text()
+    prefect.write_text(today.replace("flows.retrain.retrain", "flows.adapt.retrain"))
+    assert "prefect.yaml" in upgrade.upgrade(workspace).changed()
+    assert prefect.read_text() == today
+
+
+
 def test_without_an_id_names_on_servers_stay(workspace: Workspace) -> None:
     workspace.params.write_text(re.sub(r"(?m)^project: .*\n", "", workspace.params.read_text()))
     prefect = workspace.root / "prefect.yaml"

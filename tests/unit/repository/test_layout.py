@@ -25,7 +25,8 @@ SLOW = {"moa.base.kernels.attention", "moa.base.kernels.llama_ops", "moa.experts
         "moa.mixture.calibration", "moa.mixture.expert_cache", "moa.mixture.generation.decoding",
         "moa.mixture.generation.engine", "moa.mixture.generation.native", "moa.mixture.generation.sampling",
         "moa.mixture.joint_training", "moa.mixture.layer_routing", "moa.mixture.mixture", "moa.mixture.router",
-        "moa.serving.active_release", "flows.adapt", "flows.build", "flows.deployments", "flows.drift"}
+        "moa.serving.active_release", "flows.adapt", "flows.build", "flows.deployments", "flows.drift",
+        "flows.retrain"}
 # Read by many stages, a dependency of none: where a step runs must not change its result, and the base's source
 # reaches every stage as the digests in the base's manifest.
 EVERYWHERE = {"execution", "base"}

@@ -19,7 +19,7 @@ from moa.core.subprocesses import environment
 from moa.data.quickstart import write
 
 NAME = "calendar"
-PATIENCE = 3600.0   # seconds until we stop believing
+PATIENCE = 3600.0   # seconds to wait for a run before giving up
 
 
 def main() -> int:
@@ -52,7 +52,7 @@ def arrive(workspace: Workspace, rows: bytes) -> None:
 
 
 def ask(workspace: Workspace, question: str) -> str:
-    """What the champion says, and who it is that says it."""
+    """The champion's answer, with its version and the expert that gave it."""
     done = subprocess.run([sys.executable, "-P", "-m", "moa", "ask", question, "--json", "--max-new-tokens", "48"],
                           cwd=workspace.root, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -70,7 +70,7 @@ def wait(ready: Any, up: "subprocess.Popen[bytes]") -> None:
 
 
 def follow(workspace: Workspace, last: int, up: "subprocess.Popen[bytes]") -> None:
-    """Print the ledger's lines as they come, to the end of the run."""
+    """Print the event log's lines as they come, to the end of the run."""
     def ended() -> bool:
         nonlocal last
         for entry in event_log.read(workspace):
