@@ -31,7 +31,7 @@ class PrefectRunner:
     """Each call is a task run of the flow that is running."""
 
     def __init__(self, workers: int = 1_000_000) -> None:
-        """`workers` bounds the calls side by side, where nobody has set the flow's task runner."""
+        """`workers` bounds the calls side by side, where the flow has no task runner of its own."""
         self.interrupted = threading.Event()
         self.free = threading.BoundedSemaphore(workers)
 
@@ -66,7 +66,7 @@ class PrefectRunner:
 def close_abandoned() -> None:
     """Say `Crashed` of builds that a killed process left `Running`.
 
-    For a server of one workspace, under that workspace's lock: nobody else can be building.
+    For a server of one workspace, under that workspace's lock: no other build can be running.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType

@@ -1,6 +1,6 @@
 """What Prefect is told of a workspace's flows: names, schedules, triggers. prefect.yaml says the same for a work pool.
 
-Imports Prefect: whoever imports this has set PREFECT_API_URL.
+Imports Prefect, so PREFECT_API_URL must be set before this module is imported.
 """
 
 from datetime import timedelta

@@ -40,7 +40,7 @@ def check(workspace: Workspace) -> dict[str, Any]:
     report, problem = moa_json(workspace, "drift")
     if not report:
         raise PipelineError(f"The kept prompts could not be looked at: {problem}")
-    return report   # it exits with 3 when somebody should look
+    return report   # the command exits with 3 when the drift needs attention
 
 
 def note(workspace: Workspace, report: dict[str, Any]) -> dict[str, Any] | None:

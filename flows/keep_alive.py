@@ -177,12 +177,12 @@ class CommandService:
         self.waits = waits
         self.log = workspace.logs / f"up-{name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._leash = self._begin()
+        self._process = self._begin()
         self._answered = False
 
     def state(self) -> State:
-        if self._leash.ended:
-            status = self._leash.wait()
+        if self._process.ended:
+            status = self._process.wait()
             if status in self.waits:
                 return State("waiting", self.waits[status])
             return State("ended", f"ended with status {status} (its output: {self.workspace.relative(self.log)})")
@@ -190,11 +190,11 @@ class CommandService:
         return State("up" if self._answered else "starting")
 
     def start(self) -> None:
-        self._leash.stop()   # what the command itself started may be left, and hold the port
-        self._leash, self._answered = self._begin(), False
+        self._process.stop()   # what the command itself started may be left, and hold the port
+        self._process, self._answered = self._begin(), False
 
     def stop(self) -> None:
-        self._leash.stop()
+        self._process.stop()
 
     def _begin(self) -> SupervisedProcess:
         with self.log.open("a", encoding="utf-8") as file:

@@ -79,7 +79,7 @@ def terminated_as_interrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield   # signals are somebody else's here
+        yield   # only the main thread may set signal handlers
         return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

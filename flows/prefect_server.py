@@ -35,11 +35,11 @@ class Server:
         """`begin` starts a server of our own; None = the server at `api` is not ours to start or stop."""
         self.api = api
         self._begin, self._log = begin, log
-        self._leash = begin() if begin is not None else None
+        self._process = begin() if begin is not None else None
 
     @property
     def own(self) -> bool:
-        return self._leash is not None
+        return self._process is not None
 
     @property
     def url(self) -> str:
@@ -53,8 +53,8 @@ class Server:
         os.environ.update(self.api.environment())
         deadline = time.monotonic() + START_SECONDS
         importlib.import_module("prefect.flows")   # a second of work for us, while the server is at its own
-        while self._leash is not None and not self.api.answers():
-            if self._leash.ended or time.monotonic() > deadline:
+        while self._process is not None and not self.api.answers():
+            if self._process.ended or time.monotonic() > deadline:
                 raise PipelineError(f"The Prefect server did not start (its output: {self._log}); "
                                     "`moa run --local` does the same work without one.")
             time.sleep(0.1)
@@ -63,13 +63,13 @@ class Server:
     @property
     def ended(self) -> bool:
         """Whether it was ours and ended by itself."""
-        return self._leash is not None and self._leash.ended
+        return self._process is not None and self._process.ended
 
     def restart(self) -> None:
         """Start our own again, with its history, at the same address."""
         assert self._begin is not None, "only our own server can be started again"
         self.stop()   # what the server started may be left, and hold the port
-        self._leash = self._begin()
+        self._process = self._begin()
 
     def settle(self) -> None:
         """Let the last task states and log lines arrive: they are sent in the background."""
@@ -82,8 +82,8 @@ class Server:
                     worker.drain_all(timeout=SETTLE_SECONDS, at_exit=False)
 
     def stop(self) -> None:
-        if self._leash is not None:
-            self._leash.stop()
+        if self._process is not None:
+            self._process.stop()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Looks at data/incoming, and nudges: says to Prefect that something has arrived. Takes nothing in, decides nothing.
 
-An event is a nudge, never the record. What has arrived lies in data/incoming until it is learned; whoever misses an
-event finds it there, and the sensor nudges again as long as something is due.
+An event is a nudge, never the record. What has arrived lies in data/incoming until it is learned; a process that misses
+an event finds it there, and the sensor nudges again as long as something is due.
 """
 
 import threading
@@ -66,7 +66,7 @@ class Sensor:
         self.looked = False                       # whether one was without trouble
 
     def look(self) -> list[str]:
-        """Nudge if something is due and nobody is at work on it; the domains it nudged for."""
+        """Send an event if a run is due and none is under way; the domains that it was sent for."""
         workspace = self.workspace
         signature = incoming.signature(incoming.waiting(workspace))
         unchanged, self._seen = signature == self._seen, signature

@@ -93,7 +93,7 @@ def up(workspace: Workspace, also: ExtraServices, say: Say = _print, *, verbose:
 def _password(workspace: Workspace, prefect: prefect_server.Server) -> Iterator[str]:
     """Keep our own server's password where the owner and `moa ingest` find it; yields what is said of it.
 
-    Only the file's name is printed: what `moa up` prints may end in a log that other people read.
+    Only the file's name is printed: what `moa up` prints may end in a log that other users can read.
     """
     path = workspace.prefect_password
     if prefect.own and prefect.api.password:

@@ -26,14 +26,14 @@ class WorkerLost(Exception):
 
 
 class Engine(Protocol):
-    """A cluster. A ticket stands for one parcel that is being worked on."""
+    """A cluster. A ticket stands for one payload that is being worked on."""
 
     def places(self) -> int:
         """Parcels that can be worked on at the same time now: one for each device."""
         ...
 
     def submit(self, files: Files) -> Any:
-        """Hand a parcel to a free place; its ticket. Only while there are more places than open tickets."""
+        """Hand a payload to a free place; its ticket. Only while there are more places than open tickets."""
         ...
 
     def ready(self, tickets: Sequence[Any], seconds: float) -> Sequence[Any]:

@@ -1,7 +1,7 @@
 """Parcels on Dask. Knows no order, no policy and no ML; Dask is imported when a cluster is asked for.
 
 Dask would hand a lost worker's tasks to the next one by itself, and a task to a busy worker that has threads left. So
-each parcel is bound to one worker here, and is lost with it.
+each payload is bound to one worker here, and is lost with it.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """What a training needs, and what it made, as named bytes: for a worker with no disk in common with us.
 
-A parcel is a plain dict, path to bytes, which any engine can carry; its letter says what it is for, and holds a digest
+A payload is a plain dict, path to bytes, which any engine can carry; its header says what it is for, and holds a digest
 of everything else. Knows no engine, and not how to train.
 
     there   parcel.json params.yaml dvc.yaml data/base/manifest.json data/corpora/NAME/ data/starts.json data/parents/
@@ -25,7 +25,7 @@ from moa.experts.train import fingerprint
 
 Files = dict[str, bytes]
 
-LETTER = "parcel.json"
+HEADER = "parcel.json"
 LEARNED_FROM = ("train.parquet", "validation.parquet", MANIFEST)   # of a corpus: test rows stay at home
 LARGEST_BASE = 4 << 30   # bytes of a `path:` base that are sent; a larger one must lie on the workers
 
@@ -103,28 +103,28 @@ def _add(files: Files, workspace: Workspace, paths: Iterable[Path]) -> None:
         files[workspace.relative(path)] = path.read_bytes()
 
 
-def _sealed(files: Files, letter: dict[str, Any]) -> Files:
+def _sealed(files: Files, header: dict[str, Any]) -> Files:
     seal = {path: digests.of_bytes(data) for path, data in files.items()}
-    return {**files, LETTER: json.dumps({**letter, "files": seal}).encode()}
+    return {**files, HEADER: json.dumps({**header, "files": seal}).encode()}
 
 
 # Opened.
 
 def header(files: Files) -> dict[str, Any]:
-    """What a parcel says of itself, once everything in it was found to be what was sent. Raises ArtifactError."""
-    found: dict[str, Any] = json.loads(files[LETTER])
-    rest = {path: digests.of_bytes(data) for path, data in files.items() if path != LETTER}
+    """What a payload says of itself, once everything in it was found to be what was sent. Raises ArtifactError."""
+    found: dict[str, Any] = json.loads(files[HEADER])
+    rest = {path: digests.of_bytes(data) for path, data in files.items() if path != HEADER}
     if rest != found["files"]:
-        raise ArtifactError("A parcel arrived otherwise than it was sent: run again.")
+        raise ArtifactError("A payload arrived otherwise than it was sent: run again.")
     return found
 
 
 def write(files: Files, root: Path) -> None:
-    """Write the files of a parcel under `root`. Raises ArtifactError when a name leads out of it."""
+    """Write the files of a payload under `root`. Raises ArtifactError when a name leads out of it."""
     for name, data in files.items():
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts:
-            raise ArtifactError(f"A parcel holds a file called {name!r}, which was not written.")
+            raise ArtifactError(f"A payload holds a file called {name!r}, which was not written.")
         path = root / place
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

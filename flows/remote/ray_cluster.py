@@ -1,6 +1,6 @@
 """Parcels on Ray. Knows no order, no policy and no ML; Ray is imported when a cluster is asked for.
 
-Ray itself retries nothing here: whether a lost parcel is tried again is for `flows.remote.train` to say.
+Ray itself retries nothing here: whether a lost payload is tried again is for `flows.remote.train` to say.
 """
 
 import os
@@ -15,7 +15,7 @@ from flows.remote.worker import work
 from moa.core.errors import PipelineError
 from moa.core.text import sentence
 
-# Read when ray is imported: nobody phones home; each line of a worker comes through as it is.
+# Read when ray is imported: no usage statistics; each line of a worker is passed on unchanged.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"}
 # What Ray does on machines other than Linux: everything listens on loopback alone.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -79,7 +79,7 @@ class RayEngine:
 
     def close(self) -> None:
         for ticket in self._open:
-            self._ray.cancel(ticket)   # `force` would kill the leash first, and nobody were left to end the training
+            self._ray.cancel(ticket)   # `force` would kill the supervisor, and the training would go on without it
         if self._open:
             self._ray.wait(list(self._open), num_returns=len(self._open), timeout=CLOSE_SECONDS)
         self._ray.shutdown()

@@ -1,7 +1,7 @@
 """Training sent away, as a command that leaves what `moa train` leaves: order and policy. Knows no ML, and neither Ray
 nor Dask.
 
-    experts that are missing -> groups, one for each place -> parcels -> answers -> data/experts
+    experts that are missing -> groups, one for each place -> payloads -> answers -> data/experts
     a lost worker            -> its group goes to the next free place, `TRIES` times in all
     an error of the training -> that group fails with its sentence; the others go on
     no worker for `PATIENCE` -> everything that waits fails
@@ -109,7 +109,7 @@ def _failure(failed: dict[str, str]) -> PipelineError:
 
 def connect(execution: ExecutionParams, base: Files | None) -> Engine:
     """The engine that params.yaml names, at its address or as a cluster of this machine. `base` is what its workers
-    cannot fetch. Raises ConfigError when it is not installed or nobody answers."""
+    cannot fetch. Raises ConfigError when it is not installed or does not answer."""
     require(execution)
     if execution.address is not None and execution.address != "auto":
         reach(execution.runner, execution.address)

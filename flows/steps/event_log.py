@@ -1,7 +1,7 @@
 """The ledger, `.moa/ledger.jsonl`: one line for each thing that happened or was decided, only ever added to.
 
 Any process may append at any time. A line that a killed process left unfinished stays where it is, closed by the next
-append, and is passed over. Knows nothing of why things happen; whoever decides says so in the facts.
+append, and is passed over. Knows nothing of why things happen; the step that decides puts its reason into the facts.
 """
 
 import json
@@ -72,7 +72,7 @@ def append(workspace: Workspace, kind: str, **facts: Any) -> dict[str, Any]:
             entry = {"n": _last_number(before) + 1, "at": datetime.now(UTC).isoformat(timespec="seconds"),
                      "kind": kind, **facts}
             line = json.dumps(entry, ensure_ascii=False, default=str) + "\n"
-            gap = "\n" if before and not before.endswith(b"\n") else ""   # somebody was killed while writing
+            gap = "\n" if before and not before.endswith(b"\n") else ""   # a process was killed while writing
             _add(workspace, (gap + line).encode("utf-8", errors="replace"), len(before))
     except Timeout:
         raise ArtifactError(f"{path.name} has been locked by another process for {PATIENCE:g} s; end it and run the "
@@ -124,7 +124,7 @@ def read(workspace: Workspace, last: int | None = None, kinds: Iterable[str] | N
     return found if last is None else found[max(0, len(found) - last):]
 
 
-# For people.
+# As text.
 
 def text(entries: Sequence[Mapping[str, Any]]) -> str:
     """A line for each entry: number, time (UTC), kind, sentence."""
@@ -176,7 +176,7 @@ def _words(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-    if isinstance(value, Mapping):   # of files, the names are enough for people
+    if isinstance(value, Mapping):   # of files, a reader needs the names alone
         return str(value["name"]) if "name" in value else ", ".join(f"{key} {_words(each)}"
                                                                     for key, each in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -110,7 +110,7 @@ def pending(workspace: Workspace, config: Config, *, now: bool = False) -> Pendi
 
 
 def fewest(config: Config) -> int:
-    """Rows that a new domain needs: with fewer test rows the gate has no verdict, and would hold up everybody else."""
+    """Rows that a new domain needs: with fewer test rows the gate has no verdict, which holds up every other domain."""
     return max(config.prepare.min_rows, math.ceil(SPARE * config.release.min_rows / config.prepare.test))
 
 

@@ -145,7 +145,7 @@ def say_trained(work: RunContext, result: Result) -> None:
 
 
 def _forgetting(work: RunContext, old: int | None, new: int) -> Facts | None:
-    """What the new champion kept of the old one. It goes back where an expert that nobody touched answers otherwise."""
+    """What the new champion kept of the old one. Rolls back when an expert that did not change answers otherwise."""
     if old in (None, new) or not work.config.adapt.golden:
         return None
     found: Facts = work.one("forgetting", lambda: releasing.forgetting(work.workspace, old, new))
@@ -162,7 +162,7 @@ def _forgetting(work: RunContext, old: int | None, new: int) -> Facts | None:
 
 
 def say_released(work: RunContext, release: Facts) -> Facts:
-    """What the release steps came to, for people and for the policy: released, waiting, kept or refused."""
+    """The outcome of the release steps, for display and for the policy: released, waiting, kept or refused."""
     decision, version = release["decision"], release["version"]
     facts: Facts = {"version": version, "reason": decision["reason"], "champion": release["champion"],
                     "worse": decision.get("worse", [])}

@@ -139,7 +139,7 @@ def _prefix(session: Session, name: str) -> str | None:
 def _devices(config: Config) -> list[str]:
     """One entry for each process that may train at the same time. Asks the driver's tools, not torch."""
     if config.execution.runner != "threads":
-        return [config.execution.runner]   # how many places a cluster has is flows.remote.train's business
+        return [config.execution.runner]   # flows.remote.train finds out how many places a cluster has
     if config.execution.devices != "auto":
         return list(config.execution.devices) or ["cpu"]
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:

@@ -67,7 +67,7 @@ def ask(workspace: Workspace, config: Config, question: str, *, domain: str | No
     """The champion's answer; `domain` overrules the router. `options` are those of `moa.mixture.generation.engine`.
 
     With `trace`, also what every level's head says of the question (`trace`) and what the rule makes of it
-    (`decision`), whoever answers.
+    (`decision`), also where `domain` overrules it.
     """
     version, folder = champion(workspace, config)
     mixture = open_mixture(folder, workspace)

@@ -47,7 +47,7 @@ def following(entries: Sequence[Entry], version: int, digest: str, current: int 
 def parse(tags: Mapping[str, str], champion: int | None) -> list[Entry]:
     """Entries in order. One took effect if its successor found it in place; of the last, the alias tells.
 
-    Without an alias the last entry is believed: an alias that somebody deletes takes no history with it.
+    Without an alias the last entry is believed: deleting the alias deletes no history.
     """
     entries = sorted((Entry(key=key, **json.loads(value)) for key, value in tags.items()),
                      key=lambda entry: (entry.n, entry.at, entry.key))

@@ -1,4 +1,4 @@
-"""A release for people who do not run moa: experts as plain PEFT directories, the router beside them, a manifest last.
+"""A release for servers other than moa's: experts as plain PEFT directories, the router beside them, a manifest last.
 
     NAME-<12 hex of the digest>/    the expert as it was released: a new expert is a new name, so no server keeps an old
                                     one under it

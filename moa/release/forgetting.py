@@ -1,6 +1,6 @@
 """What a release has not forgotten: unchanged experts, their answers, scores by release, and where prompts go now.
 
-An expert that nobody touched is the same bytes and answers the same words, so what a release forgets of an old domain
+An expert that did not change is the same bytes and answers the same words, so what a release forgets of an old domain
 can only be a question of routing. Digests and answers are looked at here and now; scores and routes are those that each
 release recorded when it was registered, routes of the rows that both were tested on. Decides nothing: the gate does.
 """

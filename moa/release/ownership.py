@@ -1,7 +1,7 @@
 """Whether a registered model on a shared MLflow server is this project's: read, claimed, or refused.
 
 A model carries its project's id in a tag. Releases from before there were ids have no tag: the commits and digests in
-them tell whose they are. A database in this workspace is nobody else's. Part of `moa.release.registry`.
+them tell whose they are. A database in this workspace belongs to it alone. Part of `moa.release.registry`.
 """
 
 from typing import TYPE_CHECKING, Any, NoReturn

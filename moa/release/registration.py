@@ -176,7 +176,7 @@ def _linked(registry: "Registry", version: Any) -> Any:
 
 
 def _named(registry: "Registry", mixture: Any) -> Any:
-    """The mixture, each of its experts' versions naming the newest mixture that pins it: for people, too."""
+    """The mixture, each of its experts' versions naming the newest mixture that pins it, also on MLflow's pages."""
     tag, client = f"moa.in.{mixture.name}", registry.client
     for pin in json.loads(mixture.tags["moa.experts"]).values():
         expert = client.get_model_version(pin["name"], str(pin["version"]))

@@ -2,13 +2,13 @@
 
 A registration leaves a run (how it came about), a logged model (the files) and last of all a version, whose tags pin
 the content. A version's existence means that it is complete; what a crash leaves before that is found by its digest
-and continued. With `moa.release.mlflow_client` and `moa.serving.pyfunc`, the only room that talks to MLflow.
+and continued. With `moa.release.mlflow_client` and `moa.serving.pyfunc`, the only modules that use MLflow.
 
     moa-PROJECT-expert-NAME    adapter and manifest of one expert, without base weights
     moa-PROJECT-mixture        the whole mixture and its reports, answering chat bodies; its tags hold the champion's
                                history
 
-What these are called, and whose they are, is the business of `moa.core.project` and `moa.release.ownership`.
+What these are called, and whose they are, is decided by `moa.core.project` and `moa.release.ownership`.
 """
 
 import json
@@ -30,7 +30,7 @@ from moa.release import mlflow_client
 from moa.release.champion_history import HISTORY, Entry, following, parse
 
 CHAMPION = "champion"
-CURRENT_CHAMPION = -1         # whoever is champion
+CURRENT_CHAMPION = -1         # whichever release is champion
 GATE = "moa.gate"   # tag of a version; with a number behind it, against that version
 
 
@@ -64,7 +64,7 @@ class MixtureVersion:
         return json.loads(self.tags[GATE]) if GATE in self.tags else None
 
     def gate_against(self, version: int) -> dict[str, Any] | None:
-        """The same against another release, as somebody asked."""
+        """The decision against another release, which `moa gate --against` asked for."""
         found = self.tags.get(f"{GATE}.{version}")
         return json.loads(found) if found else None
 
@@ -232,14 +232,14 @@ class Registry:
     # The champion.
 
     def champion(self) -> MixtureVersion | None:
-        """The release that serves; None before the first, or when somebody deleted the alias."""
+        """The release that serves; None before the first, or when the alias was deleted."""
         return self._by_alias(CHAMPION)
 
     def set_champion(self, version: int, reason: str, by: str, *, instead_of: int | None = CURRENT_CHAMPION) -> Entry:
         """Move the alias and record the move. Repeated after a crash, it completes what was begun.
 
         Raises, before anything changes, ArtifactError when the version's files are no longer what was registered, and
-        RegistryError when the champion is not `instead_of`, with whom the gate compared it, any more.
+        RegistryError when the champion is no longer `instead_of`, which the gate compared it with.
 
         The record comes first: a move without a record would hide who did it and why, while a record without its move
         shows as not effective, because its successor (or the alias) names another predecessor.

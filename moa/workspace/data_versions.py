@@ -135,7 +135,7 @@ class DataVersions(Pipeline):
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """DVC says what it does, to people who called it; nobody did."""
+    """Keep DVC from printing: the user called moa, not DVC."""
     words = io.StringIO()
     with silence_dvc(), contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
         yield

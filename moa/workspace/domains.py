@@ -153,7 +153,7 @@ def add_files(versions: DataVersions, name: str, domain: Domain, new: Mapping[st
     """Put the files of `new` into data/raw/NAME under these names, all or nothing; the paths that are different now.
 
     A domain that params.yaml lacks is written into it. The caller holds the lock and has checked the rows. `what`: the
-    command, as people know it; `link`: nobody else will write to these files, so they need not be copied.
+    command, as the user named it; `link`: no other program will write to these files, so they need not be copied.
     """
     workspace = versions.workspace
     raw, tracked, params = workspace.raw(name), workspace.tracked(name), workspace.params

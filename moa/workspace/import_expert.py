@@ -163,7 +163,7 @@ def _fit(workspace: Workspace, config: Config, source: Path, spec: Any) -> list[
                                            trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
-    # Joint training has room for the targets of params.yaml alone.
+    # Joint training trains the targets of params.yaml alone.
     stack = ExpertStack(model, [spec], config.train.targets if config.assemble.joint_epochs else "all-linear")
     peft_format.load(stack, 0, source)
     return list(stack.shapes[0])

@@ -31,7 +31,7 @@ from moa.workspace.data_versions import DataVersions
 from moa.workspace.quarantine import reject
 from moa.workspace.row_sources import HubDataset, SourceFile
 
-UNFINISHED = (".part", ".tmp", ".crdownload", ".partial", "~")   # names of files that somebody is still writing
+UNFINISHED = (".part", ".tmp", ".crdownload", ".partial", "~")   # names of files that another program is still writing
 AHEAD = 60.0   # seconds; a file that much from the future was written before a clock was put back
 
 
@@ -46,7 +46,7 @@ class Arrival:
 
 
 def waiting(workspace: Workspace) -> list[Arrival]:
-    """Every file in data/incoming, but for hidden and unfinished ones; also those that nobody can use."""
+    """Every file in data/incoming, but for hidden and unfinished ones; unusable files count, too."""
     found = []
     for folder, below, files in os.walk(workspace.incoming):
         below[:] = [name for name in below if not _passed_over(name)]
@@ -66,7 +66,7 @@ def _passed_over(name: str) -> bool:
 
 
 def settled(arrivals: Sequence[Arrival], seconds: float, now: float) -> list[Arrival]:
-    """Those that nobody has written to for so long."""
+    """Those that were last written to so many seconds ago or more."""
     return [each for each in arrivals if now - each.modified >= seconds or each.modified > now + AHEAD]
 
 
@@ -96,7 +96,7 @@ def count_rows(path: Path, domain: Domain | None = None) -> int:
         return 0
 
 
-@lru_cache(maxsize=4096)   # whoever watches asks again and again
+@lru_cache(maxsize=4096)   # a watching process asks again and again
 def _counted(path: Path, _size: int, _modified: int, reading: str | None) -> int:
     if path.suffix.lower() not in FORMATS:
         return 0
@@ -104,7 +104,10 @@ def _counted(path: Path, _size: int, _modified: int, reading: str | None) -> int
 
 
 def usable_rows(path: Path, name: str, domain: Domain | None) -> int:
-    """The same of a file called `name` by people. Raises DataError when it is not what its name says, or breaks off."""
+    """The same of a file whose original name is `name`.
+
+    Raises DataError when the file is not what its name says, or breaks off.
+    """
     return sum(_usable(raw.value, domain) for raw in read_file(path, name))
 
 
@@ -159,8 +162,8 @@ def queue(workspace: Workspace, name: str, sources: Sequence[str], here: Path, h
           ) -> dict[str, Any]:
     """Copy the files behind `sources` to data/incoming/NAME, all or none; what was done.
 
-    Takes no lock: somebody may be building for hours, or queueing too. Raises UsageError, ConfigError or DataError as
-    `moa domain add` does.
+    Takes no lock: another process may be building for hours, or queueing too. Raises UsageError, ConfigError or
+    DataError as `moa domain add` does.
     """
     config = load(workspace.params)
     acceptable(name)
@@ -187,7 +190,7 @@ def queue(workspace: Workspace, name: str, sources: Sequence[str], here: Path, h
 
 def _lies_in(paths: Sequence[Path], found: SourceFile) -> bool:
     for path in paths:
-        with contextlib.suppress(OSError):   # somebody is taking it in
+        with contextlib.suppress(OSError):   # a run is taking it in
             if path.stat().st_size == found.size and digests.of_file(path) == found.digest:
                 return True
     return False
@@ -321,7 +324,7 @@ def _take_domain(versions: DataVersions, name: str, arrivals: Sequence[Arrival])
 
 
 def _refuse_foreign(workspace: Workspace, config: Config, name: str) -> None:
-    """Whoever undoes a new domain deletes its rows, so none of them may be somebody's own."""
+    """Undoing a new domain deletes its rows, so none of them may have been there before."""
     if name not in config.domains and domains.present(workspace, name):
         raise UsageError(f"data/raw/{name} holds files, and params.yaml has no domain {name}: run `moa domain add "
                          f"{name}`, or move them away, and put this file into data/incoming/{name} again.")
@@ -340,13 +343,13 @@ def _looked_at(arrivals: Sequence[Arrival], config: Config, name: str, there: se
             count = 0 if found.digest in there else _check(found, config, name, domain)
             usable.append(_Seen(arrival, found, count, (state.st_size, state.st_mtime_ns)))
         except (DataError, OSError) as error:
-            if arrival.path.exists():   # or else somebody took it back
+            if arrival.path.exists():   # unless the user took it back
                 bad.append((arrival, str(error)))
     return usable, bad
 
 
 def _called(arrival: Arrival) -> str:
-    """What people called the file."""
+    """The file's original name."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return printable(str(read_json(_origin_of(arrival.path))["origin"]))
     return printable(arrival.path.name)

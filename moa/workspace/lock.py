@@ -1,4 +1,4 @@
-"""Who holds the workspace's lock, for people. Knows nothing of what is done under it.
+"""Which process holds the workspace's lock, for messages. Knows nothing of what is done under it.
 
 The lock itself is the operating system's, and ends with its owner, however that ends: nothing has to be guessed to
 take over from a crashed run. The owner says beside it who it is, and renews `until`. One that is alive and does not
@@ -32,7 +32,10 @@ class LockHolder:
         return cls(workspace.lock.with_suffix(".json"))   # beside it: some versions of filelock truncate the lock
 
     def read(self) -> dict[str, Any] | None:
-        """`pid`, `since`, `seen` and `until` (seconds since 1970) of whoever wrote it last and did not end well."""
+        """`pid`, `since`, `seen` and `until` (seconds since 1970) of the last process that wrote it.
+
+        None when that process ended normally.
+        """
         try:
             found = read_json(self.path)
         except (OSError, ValueError):
@@ -40,7 +43,7 @@ class LockHolder:
         return found if isinstance(found, dict) and {"pid", "since"} <= found.keys() else None
 
     def at_work(self) -> bool:
-        """Whether somebody seems to hold the lock. A hint for who would rather not try: only the lock itself knows."""
+        """Whether a process seems to hold the lock: a hint, since only taking the lock shows it for certain."""
         found = self.read()
         if found is None or time.time() > found.get("until", 0.0):
             return False
@@ -48,7 +51,7 @@ class LockHolder:
             os.kill(found["pid"], 0)
         except ProcessLookupError:
             return False
-        except OSError:   # somebody else's process
+        except OSError:   # a process of another user
             return True
         return True
 

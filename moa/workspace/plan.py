@@ -57,7 +57,7 @@ class Plan:
                 "release": self.release, "left_out": list(self.left_out)}
 
     def text(self) -> str:
-        """For people."""
+        """As a text for a terminal."""
         if not self.stale:
             return f"Nothing to do: all {len(self.steps)} steps are fresh."
         width = max(len(step.name) for step in self.stale)

@@ -1,4 +1,4 @@
-"""Sources that people name (files, folders, data sets of a hub) to files whose rows can be used. Changes no workspace.
+"""Named sources (files, folders, data sets of a hub) to files whose rows can be used. Changes no workspace.
 
 A file is known by its content: its name in data/raw/NAME is the stem it came with and the beginning of its digest.
 """
@@ -39,7 +39,7 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file to take in. `origin` is what people called it, without this machine's folders."""
+    """One file to take in. `origin` is its original name, without this machine's folders."""
 
     path: Path
     stem: str
@@ -135,7 +135,7 @@ def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[Sour
 
 
 def look(path: Path, origin: str) -> SourceFile:
-    """The file at `path`, called `origin` by people.
+    """The file at `path`, whose original name is `origin`.
 
     Raises DataError when it cannot be read, and ArtifactError when the machine is to blame.
     """

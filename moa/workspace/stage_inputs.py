@@ -36,7 +36,7 @@ def entry(workspace: Workspace, start: InitialExpert) -> dict[str, str]:
 
 
 def _domains(workspace: Workspace) -> list[str] | None:
-    """Keys under `domains`, whatever else params.yaml says: DVC makes a training of each before anybody checks it."""
+    """Keys under `domains`, whatever else params.yaml says: DVC makes a training of each before moa checks the file."""
     from ruamel.yaml import YAML, YAMLError
 
     try:

@@ -58,7 +58,7 @@ class Upgrade:
                 "left": self.left, "diff": self.diff()}
 
     def text(self, *, dry_run: bool) -> str:
-        """For people."""
+        """As a text for a terminal."""
         left = [f"Left as it is: {line}." for line in self.left]
         if not self.changed():
             return "\n".join([f"Nothing to do: the workspace has layout {layout.LAYOUT}.", *left])
@@ -109,7 +109,7 @@ def plan(workspace: Workspace, texts: Mapping[str, str]) -> Upgrade:
 def edit_pipeline(workspace: Workspace, made: Upgrade) -> None:
     """Give moa's own stages the parameters that they lack, and take out dependencies on modules of moa.
 
-    A stage whose command is not moa's own is its user's business.
+    A stage whose command is not moa's own stays as it is.
     """
     yaml, content = _editable(made.new[PIPELINE], PIPELINE)
     said = len(made.done)

@@ -154,11 +154,11 @@ def test_a_killed_command_comes_back_at_its_port(workspace: Workspace, keeper: S
     keeper.start()
     until(lambda: parts(workspace).get("pages", {}).get("state") == "up")
     for times in (1, 2):
-        supervisor = psutil.Process(part._leash._process.pid)
+        supervisor = psutil.Process(part._process._process.pid)
         (supervisor if times == 2 else supervisor.children()[0]).kill()
         until(lambda times=times: parts(workspace)["pages"]["restarts"] == times)
         until(lambda: parts(workspace)["pages"]["state"] == "up")
-    assert psutil.Process(part._leash._process.pid).children(recursive=True)
+    assert psutil.Process(part._process._process.pid).children(recursive=True)
 
 
 def test_one_that_ends_at_once_is_down_and_its_pauses_grow(workspace: Workspace, keeper: ServiceKeeper,
@@ -170,7 +170,7 @@ def test_one_that_ends_at_once_is_down_and_its_pauses_grow(workspace: Workspace,
     clock, pauses = [0.0], []
     monkeypatch.setattr("flows.keep_alive.time.monotonic", lambda: clock[0])
     for _ in range(8):
-        part._leash.wait()
+        part._process.wait()
         keeper.look()
         due = keeper._kept[0].due
         assert due is not None and state(keeper, "pages").state == "down"
@@ -188,7 +188,7 @@ def test_one_that_waits_is_not_down(workspace: Workspace, keeper: ServiceKeeper)
     part = CommandService(workspace, "serve", ["/bin/sh", "-c", "exit 4"], prefect_server.free_port(), {},
                           {4: "nothing yet"})
     keeper.keep(part)
-    part._leash.wait()
+    part._process.wait()
     keeper.look()
     assert (state(keeper, "serve").state, state(keeper, "serve").why) == ("waiting", "nothing yet")
     assert status._troubles(workspace, read_json(workspace.up)) == []

@@ -301,12 +301,12 @@ def test_told_to_end(workspace: Workspace, number: int) -> None:
         pass
 
 
-def test_leash_ends_what_does_not_listen(tmp_path: Path) -> None:
+def test_a_supervised_process_ends_what_does_not_listen(tmp_path: Path) -> None:
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); signal.pause()"
-    leash = SupervisedProcess(["/bin/sh", "-c", f"{sys.executable} -c '{deaf}' & echo $!; wait"], cwd=tmp_path,
-                              env=os.environ)
+    process = SupervisedProcess(["/bin/sh", "-c", f"{sys.executable} -c '{deaf}' & echo $!; wait"], cwd=tmp_path,
+                                env=os.environ)
     lines: list[str] = []
-    leash.follow(lambda line: (lines.append(line), len(lines) == 2 and leash.release()))   # type: ignore[func-returns-value]
+    process.follow(lambda line: (lines.append(line), len(lines) == 2 and process.release()))   # type: ignore[func-returns-value]
     pid = int(next(line for line in lines if line != "1"))
     until(lambda: gone(pid))
 

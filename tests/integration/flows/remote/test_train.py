@@ -194,7 +194,7 @@ class Cluster:
 
 
 def trainings(word: str) -> list[psutil.Process]:
-    """Processes that a worker's leash started for a command with this word."""
+    """Processes that a worker's process started for a command with this word."""
     found = []
     for each in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -224,11 +224,11 @@ def test_an_interrupted_run_ends_its_work_on_the_workers(cluster: Cluster, works
     seconds = str(100_000 + cluster.port)
     command = [sys.executable, "-P", "-m", "flows.remote.train", "--command", f"sleep {seconds}; :",
                "--domain", "alpha", "--domain", "beta"]
-    leash = SupervisedProcess(command, cwd=workspace.root, env=os.environ, stdout=subprocess.DEVNULL)
+    process = SupervisedProcess(command, cwd=workspace.root, env=os.environ, stdout=subprocess.DEVNULL)
     try:
         until(lambda: len(trainings(seconds)) == 2)
     finally:
-        leash.stop()
+        process.stop()
     until(lambda: not trainings(seconds))   # the workers stopped them
 
 
@@ -285,7 +285,7 @@ def test_a_cluster_of_this_machine_comes_and_goes_with_the_run(engine: str, work
 # Order and policy, with workers in this process.
 
 class Here:
-    """An engine without a cluster: one place, which loses the first `losses` parcels."""
+    """An engine without a cluster: one place, which loses the first `losses` payloads."""
 
     def __init__(self, losses: int = 0, files: Files | None = None) -> None:
         self.losses, self.base = losses, files
@@ -374,8 +374,8 @@ def test_an_expert_is_only_taken_as_its_manifest_and_our_inputs_say(
     with (workspace.expert("alpha").parent / "nothing").open("w") as file:
         file.write("yet")
     bad = {**good, "data/experts/alpha/adapter_model.safetensors": b"other weights"}
-    letter = {**json.loads(bad.pop("parcel.json")), "files": {}}
-    sealed = payload._sealed(bad, letter)
+    header = {**json.loads(bad.pop("parcel.json")), "files": {}}
+    sealed = payload._sealed(bad, header)
     with pytest.raises(ArtifactError, match="'alpha' that afar sent is not what its manifest says"):
         payload.accept(workspace, settings, sealed)
     other = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 7})})
@@ -393,8 +393,8 @@ def test_an_expert_is_only_taken_as_its_manifest_and_our_inputs_say(
 def test_a_worker_refuses_what_it_cannot_do_as_here(workspace: Workspace, fact: str, value: str, message: str) -> None:
     settings = config.load(workspace.params)
     files = payload.pack(workspace, settings, ["alpha"], "moa train")
-    letter = {**json.loads(files.pop("parcel.json")), fact: value}
-    answer = work(payload._sealed(files, letter), payload.pack_base(workspace, settings), lambda _: None)
+    header = {**json.loads(files.pop("parcel.json")), fact: value}
+    answer = work(payload._sealed(files, header), payload.pack_base(workspace, settings), lambda _: None)
     assert message in payload.header(answer)["error"] and answer.keys() == {"parcel.json"}
 
 
