@@ -12,7 +12,8 @@ from moa.core import config
 from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
-from moa.data import corpus, prepare, quickstart
+from moa.data import corpus, prepare
+from moa.data.quickstart import generate
 from moa.experts import train
 from moa.mixture.assemble import assemble
 from moa.mixture.mixture import BASE, Mixture
@@ -49,7 +50,7 @@ def built(real_base: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tup
         YAML().dump(PARAMS, file)
     settings = config.load(workspace.params)
     for domain in DOMAINS:
-        quickstart.write(domain, workspace.raw(domain), rows=50)
+        generate.write(domain, workspace.raw(domain), rows=50)
         prepare.prepare(workspace, settings, domain)
     train.train(workspace, settings, list(DOMAINS))
     assemble(workspace, settings)
