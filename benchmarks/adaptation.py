@@ -33,7 +33,7 @@ from common import REAL, REPOSITORY, goal, machine, pick_device, real_base, real
 from ruamel.yaml import YAML
 
 from moa.base.encoding import ChatEncoder, Encoded
-from moa.base.pin import Base, load_tokenizer
+from moa.base.load import Base, load_tokenizer
 from moa.core import config, digests
 from moa.core.config import AdaptParams, TrainParams
 from moa.core.files import write_json

@@ -40,7 +40,7 @@ from common import goal, interleave, machine, pick_device, ratio
 from safetensors.torch import load_file, save_file
 from shapes import CONFIGS, base_of
 
-from moa.base.pin import Base
+from moa.base.load import Base
 from moa.core import digests
 from moa.core.files import write_json
 from moa.core.paths import MANIFEST

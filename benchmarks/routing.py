@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moa.base.encoding import ChatEncoder, Encoded
-from moa.base.pin import Base
+from moa.base.load import Base
 from moa.data import quickstart
 from moa.experts.batches import collate, microbatches
 from moa.mixture.calibration import calibrate, expected_calibration_error, fit

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from moa.base.pin import load_tokenizer, locate
+from moa.base.load import load_tokenizer
+from moa.base.pin import locate
 from moa.core.config import Config
 from moa.core.errors import BaseModelError
 from moa.core.paths import MANIFEST, Workspace

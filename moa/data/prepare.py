@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from moa.base.encoding import ChatEncoder, Message
-from moa.base.pin import load_tokenizer, pin
+from moa.base.load import load_tokenizer
+from moa.base.pin import pin
 from moa.core import digests
 from moa.core.config import Config, PrepareParams
 from moa.core.errors import DataError

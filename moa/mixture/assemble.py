@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moa.base.encoding import ChatEncoder
-from moa.base.pin import Base, load, pick_device, pin
+from moa.base.load import Base, load, pick_device
+from moa.base.pin import pin
 from moa.core import code_version, digests
 from moa.core.config import Config
 from moa.core.errors import ArtifactError, TrainingError

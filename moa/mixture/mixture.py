@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moa.base.encoding import ChatEncoder, Message
-from moa.base.pin import Base
+from moa.base.load import Base
 from moa.core.errors import ArtifactError, UsageError
 from moa.experts import peft_format
 from moa.experts.batches import collate, microbatches, row_losses

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moa.base.encoding import ChatEncoder, Encoded
-from moa.base.pin import Base, BasePin, load, pick_device
+from moa.base.load import Base, load, pick_device
+from moa.base.pin import BasePin
 from moa.core import digests
 from moa.core.config import Config
 from moa.core.files import read_json

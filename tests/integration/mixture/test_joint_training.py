@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from moa.base import load
 from moa.base import pin as base
 from moa.core import config
 from moa.core.config import Config
@@ -30,7 +31,7 @@ from tests import tiny
 DOMAINS = ("alpha", "beta")
 TRAIN = {"rank": 2, "alpha": 4.0, "epochs": 1, "batch_rows": 4, "learning_rate": 0.02, "batch_tokens": 512}
 JOINT = {"joint_epochs": 1, "joint_learning_rate": 0.01}
-EXACT = base.Device("cpu", "float32", "sums that can be compared")
+EXACT = load.Device("cpu", "float32", "sums that can be compared")
 Built = tuple[Workspace, Config]
 
 
@@ -78,7 +79,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def loaded(built: Built) -> Mixture:
-    return Mixture.load(built[0].mixture, base.load(built[0], built[1].base, EXACT))
+    return Mixture.load(built[0].mixture, load.load(built[0], built[1].base, EXACT))
 
 
 def accuracy(built: Built, mixture: Mixture) -> float:
@@ -118,7 +119,7 @@ def test_it_loads_routes_and_answers(built: Built) -> None:
 
 
 def test_its_experts_are_peft_directories(built: Built) -> None:
-    mixture, plain = loaded(built), base.load(built[0], built[1].base, EXACT).model
+    mixture, plain = loaded(built), load.load(built[0], built[1].base, EXACT).model
     ids = torch.tensor([mixture.encoder.row(corpus.read(built[0].corpus("beta"), "test")[0].messages).ids])
     mixture.stack.select(torch.tensor([mixture.expert_of("beta")]))
     with torch.inference_mode():

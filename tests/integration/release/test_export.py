@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flows.steps import release as releasing
-from moa.base import pin
+from moa.base import load, pin
 from moa.core import config
 from moa.core.errors import ArtifactError, ConfigError, DataError, RegistryError, UsageError
 from moa.core.files import read_json, write_json
@@ -114,7 +114,7 @@ def test_exported_experts_are_the_mixtures_in_plain_peft(workspace: Workspace, t
         assert artifact.expert_digest(folder) == entry["digest"] == mixture.experts[label]
         with mixture._using([number]):
             wanted = logits(mixture.base.model, ids)
-        plain = PeftModel.from_pretrained(pin.load(workspace, read(workspace).base).model, folder).eval()
+        plain = PeftModel.from_pretrained(load.load(workspace, read(workspace).base).model, folder).eval()
         torch.testing.assert_close(logits(plain, ids), wanted, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(wanted, logits(mixture.base.model, ids), atol=1e-4)   # experts do something
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -270,7 +270,7 @@ def same_as_peft(workspace: Workspace, outside: Path) -> None:
     ids = mixture.encoder.prompt(QUESTION)
     with mixture._using([mixture.labels.index("beta")]):
         answered = logits(mixture.base.model, ids)
-    plain = PeftModel.from_pretrained(pin.load(workspace, read(workspace).base).model, outside).eval()
+    plain = PeftModel.from_pretrained(load.load(workspace, read(workspace).base).model, outside).eval()
     torch.testing.assert_close(answered, logits(plain, ids), rtol=1e-4, atol=1e-5)
 
 

@@ -52,7 +52,7 @@ struct batch {
 
 static float dot(const real *x, const real *y, int count) {
     vec total = {0};
-    for (int i = 0; i < count; i += LANES * PAIR) total = meet(total, x + i, y + i);
+    for (int i = 0; i < count; i += LANES * PAIR) total = merge_partial(total, x + i, y + i);
     return sum(total);
 }
 
@@ -76,10 +76,10 @@ static void shrink(const struct group *group, const struct batch *batch, int b) 
 /* What is asked for of two streams while something else is computed, a little at a time. */
 struct ahead { const char *weight, *expert; size_t by_weight, by_expert; };
 
-static inline void near(const void *from) { __builtin_prefetch(from, 0, 2); }   /* as near as the second cache */
+static inline void prefetch_l2(const void *from) { __builtin_prefetch(from, 0, 2); }   /* as near as the second cache */
 
 /* A tile of outputs of a few rows: in place of what stands there, or added to it. What lies ahead comes nearer. */
-static inline __attribute__((always_inline)) void few(const struct group *group, const struct batch *batch, int tile,
+static inline __attribute__((always_inline)) void gemm_small_batch(const struct group *group, const struct batch *batch, int tile,
                                                       int first, int rows, struct ahead ahead, float *to,
                                                       int adds) {
     int inputs = group->inputs, ranks = group->ranks, at = 2 * tile;
@@ -88,7 +88,7 @@ static inline __attribute__((always_inline)) void few(const struct group *group,
     vec total[ROWS][2];
     for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = (vec){0};
     for (int i = 0; i < inputs; i += PAIR) {
-        near(ahead.weight), near(ahead.weight + 64), near(ahead.expert);
+        prefetch_l2(ahead.weight), prefetch_l2(ahead.weight + 64), prefetch_l2(ahead.expert);
         ahead.weight += ahead.by_weight, ahead.expert += ahead.by_expert;
         for (int r = 0; r < rows; r++) {
             total[r][0] = multiply(total[r][0], low + (size_t)i * LANES, x + (size_t)r * inputs + i);
@@ -110,7 +110,7 @@ static inline __attribute__((always_inline)) void few(const struct group *group,
         }
 }
 
-#define FEW(n) case n: few(group, batch, tile, first, n, ahead, to, adds); break;
+#define ROWS_CASE(n) case n: gemm_small_batch(group, batch, tile, first, n, ahead, to, adds); break;
 
 /* What the group's layers and each row's expert make of the input; all threads share it. While a tile is computed, the
    weights of the next are on their way. */
@@ -124,11 +124,11 @@ static void product(const struct group *group, const struct batch *batch, float 
                               (const char *)group->b + (tile + 1) * experts, weights / turns, experts / turns + 1};
         for (int first = 0; first < batch->rows; first += ROWS) {
             switch (batch->rows - first) {   /* with bounds that a compiler knows */
-                FEW(1) FEW(2) FEW(3)
+                ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3)
 #if ROWS == 8
-                FEW(4) FEW(5) FEW(6) FEW(7)
+                ROWS_CASE(4) ROWS_CASE(5) ROWS_CASE(6) ROWS_CASE(7)
 #endif
-                default: few(group, batch, tile, first, ROWS, ahead, to, adds);
+                default: gemm_small_batch(group, batch, tile, first, ROWS, ahead, to, adds);
             }
             ahead.weight += weights / passes, ahead.expert += experts / passes;
         }
@@ -161,7 +161,7 @@ static inline __attribute__((always_inline)) void mix(real *query, const float *
     for (int i = 0; i < size; i += TILE) {
         vec total[QUERIES][2] = {{{0}}};
         for (int t = 0; t < length; t++) {
-            near(next + (size_t)t * size + i);
+            prefetch_l2(next + (size_t)t * size + i);
             vec low = read(values + (size_t)t * size + i), high = read(values + (size_t)t * size + i + LANES);
             for (int g = 0; g < queries; g++) {
                 total[g][0] += low * scores[g * apart + t];
@@ -211,7 +211,7 @@ static void attend(const struct model *model, const struct batch *batch, int lay
             turn(query + (size_t)i * size, qkv + (size_t)(key * groups + g + i) * size, cos, sin, size);
 #define SOME(n) case n: \
         for (int t = 0; t < length; t += LANES) { \
-            for (int i = 0; i < LANES * size; i += 64 / sizeof(real)) near(values + (size_t)t * size + i); \
+            for (int i = 0; i < LANES * size; i += 64 / sizeof(real)) prefetch_l2(values + (size_t)t * size + i); \
             score(scores + t, room, query, keys + (size_t)t * size, size, model->scale, n); \
         } \
         for (int i = 0; i < n; i++) softmax(scores + i * room, length); \

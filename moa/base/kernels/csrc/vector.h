@@ -52,14 +52,14 @@ static inline vec multiply(vec total, const real *w, const real *x) {   /* LANES
     memcpy(&pair, x, 4);
     return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
 }
-static inline vec meet(vec total, const real *x, const real *y) {       /* LANES pairs of each */
+static inline vec merge_partial(vec total, const real *x, const real *y) {       /* LANES pairs of each */
     return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(y));
 }
 #else
 static inline vec read(const real *from) { return get(from); }
 static inline void write(real *to, vec x) { put(to, x); }
 static inline vec multiply(vec total, const real *w, const real *x) { return total + get(w) * *x; }
-static inline vec meet(vec total, const real *x, const real *y) { return total + get(x) * get(y); }
+static inline vec merge_partial(vec total, const real *x, const real *y) { return total + get(x) * get(y); }
 #endif
 
 /* e to the x, to 2e-7 of it. */
