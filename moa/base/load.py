@@ -13,7 +13,7 @@ from moa.core.paths import Workspace
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where the base runs, in which torch dtype, and why."""
+    """Where the base runs, in which torch dtype, and the reason for the choice."""
 
     device: str
     dtype: str
@@ -31,9 +31,18 @@ class Base:
 
 
 def pick_device(devices: str | list[str] = "auto") -> Device:
-    """The first of `devices`, or the best there is, with the fastest dtype that is safe there.
+    """Choose the device and dtype to run the base on.
 
     bfloat16 on a CPU without instructions for it is slower than float32. The environment variable MOA_DTYPE overrides.
+
+    Args:
+        devices: `execution.devices` of params.yaml: "auto" or a list whose first entry is used.
+
+    Returns:
+        The named device, else a GPU where there is one, else the CPU, with the faster of bfloat16 and float32.
+
+    Raises:
+        BaseModelError: torch sees no CUDA device but one is named, or MOA_DTYPE is no dtype.
     """
     import torch
 
@@ -58,7 +67,7 @@ def pick_device(devices: str | list[str] = "auto") -> Device:
 
 
 def load_tokenizer(workspace: Workspace) -> Any:
-    """The fetched base's tokenizer. Raises BaseModelError when it is missing or not the fetched one."""
+    """Open the fetched base's tokenizer. Raises BaseModelError when it is missing or changed since it was fetched."""
     from transformers import AutoTokenizer
 
     pinned = pin(workspace)
@@ -69,7 +78,10 @@ def load_tokenizer(workspace: Workspace) -> Any:
 
 
 def load(workspace: Workspace, params: BaseParams, device: Device | None = None) -> Base:
-    """Verify the base and load it, frozen, onto `device` (default: `pick_device()`). Raises BaseModelError."""
+    """Verify the base and load it, frozen and in eval mode, onto `device` (default: `pick_device()`).
+
+    Raises BaseModelError when it differs from its pin or transformers cannot load it.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
