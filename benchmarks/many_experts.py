@@ -158,7 +158,7 @@ def seal(base: Base, folder: Path, count: int) -> None:
         (place / artifact.EXPERTS / label).mkdir(parents=True)
         for file in (folder / "pool" / label).iterdir():
             os.link(file, place / artifact.EXPERTS / label / file.name)
-        found[label] = found.get(label) or artifact.expert_digest(folder / "pool" / label)
+        found[label] = found.get(label) or digests.of_expert(folder / "pool" / label)
         pinned[label] = {"digest": found[label]}
     known.write_text(json.dumps(found))
     router = random_router(base, labels)

@@ -56,15 +56,10 @@ def folder(workspace: Workspace, start: InitialExpert) -> Path:
     if not (place / MANIFEST).is_file():
         raise ArtifactError(f"The parent expert ({start.domain}) in {name} is not there: run `dvc checkout "
                             f"{name}.dvc`, or `dvc pull {name}.dvc` where another machine has it.")
-    if digest(place) != start.digest:
+    if digests.of_expert(place) != start.digest:
         raise ArtifactError(f"The parent expert ({start.domain}) in {name} is not the one that data/starts.json names: "
                             f"run `dvc checkout --force {name}.dvc`.")
     return place
-
-
-def digest(expert: Path) -> str:
-    """Digest of every file of an expert but its manifest, as `moa.mixture.artifact` computes it."""
-    return digests.of_files([path for path in expert.iterdir() if path.name != MANIFEST], expert)
 
 
 def misfit(expert: Path, stack: "ExpertStack", wanted: "LoraSpec", pin: BasePin) -> str | None:

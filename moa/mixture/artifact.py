@@ -67,7 +67,7 @@ def write(folder: Path, *, base: BasePin, prompt: Mapping[str, Any], router: "Ro
     for label in router.labels:
         copied = folder / EXPERTS / label
         shutil.copytree(experts[label], copied)
-        digest = expert_digest(copied)
+        digest = digests.of_expert(copied)
         if facts[label].get("digest", digest) != digest:
             raise ArtifactError(f"The expert of {label!r} changed while the mixture was written: {AGAIN}.")
         pinned[label] = {"digest": digest, **facts[label]}
@@ -77,11 +77,6 @@ def write(folder: Path, *, base: BasePin, prompt: Mapping[str, Any], router: "Ro
     manifest["digest"] = digests.of_json(manifest)
     write_json(folder / MANIFEST, manifest)
     return manifest
-
-
-def expert_digest(folder: Path) -> str:
-    """Digest of every file of an expert but its manifest."""
-    return digests.of_files([path for path in folder.iterdir() if path.name != MANIFEST], folder)
 
 
 def read(folder: Path, pin: BasePin, *, check: bool = True) -> tuple[dict[str, Any], "Router", dict[str, Path]]:
@@ -122,7 +117,7 @@ class VerifiedExperts:
             files = _files(expert)
             if self._known.get(label) == files:
                 return expert
-            digest = expert_digest(expert)
+            digest = digests.of_expert(expert)
         if digest != self.pinned[label]["digest"]:
             raise ArtifactError(f"The expert {label!r} in {self.mixture} is not the one its manifest pins.")
         self._known[label] = files

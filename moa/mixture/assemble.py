@@ -68,7 +68,7 @@ def _expert(workspace: Workspace, domain: str) -> dict[str, Any]:
                  if manifest["base"][part] != getattr(base, part)]:
         raise ArtifactError(f"The expert of {domain!r} was trained on {manifest['base']['source']}, and the "
                             f"{' and '.join(other)} of this workspace's base ({base.source}) differ: {again}`.")
-    if artifact.expert_digest(folder) != manifest["digest"]:
+    if digests.of_expert(folder) != manifest["digest"]:
         raise ArtifactError(f"The expert of {domain!r} is not the one its manifest names: {again} --fresh`.")
     return manifest
 
@@ -173,7 +173,7 @@ def _joined(workspace: Workspace, config: Config, base: Base, encoder: ChatEncod
         domain, at = learner.name, learner.progress
         folders[domain] = temporary / domain
         peft_format.save(stack, learner.expert, folders[domain], base.pin.source)
-        news = {"digest": artifact.expert_digest(folders[domain]), "parent": facts[domain]["digest"]}
+        news = {"digest": digests.of_expert(folders[domain]), "parent": facts[domain]["digest"]}
         joined[domain] = facts[domain] | news
         alone = {key: value for key, value in read_json(workspace.expert(domain) / MANIFEST).items()
                  if key != "fingerprint"}

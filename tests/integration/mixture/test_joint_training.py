@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from moa.base import load
 from moa.base import pin as base
-from moa.core import config
+from moa.core import config, digests
 from moa.core.config import Config
 from moa.core.errors import RegistryError, TrainingError
 from moa.core.files import read_json
@@ -20,7 +20,6 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.data import corpus, prepare
 from moa.experts import train
 from moa.experts.peft_format import WEIGHTS
-from moa.mixture import artifact
 from moa.mixture import assemble as stage
 from moa.mixture.assemble import assemble
 from moa.mixture.mixture import Mixture
@@ -99,8 +98,8 @@ def test_the_mixture_has_experts_of_its_own_and_names_their_parents(trained: Bui
     assert manifest["router"]["stream"] == "experts"
     for domain in DOMAINS:
         parent, pinned = built[0].expert(domain), manifest["experts"][domain]
-        assert pinned["parent"] == read_json(parent / MANIFEST)["digest"] == artifact.expert_digest(parent)
-        assert pinned["digest"] == artifact.expert_digest(built[0].mixture / "experts" / domain) != pinned["parent"]
+        assert pinned["parent"] == read_json(parent / MANIFEST)["digest"] == digests.of_expert(parent)
+        assert pinned["digest"] == digests.of_expert(built[0].mixture / "experts" / domain) != pinned["parent"]
         own = read_json(built[0].mixture / "experts" / domain / MANIFEST)
         assert (own["digest"], own["parent"]) == (pinned["digest"], pinned["parent"]) and len(own["curve"]) == 1
         assert pinned["corpus"] == own["corpus"] == read_json(parent / MANIFEST)["corpus"]

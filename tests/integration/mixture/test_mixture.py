@@ -311,7 +311,7 @@ def resealed(folder: Path, **changes: Any) -> None:
         manifest["router"]["digest"] = digests.of_file(folder / "router.safetensors")
     for label, expert in (manifest.get("experts") or {}).items():
         if (folder / "experts" / label).is_dir():
-            expert["digest"] = artifact.expert_digest(folder / "experts" / label)
+            expert["digest"] = digests.of_expert(folder / "experts" / label)
     manifest.pop("digest", None)
     write_json(folder / MANIFEST, {**manifest, "digest": digests.of_json(manifest)})
 

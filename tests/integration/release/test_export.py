@@ -15,14 +15,14 @@ import torch
 
 from flows.steps import release as releasing
 from moa.base import load, pin
-from moa.core import config
+from moa.core import config, digests
 from moa.core.errors import ArtifactError, ConfigError, DataError, RegistryError, UsageError
 from moa.core.files import read_json, write_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.data import prepare
 from moa.evaluation import evaluate
 from moa.experts import train
-from moa.mixture import artifact, assemble
+from moa.mixture import assemble
 from moa.release import export as exporting
 from moa.release.champion import open_mixture
 from moa.release.registry import Registry
@@ -111,7 +111,7 @@ def test_exported_experts_are_the_mixtures_in_plain_peft(workspace: Workspace, t
         entry = manifest["experts"][label]
         folder = tmp_path / "out" / entry["path"]
         assert entry["path"] == f"{label}-{entry['digest'][:12]}" and entry["rank"] == 2
-        assert artifact.expert_digest(folder) == entry["digest"] == mixture.experts[label]
+        assert digests.of_expert(folder) == entry["digest"] == mixture.experts[label]
         with mixture._using([number]):
             wanted = logits(mixture.base.model, ids)
         plain = PeftModel.from_pretrained(load.load(workspace, read(workspace).base).model, folder).eval()
@@ -211,7 +211,7 @@ def test_an_imported_expert_is_fresh_until_what_it_is_measured_on_changes(worksp
     assert done.returncode == 0, done.stderr
     assert "rank 3, q_proj, up_proj" in done.stdout and "only its shapes could be compared" in done.stdout
     manifest = read_json(workspace.expert("beta") / MANIFEST)
-    assert manifest["source"] == "imported" and manifest["digest"] == artifact.expert_digest(workspace.expert("beta"))
+    assert manifest["source"] == "imported" and manifest["digest"] == digests.of_expert(workspace.expert("beta"))
     assert manifest["corpus"] == read_json(workspace.corpus("beta") / MANIFEST)["digest"]
     assert planned(workspace) == {"assemble": ("data/experts changed",)}
     shown = moa(workspace, "plan")
