@@ -1,4 +1,4 @@
-"""The stage `assemble`: experts and a router to one mixture, pinned by digest. Knows nothing of serving or releases.
+"""The stage `assemble`: experts and a router to one mixture, pinned by digest.
 
     data/mixture/    what `moa.mixture.artifact` says
     .moa/cache/features/    router features by digest of what they come from, never recomputed for an old domain
@@ -41,7 +41,7 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
     base = load(workspace, config.base, pick_device(config.execution.devices))
     encoder = ChatEncoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
     limits: dict[Split, int | None] = {"train": params.rows, "validation": None}
-    # In order of their digests: a limit takes no sides.
+    # Rows are ordered by their digests, so a limit takes a random sample.
     content: Content = {split: {domain: corpus.read(workspace.corpus(domain), split)[:limit] for domain in labels}
                         for split, limit in limits.items()}
     seen = _base_features(workspace, base, encoder, content)
