@@ -33,17 +33,18 @@ from common import REAL, REPOSITORY, goal, machine, pick_device, real_base, real
 from ruamel.yaml import YAML
 
 from moa.base.encoding import ChatEncoder, Encoded
-from moa.base.pin import Base, load_tokenizer
+from moa.base.load import Base, load_tokenizer
 from moa.core import config, digests
 from moa.core.config import AdaptParams, TrainParams
 from moa.core.files import write_json
 from moa.core.paths import MANIFEST, Workspace
-from moa.data import corpus, prepare, quickstart
+from moa.data import corpus, prepare
+from moa.data.quickstart import generate
 from moa.experts import peft_format, train
 from moa.experts.cotraining import Learner, cotrain, seed_for
 from moa.experts.lora import ExpertStack, LoraSpec
-from moa.mixture import artifact, parent_selection, router
 from moa.mixture import assemble as assembling
+from moa.mixture import parent_selection, router
 from moa.workspace import warm_starts
 from moa.workspace.data_versions import DataVersions, initialise
 
@@ -190,7 +191,7 @@ def furnished(root: Path, count: int, rows_per_epoch: int | None) -> Workspace:
     subprocess.run(["git", "init", "-q", root], check=True)
     initialise(root)
     settings = write_params(workspace, [*names(count), NEW], rows_per_epoch)
-    quickstart.write(NEW, workspace.raw(NEW))
+    generate.write(NEW, workspace.raw(NEW))
     for number, name in enumerate(names(count)):
         workspace.raw(name).mkdir(parents=True)
         lines = [json.dumps({"instruction": f"{name}: what follows {word}?", "output": f"{word + number}"})
@@ -215,7 +216,7 @@ def toy_experts(workspace: Workspace, settings: config.Config, domains: Sequence
         folder = workspace.expert(name)
         peft_format.save(stack, 0, folder, base.pin.source)
         write_json(folder / MANIFEST, {
-            "kind": "expert", "domain": name, "digest": artifact.expert_digest(folder), "corpus": counted["digest"],
+            "kind": "expert", "domain": name, "digest": digests.of_expert(folder), "corpus": counted["digest"],
             "base": {key: getattr(base.pin, key) for key in ("source", "weights", "tokenizer", "template", "digest")},
             "rank": SPEC.rank, "alpha": SPEC.alpha})
     stack.remove()

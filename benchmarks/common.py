@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from moa.base import pin
+from moa.base import load, pin
 from moa.core.config import BaseParams
 from moa.core.errors import BaseModelError, UsageError
 from moa.core.paths import Workspace
@@ -27,10 +27,10 @@ RESAMPLES = 10_000
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")   # those that decide how fast a dtype is
 
 
-def real_base(device: pin.Device | None = None) -> pin.Base:
+def real_base(device: load.Device | None = None) -> load.Base:
     """The default base, frozen and in eval mode: the current workspace's where it was built, else .moa/real-base's,
     which is fetched on first use."""
-    return pin.load(real_workspace(), REAL, device)
+    return load.load(real_workspace(), REAL, device)
 
 
 def real_workspace() -> Workspace:
@@ -50,15 +50,15 @@ def real_workspace() -> Workspace:
     return kept
 
 
-def pick_device(device: str = "auto", dtype: str | None = None) -> pin.Device:
+def pick_device(device: str = "auto", dtype: str | None = None) -> load.Device:
     """moa's own choice of device and dtype, unless `dtype` is named; every core computes, or OMP_NUM_THREADS of them:
     beside other work fewer threads are faster, because all wait for the slowest."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
-    picked = pin.pick_device(device)
-    return pin.Device(picked.device, dtype, "--dtype says so") if dtype else picked
+    picked = load.pick_device(device)
+    return load.Device(picked.device, dtype, "--dtype says so") if dtype else picked
 
 
-def machine(device: pin.Device) -> dict[str, object]:
+def machine(device: load.Device) -> dict[str, object]:
     """What a figure depends on: cores, CPU flags, device, dtype, versions."""
     cpuinfo = Path("/proc/cpuinfo")
     found = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()

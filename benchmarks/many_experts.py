@@ -40,7 +40,7 @@ from common import goal, interleave, machine, pick_device, ratio
 from safetensors.torch import load_file, save_file
 from shapes import CONFIGS, base_of
 
-from moa.base.pin import Base
+from moa.base.load import Base
 from moa.core import digests
 from moa.core.files import write_json
 from moa.core.paths import MANIFEST
@@ -158,7 +158,7 @@ def seal(base: Base, folder: Path, count: int) -> None:
         (place / artifact.EXPERTS / label).mkdir(parents=True)
         for file in (folder / "pool" / label).iterdir():
             os.link(file, place / artifact.EXPERTS / label / file.name)
-        found[label] = found.get(label) or artifact.expert_digest(folder / "pool" / label)
+        found[label] = found.get(label) or digests.of_expert(folder / "pool" / label)
         pinned[label] = {"digest": found[label]}
     known.write_text(json.dumps(found))
     router = random_router(base, labels)

@@ -29,7 +29,7 @@ from routing import encode, prefill, timed
 from shapes import CONFIGS, base_of
 from torch import Tensor, nn
 
-from moa.base.pin import Base
+from moa.base.load import Base
 from moa.mixture.calibration import SHALLOWEST, calibrate, fit
 from moa.mixture.router import Router, features
 

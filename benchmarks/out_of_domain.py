@@ -17,7 +17,8 @@ Shapes: N prompts, L levels, D hidden size.
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, get_args
@@ -27,11 +28,11 @@ from common import REPOSITORY, goal, machine, pick_device, real_base
 from routing import MAX_ABSTENTION, TWINS, Side, quickstart_corpora, shared_corpora, sides_of, stack
 from torch import Tensor
 
-from moa.mixture.calibration import SCORE, calibrate, fit
+from moa.mixture.calibration import SCORE, calibrate, fit, threshold
 from moa.mixture.router import Router, Score
 
 FIXED = (0, 3, 7, 15, 29)
-SCORES: tuple[Score, ...] = get_args(Score)
+SCORES = (*get_args(Score), "energy", "mahalanobis")   # the router's own, and two that it does without
 MEASURES = ("auroc", "accepted", "foreign abstained", "known abstained")
 CLOSE = 0.005   # AUROC that counts as no difference
 Domains = Mapping[str, Mapping[str, Tensor]]
@@ -46,8 +47,8 @@ def auroc(known_N: Tensor, foreign_N: Tensor) -> float:
 
 def accepted_at_recall(known_N: Tensor, foreign_N: Tensor, recall: float = 0.95) -> float:
     """Share of foreign prompts at or above the highest threshold that keeps `recall` of the known ones."""
-    threshold = known_N.sort().values[int((1 - recall) * len(known_N))]
-    return (foreign_N >= threshold).double().mean().item()
+    lowest = known_N.sort().values[int((1 - recall) * len(known_N))]
+    return (foreign_N >= lowest).double().mean().item()
 
 
 def folds(domains: Domains) -> dict[str, list[tuple[str, list[str]]]]:
@@ -66,8 +67,9 @@ def fold(domains: Domains, left_out: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     fitted = fit(list(known), sides["train"].features_NLD, sides["train"].targets_N)
     for score in SCORES:
-        router = calibrated(fitted, "early", sides["validation"], score)
-        found[f"early {score}"] = compare(router, sides["test"].features_NLD, foreign_NLD) | {"level": router.layer}
+        scorer = calibrated(fitted, "early", sides["validation"], score)
+        router = scorer.router
+        found[f"early {score}"] = compare(scorer, sides["test"].features_NLD, foreign_NLD) | {"level": router.layer}
         if score == SCORE:
             guess = router.log_probabilities(foreign_NLD).argmax(-1).bincount(minlength=len(known))
             found["mostly taken for"] = list(known)[int(guess.argmax())]
@@ -76,17 +78,69 @@ def fold(domains: Domains, left_out: Sequence[str]) -> dict[str, Any]:
         fitted = fit(list(known), sides["train"].features_NLD[:, only], sides["train"].targets_N)
         for score in SCORES:
             one = Side(sides["validation"].features_NLD[:, only], sides["validation"].targets_N)
-            router = calibrated(fitted, "last", one, score)
-            found[f"level {level} {score}"] = compare(router, sides["test"].features_NLD[:, only], foreign_NLD[:, only])
+            scorer = calibrated(fitted, "last", one, score)
+            found[f"level {level} {score}"] = compare(scorer, sides["test"].features_NLD[:, only], foreign_NLD[:, only])
     return found
 
 
-def calibrated(fitted: Router, rule: Any, side: Side, score: Score) -> Router:
-    return calibrate(fitted, side.features_NLD, side.targets_N, rule=rule, tolerance=0.0,
-                     max_abstention=MAX_ABSTENTION, score=score)
+@dataclass(frozen=True)
+class Scorer:
+    """A calibrated router, a score of its prompts, and the threshold below which they abstain."""
+
+    router: Router
+    scores: Callable[[Tensor], Tensor]
+    threshold: float
 
 
-def compare(router: Router, known_NLD: Tensor, foreign_NLD: Tensor) -> dict[str, float]:
+def calibrated(fitted: Router, rule: Any, side: Side, score: str) -> Scorer:
+    own = score in get_args(Score)
+    router = calibrate(fitted, side.features_NLD, side.targets_N, rule=rule, tolerance=0.0,
+                       max_abstention=MAX_ABSTENTION, score=score if own else SCORE)
+    if own:
+        return Scorer(router, router.scores, router.threshold)
+    scores = energy(router) if score == "energy" else mahalanobis(router)
+    return Scorer(router, scores, threshold(scores(side.features_NLD), MAX_ABSTENTION))
+
+
+def energy(router: Router) -> Callable[[Tensor], Tensor]:
+    """Log-sum-exp of the uncalibrated logits; under `vote` the levels' mean (Liu et al. 2020, arXiv 2010.03759)."""
+    return lambda features_NLD: router.used(features_NLD).logsumexp(-1).mean(1)
+
+
+def mahalanobis(router: Router) -> Callable[[Tensor], Tensor]:
+    """Minus the squared distance to the nearest domain's centre (Lee et al. 2018, arXiv 1807.03888)."""
+    centres_CD, precision_DD = centres_and_precision(router)
+
+    def scores(features_NLD: Tensor) -> Tensor:
+        away_CND = router.standard(features_NLD, router.reads).double() - centres_CD[:, None]
+        return -((away_CND @ precision_DD) * away_CND).sum(-1).amin(0)
+
+    return scores
+
+
+def centres_and_precision(router: Router) -> tuple[Tensor, Tensor]:
+    """Centres of the domains (C, D) and inverse of their shared covariance (D, D) at the level that the rule reads.
+
+    There are fewer prompts than dimensions, so the covariance is shrunk towards a multiple of the identity (oracle
+    approximating shrinkage, Chen et al. 2010, arXiv 0907.4698, equation 23).
+    """
+    assert router.train is not None
+    features_NLD, targets_N = router.train
+    standard_ND = router.standard(features_NLD, router.reads).double()
+    members = torch.nn.functional.one_hot(targets_N, len(router.labels)).double()
+    counts_C1 = members.sum(0)[:, None]
+    centres_CD = members.T @ standard_ND / counts_C1.clamp(min=1)
+    away_ND = standard_ND - centres_CD[targets_N]
+    rows, width = away_ND.shape
+    covariance = away_ND.T @ away_ND / rows
+    square, trace = covariance.square().sum(), covariance.trace()
+    shrink = ((1 - 2 / width) * square + trace**2) / ((rows + 1 - 2 / width) * (square - trace**2 / width))
+    shrink = shrink.clamp(max=1.0).nan_to_num(1.0)
+    covariance = (1 - shrink) * covariance + (shrink * trace / width + 1e-6) * torch.eye(width, dtype=torch.float64)
+    return centres_CD, torch.linalg.inv(covariance)
+
+
+def compare(router: Scorer, known_NLD: Tensor, foreign_NLD: Tensor) -> dict[str, float]:
     known, foreign = router.scores(known_NLD), router.scores(foreign_NLD)
     return {"auroc": auroc(known, foreign), "accepted": accepted_at_recall(known, foreign),
             "foreign abstained": (foreign < router.threshold).double().mean().item(),

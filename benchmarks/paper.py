@@ -36,7 +36,7 @@ import torch
 from common import REPOSITORY, goal, interval, machine, pick_device, real_base
 
 from moa.base.encoding import ChatEncoder, Encoded
-from moa.base.pin import Base
+from moa.base.load import Base
 from moa.core import digests
 from moa.core.config import TrainParams
 from moa.evaluation import metrics

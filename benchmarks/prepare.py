@@ -25,7 +25,8 @@ from typing import Any
 from common import goal, real_workspace
 
 from moa.base.encoding import ChatEncoder
-from moa.base.pin import BasePin, load_tokenizer
+from moa.base.load import load_tokenizer
+from moa.base.pin import BasePin
 from moa.core.config import BaseParams, Config, Domain
 from moa.core.paths import Workspace
 from moa.data import prepare

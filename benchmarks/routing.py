@@ -36,8 +36,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moa.base.encoding import ChatEncoder, Encoded
-from moa.base.pin import Base
-from moa.data import quickstart
+from moa.base.load import Base
+from moa.data.quickstart import generate
 from moa.experts.batches import collate, microbatches
 from moa.mixture.calibration import calibrate, expected_calibration_error, fit
 from moa.mixture.router import FEATURE_TOKENS, Router, features
@@ -68,8 +68,8 @@ Corpora = Mapping[str, Sequence[Text]]
 # Corpora.
 
 def quickstart_corpora() -> dict[str, list[Text]]:
-    return {f"quickstart {name}": [text(row) for row in quickstart.GENERATORS[name](random.Random(f"{name}:0"), 440)]
-            for name in quickstart.NAMES}
+    return {f"quickstart {name}": [text(row) for row in generate.GENERATORS[name](random.Random(f"{name}:0"), 440)]
+            for name in generate.NAMES}
 
 
 def shared_corpora(folder: Path) -> dict[str, list[Text]]:

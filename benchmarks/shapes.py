@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from common import pick_device, real_base
 
-from moa.base.pin import Base, BasePin, Device
+from moa.base.load import Base, Device
+from moa.base.pin import BasePin
 
 REAL_NAME = "smollm2"
 # What the published config.json says; vocab_size None = the byte tokenizer's.

@@ -19,7 +19,7 @@ from common import pick_device
 from shapes import base_of
 
 from moa.base.encoding import ChatEncoder, Encoded
-from moa.base.pin import Base
+from moa.base.load import Base
 from moa.core.config import TrainParams
 from moa.data.quickstart import GENERATORS
 from moa.experts import peft_format

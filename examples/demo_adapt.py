@@ -16,7 +16,7 @@ from moa.core.config import load
 from moa.core.files import write_atomic
 from moa.core.paths import Workspace
 from moa.core.subprocesses import environment
-from moa.data.quickstart import write
+from moa.data.quickstart.generate import write
 
 NAME = "calendar"
 PATIENCE = 3600.0   # seconds to wait for a run before giving up

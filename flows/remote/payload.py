@@ -156,7 +156,7 @@ def accept(workspace: Workspace, config: Config, files: Files) -> str | None:
         with replace_directory(workspace.expert(domain)) as folder:
             write(parts, folder)
             manifest = read_json(folder / MANIFEST)
-            if manifest["digest"] != warm_start.digest(folder):
+            if manifest["digest"] != digests.of_expert(folder):
                 raise ArtifactError(f"The expert of {domain!r} that {found['where']} sent is not what its manifest "
                                     "says: run again.")
             if manifest["fingerprint"] != fingerprint(workspace, config, domain):

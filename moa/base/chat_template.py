@@ -1,11 +1,12 @@
-"""The chat template beside a base's tokenizer: the base's own, or a named one of ours for a base without one.
+"""The chat template beside a base's tokenizer: the base's own, or a named one of moa's for a base without one.
 
-It is part of the base: what `set_template` writes into the base's folder is digested, used and checked like a template
-that came with the base. Knows nothing of weights, conversations or workspaces.
+A template that `set_template` writes into the base's folder is digested, used and checked like one that came with the
+base.
 
-Ours must hold what `moa.base.encoding` relies on (a conversation is a prefix of its continuation, an answer ends with
-the end mark) and keep a user from speaking in another's name: turns begin with a role on a line of its own, and such a
-line inside a user's or system text gets a space before it. Only the end mark, which no text may hold, ends an answer.
+moa's own template keeps the rules that `moa.base.encoding` relies on: a rendered conversation is a prefix of its
+continuation, and an answer ends with the end mark. It also stops a user's text from imitating another role: a turn
+begins with its role on a line of its own, and such a line inside a user's or system text gets a space before it. Only
+the end mark, which is removed from these texts, ends an answer.
 """
 
 from pathlib import Path
@@ -42,7 +43,7 @@ def template(folder: Path, source: object) -> str:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     found = read_object(folder / CONFIG).get("chat_template")
-    if isinstance(found, list):   # several named ones: transformers takes the one called default
+    if isinstance(found, list):   # several named ones: transformers uses the one called default
         found = {entry["name"]: entry["template"] for entry in found}.get("default")
     if not isinstance(found, str):
         raise BaseModelError(f"{source} has no chat template, so conversations cannot be rendered for it: set "
@@ -52,9 +53,15 @@ def template(folder: Path, source: object) -> str:
 
 
 def set_template(folder: Path, name: str, source: object) -> None:
-    """Make the template called `name` that of the tokenizer in `folder`, whatever it had.
+    """Give the tokenizer in `folder` the template called `name`, in place of its own.
 
-    Raises BaseModelError when the tokenizer has no mark with which an answer could end.
+    Args:
+        folder: the folder of the base.
+        name: a key of `NAMED`.
+        source: the base's source, for messages.
+
+    Raises:
+        BaseModelError: the tokenizer cannot be loaded, or its end mark is not one token of its own.
     """
     from transformers import AutoTokenizer
 
@@ -74,7 +81,7 @@ def set_template(folder: Path, name: str, source: object) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; an empty one where there is none."""
+    """The JSON object in file `path`; an empty one where there is none or it cannot be read."""
     try:
         value = read_json(path)
     except (FileNotFoundError, ValueError):

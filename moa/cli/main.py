@@ -201,7 +201,7 @@ def base() -> None:
 @app.command(rich_help_panel=STEPS)
 def quickstart(name: Annotated[str, typer.Argument(help="math, sql, extract, python or calendar.")]) -> None:
     """Generate one of the quickstart corpora."""
-    from moa.data.quickstart import write
+    from moa.data.quickstart.generate import write
 
     workspace = place.workspace()
     count = write(name, workspace.raw(name))

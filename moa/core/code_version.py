@@ -1,13 +1,13 @@
-"""Which code makes which artifact: a digest for each stage, over the modules of `moa` that its result depends on.
+"""Code digests: one for each stage, over the modules of `moa` that the stage's result depends on.
 
-dvc.yaml names these digests as parameters of its stages. So in any workspace an upgrade of `moa` makes stale just the
-stages whose code is another, and `moa plan` says so before anything runs.
+dvc.yaml names these digests as parameters of its stages. So an upgrade of `moa` makes only those stages stale whose
+code changed, and `moa plan` shows them before anything runs.
 
-A stage's code is the module that holds its step and every module of `moa` that this one imports, directly or not, at
-the top or inside a function. `moa.core` is left out, because it decides how files are written and not what is in them,
-and so are the modules in `WORDING`. Of a module the syntax tree counts, without comments and docstrings, and of its
-imports the names but not the modules they come from: a reworded comment or a moved module makes nothing stale, and a
-changed constant does.
+A stage's code is its module in `STAGES` and every module of `moa` that this one imports, directly or not, at the top or
+inside a function, with their data files (`FILES`). `moa.core` is left out, because it decides how files are written and
+not what is in them, and so are the modules in `WORDING`. The digest of a module covers its syntax tree without comments
+and docstrings, and of its imports the names but not the modules they come from: a reworded comment or a moved module
+makes nothing stale, and a changed constant does.
 """
 
 import ast
@@ -22,16 +22,18 @@ from moa.core import digests
 from moa.core.files import read_json, write_json, write_json_if_changed
 from moa.core.paths import Workspace, user_cache
 
-STAGES = {"base": "moa.base.pin", "quickstart": "moa.data.quickstart", "prepare": "moa.data.prepare",
+STAGES = {"base": "moa.base.pin", "quickstart": "moa.data.quickstart.generate", "prepare": "moa.data.prepare",
           "train": "moa.experts.train", "assemble": "moa.mixture.assemble", "evaluate": "moa.evaluation.evaluate"}
-WORDING = ("moa.evaluation.summary",)   # texts for people, beside the figures that a stage writes
-CSRC = "moa.base.kernels.build"         # a stage that imports this module runs the C sources beside it
+WORDING = ("moa.evaluation.summary",)   # modules that only word what a stage reports
+# Modules with files that are no Python, as patterns relative to the module's folder: a stage that imports the module
+# depends on them.
+FILES = {"moa.base.kernels.build": "csrc/*.[ch]", "moa.data.quickstart.bank": "*.yaml"}
 PACKAGE = Path(__file__).parents[1]
-COMMENTS = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)   # no string of our C sources holds either mark
+COMMENTS = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)   # no string in the C sources contains these
 
 
 def write(workspace: Workspace) -> None:
-    """Bring `.moa/code.json` up to date, where DVC looks when it decides what is stale."""
+    """Bring `.moa/code.json` up to date, from which DVC reads the digests when it decides what is stale."""
     write_json_if_changed(workspace.code, _digests())
 
 
@@ -47,8 +49,8 @@ def of_modules(*names: str) -> str:
 
 @cache
 def _digests() -> dict[str, str]:
-    """`digest` by stage. Parsing takes half a second, so the result is kept under the digest of all source files."""
-    sources = [path for kind in ("*.py", "*.c", "*.h") for path in PACKAGE.rglob(kind)]
+    """`digest` by stage. Parsing takes half a second, so the result is cached under the digest of all source files."""
+    sources = [path for kind in ("*.py", "*.c", "*.h", "*.yaml") for path in PACKAGE.rglob(kind)]
     name = f"code-{digests.of_files(sources, PACKAGE)[:32]}.json"
     with suppress(OSError, RuntimeError, ValueError):   # not there yet, damaged, or no home folder
         return dict(read_json(user_cache() / name))
@@ -107,18 +109,20 @@ def _running(node: ast.AST) -> Iterator[ast.AST]:
 
 @cache
 def _content(module: str) -> str:
-    """Digest of what counts of a module; for the compiler's, with the C sources."""
+    """Digest of what counts of a module, and of its `FILES`."""
     found = hashlib.sha256(repr(_canonical(_tree(module))).encode())
-    if module == CSRC:
-        for file in sorted((PACKAGE / "base" / "kernels" / "csrc").glob("*.[ch]")):
-            found.update(" ".join(COMMENTS.sub(" ", file.read_text(encoding="utf-8")).split()).encode())
+    if module in FILES:
+        for file in sorted((PACKAGE.parent / Path(*module.split("."))).parent.glob(FILES[module])):
+            text = file.read_text(encoding="utf-8")
+            found.update(" ".join(COMMENTS.sub(" ", text).split()).encode() if file.suffix in (".c", ".h")
+                         else text.encode())
     return found.hexdigest()
 
 
 def _canonical(node: object) -> object:
-    """A syntax tree as plain tuples: no places, no docstrings, no empty fields, no modules in imports.
+    """A syntax tree as plain tuples: no positions, no docstrings, no empty fields, no modules in imports.
 
-    Python's versions differ in which empty fields they have, so that these must not count.
+    Python versions differ in which empty fields a node has, so these must not count.
     """
     if isinstance(node, list):
         return [_canonical(each) for each in node]

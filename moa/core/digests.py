@@ -1,4 +1,4 @@
-"""Content digests: what an artifact is called when it must not be confused with another."""
+"""Content digests (SHA-256, in hexadecimal), which identify artifacts and their inputs."""
 
 import hashlib
 import json
@@ -6,16 +6,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moa.core.paths import MANIFEST
+
 CHUNK = 1 << 20
 _canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
 
 
 def of_bytes(data: bytes) -> str:
+    """Digest of these bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, read in chunks."""
+    """Digest of a file's bytes, which are read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -24,9 +27,14 @@ def of_file(path: Path) -> str:
 
 
 def of_files(files: Iterable[Path], root: Path) -> str:
-    """One digest over names (relative to `root`) and contents, whatever order the files come in."""
+    """One digest over names (relative to `root`) and contents of the files, independent of their order."""
     lines = sorted(f"{path.relative_to(root).as_posix()} {of_file(path)}" for path in files)
     return of_bytes("\n".join(lines).encode())
+
+
+def of_expert(folder: Path) -> str:
+    """One digest over names and contents of an expert's files, but for its manifest, which holds this digest."""
+    return of_files([path for path in folder.iterdir() if path.name != MANIFEST], folder)
 
 
 def by_name(folder: Path) -> dict[str, str]:
@@ -35,5 +43,5 @@ def by_name(folder: Path) -> dict[str, str]:
 
 
 def of_json(value: Any) -> str:
-    """Digest of a JSON value: key order and white space do not count."""
+    """Digest of a JSON value, independent of the order of its keys."""
     return of_bytes(_canonical(value).encode())

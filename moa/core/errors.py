@@ -6,24 +6,24 @@ The command line prints it without a traceback and exits with `exit_code`.
 
 import errno
 
-# What a full disk answers, or a process that has opened too many files: no file that is being read is to blame.
+# Error numbers of a full disk and of too many open files: the machine is the cause, not the file being read.
 OF_MACHINE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE})
 
 
 class MoaError(Exception):
-    """Something the user can mend; everything else is a bug and keeps its traceback."""
+    """An error that the user can act on; any other exception is a bug and keeps its traceback."""
 
     exit_code = 1
 
 
 class UsageError(MoaError):
-    """The command's own words are wrong, or it was run in the wrong place."""
+    """A command's arguments are wrong, or it was run in the wrong folder."""
 
     exit_code = 2
 
 
 class ConfigError(MoaError):
-    """`params.yaml` says something that is not allowed; the message names the key."""
+    """`params.yaml` has a value or key that is not allowed; the message names the key."""
 
 
 class DataError(MoaError):
@@ -57,12 +57,12 @@ class NothingReleased(RegistryError):
 
 
 def of_machine(error: BaseException) -> bool:
-    """Whether the machine is to blame for `error`, by its number, and not the file that was being read."""
+    """Whether the cause of `error` is the machine, by its error number, and not the file that was being read."""
     return isinstance(error, OSError) and error.errno in OF_MACHINE
 
 
 def in_words(error: BaseException) -> str:
-    """Another library's error on one line, without paths of this machine; of what kind it is where that says more."""
+    """Another library's error on one line, without paths of this machine, with its class where that adds something."""
     text = (error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split()))[:200]
     if not text:
         return type(error).__name__

@@ -32,7 +32,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def write_json_if_changed(path: Path, value: Any) -> None:
-    """`write_json` where the file says something else, or nothing that can be read."""
+    """`write_json` unless the file holds this value already."""
     try:
         unchanged = read_json(path) == value
     except (OSError, ValueError):

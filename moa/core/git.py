@@ -1,7 +1,6 @@
-"""The one way in which moa runs git: in the repository of the folder it means, and never deaf to what git answers.
+"""git as a subprocess, in the repository of a given folder, with errors that carry git's own reason.
 
-"git refused" is not "there is no repository": the first is a GitError with git's own reason. Knows nothing of what is
-asked.
+A missing repository is a result; a repository that git refuses to read is a GitError.
 """
 
 import os
@@ -62,14 +61,14 @@ def has_commit(root: Path, commit: str) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Our environment without what ties git to one repository, such as GIT_DIR, which a hook of git leaves in it."""
+    """This process's environment without the variables that bind git to one repository, such as GIT_DIR in a hook."""
     if not any(name.startswith("GIT_") for name in os.environ):
         return dict(os.environ)
     return {name: value for name, value in os.environ.items() if name not in _ties()}
 
 
 def forget_ties() -> None:
-    """Take the same out of our own environment, for the libraries that use git in this process, and for children."""
+    """Remove these variables from this process, for libraries that use git in it and for its children."""
     kept = environment()
     for name in os.environ.keys() - kept.keys():
         del os.environ[name]

@@ -1,4 +1,4 @@
-"""Progress of long steps, on both sides of a process boundary. Knows nothing of what is being counted.
+"""Progress of long steps, on both sides of a process boundary.
 
 A step counts with `track`. Alone at a terminal it draws a bar; under a driver (MOA_PROGRESS=json) it prints records,
 which the driver's `Screen` turns into one bar for each running stage.

@@ -1,8 +1,8 @@
-"""A project's id, and what it is called on servers that several projects share: MLflow's and Prefect's. Knows neither.
+"""A project's id, and its names on servers that several projects share, MLflow's and Prefect's.
 
 The id is `project` in params.yaml: git keeps it, clones share it, and every name on a server begins with `moa-ID`. A
-workspace from before there were ids has none there, and keeps the old names, which are the same in all of them. It is
-told from others by an id that nobody writes down: `owner` derives it from the first commit, which clones share, too.
+workspace from before there were ids has none there, and keeps the old names, which are the same in all of them. Its
+identity is then derived from the first commit, which clones share, too (`owner`).
 """
 
 import re
@@ -59,7 +59,7 @@ def fresh(folder: str) -> str:
 
 
 def owner(workspace: Workspace, config: Config) -> str | None:
-    """The id by which this project's things are told from another's: its own, else that of its first commit.
+    """The id that marks what belongs to this project: its own, else that of its first commit.
 
     Without commits it is a random one, kept in .moa. None where the first commit cannot be read: in a shallow clone,
     and where git refuses.

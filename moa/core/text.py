@@ -1,4 +1,4 @@
-"""Short texts for people: what a terminal shows of long values, and the sentences that several commands say."""
+"""Text for people: tables, shortened values, and sentences that several commands print."""
 
 from collections.abc import Sequence
 

@@ -1,12 +1,11 @@
-"""A change of several paths that happens as a whole or not at all, whatever ends the process. Knows neither domains nor
-DVC.
+"""A change of several paths that happens as a whole or not at all, whatever ends the process.
 
     .moa/change.json    the journal: which paths may change. It is written before any is touched; saying `committed` in
                         it is the commit, and it is deleted when nothing of the old state is left to clean up
     .NAME.old.tmp       beside a path: what was there before
     .NAME.new.tmp       beside a folder: what will be there, built aside and swapped in by rename
 
-Whoever changes holds the workspace's lock. Whoever comes later and gets that lock undoes what was abandoned.
+A process that changes paths holds the workspace's lock. The next one that gets the lock undoes an abandoned change.
 """
 
 import contextlib
@@ -100,7 +99,7 @@ def transaction(workspace: Workspace, what: str, *, files: Iterable[Path] = (),
 
 
 def recover(workspace: Workspace) -> list[str]:
-    """Undo what was abandoned, if anything was and nobody works here now; a sentence for each thing to know."""
+    """Undo an abandoned change, unless another process holds the lock. Returns a sentence for each thing to know."""
     if not workspace.journal.exists():
         return []
     from filelock import FileLock, Timeout
@@ -140,7 +139,7 @@ def _restore_file(path: Path, entry: dict[str, Any], kept: Path) -> Iterator[Pat
     known = {entry.get("new"), digests.of_file(old) if entry["existed"] else None}
     if "new" in entry and path.is_file() and digests.of_file(path) not in known:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, kept)   # somebody edited it between the interruption and now
+        shutil.copyfile(path, kept)   # it was edited after the interruption
         yield kept
     if entry["existed"]:
         old.replace(path)

@@ -1,4 +1,4 @@
-"""A raw row to a conversation, or the reason why not. Knows nothing of files, tokens or splits."""
+"""Conversion of a raw row to a conversation, or its rejection with a reason."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from moa.core.config import Domain
 from moa.data.readers import RowRejected
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}   # ShareGPT's and others' words
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}   # as in ShareGPT
 
 __all__ = ["RowRejected", "conversation", "fields", "group_value"]
 
@@ -18,7 +18,7 @@ __all__ = ["RowRejected", "conversation", "fields", "group_value"]
 def conversation(value: Any, domain: Domain) -> list[Message]:
     """The messages of one raw row, as `domain` reads it: chat, or an instruction with its output.
 
-    Raises Rejected with the reason.
+    Raises RowRejected with the reason.
     """
     if isinstance(value, RowRejected):
         raise value
@@ -32,7 +32,7 @@ def conversation(value: Any, domain: Domain) -> list[Message]:
 
 
 def group_value(value: Mapping[str, Any], domain: Domain) -> str | None:
-    """What the row has in the domain's `group_by` column, if it has one."""
+    """The row's value in the domain's `group_by` column; None without one."""
     if domain.group_by in (None, "none"):
         return None
     found = value.get(domain.group_by)
@@ -40,7 +40,7 @@ def group_value(value: Mapping[str, Any], domain: Domain) -> str | None:
 
 
 def fields(template: str) -> list[str]:
-    """The columns a template names. Raises ValueError when it is no template."""
+    """Names of the columns in a template's braces. Raises ValueError when it is no template."""
     names = [name for _, name, spec, how in Formatter().parse(template) if name is not None]
     if any(not name or re.search(r"[.\[\]]", name) for name in names):
         raise ValueError("a place is {column}, with the column's name and nothing else; write {{ and }} for braces")
@@ -89,7 +89,7 @@ def _text(value: Mapping[str, Any], key: str) -> str:
         raise RowRejected(f"{key} is not text but {type(text).__name__}")
     if CONTROL.search(text):
         raise RowRejected(f"{key} has control characters")
-    if "\r" in text:   # the same row whatever system it was written on
+    if "\r" in text:   # so that line ends of other systems make no other row
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = text.strip()
     if not text:

@@ -1,4 +1,4 @@
-"""A corpus on disk: what prepare writes and every later step reads. Knows nothing of validation or splits."""
+"""A corpus on disk: stage `prepare` writes it, and every later stage reads it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 class Row:
     """One supervised conversation; its last message is the assistant's.
 
-    `id` is the digest of the content, so the same row has the same name wherever it turns up.
+    `id` is the digest of the content: equal rows have equal ids in every corpus.
     """
 
     id: str
@@ -44,12 +44,12 @@ class Row:
 
 
 def identity(messages: Sequence[Message]) -> str:
-    """The id of the row that these messages are: a digest of roles and texts, which hold no control characters."""
+    """The id of a row: a digest of its roles and texts, which hold no control characters."""
     return digests.of_bytes("\x1e".join([part for message in messages for part in message.values()]).encode())[:32]
 
 
 def schema() -> Any:
-    """Columns of a split's Parquet file."""
+    """Arrow schema of a split's Parquet file."""
     import pyarrow as pa
 
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
@@ -73,7 +73,7 @@ def table(rows: Sequence[Row]) -> Any:
 
 
 def read(corpus: Path, split: Split) -> list[Row]:
-    """Rows of one split of the corpus in folder `corpus`. Raises ArtifactError when it was never prepared."""
+    """Rows of one split of the corpus in folder `corpus`. Raises ArtifactError when it is not prepared."""
     import pyarrow.parquet as pq
 
     path = corpus / f"{split}.parquet"

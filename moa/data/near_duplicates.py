@@ -3,7 +3,7 @@
 A text is the set of its shingles, five words in a row. Two texts are near-duplicates when the Jaccard similarity of
 their sets reaches a threshold (Broder 1997). Candidates agree on all values of one band of their sketches, and a
 band is as narrow as needed for finding 98.5 % of the pairs right at the threshold. Whether a pair is found depends on
-these two texts alone, but for crowded bands, see WINDOW. Knows nothing of rows, domains or splits.
+these two texts alone, except in bands with many texts (see WINDOW).
 """
 
 import zlib
@@ -53,7 +53,7 @@ def shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     for place, weight in enumerate(_WEIGHTS):
         rolled += hashed[place : place + size] * weight
     rolled ^= rolled >> np.uint64(29)
-    inside = np.ones(size, bool)   # not over the end of a text
+    inside = np.ones(size, bool)   # shingles that do not cross the end of a text
     for back in range(1, SHINGLE):
         inside[starts[1:-1] - back] = False
     return rolled[inside], np.concatenate(([0], np.cumsum(lengths - SHINGLE + 1)))
@@ -69,9 +69,10 @@ class Sketches:
         self._file = file.open("wb")
         self._bands: list[np.ndarray] = []
         self._counts: list[np.ndarray] = []
-        self._starts: np.ndarray | None = None   # once all are there
+        self._starts: np.ndarray | None = None   # set once all texts are added
 
     def add(self, texts: Sequence[str]) -> None:
+        """Append the sketches of these texts."""
         from rensa import RMinHash
 
         if not texts:
@@ -89,18 +90,22 @@ class Sketches:
         hashes.astype(np.uint32).tofile(self._file)
 
     def survivors(self, priority: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which texts stay when of near-duplicates only the first in `priority` does, and whose double each other is.
+        """Keep of near-duplicates only the first in `priority`.
 
-        `priority`: int64 [N], a rank, all different; negative = leave the text out altogether. Returns bool [N] and
-        int64 [N], where -1 = nobody's. No two that stay were found alike.
+        Args:
+            priority: int64 [N], different ranks; a text with a negative one is left out altogether.
+
+        Returns:
+            bool [N], whether each text stays; and int64 [N], the text whose near-duplicate each other text is, or -1.
+            No two texts that stay were found to be near-duplicates.
         """
         stays, double_of = priority >= 0, np.full(len(priority), -1, np.int64)
         for first, second in self._pairs(priority, stays):
-            order = np.argsort(priority[second], kind="stable")   # so that whoever decides is decided itself
+            order = np.argsort(priority[second], kind="stable")   # texts of higher priority are decided first
             for one, other in zip(first[order].tolist(), second[order].tolist(), strict=True):
                 if stays[one] and stays[other]:
                     stays[other], double_of[other] = False, one
-        while (chained := (double_of >= 0) & (double_of[double_of] >= 0)).any():   # the double went later on itself
+        while (chained := (double_of >= 0) & (double_of[double_of] >= 0)).any():   # removed later
             double_of[chained] = double_of[double_of[chained]]
         return stays, double_of
 
@@ -115,13 +120,13 @@ class Sketches:
             yield i, j, value
 
     def _pairs(self, priority: np.ndarray, stays: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Near-duplicates band by band, the one with priority first, among those that stay when a band is begun."""
+        """Near-duplicates band by band, the one with priority first, among texts that stay when the band begins."""
         self._file.close()
         bands = np.concatenate(self._bands) if self._bands else np.zeros((0, 1), np.uint64)
         for band in range(bands.shape[1]):
             alive = np.flatnonzero(stays)
             here, beside = bands[alive, band], bands[alive, (band + 1) % bands.shape[1]]
-            order = np.lexsort((priority[alive], beside, here))   # in a crowded band, the most alike side by side
+            order = np.lexsort((priority[alive], beside, here))   # sorts similar texts of a band side by side
             rows, here = alive[order], here[order]
             for step in range(1, WINDOW + 1):
                 agree = np.flatnonzero(here[step:] == here[:-step])
@@ -133,7 +138,7 @@ class Sketches:
 
     def _alike(self, first: np.ndarray, second: np.ndarray, priority: np.ndarray, stays: np.ndarray
                ) -> tuple[np.ndarray, np.ndarray]:
-        """Of these pairs, those of which both still stay and that are alike, the one with priority first."""
+        """Of these pairs, those of near-duplicates that both still stay, the one with priority first."""
         both = stays[first] & stays[second]
         first, second = first[both], second[both]
         alike = self._similarity(first, second) >= self.threshold - 1e-9

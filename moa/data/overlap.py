@@ -1,9 +1,9 @@
-"""How a domain lies to the others: rows they share, rows that are nearly the same, rows that look like another's.
+"""Overlap of a domain with others: rows they share, near-duplicates, and rows that resemble another domain's.
 
-Compares prepared corpora, and the splits of one, by ids, by shingles (moa.data.near_duplicates) and by what their
-questions are about: the mean of the base's input embeddings over a question's tokens, and the nearest neighbours of
-each row among a sample of all domains. No model runs. What is sampled says so. Knows nothing of routers, though a row
-that its neighbours place elsewhere will be hard for one.
+Compares prepared corpora, and the splits of one, by ids, by shingles (moa.data.near_duplicates) and by the topic of
+their questions: the mean of the base's input embeddings over a question's tokens, and the nearest neighbours of each
+row among a sample of all domains. No model runs. The report says what was sampled. A row whose neighbours are of
+another domain is hard to route.
 """
 
 from collections import Counter
@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from moa.base.pin import load_tokenizer, locate
+from moa.base.load import load_tokenizer
+from moa.base.pin import locate
 from moa.core.config import Config
 from moa.core.errors import BaseModelError
 from moa.core.paths import MANIFEST, Workspace
@@ -27,13 +28,13 @@ SHOWN = 160             # characters of an example
 ALIKE = 0.8             # Jaccard similarity of near-duplicates: lower than what prepare removes
 COMPARED = 10_000       # rows of the domain whose shingles are compared, and as many of all others together
 SAMPLE = 500            # training rows per domain whose neighbours are looked at
-TOKENS = 512            # of a question that are read
-RARE = 1e-2             # share of all tokens at which one counts half
+TOKENS = 512            # tokens of a question that are read
+RARE = 1e-2             # share of all tokens at which a token has weight one half
 NEIGHBOURS = 5
 STRANGERS = 4           # of them in one other domain make a row look like that domain
 
-# What deserves a look.
-LOOKS_SHARE = 0.02      # of the sampled rows
+# Warnings.
+LOOKS_SHARE = 0.02      # share of the sampled rows
 APART = 0.8             # accuracy of telling two domains apart by their neighbours
 
 
@@ -45,7 +46,7 @@ class _Sample:
     ids: list[str]
     splits: list[str]
     questions: list[str]
-    texts: list[str]     # everything that was said
+    texts: list[str]     # the whole conversations
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -116,10 +117,10 @@ def _questions(folder: Path, ids: Iterable[str]) -> dict[str, str]:
     return found
 
 
-# The same, or nearly.
+# Duplicates and near-duplicates.
 
 def _duplicates(workspace: Workspace, domain: str, others: Sequence[str]) -> dict[str, Any]:
-    """Rows that other domains hold too, word for word, with the splits they are in there and here."""
+    """Rows that other domains contain too, with their splits in both."""
     import pyarrow.compute as pc
 
     mine, sides = _ids(workspace.corpus(domain))
@@ -144,7 +145,7 @@ def _duplicates(workspace: Workspace, domain: str, others: Sequence[str]) -> dic
 
 
 def _near_duplicates(workspace: Workspace, domain: str, others: Sequence[str]) -> dict[str, Any]:
-    """Rows whose text is nearly that of a row elsewhere. Test and validation rows are looked at before all others."""
+    """Near-duplicates of rows of other domains or splits. Test and validation rows are compared before all others."""
     from moa.data import near_duplicates
 
     samples = [_sample(workspace.corpus(domain), {"test": COMPARED // 4, "validation": COMPARED // 4,
@@ -159,7 +160,7 @@ def _near_duplicates(workspace: Workspace, domain: str, others: Sequence[str]) -
     own = samples[0]
     for one, two, similarity in near_duplicates.pairs([text for sample in samples for text in sample.texts], ALIKE):
         if one >= len(own):
-            continue   # neither is ours
+            continue   # neither row is of `domain`
         sample, place = samples[owners[two]], two - int(starts[owners[two]])
         inside = sample is own
         if (inside and own.splits[one] == own.splits[two]) or own.ids[one] == sample.ids[place]:
@@ -276,7 +277,7 @@ def _told_apart(one: np.ndarray, two: np.ndarray) -> float:
     return round(float((right[labels == 0].mean() + right[labels == 1].mean()) / 2), 4)
 
 
-# What deserves a look.
+# Warnings.
 
 def _warnings(domain: str, report: Mapping[str, Any]) -> Iterator[str]:
     for other, each in report["duplicates"]["domains"].items():

@@ -1,8 +1,8 @@
-"""The stage `prepare`: raw rows to a corpus. Every row read is kept, rejected with a reason, or a duplicate.
+"""Stage `prepare`: raw rows to a corpus. Every row read is kept, rejected with a reason, or a duplicate.
 
 Rows pass through in batches, so that memory does not grow with their text. A row's side is a function of its own group
 (moa.data.splits), so that rows that arrive later never move the ones that are there; and of near-duplicates on two
-sides only the one that is not for training stays. Knows nothing of training.
+sides only the one that is not for training stays.
 
     data/corpora/NAME/    train.parquet, validation.parquet, test.parquet, rejected.jsonl, near_duplicates.jsonl,
                           quality.json, manifest.json (last)
@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from moa.base.encoding import ChatEncoder, Message
-from moa.base.pin import load_tokenizer, pin
+from moa.base.load import load_tokenizer
+from moa.base.pin import pin
 from moa.core import digests
 from moa.core.config import Config, PrepareParams
 from moa.core.errors import DataError
@@ -34,9 +35,9 @@ from moa.data.corpus import SPLITS, Row, identity
 from moa.data.readers import RawRow, RowRejected, read
 from moa.data.row_store import RowFates, RowStore
 
-BATCH = 2048          # rows on their way at a time
-SHOWN = 500           # characters of a rejected row that are kept
-CHARACTERS = 200      # a token at most, or the row is refused without encoding it
+BATCH = 2048          # rows processed together
+SHOWN = 500           # characters of a rejected row that are recorded
+CHARACTERS = 200      # per token; a longer row is rejected without encoding it
 
 
 def prepare(workspace: Workspace, config: Config, domain: str, encoder: ChatEncoder | None = None) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def prepare(workspace: Workspace, config: Config, domain: str, encoder: ChatEnco
 
 
 class RowFilter:
-    """Passes usable rows on to a RowStore, in batches, and counts what became of each raw row."""
+    """Passes usable rows on to a RowStore, in batches, and counts the outcome of each raw row."""
 
     def __init__(self, config: Config, name: str, encoder: ChatEncoder, staging: RowStore) -> None:
         self.domain, self.encoder, self.staging = config.domains[name], encoder, staging
@@ -157,7 +158,7 @@ class RowFilter:
         kind = reason.partition(":")[0]
         self.reasons[kind] += 1
         self.first.setdefault(kind, f"{reason} (first at {raw.file}:{raw.line})")
-        text = self.conceal(raw.text[:2 * SHOWN])[:SHOWN]   # what is cut off could not be recognised
+        text = self.conceal(raw.text[:2 * SHOWN])[:SHOWN]   # personal data that is cut in two would not be recognised
         record = {"file": raw.file, "line": raw.line, "reason": reason, "text": text}
         rejections.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
@@ -170,7 +171,7 @@ def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
 
 @contextmanager
 def _acyclic() -> Iterator[None]:
-    """Millions of small objects pass and form no cycles: looking for those took a quarter of the time."""
+    """Pause the garbage collector: these millions of objects form no cycles, and it took a quarter of the time."""
     before = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(50_000, 50, 50)
@@ -183,7 +184,7 @@ def _acyclic() -> Iterator[None]:
 
 @contextmanager
 def _scratch(workspace: Workspace, domain: str) -> Iterator[Path]:
-    """A folder that is gone afterwards; a killed step's is cleared by the next."""
+    """A temporary folder. The next run deletes that of a killed one."""
     folder = workspace.local / "preparing" / domain
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""Files to raw rows: every row of every file, whatever it holds, one at a time. Knows nothing of what a row should be.
+"""Readers: files to raw rows, one at a time, without a check of their content.
 
-What cannot be read as a row is one too: its value is the reason. A file that cannot be read at all is a DataError,
-whatever the library that reads it raises.
+Text that cannot be read as a row is a raw row too, whose value is the reason. A file that cannot be read at all raises
+a DataError, whatever its library raises.
 Text is UTF-8, with or without a byte order mark, or UTF-16 with one; lines end with \\n, \\r\\n or \\r.
 """
 
@@ -17,11 +17,11 @@ from moa.core.errors import ArtifactError, DataError, MoaError, in_words, of_mac
 from moa.core.names import escaped, printable
 
 FORMATS = {".jsonl": "JSON lines", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
-LONGEST_LINE = 16 << 20    # characters; a longer one is refused unread
+LONGEST_LINE = 16 << 20    # characters; a longer one is rejected unread
 LARGEST_JSON = 256 << 20   # bytes of a .json file, which is read in one piece
 REREAD = 1 << 20           # characters of a broken CSV record whose lines are read again, each on its own
 BATCH = 1024               # rows of a Parquet file in memory
-DEEPEST = 100              # lists and objects in each other; Python walks about 900 of them before its stack ends
+DEEPEST = 100              # lists and objects in each other; Python's recursion limit allows about 900
 
 
 class RowRejected(Exception):
@@ -41,7 +41,7 @@ class RawRow(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The row as people should see it."""
+        """The row as text for people."""
         if self.source is not None:
             return self.source
         return json.dumps(self.value, ensure_ascii=False, default=str)
@@ -226,7 +226,7 @@ class _Feed:
         return line
 
     def give_back(self) -> None:
-        """All but the first line of the present record will come again."""
+        """Read all but the first line of the current record again."""
         self.again.extendleft(reversed(self.taken[1:]))
 
 

@@ -1,6 +1,6 @@
 """Personal data out of a text: e-mail addresses, phone, card and account numbers become placeholders.
 
-Knows nothing of rows or corpora. What looks like personal data must also pass a check of its own (numbering plan, check
+A candidate must also pass a check of its kind (numbering plan, check
 digits), because a quantity, a date or an order number that vanished from a row would teach a wrong answer:
 
     email     an address; not `a@b.mean()`, which is code

@@ -27,7 +27,7 @@ SHOWN = 200              # characters of a near-duplicate that are kept
 
 @dataclass(frozen=True)
 class RowFates:
-    """What became of every staged row. Arrays are indexed by the order of arrival."""
+    """Outcome of every staged row. Arrays are indexed by the order of arrival."""
 
     stays: np.ndarray       # bool [N]
     side: np.ndarray        # int8 [N], an index of splits.ORDER
@@ -46,7 +46,7 @@ class RowFates:
 
 
 class RowStore:
-    """Takes rows in any order, then settles and writes them. `threshold` 0 = near-duplicates are not looked for."""
+    """Takes rows in any order, then settles and writes them. `threshold` 0 = no search for near-duplicates."""
 
     def __init__(self, folder: Path, threshold: float) -> None:
         self.folder = folder
@@ -57,7 +57,7 @@ class RowStore:
         self._parts: dict[str, list[np.ndarray]] = {"ids": [], "places": [], "prompt": [], "completion": []}
 
     def add(self, rows: Sequence[Row], places: Sequence[float]) -> None:
-        """Stage rows; `places` says where each one's group falls, see moa.data.splits."""
+        """Stage rows; `places` are the places of their groups (`moa.data.splits.place`)."""
         if not rows:
             return
         ids = np.frombuffer(bytes.fromhex("".join(row.id for row in rows)), ">u8").reshape(-1, 2).astype(np.uint64)

@@ -1,4 +1,4 @@
-"""Which side a row is on: test, validation or train. A function of the row alone, so that no other row can move it.
+"""The side of a row: test, validation or train. It is a function of the row alone, so that no other row moves it.
 
 Rows of one group share a side. The group is the row's value in the domain's `group_by` column. Without one, it is the
 answer, because paraphrases of a question share theirs: a long one but for its numbers and quoted values, in which
@@ -22,7 +22,7 @@ _VALUE = re.compile(r"\"[^\"]*\"|'[^']*'|\d+(?:[.,]\d+)*")
 
 
 def place(row_id: str, messages: Sequence[Message], group: str | None, domain: Domain) -> float:
-    """Where between 0 and 1 the row's group falls, evenly by digest. `group` is its value in the group_by column."""
+    """The place of the row's group between 0 and 1, uniform by digest. `group` is its value in the group_by column."""
     if group is not None:
         key = f"group:{group}"
     elif domain.group_by == "none":
@@ -33,7 +33,7 @@ def place(row_id: str, messages: Sequence[Message], group: str | None, domain: D
 
 
 def _answer(messages: Sequence[Message]) -> str | None:
-    """All the assistant says, without case, white space and, if it is long, values; None for a label."""
+    """The assistant's texts, without case, white space and, if long, values; None for a label."""
     text = " ".join([message["content"] for message in messages if message["role"] == "assistant"]).lower()
     text = " ".join(text.split())
     template = _VALUE.sub("#", text)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from moa.base.pin import load, pick_device
+from moa.base.load import load, pick_device
 from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace

@@ -1,4 +1,4 @@
-"""Rows of token ids to padded tensors, and the completion loss of each expert. Knows nothing of files or schedules.
+"""Rows of token ids to padded tensors, and the completion loss of each row.
 
 Shapes: B rows, T positions, N target tokens of a batch, V vocabulary, E experts.
 """
@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from moa.base.encoding import Encoded
 
-CALL = 96    # padded tokens that cost as much as one more forward and backward
-CHUNK = 64   # targets whose logits are in full precision at a time
+CALL = 96    # padded tokens that take as long as one more forward and backward
+CHUNK = 64   # targets whose logits are converted to full precision at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ class Batch:
 
 def microbatches(rows: Sequence[tuple[int, Encoded]], tokens: int) -> list[list[int]]:
     """Indices of `rows` (expert, row), grouped by length so that no group has more than `tokens` padded tokens
-    (a single longer row makes a group of its own), at the least cost of padding and calls together. Which rows share
-    a forward has no part in the mathematics."""
+    (a single longer row makes a group of its own). The total cost of padding and calls is the least possible. Which
+    rows share a forward does not change their losses."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][1].ids))
     lengths = [len(rows[index][1].ids) for index in order]
     costs, starts = [0.0], [0]   # of the first n rows; where the last group of these begins
@@ -73,9 +73,9 @@ def collate(rows: Sequence[tuple[int, Encoded]], device: str | torch.device = "c
 
 @contextmanager
 def projecting_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Inside, the model's output projection sees only these flat positions, so that logits are (N, V), not (B, T, V).
+    """Within the block, the output projection reads only these flat positions: logits are (N, V), not (B, T, V).
 
-    Hooking the projection keeps whatever a model does to its logits afterwards.
+    A hook on the projection leaves what the model does to its logits afterwards unchanged.
     """
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0].flatten(0, 1)[positions], *args[1:])
@@ -88,9 +88,9 @@ def projecting_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
 
 
 def row_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Summed negative log-likelihood, in nats, of each row's target tokens: (B,). Padding and prompts count nothing.
+    """Summed negative log-likelihood, in nats, of each row's target tokens: (B,). Padding and prompts add nothing.
 
-    The sum is scattered by row, never masked by a product, so that one row's NaN stays its own.
+    The sum is scattered by row, never masked by a product, so that NaN in one row stays in its sum.
     """
     with projecting_only(model, batch.positions):
         logits = model(input_ids=batch.ids, use_cache=False).logits

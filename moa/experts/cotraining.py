@@ -1,8 +1,7 @@
 """Co-training: experts learn side by side on one copy of the base, each exactly as it would alone.
 
 Order, schedule, clipping, optimizer and stopping belong to each `Learner`; the forward and backward belong to all.
-The best epoch of each expert waits in a file without a name, not in memory (`DiskTensor`). Knows nothing of DVC,
-MLflow or Prefect.
+The weights of each expert's best epoch are kept in a file, not in memory (`DiskTensor`).
 """
 
 import hashlib
@@ -28,14 +27,14 @@ from moa.experts.lora import ExpertStack, Selection, StackedLoRA
 
 
 class DiskTensor:
-    """Holds a copy of the last tensor that was put on it, on its device again when it is taken. Raises OSError when the
-    disk has no room for it."""
+    """A copy of one tensor in a temporary file without a name. Raises OSError when the disk is full."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._file = tempfile.TemporaryFile(prefix="moa-")   # noqa: SIM115 - as long as the shelf
+        self._file = tempfile.TemporaryFile(prefix="moa-")   # noqa: SIM115 - open as long as this object lives
         self.put(tensor)
 
     def put(self, tensor: Tensor) -> None:
+        """Replace the copy by one of `tensor`."""
         self._like = tensor.shape, tensor.dtype, tensor.device
         self._file.seek(0)
         self._file.truncate()
@@ -43,22 +42,23 @@ class DiskTensor:
         self._file.flush()
 
     def take(self) -> Tensor:
+        """The copy, on the device of the tensor that was put."""
         shape, dtype, device = self._like
         self._file.seek(0)
         return torch.frombuffer(bytearray(self._file.read()), dtype=dtype).view(shape).to(device)
 
 
-# Sharing one storage between an expert's parameters and its row of the stack is what we want.
+# An expert's parameters share storage with its row of the stack on purpose.
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 
-# A forward: the summed loss of each row's targets (B,), and whatever else each row shall cost (B,), if anything.
+# A forward: the summed loss of each row's targets (B,), and an additional loss of each row (B,) or None.
 Forward = Callable[[nn.Module, ExpertStack, Batch], tuple[Tensor, Tensor | None]]
 
-FLOOR = 0.1   # the cosine ends at this share of the learning rate
+FLOOR = 0.1   # share of the learning rate at which the cosine ends
 
 
 def seed_for(name: str, seed: int) -> int:
-    """An expert's own seed: which experts train beside it changes nothing."""
+    """An expert's own seed, from its name, so that it does not depend on the experts trained beside it."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
@@ -86,7 +86,7 @@ def learning_rate(step: int, steps: int, params: TrainParams) -> float:
 
 @dataclass(slots=True)
 class Progress:
-    """Where a learner stands; with its tensors, all that resuming needs."""
+    """Progress of a learner. Together with its tensors it is all that resuming needs."""
 
     step: int = 0
     epoch: int = 0
@@ -102,13 +102,13 @@ class Progress:
 
 
 class Learner:
-    """One expert's own training: what to learn next, how to step, when to stop, which epoch was best."""
+    """Training of one expert: its batches, optimizer steps, early stopping and best epoch."""
 
     def __init__(self, name: str, expert: int, stack: ExpertStack, rows: Sequence[Encoded],
                  validation: Sequence[Encoded], params: TrainParams, warm: bool = False) -> None:
         assert stack.gradients is not None, "call stack.trainable(True) first"
         self.name, self.expert, self.params = name, expert, params
-        self.warm = warm   # its start has been somebody's expert, and counts as epoch 0
+        self.warm = warm   # it starts from a parent expert, whose weights count as epoch 0
         self.rows, self.validation = rows, validation[:params.validation_rows]
         self.order = data_order(len(rows), params, seed_for(name, params.seed))
         self.steps_per_epoch = len(self.order) // params.epochs
@@ -127,7 +127,10 @@ class Learner:
         return [self.rows[index] for index in self.order[self.progress.step]]
 
     def update(self, loss: float, tokens: int, seen: int) -> None:
-        """Step on the gradient of the mean loss over `tokens` targets (`loss` is their sum); or fail, unchanged."""
+        """One optimizer step on the gradient of the mean loss over `tokens` targets, whose sum is `loss`.
+
+        A loss or gradient that is not finite sets `progress.failure` and changes no weight.
+        """
         assert self.weights.grad is not None
         norm = nn.utils.clip_grad_norm_([self.weights], self.params.max_grad_norm)
         if not (math.isfinite(loss) and bool(norm.isfinite())):
@@ -272,8 +275,8 @@ def _train(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], ba
 
 @contextmanager
 def recomputing(model: Any, wanted: bool = True) -> Iterator[None]:
-    """Inside, activations of a decoder layer are computed again for the backward instead of kept, each layer under the
-    choice of experts that it first saw.
+    """Gradient checkpointing within the block: the backward computes the activations of each decoder layer again, with
+    the selection of experts that the layer had in the forward.
 
     Only the layers themselves are put into training mode, which is how transformers recognises a training, and they are
     out of it while they compute: no dropout is switched on.
@@ -304,7 +307,7 @@ def recomputing(model: Any, wanted: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _training_mode(layers: Sequence[nn.Module], wanted: bool) -> Iterator[None]:
-    """Inside, these layers, and nothing in them, are in training mode or out of it."""
+    """Within the block, set the training mode of these layers, but not of their submodules."""
     before = [layer.training for layer in layers]
     for layer in layers:
         layer.training = wanted

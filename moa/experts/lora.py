@@ -1,7 +1,5 @@
 """The stacked LoRA layer: E experts over the linear layers of one model, each row of a batch using its own.
 
-Knows nothing of domains' data, routing or training loops.
-
 Shapes: E experts, R largest rank, I and O a layer's inputs and outputs, B rows, T positions, P an expert's parameters,
 K = E * R. LoRA is Hu et al. 2021 (arXiv 2106.09685): y = Wx + scale * B(Ax), scale = alpha / rank, or
 alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732). `moa.experts.peft_format` reads and
@@ -25,7 +23,7 @@ BASE_ONLY = -1
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """What one expert is, before it has weights."""
+    """Rank, scaling and targets of one expert."""
 
     rank: int
     alpha: float
@@ -60,7 +58,7 @@ class Selection:
 
     @property
     def batch(self) -> int | None:
-        """Rows the choice was made for; None when there is no choice."""
+        """Number of rows that the selection was made for; None when there is none."""
         chosen = self.rows if self.weights is None else self.weights
         return None if chosen is None else len(chosen)
 
@@ -118,14 +116,14 @@ class StackedLoRA(nn.Module):
 
     def _learning(self, x: Tensor) -> Tensor:
         """The output when gradients are wanted."""
-        self._gathered = None                  # what a validation kept for its rows is of no more use
-        plain = type(self.base) is nn.Linear   # others know best how gradients pass through them
+        self._gathered = None                  # slices gathered for a validation are stale
+        plain = type(self.base) is nn.Linear   # other classes have gradients of their own
         y = self.base(x.detach() if plain else x)
         return add_lora(y, x, self.base.weight if plain else None, self.a_ERI, self.b_EOR, self.scale_E,
                         self.selection.rows, self.selection.inactive)
 
     def gather(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The slices for forwards without gradients: one choice serves many, as in decoding, and is gathered once.
+        """The selected slices for forwards without gradients, gathered once for all forwards of a selection.
         On a CPU they are in float32 at least."""
         if self.a_ERI.device.type == "cpu":
             dtype = torch.promote_types(dtype, torch.float32)
@@ -141,7 +139,7 @@ class StackedLoRA(nn.Module):
         self._gathered = None
 
     def take_gathered(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The same slices, which this layer no longer keeps afterwards."""
+        """The slices of `gather`, of which the layer keeps no reference."""
         kept = self.gather(dtype)
         self._gathered = None
         return kept
@@ -219,7 +217,7 @@ class ExpertStack:
         return len(self.specs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The experts' own parameters, and nothing of the base."""
+        """The experts' parameters, without the base's."""
         for layer in self.layers.values():
             yield layer.a_ERI
             yield layer.b_EOR
@@ -247,11 +245,11 @@ class ExpertStack:
         self.selection.blend(weights_BE)
 
     def changed(self) -> None:
-        """Say that weights were written from outside while a choice stands: what was gathered is forgotten."""
+        """Discard gathered slices after weights were written from outside during a selection."""
         self.selection.generation += 1
 
     def forget(self) -> None:
-        """End the choice, and free what was gathered for it."""
+        """End the selection and free what was gathered for it."""
         self.select(None)
         for layer in self.layers.values():
             layer.forget_gathered()

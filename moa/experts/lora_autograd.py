@@ -1,10 +1,9 @@
-"""A linear layer with LoRA in training: what a row's expert adds to the layer's output, with a backward of its own.
+"""The LoRA product of a linear layer in training, with a backward of its own.
 
 Autograd keeps and casts every intermediate of index, scale, product and sum, and makes a gradient as large as the
-whole stack for each forward. This adds to the layer's output in place, keeps the hidden values of rank R alone beside
-inputs that are kept anyway, gives the input one gradient, and adds each row's to its own expert's slice. Knows nothing
-of models. Where `moa.base.kernels.build` has the library, the same is done in C (`csrc/lora.c`), which neither gathers
-nor keeps any slice of the stack.
+whole stack for each forward. `LoraProduct` adds to the layer's output in place, keeps only the hidden values of rank R
+beside inputs that are kept anyway, computes one gradient of the input, and adds each row's gradient to its own expert's
+slice. Where `moa.base.kernels.build` has the library, C does the same (`csrc/lora.c`) without a copy of any slice.
 
 Shapes: E experts, R largest rank, I and O a layer's inputs and outputs, B rows, T positions.
 """
@@ -23,7 +22,7 @@ LANES = 16   # numbers of the widest vector: sizes must be a multiple
 
 def add_lora(y_BTO: Tensor, x_BTI: Tensor, weight_OI: Tensor | None, a_ERI: Tensor, b_EOR: Tensor, scale_E: Tensor,
              rows: Tensor, inactive: Tensor | None) -> Tensor:
-    """`LoraProduct` in the fastest way there is."""
+    """`LoraProduct`, in C where these tensors and this machine allow it."""
     fits = (x_BTI.device.type == "cpu" and rows.dtype == torch.int64 and a_ERI.dtype == scale_E.dtype == torch.float32
             and x_BTI.dtype == y_BTO.dtype and x_BTI.shape[-1] % LANES == y_BTO.shape[-1] % LANES == 0)
     lora = library_for("lora", x_BTI.dtype) if fits else None
@@ -134,8 +133,8 @@ class _Call(ctypes.Structure):
 
 def slices(a_ERI: Tensor, b_EOR: Tensor, scale_E: Tensor | None, rows: Tensor, inactive: Tensor | None,
            dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A (B, R, I) and B (B, R, O), scaled if `scale_E` is given, of each row's expert: no loop over experts, and no row
-    ever meets another expert's numbers. Rows of the base alone get zeros."""
+    """A (B, R, I) and B (B, R, O), scaled if `scale_E` is given, of each row's expert, without a loop over
+    experts. No row reads another expert's numbers. Rows without an expert get zeros."""
     # index_select, not [rows]: the gradient of the latter adds up in whatever order the threads arrive.
     a_BRI, b_BOR = a_ERI.index_select(0, rows).to(dtype), b_EOR.index_select(0, rows)
     if scale_E is not None:
@@ -157,5 +156,5 @@ def _add(parameter: Tensor, rows: Tensor, inactive: Tensor | None, grads: Tensor
 
 
 def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In this dtype and in order, by one copy at most."""
+    """The tensor in this dtype and contiguous, with one copy at most."""
     return tensor.to(dtype, memory_format=torch.contiguous_format).contiguous()   # to() alone leaves its own dtype be

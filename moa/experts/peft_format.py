@@ -1,9 +1,9 @@
-"""PEFT LoRA directories, in and out of a stack, without loss. Knows nothing of training, routing or manifests.
+"""PEFT LoRA directories, in and out of a stack, without loss.
 
     adapter_config.json         what PEFT calls LoraConfig
     adapter_model.safetensors   one lora_A (R, I) and one lora_B (O, R) for each adapted layer
 
-Whatever a stack cannot represent is refused by its name: a wrong mixture is worse than none.
+What a stack cannot represent raises an ArtifactError that names it: a wrong mixture is worse than none.
 """
 
 import json
@@ -26,7 +26,7 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."   # how PEFT names a layer of the wrapped model
 MATRIX = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
 
-# Fields of a PEFT configuration that a stack understands, or that say nothing of what the adapter computes.
+# Fields of a PEFT configuration that a stack supports, or that do not change what the adapter computes.
 UNDERSTOOD = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "revision", "task_type",
@@ -36,7 +36,7 @@ UNDERSTOOD = {
 # Fields with a value that leaves a plain LoRA. Every other field must be empty: PEFT gains new ones.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take what they begin with out of the base's own weights.
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base's weights when they initialise an adapter.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
@@ -147,7 +147,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_spec(directory: Path) -> LoraSpec:
-    """What a stack needs room for: the adapter's largest rank, with its general scaling."""
+    """Spec of a stack that has room for the adapter: its largest rank, with its general scaling."""
     config = read_config(directory)
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     return LoraSpec(rank, config["lora_alpha"], bool(config.get("use_rslora")))

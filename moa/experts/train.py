@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moa.base.encoding import ChatEncoder
-from moa.base.pin import BasePin, load, pick_device, pin
+from moa.base.load import load, pick_device
+from moa.base.pin import BasePin, pin
 from moa.core import code_version, digests
 from moa.core.config import Config, TrainParams
 from moa.core.errors import TrainingError
@@ -27,7 +28,7 @@ CHECKPOINT_SECONDS = 20.0
 
 
 def fingerprint(workspace: Workspace, config: Config, domain: str) -> str:
-    """Digest of everything that decides what the expert of `domain` will be."""
+    """Digest of all inputs of the training of the expert of `domain`."""
     start = warm_start.read(workspace).get(domain)
     return digests.of_json({
         "domain": domain, "start": asdict(start) if start else None, "base": pin(workspace).digest,
@@ -44,7 +45,7 @@ def corpus_digest(workspace: Workspace, domain: str) -> str:
 
 
 def finished(workspace: Workspace, config: Config, domain: str) -> bool:
-    """Whether the expert on disk is what training with the present inputs would give."""
+    """Whether the expert on disk was trained on the present inputs."""
     path = workspace.expert(domain) / MANIFEST
     return path.is_file() and read_json(path).get("fingerprint") == fingerprint(workspace, config, domain)
 
@@ -111,7 +112,7 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
 def _begin(workspace: Workspace, stack: Any, expert: int, domain: str, start: warm_start.InitialExpert | None,
            config: Config,
            base: BasePin) -> dict[str, Any]:
-    """Give an expert the weights that it begins with; what its manifest says of them."""
+    """Set an expert's initial weights. Returns their entry for its manifest."""
     from moa.experts import peft_format
     from moa.experts.cotraining import seed_for
 
@@ -163,7 +164,7 @@ def _write(workspace: Workspace, config: Config, learner: Any, stack: Any, base:
 
 
 def _record_rate(workspace: Workspace, tokens: int, seconds: float) -> None:
-    """Leave the measured speed for the next plan's estimate."""
+    """Record the measured speed, from which `moa plan` estimates durations."""
     path = workspace.cache / "rates.json"
     rates: dict[str, float] = {}
     with suppress(OSError, ValueError):
@@ -173,7 +174,7 @@ def _record_rate(workspace: Workspace, tokens: int, seconds: float) -> None:
 
 
 class Checkpoint:
-    """Everything unfinished learners of one process know, in one file that is replaced whole.
+    """State of the unfinished learners of one process, in one file that is replaced atomically.
 
     Learners are looked up by name and fingerprint in every file there is, so that a restart with other neighbours, or
     another grouping, still continues each of them.
@@ -203,7 +204,7 @@ class Checkpoint:
         self.last = time.monotonic()
 
     def restore(self, learners: Sequence[Any]) -> None:
-        """Bring each learner to the furthest state saved for its fingerprint."""
+        """Restore each learner to the latest state saved for its fingerprint."""
         from safetensors import safe_open
 
         from moa.experts.cotraining import Progress
@@ -222,7 +223,7 @@ class Checkpoint:
                             if key.startswith(prefix)})
 
     def clear(self) -> None:
-        """Forget these learners, who are written, and files in which nobody else is waiting."""
+        """Delete the checkpoint of these learners, which are written, and those that hold no other learner."""
         self.path.with_suffix(".tmp").unlink(missing_ok=True)
         for path in self.folder.glob("*.safetensors"):
             if path == self.path or self._names(path) <= self.prints.keys():

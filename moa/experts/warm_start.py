@@ -1,7 +1,7 @@
-"""Where an expert's training begins: afresh, or at a parent expert's weights. Knows nothing of DVC, or of who chose.
+"""Initial weights of an expert's training: new ones, or those of a parent expert.
 
-    data/starts.json          domain -> {"domain", "digest", "path"} of its parent; who is not in it begins afresh (git)
-    data/parents/DIGEST16/    the parent as it was, by the first digits of its digest (DVC)
+    data/starts.json          domain -> {"domain", "digest", "path"} of its parent; other domains start afresh (git)
+    data/parents/DIGEST16/    the parent's files, by the first digits of its digest (DVC)
 """
 
 import json
@@ -25,7 +25,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class InitialExpert:
-    """A parent: whose expert it was, and which."""
+    """A parent expert: its domain, digest and path."""
 
     domain: str
     digest: str
@@ -50,25 +50,20 @@ def read(workspace: Workspace) -> dict[str, InitialExpert]:
 
 
 def folder(workspace: Workspace, start: InitialExpert) -> Path:
-    """The parent's files, once they are what the digest says. Raises ArtifactError otherwise."""
+    """Folder of the parent's files. Raises ArtifactError when they are missing or have another digest."""
     place = workspace.parent(start.digest)
     name = workspace.relative(place)
     if not (place / MANIFEST).is_file():
         raise ArtifactError(f"The parent expert ({start.domain}) in {name} is not there: run `dvc checkout "
                             f"{name}.dvc`, or `dvc pull {name}.dvc` where another machine has it.")
-    if digest(place) != start.digest:
+    if digests.of_expert(place) != start.digest:
         raise ArtifactError(f"The parent expert ({start.domain}) in {name} is not the one that data/starts.json names: "
                             f"run `dvc checkout --force {name}.dvc`.")
     return place
 
 
-def digest(expert: Path) -> str:
-    """Digest of every file of an expert but its manifest, as `moa.mixture.artifact` computes it."""
-    return digests.of_files([path for path in expert.iterdir() if path.name != MANIFEST], expert)
-
-
 def misfit(expert: Path, stack: "ExpertStack", wanted: "LoraSpec", pin: BasePin) -> str | None:
-    """Why training on `stack` with `wanted` cannot begin at the expert in this folder; None when it can."""
+    """Why training on `stack` with `wanted` cannot start from the expert in this folder; None when it can."""
     from safetensors import safe_open
 
     from moa.experts import peft_format

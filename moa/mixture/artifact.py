@@ -1,10 +1,10 @@
-"""A mixture as a directory: how it is written, and every check before anything of it is used.
+"""A mixture as a directory: its files, and the checks before they are used.
 
     experts/NAME/         PEFT directories as trained
     router.safetensors    the router's tensors
     manifest.json         base pin, prompt, labels, every digest, the router's scalars, its own digest (last)
 
-Whoever has the base can load it from any folder, offline. Knows nothing of models, of training, or of releases.
+With the base it can be loaded from any folder, offline.
 """
 
 import shutil
@@ -67,7 +67,7 @@ def write(folder: Path, *, base: BasePin, prompt: Mapping[str, Any], router: "Ro
     for label in router.labels:
         copied = folder / EXPERTS / label
         shutil.copytree(experts[label], copied)
-        digest = expert_digest(copied)
+        digest = digests.of_expert(copied)
         if facts[label].get("digest", digest) != digest:
             raise ArtifactError(f"The expert of {label!r} changed while the mixture was written: {AGAIN}.")
         pinned[label] = {"digest": digest, **facts[label]}
@@ -77,11 +77,6 @@ def write(folder: Path, *, base: BasePin, prompt: Mapping[str, Any], router: "Ro
     manifest["digest"] = digests.of_json(manifest)
     write_json(folder / MANIFEST, manifest)
     return manifest
-
-
-def expert_digest(folder: Path) -> str:
-    """Digest of every file of an expert but its manifest."""
-    return digests.of_files([path for path in folder.iterdir() if path.name != MANIFEST], folder)
 
 
 def read(folder: Path, pin: BasePin, *, check: bool = True) -> tuple[dict[str, Any], "Router", dict[str, Path]]:
@@ -108,21 +103,21 @@ def read(folder: Path, pin: BasePin, *, check: bool = True) -> tuple[dict[str, A
 
 
 class VerifiedExperts:
-    """The experts of a mixture as they are used: each is compared with its digest first, and again when the system says
-    that its files are others than they were."""
+    """The experts of a mixture. Each is compared with its digest before its first use, and again when its files' inode,
+    size or times changed."""
 
     def __init__(self, mixture: Path, manifest: Mapping[str, Any]) -> None:
         self.mixture, self.folder, self.pinned = mixture, mixture / EXPERTS, manifest["experts"]
         self._known: dict[str, list[tuple[object, ...]]] = {}   # by label, the files that the digest was made of
 
     def expert(self, label: str) -> Path:
-        """Directory of an expert that is the one pinned. Raises ArtifactError otherwise."""
+        """Directory of an expert whose digest is the pinned one. Raises ArtifactError otherwise."""
         expert = self.folder / label
         with readable(f"The expert {label!r} that the manifest in {self.mixture} pins"):
             files = _files(expert)
             if self._known.get(label) == files:
                 return expert
-            digest = expert_digest(expert)
+            digest = digests.of_expert(expert)
         if digest != self.pinned[label]["digest"]:
             raise ArtifactError(f"The expert {label!r} in {self.mixture} is not the one its manifest pins.")
         self._known[label] = files
@@ -130,7 +125,7 @@ class VerifiedExperts:
 
 
 def _files(folder: Path) -> list[tuple[object, ...]]:
-    """What the system says of every file that an expert's digest covers: another write, another time of change."""
+    """Name, inode, size and times of every file that an expert's digest covers."""
     found = [(path, path.stat()) for path in sorted(folder.iterdir()) if path.name != MANIFEST]
     return [(path.name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in found]
 
@@ -181,13 +176,13 @@ def _decides(router: "Router") -> bool:
         return False
     try:
         return router.decide(torch.zeros(1, router.depth, D))[0].domain in router.labels
-    except (RuntimeError, AssertionError, IndexError):   # what a score compares with is missing, or of another width
+    except (RuntimeError, AssertionError, IndexError):   # tensors of a score are missing, or of another width
         return False
 
 
 @contextmanager
 def readable(what: str) -> Iterator[None]:
-    """Turns the many ways in which a file can be unreadable into one sentence about `what`."""
+    """Raise an ArtifactError about `what` in place of the errors of reading a file."""
     from safetensors import SafetensorError
 
     try:

@@ -1,4 +1,4 @@
-"""The stage `assemble`: experts and a router to one mixture, pinned by digest. Knows nothing of serving or releases.
+"""The stage `assemble`: experts and a router to one mixture, pinned by digest.
 
     data/mixture/    what `moa.mixture.artifact` says
     .moa/cache/features/    router features by digest of what they come from, never recomputed for an old domain
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moa.base.encoding import ChatEncoder
-from moa.base.pin import Base, load, pick_device, pin
+from moa.base.load import Base, load, pick_device
+from moa.base.pin import pin
 from moa.core import code_version, digests
 from moa.core.config import Config
 from moa.core.errors import ArtifactError, TrainingError
@@ -40,7 +41,7 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
     base = load(workspace, config.base, pick_device(config.execution.devices))
     encoder = ChatEncoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
     limits: dict[Split, int | None] = {"train": params.rows, "validation": None}
-    # In order of their digests: a limit takes no sides.
+    # Rows are ordered by their digests, so a limit takes a random sample.
     content: Content = {split: {domain: corpus.read(workspace.corpus(domain), split)[:limit] for domain in labels}
                         for split, limit in limits.items()}
     seen = _base_features(workspace, base, encoder, content)
@@ -67,7 +68,7 @@ def _expert(workspace: Workspace, domain: str) -> dict[str, Any]:
                  if manifest["base"][part] != getattr(base, part)]:
         raise ArtifactError(f"The expert of {domain!r} was trained on {manifest['base']['source']}, and the "
                             f"{' and '.join(other)} of this workspace's base ({base.source}) differ: {again}`.")
-    if artifact.expert_digest(folder) != manifest["digest"]:
+    if digests.of_expert(folder) != manifest["digest"]:
         raise ArtifactError(f"The expert of {domain!r} is not the one its manifest names: {again} --fresh`.")
     return manifest
 
@@ -172,7 +173,7 @@ def _joined(workspace: Workspace, config: Config, base: Base, encoder: ChatEncod
         domain, at = learner.name, learner.progress
         folders[domain] = temporary / domain
         peft_format.save(stack, learner.expert, folders[domain], base.pin.source)
-        news = {"digest": artifact.expert_digest(folders[domain]), "parent": facts[domain]["digest"]}
+        news = {"digest": digests.of_expert(folders[domain]), "parent": facts[domain]["digest"]}
         joined[domain] = facts[domain] | news
         alone = {key: value for key, value in read_json(workspace.expert(domain) / MANIFEST).items()
                  if key != "fingerprint"}

@@ -1,6 +1,4 @@
-"""Making a router decide: its heads from labelled prompts; then level, temperature and threshold on validation prompts.
-
-Knows nothing of where the features come from, of files, or of serving.
+"""Training a router's heads on labelled prompts, then choosing level, temperature and threshold on validation prompts.
 
 Shapes: N prompts, M training prompts, L levels, D hidden size, C domains.
 """
@@ -13,29 +11,37 @@ from torch import Tensor, nn
 
 from moa.mixture.router import Router, Rule, Score
 
-# Chosen by benchmarks/out_of_domain.py (SmolLM2-135M, rule early; nine corpora, each left out in turn, then near twins
-# left out together). Mean AUROC 0.971 and 0.982, against max_probability 0.911 and 0.949, mahalanobis 0.909 and 0.919,
-# energy 0.869 and 0.889. Corpora differ in spread, which one shared covariance cannot follow; neighbours can.
-# Since then half of what is usual for the domain is taken off the cosine, so that a new domain does not move who
-# abstains among the old ones (LOG.md); the folds were not run again.
+# benchmarks/out_of_domain.py chose it (SmolLM2-135M, rule early; nine corpora, each left out in turn, then near twins
+# left out together): mean AUROC 0.971 and 0.982, against 0.911 and 0.949 of max_probability. Since then `nearest`
+# subtracts half of the domain's mean cosine, so that a new domain does not change which prompts of the old ones abstain
+# (LOG.md); that benchmark was not run again.
 SCORE: Score = "nearest"
-# The levels that `early` may read, as shares of the layers. Test accuracy hardly asks for depth (benchmarks/routing.py,
-# levels 0, 5, 7, 29: nine corpora 0.961 0.978 0.983 0.986; eight databases 0.980 0.984 0.984 0.973; 32 made domains
-# 0.975 0.973 0.971 0.954), but `nearest` does: mean AUROC on the folds above 0.866 and 0.847 at level 0, 0.919 twice
-# at 3, 0.971 and 0.986 at 7, 0.968 and 0.991 at 29. The upper bound keeps routing under a quarter of a prefill.
+# The levels that `early` may read, as shares of the layers. Test accuracy hardly depends on depth
+# (benchmarks/routing.py, levels 0, 5, 7, 29: nine corpora 0.961 0.978 0.983 0.986; eight databases 0.980 0.984 0.984
+# 0.973; 32 made domains 0.975 0.973 0.971 0.954), but the AUROC of `nearest` does: on the folds above it is 0.866 and
+# 0.847 at level 0, 0.919 twice at 3, 0.971 and 0.986 at 7, 0.968 and 0.991 at 29. The upper bound keeps routing under
+# a quarter of a prefill.
 SHALLOWEST, DEEPEST = 1 / 6, 1 / 4
 TEMPERATURES = (0.01, 100.0)
-FEW = 8   # prompts of a domain, below which their mean cosine is that of all
+FEW = 8   # a domain with fewer prompts takes the mean cosine of all prompts
 ITERATIONS, DECAY = 40, 1e-2   # L-BFGS on standardised features
-LOGITS = 1 << 27               # of one training: a few times this many numbers are in memory
+LOGITS = 1 << 27               # of heads trained at once; a few times as many numbers are in memory
 
 
 def fit(labels: Sequence[str], features_NLD: Tensor, targets_N: Tensor) -> Router:
-    """Train every level's head on domain labels, each domain weighing the same however many prompts it has.
+    """Train every level's head on domain labels. Domains weigh the same, whatever their number of prompts.
 
-    The loss is strictly convex (cross-entropy and a square penalty on the weights), so the result depends on no seed
-    and no starting point. Zero is the start, and the logits of a prompt always sum to zero. Levels have nothing to do
-    with each other; all are trained at once, unless their logits would be more than LOGITS.
+    The loss is strictly convex (cross-entropy and an L2 penalty on the weights), so the result depends on no seed and
+    no starting point. Training starts at zero, so the logits of a prompt always sum to zero. Levels are independent;
+    they are trained together as long as their logits are at most LOGITS numbers.
+
+    Args:
+        labels: the C domains.
+        features_NLD: features of the prompts.
+        targets_N: index of each prompt's domain.
+
+    Returns:
+        A router with these heads that is not calibrated.
     """
     mean_LD, scale_LD = features_NLD.mean(0), features_NLD.std(0).clamp(min=1e-6)
     levels, at_once = features_NLD.shape[1], max(LOGITS // (len(targets_N) * len(labels)), 1)
@@ -47,7 +53,7 @@ def fit(labels: Sequence[str], features_NLD: Tensor, targets_N: Tensor) -> Route
 
 
 def _heads(standard_LND: Tensor, targets_N: Tensor, labels: int) -> tuple[Tensor, Tensor]:
-    """Weights (L, C, D) and biases (L, C) of least loss."""
+    """Weights (L, C, D) and biases (L, C) that minimise the loss."""
     levels, rows, width = standard_LND.shape
     weight_LDC = torch.zeros(levels, width, labels, requires_grad=True)
     bias_L1C = torch.zeros(levels, 1, labels, requires_grad=True)
@@ -69,11 +75,11 @@ def _heads(standard_LND: Tensor, targets_N: Tensor, labels: int) -> tuple[Tensor
 
 def calibrate(router: Router, features_NLD: Tensor, targets_N: Tensor, *, rule: Rule, tolerance: float,
               max_abstention: float, score: Score = SCORE) -> Router:
-    """Choose level, temperature and threshold on validation prompts, in place.
+    """Choose level, temperature and threshold on validation prompts. Changes `router` and returns it.
 
-    `early` takes the shallowest level within `tolerance` of the best level's accuracy, among those from SHALLOWEST to
-    DEEPEST. The temperature is the one of least loss (Guo et al. 2017, arXiv 1706.04599) against Platt's targets. The
-    threshold is the highest that lets at most `max_abstention` of these prompts abstain.
+    Rule `early` takes the shallowest level within `tolerance` of the best level's accuracy, among those from SHALLOWEST
+    to DEEPEST. The temperature minimises the loss (Guo et al. 2017, arXiv 1706.04599) against Platt's targets. The
+    threshold is the highest under which at most a share `max_abstention` of these prompts abstains.
     """
     right_NL = router.logits(features_NLD).argmax(-1) == targets_N[:, None]
     accuracy_L = right_NL.double().mean(0)
@@ -81,7 +87,6 @@ def calibrate(router: Router, features_NLD: Tensor, targets_N: Tensor, *, rule: 
     allowed = accuracy_L[floor:max(floor, ceiling) + 1]
     router.rule, router.score = rule, score
     router.layer = floor + int((allowed >= allowed.max() - tolerance - 1e-9).nonzero()[0])
-    router.centres_CD, router.precision_DD = _shape(router) if score == "mahalanobis" else (None, None)
     router.seen_MD = router.seen_M = router.usual_C = None
     if score == "nearest":
         router.seen_MD, seen_M = _seen(router)
@@ -101,11 +106,11 @@ def calibrate(router: Router, features_NLD: Tensor, targets_N: Tensor, *, rule: 
 
 
 def by_level(router: Router, features_NLD: Tensor, targets_N: Tensor) -> list[dict[str, float]]:
-    """What each level's head makes of the prompts alone, from level 0 on.
+    """Accuracy of each level's head by itself, and its agreement with the router, from level 0 on.
 
-    `accuracy` is the share of prompts whose own domain is the head's best guess, `agreement` the share of prompts of
-    which the head's best guess is the router's, right or wrong; both over all prompts, NaN without any. In a jointly
-    trained mixture these are the heads that choose their layers' experts, so `agreement` is how far layers act alike.
+    `accuracy` is the share of prompts whose domain is the head's best guess, `agreement` the share of prompts for which
+    the head's best guess is the router's, right or wrong; both over all prompts, NaN without any. In a jointly trained
+    mixture each head selects its layer's experts, so `agreement` is the share of equal selections.
     """
     best_NL = router.logits(features_NLD).argmax(-1)
     decided_N = router.probabilities(features_NLD).argmax(-1)
@@ -120,11 +125,11 @@ def _confidences(router: Router, features_NLD: Tensor, targets_N: Tensor) -> tup
 
 
 def _temperature(router: Router, features_NLD: Tensor, targets_N: Tensor) -> float:
-    """The temperature of least cross-entropy against Platt's smoothed targets (Platt 1999, section 2.2).
+    """The temperature that minimises the cross-entropy against Platt's smoothed targets (Platt 1999, section 2.2).
 
     With n validation prompts the right domain gets (n + 1) / (n + 2) and the others share the rest, which is what n
     right answers out of n support under a uniform prior. Against hard targets, heads that are right on every
-    validation prompt would ask for temperature 0 and certainty.
+    validation prompt would get temperature 0, which means certainty.
     """
     right, others = (len(targets_N) + 1) / (len(targets_N) + 2), max(len(router.labels) - 1, 1)
     soft_NC = torch.full((len(targets_N), len(router.labels)), (1 - right) / others, dtype=torch.float64)
@@ -149,30 +154,8 @@ def threshold(scores_N: Tensor, max_abstention: float) -> float:
     return ordered[min(int(max_abstention * len(ordered)), len(ordered) - 1)].item()
 
 
-def _shape(router: Router) -> tuple[Tensor, Tensor]:
-    """Centres of the domains (C, D) and inverse of their shared covariance (D, D) at the level the rule reads.
-
-    There are fewer prompts than dimensions, so the covariance is shrunk towards a multiple of the identity (oracle
-    approximating shrinkage, Chen et al. 2010, arXiv 0907.4698, equation 23).
-    """
-    assert router.train is not None, "mahalanobis needs the training features: set router.train"
-    features_NLD, targets_N = router.train
-    standard_ND = router.standard(features_NLD, router.reads).double()
-    members = nn.functional.one_hot(targets_N, len(router.labels)).double()
-    counts_C1 = members.sum(0)[:, None]
-    centres_CD = members.T @ standard_ND / counts_C1.clamp(min=1)
-    away_ND = standard_ND - centres_CD[targets_N]
-    rows, width = away_ND.shape
-    covariance = away_ND.T @ away_ND / rows
-    square, trace = covariance.square().sum(), covariance.trace()
-    shrink = ((1 - 2 / width) * square + trace**2) / ((rows + 1 - 2 / width) * (square - trace**2 / width))
-    shrink = shrink.clamp(max=1.0).nan_to_num(1.0)
-    covariance = (1 - shrink) * covariance + (shrink * trace / width + 1e-6) * torch.eye(width, dtype=torch.float64)
-    return centres_CD.float(), torch.linalg.inv(covariance).float().contiguous()
-
-
 def _seen(router: Router) -> tuple[Tensor, Tensor]:
-    """The training prompts at the level the rule reads, as `nearest` compares them: (M, D); and their domains, (M,)."""
+    """Features of the training prompts at the level that the rule reads, of length one: (M, D); their domains: (M,)."""
     assert router.train is not None, "nearest needs the training features: set router.train"
     return nn.functional.normalize(router.standard(router.train[0], router.reads), dim=-1), router.train[1]
 
@@ -186,7 +169,7 @@ def _usual(cosines_N: Tensor, targets_N: Tensor, domains: int) -> Tensor:
 def expected_calibration_error(confidence_N: Tensor, correct_N: Tensor, bins: int = 15) -> float:
     """Sum over equal-width bins of confidence of |accuracy - mean confidence| in a bin, weighted by its share of rows.
 
-    Numerator: rows in the bin times that gap; denominator: all rows; empty bins count nothing; NaN without rows
+    Numerator: rows in the bin times that gap; denominator: all rows; empty bins add nothing; NaN without rows
     (Guo et al. 2017, equation 3).
     """
     confidence, correct = confidence_N.double(), correct_N.double()

@@ -1,4 +1,4 @@
-"""The experts of a mixture that are in memory, when its stack holds fewer than there are: least recently used leave.
+"""The experts of a mixture that are in memory, when its stack holds only some: the least recently used is evicted.
 
 `ExpertLoader` fills a slot of a stack from an expert's PEFT directory. A safetensors file begins with a header that
 names every tensor with its shape, type and place. An expert whose PEFT configuration and header are byte for byte those
@@ -142,7 +142,7 @@ class Slots:
         self._held.subtract(experts)
 
     def take(self) -> int:
-        """A slot for somebody new; without a free one, the expert longest unused leaves its own."""
+        """A free slot. Without one, the least recently used expert that is not held is evicted."""
         if not self._free:
             oldest = next(expert for expert in self._slots if not self._held[expert])
             self._free.append(self._slots.pop(oldest))
@@ -151,8 +151,8 @@ class Slots:
     def fill(self, expert: int, slot: int) -> None:
         self._slots[expert] = slot
 
-    def leave(self, slot: int) -> None:
-        """Nobody is in it after all."""
+    def free(self, slot: int) -> None:
+        """Give back a slot that could not be filled."""
         self._free.append(slot)
 
 
@@ -161,21 +161,21 @@ class ExpertCache:
 
     def __init__(self, slots: int, load: Load) -> None:
         self.slots = Slots(slots)
-        self.asked = self.loaded = 0   # experts, each once a batch; those of them that had to be read
+        self.asked = self.loaded = 0   # experts counted once a batch; those of them that were read
         self._load = load
 
     @classmethod
     def resident(cls, experts: int) -> Self:
-        """Every expert is in a slot already, that of its number."""
+        """A cache with a slot for every expert, all of them loaded: expert e is in slot e."""
         pages = cls(experts, lambda *_: None)
         pages.bring(range(experts))
         return pages
 
     @contextmanager
     def using(self, experts: Sequence[int]) -> Iterator[list[int]]:
-        """Inside, these experts, which are no more than there are slots, are in the stack; yields the slot of each.
+        """Within the block, these experts, at most as many as there are slots, are in the stack.
 
-        BASE_ONLY has no slot and stays itself. Raises what `load` raises.
+        Yields the slot of each; BASE_ONLY, which has none, stays as it is. Raises what `load` raises.
         """
         wanted = _distinct(experts)
         try:
@@ -186,8 +186,8 @@ class ExpertCache:
             self.slots.release(wanted)
 
     def bring(self, experts: Collection[int]) -> None:
-        """Give a slot to each of these experts, which have none. Whoever cannot be loaded leaves it free again, and
-        what the first of them raised is raised once all have been tried."""
+        """Load each of these experts, which have no slot, into one. The slot of an expert that cannot be loaded stays
+        free, and the first such error is raised once all have been tried."""
         if not experts:
             return
         slots = {expert: self.slots.take() for expert in experts}
@@ -199,15 +199,15 @@ class ExpertCache:
                 self.slots.fill(expert, slots[expert])
                 self.loaded += 1
             else:
-                self.slots.leave(slots[expert])
+                self.slots.free(slots[expert])
                 failures.append(failure)
         if failures:
             raise failures[0]
 
     def parts(self, experts: Sequence[int]) -> list[list[int]]:
-        """Places of `experts` in as few groups as can be used at once: one, unless there are more than slots.
+        """Indices into `experts` in as few groups as possible, each of which fits into the slots.
 
-        Experts that are in the stack already come first, before any of them must make room.
+        Experts that are in the stack come first, before another one evicts them.
         """
         distinct = sorted(_distinct(experts), key=lambda expert: expert not in self.slots)
         part_of = {expert: place // self.slots.count for place, expert in enumerate(distinct)}
@@ -218,5 +218,5 @@ class ExpertCache:
 
 
 def _distinct(experts: Sequence[int]) -> list[int]:
-    """Each expert once, in order; the base alone is none."""
+    """Each expert once, in order, without BASE_ONLY."""
     return [expert for expert in dict.fromkeys(experts) if expert != BASE_ONLY]

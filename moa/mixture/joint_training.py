@@ -2,10 +2,9 @@
 
     loss = loss_LM + eta * loss_routing
 
-The heads read the prompt in the very forward that the answers' loss comes from. With labels the domain's expert is used
+The heads read the prompt in the forward that the answers' loss is computed in. With labels the domain's expert is used
 in all layers and every head learns to name it; without (eta = 0) each layer blends the experts by its head's
-probabilities, and the heads learn from the answers alone. Gradients reach the experts and the heads, and nothing else.
-Knows nothing of files, releases or serving.
+probabilities, and the heads learn from the answers alone. Only the experts and the heads are trained.
 
 Shapes: L levels, B rows, C domains (one expert each, in the router's order).
 """
@@ -27,7 +26,7 @@ HEAD_RATE = 2e-3   # AdamW on standardised features, a few hundred steps: logits
 
 
 def forget_labels(router: Router) -> None:
-    """Heads that prefer no expert: where learning without labels begins. They keep the scale of what they read."""
+    """Set the heads to zero: training without labels starts with equal probabilities. Standardisation stays."""
     router.weight_LCD, router.bias_LC = torch.zeros_like(router.weight_LCD), torch.zeros_like(router.bias_LC)
 
 

@@ -1,8 +1,7 @@
 """Routing inside the forward: each decoder layer's head reads what enters the layer, and may choose its experts.
 
 This is the router of Feng et al. 2024: it sees the stream that the experts of the layers below have shaped. Joint
-training learns with it (`moa.mixture.joint_training`), and a mixture trained so is routed by it. Knows nothing of
-training or files.
+training learns with it (`moa.mixture.joint_training`), and a mixture trained so is routed by it.
 
 Shapes: B rows, T positions, D hidden size, C domains (one expert each, in the router's order).
 """
@@ -22,7 +21,7 @@ Use = Literal["labels", "choose", "blend"]
 
 
 class Heads(nn.Module):
-    """The heads of a router as parameters; the router's own standardisation of their inputs stays as it is."""
+    """The heads of a router as trainable parameters. The standardisation of their inputs stays fixed."""
 
     def __init__(self, router: Router) -> None:
         super().__init__()
@@ -44,11 +43,19 @@ class Heads(nn.Module):
 @contextmanager
 def layer_routing(model: nn.Module, stack: ExpertStack, heads: Heads, prompts_BT: Tensor, use: Use) -> Iterator[
         list[Tensor]]:
-    """Inside, each decoder layer's head reads the prompt as it enters the layer; yields their logits (B, C), by level.
+    """Within the block, each decoder layer's head reads the prompt as it enters the layer.
 
-    `prompts_BT` is True on the prompts' positions. "labels" leaves the choice of experts alone; "choose" gives each
-    layer the expert its head likes best; "blend" all experts by its probabilities. What the first forward inside chose
-    holds for later ones, which are the steps of decoding.
+    Args:
+        model: the base.
+        stack: the experts on it.
+        heads: the router's heads.
+        prompts_BT: True on the prompts' positions.
+        use: "labels" leaves the selection of experts as it is; "choose" selects the most probable expert for each
+            layer; "blend" all experts by their probabilities. The selection of the first forward holds for later ones,
+            which are decoding steps.
+
+    Yields:
+        The heads' logits (B, C) by level, which the forward appends.
     """
     logits: list[Tensor] = []
 
@@ -70,7 +77,7 @@ def layer_routing(model: nn.Module, stack: ExpertStack, heads: Heads, prompts_BT
 
 
 def choice(stack: ExpertStack, logits_BC: Tensor, *, blend: bool) -> None:
-    """Let the next layers use the experts that a head names: all by their probability, or the likeliest."""
+    """Select experts for the next layers by a head's logits: all by their probability, or the most probable."""
     if blend:
         stack.blend(logits_BC.softmax(-1))
     else:
@@ -91,6 +98,6 @@ def layer_selector(stack: ExpertStack, router: Router) -> Callable[[int, Tensor]
 
 
 def prompt_mask(batch: Batch) -> Tensor:
-    """True on the positions before a row's last answer: (B, T). What the router sees of it when it serves."""
+    """True on the positions before a row's last answer, which the router reads when it serves: (B, T)."""
     places_T = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     return places_T < batch.prompts[:, None]

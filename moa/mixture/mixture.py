@@ -1,6 +1,6 @@
 """A mixture at work: one base, stacked experts, a router; route, score and generate mixed batches.
 
-Knows nothing of releases or corpora. The router that evaluation sees is the one that serves: both call `route`.
+Evaluation and serving both call `route`, so what is evaluated is what serves.
 """
 
 import threading
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moa.base.encoding import ChatEncoder, Message
-from moa.base.pin import Base
+from moa.base.load import Base
 from moa.core.errors import ArtifactError, UsageError
 from moa.experts import peft_format
 from moa.experts.batches import collate, microbatches, row_losses
@@ -47,11 +47,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """Who hears of one answer while it is written, in the thread that decodes."""
+    """Callbacks of one answer, called while it is written by the thread that decodes."""
 
-    begun: Tell | None = None                        # gets who answers, once that is decided
+    begun: Tell | None = None                        # gets the expert's name, or base, once that is decided
     piece: Tell | None = None                        # gets text as it becomes certain
-    ended: Callable[[Answer], None] | None = None    # gets the answer, whoever else is still being answered
+    ended: Callable[[Answer], None] | None = None    # gets the answer as soon as it ends
     cancelled: threading.Event | None = None         # once set, the answer ends where it is
 
 
@@ -114,8 +114,10 @@ class Mixture:
 
     @contextmanager
     def _using(self, experts: Sequence[int]) -> Iterator[Tensor]:
-        """Inside, row b of every batch uses expert `experts[b]`, and no other thread uses the model; yields where in
-        the stack the experts lie, (B,), for a choice among the rows."""
+        """Within the block, row b of every batch uses expert `experts[b]`, and no other thread uses the model.
+
+        Yields the experts' slots in the stack, (B,).
+        """
         with self._turn, self.pages.using(experts) as slots:
             slots_B = torch.tensor(slots, dtype=torch.long, device=self.base.device.device)
             self.stack.select(slots_B)
@@ -256,13 +258,13 @@ def _stacked(base: Base, checked: artifact.VerifiedExperts, folders: dict[str, P
 
 
 def _order(request: Request, prompt: list[int], limit: int, decision: Decision | str) -> GenerationRequest:
-    """The request as one for tokens; its listener hears who answers."""
+    """The request in tokens. Tells its listener which expert answers."""
     listener, ended = request.listener, None
     if listener.begun is not None:
         listener.begun(_by(decision))
-    if (told := listener.ended) is not None:
+    if (listener_ended := listener.ended) is not None:
         def ended(row: GenerationBatch) -> None:
-            told(_answer(decision, len(prompt), row))
+            listener_ended(_answer(decision, len(prompt), row))
     return GenerationRequest(prompt=prompt, limit=limit, options=request.options, tell=listener.piece, ended=ended,
                              cancelled=listener.cancelled)
 
@@ -275,10 +277,10 @@ def _answer(decision: Decision | str, prompt_tokens: int, row: GenerationBatch) 
 
 
 def answering(decision: Decision) -> str:
-    """Who answers after this decision: the chosen expert, or the base when the router abstained."""
+    """Name of the expert that answers after this decision, or base when the router abstained."""
     return BASE if decision.abstained else decision.domain
 
 
 def _by(decision: Decision | str) -> str:
-    """Who answers: the caller's choice, or the router's."""
+    """Name of the expert that answers: the caller's choice, or the router's."""
     return decision if isinstance(decision, str) else answering(decision)

@@ -1,8 +1,8 @@
-"""Which expert a new domain's training should begin at: few experts tried on few rows of the new corpus. Chooses only.
+"""Selection of the expert that a new domain's training starts from: few experts, tried on few rows of the new corpus.
 
-The mixture's router names the experts that are tried: those to whom it would send the new domain's prompts. So the cost
-does not grow with the number of experts. The base alone is tried along, as what an expert must beat; a fresh start is a
-valid choice. Knows nothing of DVC; what becomes of the choice is the business of `moa.workspace.warm_starts`.
+The mixture's router names the candidates: the experts that it would send the new domain's prompts to. So the cost does
+not grow with the number of experts. The base alone is tried as well: an expert must have a lower loss than it, else the
+training starts afresh. `moa.workspace.warm_starts` records the choice.
 """
 
 import math
@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moa.base.encoding import ChatEncoder, Encoded
-from moa.base.pin import Base, BasePin, load, pick_device
+from moa.base.load import Base, load, pick_device
+from moa.base.pin import BasePin
 from moa.core import digests
 from moa.core.config import Config
 from moa.core.files import read_json

@@ -1,6 +1,4 @@
-"""The router: per-layer linear heads over the hidden states of the prompt name its domain, or abstain.
-
-Knows nothing of files, of generation, or of who computed the features: the frozen base, or the base under experts.
+"""The router: per-layer linear heads over the hidden states of a prompt predict its domain, or abstain.
 
 A *level* is a layer's input: level l is the mean, over a prompt's own tokens, of the hidden states that enter decoder
 layer l, as in the paper, where a layer's router reads that layer's input (Feng et al. 2024, arXiv 2403.03432, section
@@ -21,22 +19,22 @@ from moa.base.encoding import Encoded
 from moa.experts.batches import collate, microbatches
 
 Rule = Literal["early", "last", "vote"]
-Score = Literal["max_probability", "energy", "mahalanobis", "nearest"]
+Score = Literal["max_probability", "nearest"]
 Stream = Literal["base", "experts", "blend"]   # no experts; those each layer chooses; all of them, by probability
 DECIDING = ("rule", "layer", "temperature", "threshold", "score", "stream")   # facts that a decision depends on
 FIGURES = ("accuracy", "best_level_accuracy", "ece", "ece_uncalibrated", "abstention", "validation_rows", "levels")
-MOST_ODDS = 1e6                        # stands for infinite log-odds, which JSON lacks
+MOST_ODDS = 1e6                        # in place of infinite log-odds, which JSON lacks
 FEATURE_TOKENS = 2048                  # padded tokens in one forward without gradients
 
 
 # Features.
 
-class _Enough(Exception):
-    """Raised inside a forward when the deepest level that anybody asked for has been read."""
+class _DepthReached(Exception):
+    """Ends a forward once the deepest level that `features` was called for has been read."""
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's stack of decoder layers, whatever its architecture calls it."""
+    """The model's decoder layers, found by their number, because architectures name the attribute differently."""
     count = model.config.num_hidden_layers
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
 
@@ -49,11 +47,11 @@ def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 def pooled(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """Mean over the positions where `mask_BT` is true: (B, D), summed in float32, differentiable.
 
-    Positions outside the mask are replaced, not multiplied, so that nothing there, NaN included, counts. A row whose
-    mask is empty gives zeros.
+    Positions outside the mask are replaced, not multiplied, so that NaN there does not spread. A row with an empty mask
+    gives zeros.
     """
-    kept = torch.where(mask_BT.bool().unsqueeze(-1), hidden_BTD.float(), 0.0)
-    return kept.sum(1) / mask_BT.sum(1, keepdim=True).clamp(min=1)
+    masked = torch.where(mask_BT.bool().unsqueeze(-1), hidden_BTD.float(), 0.0)
+    return masked.sum(1) / mask_BT.sum(1, keepdim=True).clamp(min=1)
 
 
 @torch.no_grad()
@@ -82,12 +80,12 @@ def features(model: nn.Module, prompts: Sequence[list[int]], depth: int | None =
             if choose is not None:
                 choose(len(levels) - 1, levels[-1])
             if len(levels) == depth:
-                raise _Enough
+                raise _DepthReached
 
         hooks = [layer.register_forward_pre_hook(read, with_kwargs=True) for layer in layers[:depth]]
         try:
             model(input_ids=batch.ids, use_cache=False)
-        except _Enough:
+        except _DepthReached:
             pass
         finally:
             for hook in hooks:
@@ -100,17 +98,17 @@ def features(model: nn.Module, prompts: Sequence[list[int]], depth: int | None =
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the router says of one prompt. `domain` is its best guess; an abstaining router sends it to the base."""
+    """The router's decision on one prompt. `domain` is its best guess; where it abstained, the base answers."""
 
     domain: str
     confidence: float   # calibrated probability of `domain`
     abstained: bool     # score < the router's threshold
-    score: float        # how much at home the prompt is; higher is more
+    score: float        # similarity of the prompt to the known domains; higher is more similar
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What one level's head says of one prompt."""
+    """The decision of one level's head on one prompt."""
 
     level: int
     domain: str
@@ -130,15 +128,13 @@ class Router:
     layer: int = 0                # the level that `early` reads
     temperature: float = 1.0
     threshold: float = -math.inf  # least score that names a domain
-    score: Score = "max_probability"   # before calibration: the one that needs nothing but the heads
-    stream: Stream = "base"       # whose hidden states the heads were trained on; only carried along
-    centres_CD: Tensor | None = None     # mahalanobis: class means at `reads`, standardised
-    precision_DD: Tensor | None = None   # mahalanobis: inverse of the covariance within classes there
-    seen_MD: Tensor | None = None        # nearest: the training prompts there, standardised, of length one
+    score: Score = "max_probability"   # until calibration sets another; needs only the heads
+    stream: Stream = "base"       # hidden states that the heads were trained on; recorded only
+    seen_MD: Tensor | None = None        # nearest: training prompts at level `reads`, standardised, of length one
     seen_M: Tensor | None = None         # nearest: the domain of each
     usual_C: Tensor | None = None        # nearest: mean cosine of each domain's own prompts
-    figures: dict[str, Any] = field(default_factory=dict)     # what calibration saw; reported, never read
-    train: tuple[Tensor, Tensor] | None = field(default=None, repr=False)   # what `fit` saw, for the three above
+    figures: dict[str, Any] = field(default_factory=dict)     # of the calibration; reported, never read
+    train: tuple[Tensor, Tensor] | None = field(default=None, repr=False)   # of `fit`, for `nearest`
 
     @property
     def depth(self) -> int:
@@ -166,7 +162,7 @@ class Router:
         return self.calibrated(self.used(features_NLD))
 
     def calibrated(self, logits_NLC: Tensor) -> Tensor:
-        """The same of what `used` gives."""
+        """`log_probabilities` of the logits that `used` returns."""
         log_NLC = (logits_NLC / self.temperature).log_softmax(-1)
         return log_NLC.logsumexp(1) - math.log(log_NLC.shape[1])
 
@@ -179,35 +175,28 @@ class Router:
         return (features_NLD[:, level] - self.mean_LD[level]) / self.scale_LD[level]
 
     def scores(self, features_NLD: Tensor) -> Tensor:
-        """How much at home each prompt is among the known domains, by `score`: (N,), float64, higher is more.
+        """How similar each prompt is to the known domains, by `score`: (N,), float64, higher is more similar.
 
-        max_probability: log-odds of the best domain, best minus log-sum-exp of the others: as ordered as its
-            probability, and still ordered where that rounds to 1 (Hendrycks and Gimpel 2017, arXiv 1610.02136).
-        energy: log-sum-exp of the logits, uncalibrated; under `vote` the levels' mean (Liu et al. 2020, 2010.03759).
-        mahalanobis: minus the squared distance to the nearest domain's centre (Lee et al. 2018, arXiv 1807.03888).
+        max_probability: log-odds of the best domain, best minus log-sum-exp of the others. They order prompts as its
+            probability does, also where that rounds to 1 (Hendrycks and Gimpel 2017, arXiv 1610.02136).
         nearest: cosine with the nearest training prompt (Sun et al. 2022, arXiv 2204.06507, with one neighbour), less
-            half of what is usual for that prompt's domain: domains are of different spread, and a new one moves the
-            origin, and with it all cosines of a domain, so that others would fall below the threshold.
+            half of the mean cosine of that prompt's domain. Domains differ in spread, and a new domain moves the origin
+            and with it all cosines of a domain, so that other prompts would fall below the threshold.
         """
         if self.score == "max_probability":
             log_NC = self.log_probabilities(features_NLD)
             best = log_NC.max(-1, keepdim=True)
             others = log_NC.scatter(-1, best.indices, -math.inf).logsumexp(-1)
             return (best.values[:, 0] - others).clamp(max=MOST_ODDS)   # a single domain has no others
-        if self.score == "energy":
-            return self.used(features_NLD).logsumexp(-1).mean(1)
+        assert self.seen_MD is not None
         standard_ND = self.standard(features_NLD, self.reads)
-        if self.score == "nearest":
-            assert self.seen_MD is not None
-            best = (nn.functional.normalize(standard_ND, dim=-1) @ self.seen_MD.T).max(1)
-            if self.seen_M is None or self.usual_C is None:   # a mixture of before
-                return best.values.double()
-            return best.values.double() - self.usual_C[self.seen_M[best.indices]].double() / 2
-        assert self.centres_CD is not None and self.precision_DD is not None
-        away_CND = standard_ND.double() - self.centres_CD.double()[:, None]
-        return -((away_CND @ self.precision_DD.double()) * away_CND).sum(-1).amin(0)
+        best = (nn.functional.normalize(standard_ND, dim=-1) @ self.seen_MD.T).max(1)
+        if self.seen_M is None or self.usual_C is None:   # a mixture made before these two were saved
+            return best.values.double()
+        return best.values.double() - self.usual_C[self.seen_M[best.indices]].double() / 2
 
     def decide(self, features_NLD: Tensor) -> list[Decision]:
+        """The decision on each prompt."""
         best = self.probabilities(features_NLD).max(-1)
         return [Decision(self.labels[label], confidence, score < self.threshold, score)
                 for confidence, label, score in zip(best.values.tolist(), best.indices.tolist(),
@@ -221,14 +210,13 @@ class Router:
                 for labels, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is not a label or a fact, ready to be saved; no name looks like an adapter's."""
+        """The router's tensors by the names they are saved under, none of which is an adapter's."""
         found = {"mean": self.mean_LD, "scale": self.scale_LD, "weight": self.weight_LCD, "bias": self.bias_LC,
-                 "centres": self.centres_CD, "precision": self.precision_DD, "seen": self.seen_MD,
-                 "seen_of": self.seen_M, "usual": self.usual_C}
+                 "seen": self.seen_MD, "seen_of": self.seen_M, "usual": self.usual_C}
         return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
 
     def facts(self) -> dict[str, Any]:
-        """The scalars, for a manifest: what decides, and the figures of calibration."""
+        """The scalars for a manifest: those in `DECIDING`, and the figures of the calibration."""
         return {name: getattr(self, name) for name in DECIDING} | self.figures
 
     @classmethod
@@ -236,6 +224,5 @@ class Router:
         """The inverse of `tensors` and `facts`; facts of other names are ignored."""
         return cls(list(labels), tensors["mean"], tensors["scale"], tensors["weight"], tensors["bias"],
                    **{name: facts[name] for name in DECIDING},
-                   centres_CD=tensors.get("centres"), precision_DD=tensors.get("precision"),
                    seen_MD=tensors.get("seen"), seen_M=tensors.get("seen_of"), usual_C=tensors.get("usual"),
                    figures={name: facts[name] for name in FIGURES if name in facts})

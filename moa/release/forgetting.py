@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moa.base.pin import load, pick_device
+from moa.base.load import load, pick_device
 from moa.core.config import Config
 from moa.core.errors import RegistryError, UsageError
 from moa.core.files import read_json

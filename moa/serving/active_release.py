@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from moa.base import pin
-from moa.base.pin import Base
+from moa.base import load, pin
+from moa.base.load import Base
 from moa.core.config import Config
 from moa.core.errors import MoaError
 from moa.core.paths import Workspace
@@ -207,8 +207,8 @@ class ReleaseWatcher:
     def _own_base(self) -> Base:
         """Modules of its own over shared weights: the release before may still be answering on its own."""
         if self._base is None or self._base.pin != pin.pin(self.workspace):
-            device = pin.pick_device(self.config.execution.devices)
-            self._base = pin.load(self.workspace, self._config_now().base, device)
+            device = load.pick_device(self.config.execution.devices)
+            self._base = load.load(self.workspace, self._config_now().base, device)
         model = self._base.model
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         return replace(self._base, model=copy.deepcopy(model, shared))

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from moa.core import digests
 from moa.core.errors import ArtifactError
 from moa.core.files import read_json, replace_directory, write_json
 from moa.core.paths import MANIFEST, Workspace
-from moa.experts.warm_start import InitialExpert, digest, read
+from moa.experts.warm_start import InitialExpert, read
 from moa.workspace.stage_inputs import entry, write_initial_experts
 
 if TYPE_CHECKING:
@@ -34,11 +35,11 @@ def use(versions: "DataVersions", name: str, parent: str) -> InitialExpert:
     start = InitialExpert(parent, _verified(workspace, parent))
     before = read(workspace)
     kept = workspace.parent(start.digest)
-    if not ((kept / MANIFEST).is_file() and digest(kept) == start.digest):
+    if not ((kept / MANIFEST).is_file() and digests.of_expert(kept) == start.digest):
         with replace_directory(kept) as folder:
             for path in sorted(expert.iterdir(), key=lambda path: path.name == MANIFEST):
                 shutil.copyfile(path, folder / path.name)
-            if digest(folder) != start.digest:
+            if digests.of_expert(folder) != start.digest:
                 raise ArtifactError(f"The expert of {parent!r} changed while it was copied: run the command again.")
     versions.add(kept)
     _write(workspace, {**before, name: start})
@@ -55,7 +56,7 @@ def _verified(workspace: Workspace, domain: str) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         raise ArtifactError(f"The manifest of the expert of {domain!r} cannot be read: run "
                             f"`moa train --domain {domain} --fresh`.") from None
-    if digest(expert) != named:
+    if digests.of_expert(expert) != named:
         raise ArtifactError(f"The expert of {domain!r} is not the one its manifest names: run "
                             f"`moa train --domain {domain} --fresh`.")
     return named

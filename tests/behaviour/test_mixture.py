@@ -7,12 +7,13 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from moa.base import pin
+from moa.base import load
 from moa.core import config
 from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
-from moa.data import corpus, prepare, quickstart
+from moa.data import corpus, prepare
+from moa.data.quickstart import generate
 from moa.experts import train
 from moa.mixture.assemble import assemble
 from moa.mixture.mixture import BASE, Mixture
@@ -49,7 +50,7 @@ def built(real_base: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tup
         YAML().dump(PARAMS, file)
     settings = config.load(workspace.params)
     for domain in DOMAINS:
-        quickstart.write(domain, workspace.raw(domain), rows=50)
+        generate.write(domain, workspace.raw(domain), rows=50)
         prepare.prepare(workspace, settings, domain)
     train.train(workspace, settings, list(DOMAINS))
     assemble(workspace, settings)
@@ -59,8 +60,8 @@ def built(real_base: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tup
 @pytest.fixture(scope="module")
 def mixture(built: tuple[Workspace, Config]) -> Mixture:
     """In float32, where equality can be asked for."""
-    exact = pin.Device("cpu", "float32", "sums that can be compared")
-    return Mixture.load(built[0].mixture, pin.load(built[0], built[1].base, exact))
+    exact = load.Device("cpu", "float32", "sums that can be compared")
+    return Mixture.load(built[0].mixture, load.load(built[0], built[1].base, exact))
 
 
 def test_routing_goes_by_content(built: tuple[Workspace, Config], mixture: Mixture) -> None:
@@ -105,7 +106,7 @@ def test_peft_agrees_and_the_base_is_unchanged(built: tuple[Workspace, Config], 
             mixture.stack.select(torch.tensor([mixture.expert_of(domain)]))
             ours[domain] = mixture.base.model(ids).logits
     mixture.stack.select(None)
-    plain = pin.load(workspace, settings.base, mixture.base.device)   # verified against the manifest's digests
+    plain = load.load(workspace, settings.base, mixture.base.device)   # verified against the manifest's digests
     weights = dict(plain.model.named_parameters())
     for name, parameter in mixture.base.model.named_parameters():
         if ".a_ERI" not in name and ".b_EOR" not in name:

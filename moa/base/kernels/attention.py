@@ -1,8 +1,7 @@
-"""Attention over short rows on a CPU, written as three products; transformers' own wherever that is faster or other.
+"""Attention over short rows on a CPU, as three products; transformers' own function for all other calls.
 
 torch's fused kernel saves memory that short rows do not need, and its backward took five times as long as this on rows
-of 80 tokens in bfloat16 (`LOG.md`). Knows nothing of experts, and nothing of the models that it serves: they ask
-transformers for an attention function by name.
+of 80 tokens in bfloat16 (`LOG.md`). Models look the function up in transformers by its name.
 
 Shapes: B rows, T positions, N query heads, K key heads, G = N / K, D size of a head, M = B * K.
 """
@@ -16,22 +15,22 @@ import torch
 from torch import Tensor
 
 NAME = "moa_short_rows"
-LONGEST = 256   # positions; from 768 on the fused kernel is faster, and its memory grows with T, not with T squared
+LONGEST = 256   # positions; from 768 on the fused kernel is faster, and its memory grows with T instead of T squared
 
 
 @contextmanager
 def short_rows(model: Any) -> Iterator[None]:
-    """Inside, a model that asks transformers for its sdpa attention gets `attend`. Some look at the name and compute
-    it themselves: these are left alone."""
-    asks = model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation()
-    if not asks or model.device.type != "cpu":
+    """Within the block, `attend` replaces transformers' sdpa attention in `model`. A model that computes sdpa attention
+    in code of its own is left as it is."""
+    replaceable = model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation()
+    if not replaceable or model.device.type != "cpu":
         yield
         return
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)   # None where a row sees just what is before it
+    AttentionMaskInterface.register(NAME, sdpa_mask)   # None for a causal mask without padding
     model.config._attn_implementation = NAME
     try:
         yield
@@ -51,7 +50,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **more)
     groups = heads // key.shape[1]
     later_TT = torch.full((length, length), -math.inf, dtype=query.dtype).triu(1)
-    # The G query heads of one key head lie below each other: no head's keys are repeated.
+    # The G query heads of a key head are folded into the position axis (Q = G * T), so that no keys are repeated.
     query_MQD = query.reshape(-1, groups * length, size)
     key_MTD, value_MTD = key.reshape(-1, length, size), value.reshape(-1, length, value.shape[-1])
     scores_MQT = torch.baddbmm(later_TT.repeat(groups, 1), query_MQD, key_MTD.transpose(1, 2),

@@ -1,7 +1,7 @@
-"""moa's own C: compiled with the machine's compiler when first needed, kept in the user's cache, loaded.
+"""moa's own C libraries: compiled with the machine's compiler when first needed, cached in the user's cache folder.
 
-Where there is no compiler, or another kind of machine, there is no library, and callers do the same work with torch.
-`MOA_NATIVE=0` says so on any machine. Knows nothing of what the C computes.
+Without a compiler, on a system other than x86-64 Linux, or with `MOA_NATIVE=0`, there is no library, and callers use
+torch instead.
 """
 
 import ctypes
@@ -19,16 +19,24 @@ from pathlib import Path
 from moa.core.paths import user_cache
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
-SECONDS = 120   # that a compiler may take
+SECONDS = 120   # timeout of the compiler
 CPUINFO = Path("/proc/cpuinfo")
 
 
 @cache
 def library(name: str, defines: Sequence[str] = ()) -> ctypes.CDLL | None:
-    """The library made of csrc/NAME.c, or None where it cannot be made."""
+    """The library compiled from csrc/NAME.c.
+
+    Args:
+        name: the source file without its suffix.
+        defines: macros to define.
+
+    Returns:
+        The loaded library; None where it is disabled or cannot be compiled.
+    """
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
-    here = platform.system() == "Linux" and platform.machine() == "x86_64"   # where it was compared
-    if compiler is None or not here or os.environ.get("MOA_NATIVE") == "0":
+    supported = platform.system() == "Linux" and platform.machine() == "x86_64"   # the only system it was tested on
+    if compiler is None or not supported or os.environ.get("MOA_NATIVE") == "0":
         return None
     source = Path(__file__).parent / "csrc" / f"{name}.c"
     command = [compiler, *FLAGS, *(f"-D{define}" for define in defines), str(source), "-lm"]
@@ -37,7 +45,7 @@ def library(name: str, defines: Sequence[str] = ()) -> ctypes.CDLL | None:
         digest = hashlib.sha256(repr([sources, command, sorted(cpu())]).encode()).hexdigest()[:16]
         target = user_cache() / f"{name}-{digest}.so"
         if target.exists():
-            with suppress(OSError):   # cut off, or of another system: it is made anew
+            with suppress(OSError):   # truncated, or of another system: it is compiled again
                 return ctypes.CDLL(str(target))
         _compile(command, target)
         return ctypes.CDLL(str(target))
@@ -47,7 +55,7 @@ def library(name: str, defines: Sequence[str] = ()) -> ctypes.CDLL | None:
 
 
 def library_for(name: str, dtype: object) -> ctypes.CDLL | None:
-    """The one for numbers of this torch dtype: float32, or bfloat16 where the CPU multiplies it."""
+    """`library` for a torch dtype: float32, or bfloat16 where the CPU multiplies it. None for any other."""
     if str(dtype) == "torch.bfloat16" and "avx512_bf16" in cpu():
         return library(name, ("BF16",))
     return library(name) if str(dtype) == "torch.float32" else None
@@ -56,13 +64,13 @@ def library_for(name: str, dtype: object) -> ctypes.CDLL | None:
 def _compile(command: Sequence[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
-        subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, timeout=SECONDS)
-        made.replace(target)   # a process beside this one may have done the same
+        compiled = Path(scratch) / target.name
+        subprocess.run([*command, "-o", str(compiled)], check=True, capture_output=True, timeout=SECONDS)
+        compiled.replace(target)   # atomic: another process may do the same
 
 
 @cache
 def cpu() -> frozenset[str]:
-    """What the CPU says that it can do: a home may be shared by machines of several kinds."""
+    """The CPU's feature flags, part of the cache key because machines of several kinds may share a home folder."""
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())

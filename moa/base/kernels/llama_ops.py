@@ -1,9 +1,8 @@
 """Norms, attention over short rows and gates of llama-like models in training, each one pass forward and one back.
 
-transformers writes each of them as five to ten operations, which costs a training step a quarter of its time, and
-memory for what each keeps for the backward. Here they are one function each, in C (`csrc/pieces.c`), put into the
-model's own modules for a while; where `moa.base.kernels.build` has no library, the modules stay as they are.
-Knows nothing of experts.
+transformers writes each of them as five to ten operations, which take a quarter of a training step's time and memory
+for their saved tensors. Here each is one function in C (`csrc/pieces.c`). `fused` puts them into a model's modules;
+where `moa.base.kernels.build` has no library, the modules stay as they are.
 
 Shapes: B rows, T positions, H hidden size, N query heads, K key heads, G = N / K, D size of a head, M = B * K.
 """
@@ -21,15 +20,15 @@ from torch.autograd.function import once_differentiable
 from moa.base.kernels import build
 from moa.base.kernels.attention import LONGEST
 
-LANES = 16   # numbers of the widest vector: sizes must be a multiple
+LANES = 16   # numbers in the widest vector; sizes must be multiples of it
 
 
 @contextmanager
 def fused(model: Any) -> Iterator[None]:
-    """Inside, the modules of this model that are known compute as here."""
+    """Within the block, the model's norms, MLPs and attentions that `_replacement` supports use the C functions."""
     pieces = build.library_for("pieces", model.dtype) if model.device.type == "cpu" else None
     changed = [] if pieces is None else [(module, partial(forward, pieces, module)) for module in model.modules()
-                                         if (forward := _known(module)) is not None]
+                                         if (forward := _replacement(module)) is not None]
     for module, forward in changed:
         module.forward = forward
     try:
@@ -39,7 +38,8 @@ def fused(model: Any) -> Iterator[None]:
             del module.forward
 
 
-def _known(module: Any) -> Callable[..., Any] | None:
+def _replacement(module: Any) -> Callable[..., Any] | None:
+    """The forward that replaces the module's own; None for a module whose kind or sizes are not supported."""
     from transformers.models.llama import modeling_llama as llama
     from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
@@ -128,10 +128,10 @@ class Gate(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
-    """Causal attention of turned heads: (B, T, N, D), (B, T, K, D) twice -> (B, T, N * D). cos and sin (B or 1, T, D).
+    """Causal attention with rotary embedding: (B, T, N, D), (B, T, K, D) twice -> (B, T, N * D).
 
-    The G query heads of a key head lie below each other: no head's keys are repeated. torch's fused kernel saves memory
-    that short rows do not need, and its backward takes five times as long (`moa.base.kernels.attention`).
+    cos and sin are (B or 1, T, D). The G query heads of a key head are folded into the position axis (Q = G * T), so
+    that no keys are repeated. `moa.base.kernels.attention` says why this is not torch's fused kernel.
     """
 
     @staticmethod
@@ -139,8 +139,8 @@ class Attention(torch.autograd.Function):
                 sin: Tensor, scale: float) -> Tensor:
         rows, length, heads, size = q_BTND.shape
         keys = k_BTKD.shape[2]
-        q_MQD = _turn(pieces, q_BTND, cos, sin).view(rows * keys, -1, size)
-        k_MTD = _turn(pieces, k_BTKD, cos, sin).view(rows * keys, length, size)
+        q_MQD = _rotary(pieces, q_BTND, cos, sin).view(rows * keys, -1, size)
+        k_MTD = _rotary(pieces, k_BTKD, cos, sin).view(rows * keys, length, size)
         v_MTD = v_BTKD.transpose(1, 2).reshape(rows * keys, length, size)
         likely_MQT = torch.bmm(q_MQD, k_MTD.transpose(1, 2))
         pieces.softmax_forward(*_at(likely_MQT), _long(rows * heads), length, ctypes.c_float(scale), _threads())
@@ -158,19 +158,19 @@ class Attention(torch.autograd.Function):
         scores_MQT = torch.bmm(grad_MQD, v_MTD.transpose(1, 2))
         ctx.pieces.softmax_backward(*_at(scores_MQT, likely_MQT), _long(rows * heads), length,
                                     ctypes.c_float(ctx.scale), _threads())
-        to_q, to_k = (_turn_back(ctx.pieces, each.view(rows, -1, length, size), cos, sin)
+        to_q, to_k = (_rotary_backward(ctx.pieces, each.view(rows, -1, length, size), cos, sin)
                       for each in (torch.bmm(scores_MQT, k_MTD), torch.bmm(scores_MQT.transpose(1, 2), q_MQD)))
         return None, to_q, to_k, to_v_BTKD, None, None, None
 
 
-def _turn(pieces: ctypes.CDLL, x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:   # -> (B, N, T, D)
+def _rotary(pieces: ctypes.CDLL, x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:   # -> (B, N, T, D)
     rows, length, heads, size = x_BTND.shape
     turned = x_BTND.new_empty(rows, heads, length, size)
     _rotate(pieces, turned, x_BTND.contiguous(), cos, sin, 0)
     return turned
 
 
-def _turn_back(pieces: ctypes.CDLL, grad_BNTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:   # -> (B, T, N, D)
+def _rotary_backward(pieces: ctypes.CDLL, grad_BNTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:   # -> (B, T, N, D)
     rows, heads, length, size = grad_BNTD.shape
     back = grad_BNTD.new_empty(rows, length, heads, size)
     _rotate(pieces, back, grad_BNTD, cos, sin, 1)
@@ -180,7 +180,7 @@ def _turn_back(pieces: ctypes.CDLL, grad_BNTD: Tensor, cos: Tensor, sin: Tensor)
 def _rotate(pieces: ctypes.CDLL, to: Tensor, x: Tensor, cos: Tensor, sin: Tensor, back: int) -> None:
     rows, length, heads, size = x.shape if not back else to.shape
     step = _long(cos[0].numel() if len(cos) > 1 else 0)
-    pieces.turn(*_at(to, x, cos, sin), step, rows, length, heads, size, back, _threads())
+    pieces.rotary(*_at(to, x, cos, sin), step, rows, length, heads, size, back, _threads())
 
 
 def _at(*tensors: Tensor) -> list[ctypes.c_void_p]:

@@ -1,12 +1,13 @@
-"""Questions about a small schema, each answered by one SQLite query. Knows the shapes of queries, not the tables.
+"""Questions about a small schema, each answered by one SQLite query. The tables themselves are in `tables.yaml`.
 
-A shape is what may be asked and the query that answers it; `draw_fields` says what can stand in the braces.
+A shape is some wordings of a question and the query that answers it; `draw_fields` fills in what stands in braces.
 """
 
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from moa.data.quickstart.bank import Row, distinct
-from moa.data.quickstart.tables import LINKS, TABLES, Label, Measure, Table
+from moa.data.quickstart.bank import Row, distinct, load
 
 JOINED = 0.2   # share of questions about two tables
 WHOLE = 0.75   # share of schemas that show both text columns, and of those that show both number columns
@@ -17,7 +18,53 @@ COMPARISONS = (
 )
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
 
-Shape = tuple[tuple[str, ...], str]
+Shape = tuple[tuple[str, ...], str]   # wordings of the question, query
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text column: `noun` names it in a question, and rows have these `values`."""
+
+    column: str
+    noun: str
+    values: list[str]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number column: `noun` names it in a question, `most` and `least` are the words for the ends of its range."""
+
+    column: str
+    noun: str
+    low: int
+    high: int
+    most: str
+    least: str
+    kind: str = "INTEGER"
+
+
+@dataclass(frozen=True)
+class Table:
+    """`one` and `many` name its rows; `name` is the column that tells them apart; `day` is a date column."""
+
+    table: str
+    one: str
+    many: str
+    name: str
+    labels: tuple[Label, ...]
+    measures: tuple[Measure, ...]
+    day: str | None = None
+
+
+@dataclass(frozen=True)
+class Link:
+    """Rows of table `owned`, each called `one`, refer to rows of table `owner` by their column `key`."""
+
+    owner: str
+    owned: str
+    one: str
+    key: str
+
 
 SHAPES: tuple[Shape, ...] = (
     (("List the {name} of all {many} {said}.", "Which {many} are there {said}? Give the {name}."),
@@ -72,24 +119,24 @@ DATED: tuple[Shape, ...] = (
       "Count the {many} {is_said} whose {day} date is {when} {date}."),
      "SELECT COUNT(*) FROM {table} WHERE {is_where} AND {day} {sign} '{date}';"),
 )
-# Rows of `{owned}` point at rows of `{table}`.
+# Rows of `{owned}` refer to rows of `{table}`.
 OWNED: tuple[Shape, ...] = (
     (("How many {owned} belong to {many} {is_said}?", "Count the {owned} of {many} {is_said}."),
      "SELECT COUNT(*) FROM {join} WHERE {is_where};"),
     (("What is the {aggregate} cost of {owned} that belong to {many} {is_said}?",
       "Compute the {aggregate} cost over all {owned} of {many} {is_said}."),
      "SELECT {function}(cost) FROM {join} WHERE {is_where};"),
-    (("For each {own} {dear}, show the {name} of its {one} and the cost.",
-      "Show {name} of the {one} and cost for every {own} {dear}."),
-     "SELECT {name}, cost FROM {join} WHERE {dear_where};"),
-    (("Count the {owned} {dear} per {label} of their {one}.",
-      "How many {owned} {dear} does each {label} of {many} have?"),
-     "SELECT {text}, COUNT(*) FROM {join} WHERE {dear_where} GROUP BY {text};"),
+    (("For each {owned_one} {cost_condition}, show the {name} of its {one} and the cost.",
+      "Show {name} of the {one} and cost for every {owned_one} {cost_condition}."),
+     "SELECT {name}, cost FROM {join} WHERE {cost_where};"),
+    (("Count the {owned} {cost_condition} per {label} of their {one}.",
+      "How many {owned} {cost_condition} does each {label} of {many} have?"),
+     "SELECT {text}, COUNT(*) FROM {join} WHERE {cost_where} GROUP BY {text};"),
 )
 
 
 def some_number(rng: random.Random, measure: Measure) -> int:
-    """A value inside the measure's range, rounded as people would."""
+    """A random value inside the measure's range, rounded to a size of step that fits the range."""
     span = measure.high - measure.low
     step = next(size for size in (1000, 100, 10, 5, 1) if span >= 12 * size or size == 1)
     value = rng.randint(measure.low + span // 5, measure.high - span // 5)
@@ -109,7 +156,7 @@ def compared(rng: random.Random, measure: Measure) -> tuple[str, str]:
 
 def draw_fields(rng: random.Random, table: Table, labels: tuple[Label, ...],
                 measures: tuple[Measure, ...]) -> dict[str, object]:
-    """Everything a shape may speak of, drawn at once; columns only from those that the schema shows."""
+    """A value for every field of a shape, with columns only from `labels` and `measures`, which the schema shows."""
     label, measure, marked = rng.choice(labels), rng.choice(measures), rng.choice(labels)
     value, value2 = rng.sample(label.values, 2)
     mark = rng.choice(marked.values)
@@ -118,7 +165,7 @@ def draw_fields(rng: random.Random, table: Table, labels: tuple[Label, ...],
     said, where = rng.choice(((is_said, is_where), (more_said, more_where)))
     low, high = sorted((some_number(rng, measure), some_number(rng, measure)))
     falling, greater, both = (rng.random() < 0.5 for _ in range(3))
-    # Nobody adds up years.
+    # A sum or an average of years means nothing.
     function, aggregate = rng.choice(AGGREGATES[2:] if measure.column == "year" else AGGREGATES)
     count = rng.choice(tuple(COUNTS))
     return {
@@ -137,36 +184,43 @@ def draw_fields(rng: random.Random, table: Table, labels: tuple[Label, ...],
     }
 
 
-def about_one(rng: random.Random) -> Row:
-    table = rng.choice(TABLES)
+def about_one(rng: random.Random, tables: Sequence[Table]) -> Row:
+    """A row whose query reads one table."""
+    table = rng.choice(tables)
     labels = table.labels if rng.random() < WHOLE else (rng.choice(table.labels),)
     measures = table.measures if rng.random() < WHOLE else (rng.choice(table.measures),)
     columns = [f"{table.name} TEXT", *(f"{label.column} TEXT" for label in labels),
                *(f"{measure.column} {measure.kind}" for measure in measures)]
     if table.day:
         columns.append(f"{table.day} DATE")
-    tellings, query = rng.choice(SHAPES + DATED if table.day else SHAPES)
+    questions, query = rng.choice(SHAPES + DATED if table.day else SHAPES)
     fields = draw_fields(rng, table, labels, measures)
-    return {"instruction": rng.choice(tellings).format_map(fields),
+    return {"instruction": rng.choice(questions).format_map(fields),
             "input": f"CREATE TABLE {table.table} ({', '.join(columns)});",
             "output": query.format_map(fields)}
 
 
-def about_two(rng: random.Random) -> Row:
-    """A question that needs a table and another whose rows belong to it."""
-    owner, owned, own, key = rng.choice(LINKS)
-    table = next(table for table in TABLES if table.table == owner)
+def about_two(rng: random.Random, tables: Sequence[Table], links: Sequence[Link]) -> Row:
+    """A row whose query joins a table and another one whose rows belong to it."""
+    link = rng.choice(links)
+    table = next(table for table in tables if table.table == link.owner)
     label = rng.choice(table.labels)
-    dear, dear_where = compared(rng, Measure("cost", "cost", 10, 900, "highest", "lowest"))
+    condition, where = compared(rng, Measure("cost", "cost", 10, 900, "highest", "lowest"))
     fields = draw_fields(rng, table, (label,), table.measures) | {
-        "owned": owned, "own": own, "dear": dear, "dear_where": dear_where,
-        "join": f"{owned} JOIN {owner} ON {owned}.{key} = {owner}.id"}
-    tellings, query = rng.choice(OWNED)
-    schema = (f"CREATE TABLE {owner} (id INTEGER, {table.name} TEXT, {label.column} TEXT);\n"
-              f"CREATE TABLE {owned} ({key} INTEGER, cost INTEGER);")
-    return {"instruction": rng.choice(tellings).format_map(fields), "input": schema,
+        "owned": link.owned, "owned_one": link.one, "cost_condition": condition, "cost_where": where,
+        "join": f"{link.owned} JOIN {link.owner} ON {link.owned}.{link.key} = {link.owner}.id"}
+    questions, query = rng.choice(OWNED)
+    schema = (f"CREATE TABLE {link.owner} (id INTEGER, {table.name} TEXT, {label.column} TEXT);\n"
+              f"CREATE TABLE {link.owned} ({link.key} INTEGER, cost INTEGER);")
+    return {"instruction": rng.choice(questions).format_map(fields), "input": schema,
             "output": query.format_map(fields)}
 
 
 def generate(rng: random.Random, rows: int) -> list[Row]:
-    return distinct(lambda: (about_two if rng.random() < JOINED else about_one)(rng), rows)
+    """`rows` rows of the corpus, or fewer where no more differ enough."""
+    read = load("tables")
+    tables = [Table(**entry | {"labels": tuple(Label(**label) for label in entry["labels"]),
+                               "measures": tuple(Measure(**measure) for measure in entry["measures"])})
+              for entry in read["tables"]]
+    links = [Link(**entry) for entry in read["links"]]
+    return distinct(lambda: about_two(rng, tables, links) if rng.random() < JOINED else about_one(rng, tables), rows)

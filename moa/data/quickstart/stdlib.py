@@ -1,4 +1,4 @@
-"""Real functions and what their authors say they do: the standard library of the running interpreter.
+"""Functions of the running interpreter's standard library, each with the first sentence of its docstring.
 
 Files are parsed, never imported. The rows depend on the Python version. Test suites and applications are left out.
 """
@@ -14,7 +14,7 @@ from moa.data.quickstart.bank import Row, distinct, words
 
 SKIPPED = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__",
                      "turtledemo"})
-ASKED = words(
+INSTRUCTIONS = words(
     "Summarise what this function does in one sentence.|What does this Python function do? Answer in one sentence.|"
     "Write the first sentence of this function's docstring.|Describe this function in a single sentence.|"
     "Say in one sentence what this code does.|Document this function with one sentence.|"
@@ -45,8 +45,8 @@ def summary(docstring: str) -> str | None:
     return sentence if SHORTEST <= len(sentence.split()) <= LONGEST else None
 
 
-def says_enough(function: Function) -> bool:
-    """Whether the body, without docstring, does something that a reader could summarise."""
+def does_something(function: Function) -> bool:
+    """Whether the body, without docstring, has a statement besides `pass`, `raise` and constants."""
     body = [node for node in function.body if not isinstance(node, ast.Pass | ast.Raise)]
     return any(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in body)
 
@@ -58,7 +58,7 @@ def documented(tree: ast.Module) -> Iterator[tuple[str, str]]:
             continue
         sentence = summary(docstring)
         node.body = node.body[1:]
-        if sentence is None or not says_enough(node):
+        if sentence is None or not does_something(node):
             continue
         source = ast.unparse(node)
         if len(source) <= MOST_CHARACTERS and source.isascii() and sentence.rstrip(".").lower() not in source.lower():
@@ -66,7 +66,7 @@ def documented(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def functions(root: Path) -> list[tuple[str, str]]:
-    """Every documented short function below `root`; a source or a summary seen before is left out."""
+    """(source, summary) of every short documented function of the modules below `root`, without repeated ones."""
     found: list[tuple[str, str]] = []
     sources: set[str] = set()
     summaries: set[str] = set()
@@ -84,12 +84,13 @@ def functions(root: Path) -> list[tuple[str, str]]:
 
 
 def generate(rng: random.Random, rows: int) -> list[Row]:
+    """`rows` rows of the corpus, or fewer where no more differ enough."""
     found = functions(Path(sysconfig.get_path("stdlib")))
     rng.shuffle(found)
     pairs = iter(found)
 
     def draw() -> Row | None:
         source, sentence = next(pairs, ("", ""))
-        return {"instruction": rng.choice(ASKED), "input": source, "output": sentence} if source else None
+        return {"instruction": rng.choice(INSTRUCTIONS), "input": source, "output": sentence} if source else None
 
     return distinct(draw, rows)

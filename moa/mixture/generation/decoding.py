@@ -1,10 +1,9 @@
-"""The passes of a decode: the prompts of a batch, then one token of each row at a time; out come the next's logits.
+"""The forwards of decoding: the prompts of a batch, then one token of each row at a time. Each returns logits.
 
 `Decoding` serves any model that transformers loads. `LlamaDecoding` is for llama-like models (root-mean-square norms,
 rotary heads in groups, a gated MLP), with each pass over one token a row written out: layers that read the same input
 are one product, the cache is preallocated, the mask is made once, and no head's keys are repeated. Its numbers are
-transformers', operation by operation; the prompts are read by transformers in both. Knows nothing of text, of options
-or of where a row ends, and of experts only the layer that they sit in.
+transformers', operation by operation; transformers reads the prompts in both.
 
 Shapes: B rows, T positions, V words, H hidden size, N query heads, K key heads, C = 2K keys and values, G = N / K, D
 size of a head, I inputs, O outputs of several layers side by side, R ranks, S blocks of O, each W wide.
@@ -69,7 +68,7 @@ class Decoding:
 
 
 def exact(logits: Tensor) -> Tensor:
-    """In the precision in which words are chosen: the computation's, and float32 at least."""
+    """The logits in the precision in which tokens are sampled: float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -182,7 +181,7 @@ class _Layer:
         heads = heads * turn[0] + heads.roll(size // 2, -1) * turn[1]
         columns_BCTD[:, :, -1] = heads[:, -both:]
         keys_BKTD, values_BKTD = columns_BCTD.chunk(2, dim=1)
-        # The G queries of one key head are as good as G positions: nothing masks them from each other.
+        # With one query position, the G query heads of a key head fold into the position axis: no causal mask applies.
         queries_BKGD = heads[:, :-both].view(rows, both // 2, -1, size)
         return functional.scaled_dot_product_attention(queries_BKGD, keys_BKTD, values_BKTD, ignored_B11T,
                                                        scale=self.scale).reshape(rows, -1)

@@ -1,6 +1,6 @@
-"""Decoding: token ids of prompts in, written rows out, and text as soon as it is certain.
+"""Generation: token ids of prompts to answers, with their text while it is written.
 
-Knows nothing of experts, routing or conversations: whoever calls has set the model up for these rows.
+The caller selects the experts of the rows beforehand, or in the callback `choose`.
 """
 
 import math
@@ -24,7 +24,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"   # how a decoder shows the first bytes
 
 
 def answer_budgets(model: Any, prompts: Sequence[Sequence[int]], asked: Sequence[int]) -> list[int]:
-    """How many tokens may be written after each prompt: what is asked for, bounded by what the model's context leaves.
+    """Most tokens to write after each prompt: the number asked for, bounded by what the model's context leaves.
 
     Raises UsageError for a prompt that leaves none.
     """
@@ -65,7 +65,7 @@ class GenerationBatch:
             self._decode(last=False)
 
     def end(self) -> None:
-        """No more tokens: whatever is still held back is text."""
+        """End the row: what was still held back becomes text."""
         if not self.done:
             self._decode(last=True)
             self.done = True
@@ -103,19 +103,19 @@ class GenerationBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """What is wanted of one row, and who hears of it. Callbacks come from the thread that decodes."""
+    """Prompt, limit and options of one row, and its callbacks, which the decoding thread calls."""
 
     prompt: Sequence[int]
     limit: int                                       # tokens to write at most, no more than `answer_budgets` allows
     options: GenerationConfig
     tell: Tell | None = None                         # gets pieces of text as they become certain
-    # gets the row when it ends, whoever else is still being written
+    # gets the row as soon as it ends
     ended: Callable[[GenerationBatch], None] | None = None
     cancelled: threading.Event | None = None         # once set, the row ends where it is
 
 
 class RowState:
-    """An order as it is carried out."""
+    """A request while its row is decoded."""
 
     def __init__(self, order: GenerationRequest, tokenizer: Any, ends: frozenset[int]) -> None:
         self.order, self.place = order, len(order.prompt)   # the position of its next token, written or padding
@@ -151,8 +151,8 @@ def generate_batch(model: Any, tokenizer: Any, orders: Sequence[GenerationReques
     """Decode the orders as one batch, left-padded, with a KV cache, each by its own options and up to its own limit.
 
     Rows that have ended leave the batch once they are a quarter of it, or when the base's context would end under
-    them. `choose` is told which orders the batch's rows are, at its beginning and whenever some have left; without it
-    none leaves before all do.
+    them. `choose` gets the indices of the orders that are in the batch, at its beginning and whenever rows have left;
+    without it, rows leave only when all have ended.
     """
     ends = end_tokens(model, tokenizer)
     rows = [RowState(order, tokenizer, ends) for order in orders]
@@ -183,9 +183,9 @@ def _way(model: Any) -> type[Decoding]:
 
 
 def _until_some_leave(batch: Decoding, rows: Sequence[RowState], context: float | None) -> Tensor:
-    """Decode until all rows have ended, or it pays that some leave; the last tokens, (B), were not passed on.
+    """Decode until all rows, or enough for a smaller batch, have ended. Returns the tokens not yet passed on, (B).
 
-    `context` is the model's; None = nobody leaves before all do.
+    `context` is the model's; None = rows leave only when all have ended.
     """
     choice = Sampling([(row.order.options, row.random) for row in rows])
     while True:
@@ -201,7 +201,7 @@ def _until_some_leave(batch: Decoding, rows: Sequence[RowState], context: float 
 
 def decode(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], limit: int,
            options: GenerationConfig) -> list[GenerationBatch]:
-    """`generate_batch` for rows that want the same, under whatever experts the caller chose for all of them."""
+    """`generate_batch` for rows with the same limit and options and the experts that the caller selected."""
     return generate_batch(model, tokenizer,
                           [GenerationRequest(prompt=prompt, limit=limit, options=options) for prompt in prompts])
 
@@ -220,24 +220,24 @@ def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 # A stream.
 
 def pieces(work: Callable[[Tell, threading.Event], Any]) -> Iterator[str]:
-    """What `work(tell, cancelled)` tells, as it tells it, from a thread of its own.
+    """Run `work(tell, cancelled)` in a thread of its own and yield the texts that it passes to `tell`.
 
     Its exceptions are raised here. Closing the iterator, or dropping it, sets `cancelled` and waits for the thread.
     """
-    told: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+    texts: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
     cancelled = threading.Event()
 
     def run() -> None:
         try:
-            work(told.put, cancelled)
-            told.put(None)
-        except BaseException as error:   # it is the caller's
-            told.put(error)
+            work(texts.put, cancelled)
+            texts.put(None)
+        except BaseException as error:   # raised in the caller's thread
+            texts.put(error)
 
     thread = threading.Thread(target=run, name="moa-stream", daemon=True)
     thread.start()
     try:
-        while (piece := told.get()) is not None:
+        while (piece := texts.get()) is not None:
             if isinstance(piece, BaseException):
                 raise piece
             if piece:

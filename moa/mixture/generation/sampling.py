@@ -1,4 +1,4 @@
-"""How a row may be decoded, and the draw of its tokens. Knows nothing of prompts, of text or of where a row ends."""
+"""Generation options of a row, and the sampling of its tokens."""
 
 import math
 from collections import defaultdict

@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from moa.base import load
 from moa.base import pin as base
-from moa.core import config
+from moa.core import config, digests
 from moa.core.config import Config
 from moa.core.errors import RegistryError, TrainingError
 from moa.core.files import read_json
@@ -19,7 +20,6 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.data import corpus, prepare
 from moa.experts import train
 from moa.experts.peft_format import WEIGHTS
-from moa.mixture import artifact
 from moa.mixture import assemble as stage
 from moa.mixture.assemble import assemble
 from moa.mixture.mixture import Mixture
@@ -30,7 +30,7 @@ from tests import tiny
 DOMAINS = ("alpha", "beta")
 TRAIN = {"rank": 2, "alpha": 4.0, "epochs": 1, "batch_rows": 4, "learning_rate": 0.02, "batch_tokens": 512}
 JOINT = {"joint_epochs": 1, "joint_learning_rate": 0.01}
-EXACT = base.Device("cpu", "float32", "sums that can be compared")
+EXACT = load.Device("cpu", "float32", "sums that can be compared")
 Built = tuple[Workspace, Config]
 
 
@@ -78,7 +78,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def loaded(built: Built) -> Mixture:
-    return Mixture.load(built[0].mixture, base.load(built[0], built[1].base, EXACT))
+    return Mixture.load(built[0].mixture, load.load(built[0], built[1].base, EXACT))
 
 
 def accuracy(built: Built, mixture: Mixture) -> float:
@@ -98,8 +98,8 @@ def test_the_mixture_has_experts_of_its_own_and_names_their_parents(trained: Bui
     assert manifest["router"]["stream"] == "experts"
     for domain in DOMAINS:
         parent, pinned = built[0].expert(domain), manifest["experts"][domain]
-        assert pinned["parent"] == read_json(parent / MANIFEST)["digest"] == artifact.expert_digest(parent)
-        assert pinned["digest"] == artifact.expert_digest(built[0].mixture / "experts" / domain) != pinned["parent"]
+        assert pinned["parent"] == read_json(parent / MANIFEST)["digest"] == digests.of_expert(parent)
+        assert pinned["digest"] == digests.of_expert(built[0].mixture / "experts" / domain) != pinned["parent"]
         own = read_json(built[0].mixture / "experts" / domain / MANIFEST)
         assert (own["digest"], own["parent"]) == (pinned["digest"], pinned["parent"]) and len(own["curve"]) == 1
         assert pinned["corpus"] == own["corpus"] == read_json(parent / MANIFEST)["corpus"]
@@ -118,7 +118,7 @@ def test_it_loads_routes_and_answers(built: Built) -> None:
 
 
 def test_its_experts_are_peft_directories(built: Built) -> None:
-    mixture, plain = loaded(built), base.load(built[0], built[1].base, EXACT).model
+    mixture, plain = loaded(built), load.load(built[0], built[1].base, EXACT).model
     ids = torch.tensor([mixture.encoder.row(corpus.read(built[0].corpus("beta"), "test")[0].messages).ids])
     mixture.stack.select(torch.tensor([mixture.expert_of("beta")]))
     with torch.inference_mode():

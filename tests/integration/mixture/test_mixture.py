@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moa.base import load
 from moa.base import pin as base
 from moa.base.encoding import Message
 from moa.core import config, digests
@@ -34,7 +35,7 @@ from tests import tiny
 
 DOMAINS = ("alpha", "beta")
 TRAIN = {"rank": 2, "alpha": 4.0, "epochs": 3, "batch_rows": 4, "learning_rate": 0.02, "batch_tokens": 512}
-EXACT = base.Device("cpu", "float32", "sums that can be compared")
+EXACT = load.Device("cpu", "float32", "sums that can be compared")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,13 +66,13 @@ def copy(built: tuple[Workspace, Config], tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def mixture(built: tuple[Workspace, Config]) -> Mixture:
-    return Mixture.load(built[0].mixture, base.load(*_of(built), EXACT))
+    return Mixture.load(built[0].mixture, load.load(*_of(built), EXACT))
 
 
 @pytest.fixture(scope="module")
-def plain(built: tuple[Workspace, Config]) -> base.Base:
+def plain(built: tuple[Workspace, Config]) -> load.Base:
     """A base that no mixture is on."""
-    return base.load(*_of(built), EXACT)
+    return load.load(*_of(built), EXACT)
 
 
 def _of(built: tuple[Workspace, Config]) -> tuple[Workspace, Any]:
@@ -93,7 +94,7 @@ def test_peft_gives_the_logits_of_the_forced_label(built: tuple[Workspace, Confi
                                                    domain: str) -> None:
     from peft import PeftModel
 
-    plain = base.load(*_of(built), EXACT).model
+    plain = load.load(*_of(built), EXACT).model
     ids = torch.tensor([mixture.encoder.row(corpus.read(built[0].corpus(domain), "test")[0].messages).ids])
     mixture.stack.select(torch.tensor([mixture.expert_of(domain)]))
     with torch.inference_mode():
@@ -148,8 +149,8 @@ def test_a_mixed_batch_answers_as_one_by_one(built: tuple[Workspace, Config], mi
 
 
 def test_unloading_gives_the_base_back(built: tuple[Workspace, Config]) -> None:
-    before = base.load(*_of(built), EXACT).model.state_dict()
-    loaded = Mixture.load(built[0].mixture, base.load(*_of(built), EXACT))
+    before = load.load(*_of(built), EXACT).model.state_dict()
+    loaded = Mixture.load(built[0].mixture, load.load(*_of(built), EXACT))
     loaded.losses([row.messages for row in corpus.read(built[0].corpus("alpha"), "test")][:2], DOMAINS)
     after = loaded.unload().model.state_dict()
     assert after.keys() == before.keys()
@@ -166,15 +167,15 @@ def refuse(*_):
 
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 import torch
-from moa.base import pin
+from moa.base import load
 from moa.core import config
 from moa.core.paths import Workspace
 from moa.mixture.mixture import Mixture
 
 torch.set_num_threads(1)   # as here: the last bit of a sum depends on it
 workspace, prompts = Workspace(Path(sys.argv[1])), json.loads(sys.argv[3])
-exact = pin.Device("cpu", "float32", "")
-mixture = Mixture.load(Path(sys.argv[2]), pin.load(workspace, config.load(workspace.params).base, exact))
+exact = load.Device("cpu", "float32", "")
+mixture = Mixture.load(Path(sys.argv[2]), load.load(workspace, config.load(workspace.params).base, exact))
 print(json.dumps([[asdict(one) for one in made] for made in (mixture.route(prompts), mixture.generate(
     prompts, max_new_tokens=12))]))
 '''
@@ -254,7 +255,7 @@ def test_losses_do_not_depend_on_their_neighbours(built: tuple[Workspace, Config
 
 @pytest.mark.parametrize("part", ["weights", "tokenizer", "template"])
 def test_another_base_is_refused_by_name(built: tuple[Workspace, Config], part: str) -> None:
-    loaded = base.load(*_of(built), EXACT)
+    loaded = load.load(*_of(built), EXACT)
     pin = dataclasses.replace(loaded.pin, source="path:elsewhere", **{part: "0" * 64})
     with pytest.raises(ArtifactError, match=rf"path:tiny-base, and the {part} of .*\(path:elsewhere\) differ"):
         Mixture.load(built[0].mixture, dataclasses.replace(loaded, pin=pin))
@@ -267,7 +268,7 @@ def test_experts_of_another_base_are_not_assembled(copy: tuple[Workspace, Config
     with pytest.raises(ArtifactError, match=r"'alpha' .*weights.*moa train --domain alpha"):
         assemble(workspace, settings)
     with pytest.raises(ArtifactError, match="the weights of this workspace's base"):
-        Mixture.load(workspace.mixture, base.load(workspace, settings.base, EXACT))
+        Mixture.load(workspace.mixture, load.load(workspace, settings.base, EXACT))
 
 
 def scale(path: Path) -> None:
@@ -291,7 +292,7 @@ def relabel(path: Path) -> None:
 def test_what_was_tampered_with_is_refused(copy: tuple[Workspace, Config], file: str,
                                            change: Callable[[Path], None]) -> None:
     workspace, settings = copy
-    loaded = base.load(workspace, settings.base, EXACT)
+    loaded = load.load(workspace, settings.base, EXACT)
     change(workspace.mixture / file)
     with pytest.raises(ArtifactError, match="manifest"):
         Mixture.load(workspace.mixture, loaded)
@@ -310,7 +311,7 @@ def resealed(folder: Path, **changes: Any) -> None:
         manifest["router"]["digest"] = digests.of_file(folder / "router.safetensors")
     for label, expert in (manifest.get("experts") or {}).items():
         if (folder / "experts" / label).is_dir():
-            expert["digest"] = artifact.expert_digest(folder / "experts" / label)
+            expert["digest"] = digests.of_expert(folder / "experts" / label)
     manifest.pop("digest", None)
     write_json(folder / MANIFEST, {**manifest, "digest": digests.of_json(manifest)})
 
@@ -364,7 +365,7 @@ def deeper(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     (lambda folder: (folder / "experts/beta/more.txt").write_text("?"), "'beta' in .* is not the one"),
     (lambda folder: (folder / "experts/beta/more").mkdir(), "'beta' that the manifest in .* cannot be read: IsADir"),
     (lambda folder: shutil.rmtree(folder / "experts/beta"), "'beta' that the manifest in .* is not there")])
-def test_what_cannot_be_used_is_refused_in_one_sentence(built: tuple[Workspace, Config], plain: base.Base,
+def test_what_cannot_be_used_is_refused_in_one_sentence(built: tuple[Workspace, Config], plain: load.Base,
                                                         tmp_path: Path, change: Callable[[Path], None],
                                                         message: str) -> None:
     folder = tmp_path / "mixture"
@@ -397,7 +398,7 @@ def test_an_expert_that_is_no_number_is_refused(copy: tuple[Workspace, Config]) 
     content = [path for path in folder.iterdir() if path.name != MANIFEST]
     write_json(folder / MANIFEST, {**read_json(folder / MANIFEST), "digest": digests.of_files(content, folder)})
     assemble(workspace, settings)
-    loaded = base.load(workspace, settings.base, EXACT)
+    loaded = load.load(workspace, settings.base, EXACT)
     names = list(loaded.model.state_dict())
     with pytest.raises(ArtifactError, match="not finite"):
         Mixture.load(workspace.mixture, loaded)
@@ -413,7 +414,7 @@ def test_a_missing_expert_is_named(copy: tuple[Workspace, Config]) -> None:
 
 def test_no_mixture_says_what_to_run(built: tuple[Workspace, Config], tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="run `moa assemble`"):
-        Mixture.load(tmp_path, base.load(*_of(built), EXACT))
+        Mixture.load(tmp_path, load.load(*_of(built), EXACT))
 
 
 # Again, and after an interruption.

@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from flows.steps import release as releasing
-from moa.base import pin
-from moa.core import config
+from moa.base import load, pin
+from moa.core import config, digests
 from moa.core.errors import ArtifactError, ConfigError, DataError, RegistryError, UsageError
 from moa.core.files import read_json, write_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.data import prepare
 from moa.evaluation import evaluate
 from moa.experts import train
-from moa.mixture import artifact, assemble
+from moa.mixture import assemble
 from moa.release import export as exporting
 from moa.release.champion import open_mixture
 from moa.release.registry import Registry
@@ -111,10 +111,10 @@ def test_exported_experts_are_the_mixtures_in_plain_peft(workspace: Workspace, t
         entry = manifest["experts"][label]
         folder = tmp_path / "out" / entry["path"]
         assert entry["path"] == f"{label}-{entry['digest'][:12]}" and entry["rank"] == 2
-        assert artifact.expert_digest(folder) == entry["digest"] == mixture.experts[label]
+        assert digests.of_expert(folder) == entry["digest"] == mixture.experts[label]
         with mixture._using([number]):
             wanted = logits(mixture.base.model, ids)
-        plain = PeftModel.from_pretrained(pin.load(workspace, read(workspace).base).model, folder).eval()
+        plain = PeftModel.from_pretrained(load.load(workspace, read(workspace).base).model, folder).eval()
         torch.testing.assert_close(logits(plain, ids), wanted, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(wanted, logits(mixture.base.model, ids), atol=1e-4)   # experts do something
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -211,7 +211,7 @@ def test_an_imported_expert_is_fresh_until_what_it_is_measured_on_changes(worksp
     assert done.returncode == 0, done.stderr
     assert "rank 3, q_proj, up_proj" in done.stdout and "only its shapes could be compared" in done.stdout
     manifest = read_json(workspace.expert("beta") / MANIFEST)
-    assert manifest["source"] == "imported" and manifest["digest"] == artifact.expert_digest(workspace.expert("beta"))
+    assert manifest["source"] == "imported" and manifest["digest"] == digests.of_expert(workspace.expert("beta"))
     assert manifest["corpus"] == read_json(workspace.corpus("beta") / MANIFEST)["digest"]
     assert planned(workspace) == {"assemble": ("data/experts changed",)}
     shown = moa(workspace, "plan")
@@ -270,7 +270,7 @@ def same_as_peft(workspace: Workspace, outside: Path) -> None:
     ids = mixture.encoder.prompt(QUESTION)
     with mixture._using([mixture.labels.index("beta")]):
         answered = logits(mixture.base.model, ids)
-    plain = PeftModel.from_pretrained(pin.load(workspace, read(workspace).base).model, outside).eval()
+    plain = PeftModel.from_pretrained(load.load(workspace, read(workspace).base).model, outside).eval()
     torch.testing.assert_close(answered, logits(plain, ids), rtol=1e-4, atol=1e-5)
 
 

@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows.steps import release
-from moa.base import pin
+from moa.base import load, pin
 from moa.core import config, digests
 from moa.core.config import Config
 from moa.core.errors import RegistryError
@@ -198,7 +198,7 @@ def mixtures(released: tuple[Workspace, Config]) -> dict[int, Mixture]:
     """Both releases in this process, each on a base of its own."""
     workspace, loaded = released
     registry = Registry(workspace, loaded)
-    return {version: Mixture.load(registry.download(version), pin.load(workspace, loaded.base)) for version in (1, 2)}
+    return {version: Mixture.load(registry.download(version), load.load(workspace, loaded.base)) for version in (1, 2)}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moa.base import pin
+from moa.base import load, pin
 from moa.base.chat_template import PLAIN
 from moa.base.encoding import ChatEncoder, Message
 from moa.core import config
@@ -23,7 +23,7 @@ from tests import tiny
 
 END = tiny.MARKERS[2]
 PATH = BaseParams(source="path:tiny-base", template="plain")
-CPU = pin.Device("cpu", "float32", "the test says so")
+CPU = load.Device("cpu", "float32", "the test says so")
 
 
 def bare(root: Path) -> Workspace:
@@ -94,7 +94,7 @@ def test_a_base_without_template_says_what_to_set(tmp_path: Path) -> None:
         pin.fetch(workspace, BaseParams(source="path:tiny-base"))
     manifest = pin.fetch(workspace, PATH)
     assert manifest["template_name"] == "plain"
-    assert pin.load(workspace, PATH, CPU).tokenizer.chat_template == PLAIN
+    assert load.load(workspace, PATH, CPU).tokenizer.chat_template == PLAIN
     assert not (workspace.root / "tiny-base/chat_template.jinja").exists()
 
 
@@ -107,7 +107,7 @@ def test_it_takes_the_place_of_a_bases_own(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=r"names the template plain.*fetched with the base's own.*moa base"):
         pin.verify(workspace, PATH)
     after = pin.fetch(workspace, PATH)
-    assert pin.load_tokenizer(workspace).chat_template == PLAIN
+    assert load.load_tokenizer(workspace).chat_template == PLAIN
     assert before["template"] != after["template"] and before["digest"] != after["digest"]
     assert (before["tokenizer"], before["weights"]) == (after["tokenizer"], after["weights"])
     with pytest.raises(BaseModelError, match=r"names the base's own.*fetched with the template plain.*moa base"):
@@ -127,7 +127,7 @@ def test_a_hub_base_gets_it_and_the_cache_keeps_what_it_has(tmp_path: Path, monk
     before = (snapshot / "chat_template.jinja").read_bytes()
     workspace, params = Workspace(tmp_path), BaseParams(source=f"hub:tiny/base@{commit}", template="plain")
     pin.fetch(workspace, params)
-    assert pin.load(workspace, params, CPU).tokenizer.chat_template == PLAIN
+    assert load.load(workspace, params, CPU).tokenizer.chat_template == PLAIN
     assert (snapshot / "chat_template.jinja").read_bytes() == before
 
 
@@ -145,7 +145,7 @@ def test_a_tokenizer_without_end_mark_is_one_sentence(tmp_path: Path, end: str |
         assert not workspace.base.exists()
     else:   # transformers makes it a token
         pin.fetch(workspace, PATH)
-        assert pin.load_tokenizer(workspace).eos_token == end
+        assert load.load_tokenizer(workspace).eos_token == end
 
 
 def test_corpus_training_and_answers_use_it(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_corpus_training_and_answers_use_it(tmp_path: Path) -> None:
     from moa.mixture.assemble import assemble
 
     assemble(workspace, settings)
-    mixture = Mixture.load(workspace.mixture, pin.load(workspace, settings.base, CPU))
+    mixture = Mixture.load(workspace.mixture, load.load(workspace, settings.base, CPU))
     answer = mixture.chat([{"role": "user", "content": "alpha: what is alpha 1 of 2?"}], domain="alpha",
                           max_new_tokens=8)
     assert answer.prompt_tokens == len(mixture.encoder.prompt([{"role": "user",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moa.base import pin, sources
+from moa.base import load, pin, sources
 from moa.core import digests
 from moa.core.config import BaseParams
 from moa.core.errors import BaseModelError
@@ -18,7 +18,7 @@ from tests import tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PATH = BaseParams(source="path:tiny-base")
-CPU = pin.Device("cpu", "float32", "the test says so")
+CPU = load.Device("cpu", "float32", "the test says so")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def fetched(workspace: Workspace) -> Workspace:
 def test_path_base_is_pinned_and_loaded_and_its_weights_stay(fetched: Workspace) -> None:
     assert not list(fetched.base.glob("*.safetensors"))
     assert pin.locate(fetched, PATH) == fetched.root / "tiny-base"
-    loaded = pin.load(fetched, PATH, CPU)
+    loaded = load.load(fetched, PATH, CPU)
     assert loaded.pin == pin.pin(fetched)
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
@@ -60,7 +60,7 @@ def test_every_architecture_loads(tmp_path: Path, architecture: str) -> None:
     workspace = Workspace(tmp_path)
     pin.fetch(workspace, PATH)
     ids = torch.tensor([[3, 4, 5]])
-    assert pin.load(workspace, PATH, CPU).model(ids).logits.shape == (1, 3, len(tiny.tokenizer()))
+    assert load.load(workspace, PATH, CPU).model(ids).logits.shape == (1, 3, len(tiny.tokenizer()))
 
 
 def test_the_manifest_is_content_only(fetched: Workspace, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -85,7 +85,7 @@ def test_a_failed_fetch_leaves_no_manifest(fetched: Workspace) -> None:
 def test_other_weights_are_refused_at_load(fetched: Workspace) -> None:
     tiny.base(fetched.root / "tiny-base", seed=1)
     with pytest.raises(BaseModelError, match=r"base's weights changed.*moa base"):
-        pin.load(fetched, PATH, CPU)
+        load.load(fetched, PATH, CPU)
 
 
 def test_another_computation_over_the_same_weights_is_refused(fetched: Workspace) -> None:
@@ -106,7 +106,7 @@ def test_another_tokenizer_or_template_is_named(fetched: Workspace) -> None:
     with pytest.raises(BaseModelError, match="base's tokenizer and template changed"):
         pin.verify(fetched, PATH)
     with pytest.raises(BaseModelError, match="tokenizer changed"):
-        pin.load_tokenizer(fetched)
+        load.load_tokenizer(fetched)
 
 
 def test_params_that_moved_on_are_noticed(fetched: Workspace) -> None:
@@ -227,37 +227,18 @@ def test_a_hub_base_is_pinned_to_the_commit(tmp_path: Path, hub: Path, revision:
     assert pin.fetch(workspace, params)["source"] == f"hub:tiny/base@{COMMIT}"
     assert not list(workspace.base.glob("*.safetensors"))
     assert pin.locate(workspace, params) == hub / "models--tiny--base/snapshots" / COMMIT
-    pin.load(workspace, params, CPU)
+    load.load(workspace, params, CPU)
     with pytest.raises(BaseModelError, match="was fetched"):
         pin.locate(workspace, BaseParams(source=f"hub:tiny/base@{'f' * 40}"))
     shutil.rmtree(hub)
     with pytest.raises(BaseModelError, match="hub cannot be reached"):
-        pin.load(workspace, params, CPU)
+        load.load(workspace, params, CPU)
 
 
 @pytest.mark.parametrize("source", ["hub:tiny/other@main", f"hub:tiny/base@{'f' * 40}", "hub:a/b/c/d@main"])
 def test_a_hub_base_that_is_not_there_is_one_sentence(tmp_path: Path, hub: Path, source: str) -> None:
     with pytest.raises(BaseModelError, match=r"hub cannot be reached|cannot be fetched"):
         pin.fetch(Workspace(tmp_path), BaseParams(source=source))
-
-
-# The device.
-
-def test_the_device_is_explained_and_can_be_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for supported, dtype in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=supported: answer, raising=False)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-        picked = pin.pick_device()
-        assert (picked.device, picked.dtype) == ("cpu", dtype)
-        assert picked.reason
-    monkeypatch.setenv("MOA_DTYPE", "float32")
-    assert pin.pick_device(["cpu"]) == pin.Device("cpu", "float32", "MOA_DTYPE says so")
-    monkeypatch.setenv("MOA_DTYPE", "int3")
-    with pytest.raises(BaseModelError, match="MOA_DTYPE"):
-        pin.pick_device()
-    with pytest.raises(BaseModelError, match="no CUDA device"):
-        pin.pick_device(["cuda:1"])
 
 
 def test_a_source_is_named_without_this_machines_folders() -> None:

@@ -94,6 +94,13 @@ def test_changed_c_counts(original: Path, copy: Path) -> None:
     assert {stage for stage in before if before[stage] != after[stage]} == {"train", "assemble", "evaluate"}
 
 
+def test_a_changed_data_file_counts(original: Path, copy: Path) -> None:
+    source = copy / "moa" / "data" / "quickstart" / "tables.yaml"
+    source.write_text(source.read_text().replace("low: 2000", "low: 3000"))
+    before, after = digests(original), digests(copy)
+    assert {stage for stage in before if before[stage] != after[stage]} == {"quickstart"}
+
+
 def test_without_a_home_they_are_computed_each_time(original: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     assert digests(original, tmp_path / "file") == digests(original)

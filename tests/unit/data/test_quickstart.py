@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from moa.core.errors import UsageError
-from moa.data import quickstart
+from moa.data.quickstart import generate
 from moa.evaluation.metrics import METRICS, sql_result
 
 Row = dict[str, str]
 
 
 # The Python corpus is read from the standard library's sources, in seconds; the others are generated at once.
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if name == "python" else name for name in quickstart.NAMES]
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name == "python" else name for name in generate.NAMES]
 
 
 class Corpora(dict[str, list[Row]]):
@@ -31,7 +31,7 @@ class Corpora(dict[str, list[Row]]):
         self._folder = folder
 
     def __missing__(self, name: str) -> list[Row]:
-        quickstart.write(name, self._folder / name)
+        generate.write(name, self._folder / name)
         lines = (self._folder / name / "rows.jsonl").read_text(encoding="utf-8").splitlines()
         self[name] = list(map(json.loads, lines))
         return self[name]
@@ -49,14 +49,14 @@ def question(row: Row) -> str:
 @pytest.mark.parametrize("name", ["math", "sql", "extract", "calendar"])
 def test_same_seed_same_bytes_and_another_seed_other_rows(name: str, tmp_path: Path) -> None:
     for folder, seed in (("one", 0), ("two", 0), ("other", 1)):
-        assert quickstart.write(name, tmp_path / folder, rows=50, seed=seed) == 50
+        assert generate.write(name, tmp_path / folder, rows=50, seed=seed) == 50
     one, two, other = ((tmp_path / folder / "rows.jsonl").read_bytes() for folder in ("one", "two", "other"))
     assert one == two != other
 
 
 @pytest.mark.slow
 def test_the_python_corpus_is_deterministic_too(corpora: dict[str, list[Row]], tmp_path: Path) -> None:
-    quickstart.write("python", tmp_path / "again")
+    generate.write("python", tmp_path / "again")
     again = (tmp_path / "again" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     assert list(map(json.loads, again)) == corpora["python"]
 
@@ -64,13 +64,13 @@ def test_the_python_corpus_is_deterministic_too(corpora: dict[str, list[Row]], t
 def test_writing_replaces_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "calendar").mkdir()
     (tmp_path / "calendar" / "old.jsonl").write_text("{}")
-    quickstart.write("calendar", tmp_path / "calendar", rows=3)
+    generate.write("calendar", tmp_path / "calendar", rows=3)
     assert [path.name for path in (tmp_path / "calendar").iterdir()] == ["rows.jsonl"]
 
 
 def test_an_unknown_corpus_is_refused_with_the_names_there_are(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'poetry'.*math, sql, extract, python, calendar"):
-        quickstart.write("poetry", tmp_path / "poetry")
+        generate.write("poetry", tmp_path / "poetry")
     assert not list(tmp_path.iterdir())
 
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from moa.base import pin
+from moa.base import load, pin
 from moa.base.encoding import ChatEncoder
-from moa.base.pin import Base, Device
+from moa.base.load import Base, Device
 from moa.core import config
 from moa.core.errors import ArtifactError
 from moa.core.paths import Workspace
@@ -144,7 +144,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 def plain(workspace: Workspace, dtype: str = "float32") -> Base:
     """The base of its own."""
-    return pin.load(workspace, config.load(workspace.params).base, Device("cpu", dtype, "sums that can be compared"))
+    return load.load(workspace, config.load(workspace.params).base, Device("cpu", dtype, "sums that can be compared"))
 
 
 def ask(label: str, number: int = 0) -> list[dict[str, str]]:

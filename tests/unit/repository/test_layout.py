@@ -54,7 +54,7 @@ def test_the_architecture_names_every_module() -> None:
 
 
 def test_packages_import_nothing() -> None:
-    assert not [name for name, path in MODULES.items() if path.name == "__init__.py" and name != "moa.data.quickstart"
+    assert not [name for name, path in MODULES.items() if path.name == "__init__.py"
                 and re.search(r"^\s*(import|from) ", path.read_text(encoding="utf-8"), re.MULTILINE)]
 
 

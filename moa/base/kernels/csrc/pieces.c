@@ -1,7 +1,7 @@
-/* What lies between a llama-like model's products in training, forward and backward, each in one pass over its numbers.
+/* The operations between a llama-like model's matrix products in training, forward and backward, each in one pass.
 
-Compiled by moa/base/kernels/build.py, for bfloat16 (-DBF16, where the CPU multiplies it) or float32; driven by moa/base/kernels/llama_ops.py. Rows do
-not meet, and sums are in float32.
+moa/base/kernels/build.py compiles this file for bfloat16 (-DBF16, where the CPU multiplies it) or float32;
+moa/base/kernels/llama_ops.py calls it. No row reads another row's numbers, and sums are in float32.
 
 Shapes: B rows, T positions, N heads, D size of a head, M matrices of scores, G queries a key head sees at a position.
 */
@@ -10,7 +10,7 @@ Shapes: B rows, T positions, N heads, D size of a head, M matrices of scores, G 
 
 #define PARALLEL _Pragma("omp parallel for num_threads(threads)")
 
-static inline float one(const real *from) {
+static inline float read_one(const real *from) {
 #if defined(BF16)
     uint32_t bits = (uint32_t)*from << 16;
     float x;
@@ -21,13 +21,13 @@ static inline float one(const real *from) {
 #endif
 }
 
-/* The first `count` numbers, as they are computed with; behind them, up to a whole vector, `more`. */
-static void unpack(float *to, const real *from, int count, float more) {
+/* The first `count` numbers as float32, followed by `padding` up to a whole vector. */
+static void unpack(float *to, const real *from, int count, float padding) {
     int i = 0;
     for (; i + LANES <= count; i += LANES) put(to + i, read(from + i));
     if (i == count) return;
-    put(to + i, spread(more));
-    for (; i < count; i++) to[i] = one(from + i);
+    put(to + i, spread(padding));
+    for (; i < count; i++) to[i] = read_one(from + i);
 }
 
 static void pack(real *to, const float *from, int count) {
@@ -39,7 +39,7 @@ static void pack(real *to, const float *from, int count) {
     memcpy(to + i, rest, sizeof(real) * (count - i));
 }
 
-/* Root-mean-square norms of `rows` rows; `factor` (rows) is what the backward needs beside x. */
+/* Root-mean-square norms of `rows` rows. The backward reads `factor` (rows). */
 void norm_forward(real *to, float *factor, const real *x, const real *weight, int64_t rows, int size, float epsilon,
                   int threads) {
     PARALLEL
@@ -84,10 +84,10 @@ void gate_backward(real *to_gate, real *to_up, const real *grad, const real *gat
     }
 }
 
-/* Heads turned by their positions, (B, T, N, D) to (B, N, T, D); or a gradient back. cos and sin (B or 1, T, D): `step`
-   is how far the next row's are. */
-void turn(real *to, const real *from, const real *cos, const real *sin, int64_t step, int rows, int length, int heads,
-          int size, int back, int threads) {
+/* Rotary embedding of heads, (B, T, N, D) to (B, N, T, D); or, with `back`, its gradient the other way. cos and sin
+   are (B or 1, T, D), and `step` is their distance from one row to the next. */
+void rotary(real *to, const real *from, const real *cos, const real *sin, int64_t step, int rows, int length, int heads,
+            int size, int back, int threads) {
     int half = size / 2;
     PARALLEL
     for (int64_t at = 0; at < (int64_t)rows * length; at++) {
@@ -108,7 +108,7 @@ void turn(real *to, const real *from, const real *cos, const real *sin, int64_t 
     }
 }
 
-/* Softmax of scores (M, G, T, T) times `scale`, in place, where a position sees itself and what is before it. */
+/* Causal softmax of scores (M, G, T, T) times `scale`, in place. */
 void softmax_forward(real *scores, int64_t matrices, int length, float scale, int threads) {
     PARALLEL
     for (int64_t row = 0; row < matrices * length; row++) {
@@ -122,7 +122,7 @@ void softmax_forward(real *scores, int64_t matrices, int length, float scale, in
         for (int i = 1; i < LANES; i++) top = highest[i] > top ? highest[i] : top;
         for (int i = 0; i < whole; i += LANES) {
             vec y = exponential((get(x + i) - top) * scale);
-            if (i + LANES > seen)   /* what is far below the highest is as good as nothing, what is behind is nothing */
+            if (i + LANES > seen)   /* exponential() of -infinity is tiny, not zero */
                 for (int lane = seen - i; lane < LANES; lane++) y[lane] = 0;
             total += y;
             put(x + i, y);
@@ -134,7 +134,7 @@ void softmax_forward(real *scores, int64_t matrices, int length, float scale, in
     }
 }
 
-/* The scores' gradient, in place of that of their softmax. */
+/* Gradient of the scores, in place of that of their softmax. */
 void softmax_backward(real *grad, const real *likely, int64_t matrices, int length, float scale, int threads) {
     PARALLEL
     for (int64_t row = 0; row < matrices * length; row++) {

@@ -1,11 +1,11 @@
 /* One step of decoding a llama-like model on a CPU: the next token of each row of a batch goes in, logits come out.
 
-All layers in one call and one parallel region, so that what a step costs is the weights' way from memory and nothing
-else. Each row has its own expert. An output is summed by one thread in one order, however many rows stand beside its
-own: a row's logits do not depend on its neighbours.
+All layers are computed in one call and one parallel region, so that a step is bound by the bandwidth of the weights
+alone. Each row has its own expert. Each output is summed by one thread in one order, whatever the number of rows: a
+row's logits do not depend on the other rows of the batch.
 
-Compiled by moa/base/kernels/build.py, for bfloat16 (-DBF16, where the CPU multiplies it) or float32; driven by moa/mixture/generation/native.py, which
-lays out everything that is pointed to here.
+moa/base/kernels/build.py compiles this file for bfloat16 (-DBF16, where the CPU multiplies it) or float32.
+moa/mixture/generation/native.py calls it and lays out all memory that is pointed to here.
 
 Shapes: B rows, H hidden size, I inputs and O outputs of layers side by side, P parts: those layers, R ranks, N query
 heads, K key heads, G = N / K, D size of a head, T positions that a cache has room for, V words.
@@ -14,8 +14,8 @@ heads, K key heads, G = N / K, D size of a head, T positions that a cache has ro
 #include "vector.h"
 
 #define TILE (2 * LANES)               /* outputs that a thread takes at a time */
-#define ROWS (LANES == 16 ? 8 : 4)     /* rows that it does: their sums stay in registers */
-#define QUERIES 4                      /* that are mixed side by side */
+#define ROWS (LANES == 16 ? 8 : 4)     /* rows of a tile: their sums stay in registers */
+#define QUERIES 4                      /* queries that are computed together */
 
 /* Layers that read the same input. */
 struct group {
@@ -40,10 +40,10 @@ struct model {
 };
 
 struct batch {
-    float *x;                        /* (B, H) embeddings in; not needed after */
+    float *x;                        /* (B, H) embeddings; overwritten */
     const float *cos, *sin;          /* (B, D) */
     real *keys, *values;             /* (layers, B, K, T / LANES, D / PAIR, LANES, PAIR), (layers, B, K, T, D) */
-    const int32_t *lengths;          /* (B) positions of each row, the new one included */
+    const int32_t *lengths;          /* (B) positions of each row, with the new one */
     float *logits;                   /* (B, V) */
     real *input;                     /* (B, the widest I) scratch, as all below */
     float *output, *hidden, *scores; /* (B, the widest O), (B, the largest P * R), (B * K, G * T) */
@@ -52,7 +52,7 @@ struct batch {
 
 static float dot(const real *x, const real *y, int count) {
     vec total = {0};
-    for (int i = 0; i < count; i += LANES * PAIR) total = meet(total, x + i, y + i);
+    for (int i = 0; i < count; i += LANES * PAIR) total = merge_partial(total, x + i, y + i);
     return sum(total);
 }
 
@@ -73,23 +73,24 @@ static void shrink(const struct group *group, const struct batch *batch, int b) 
                                            batch->input + (size_t)b * inputs, inputs);
 }
 
-/* What is asked for of two streams while something else is computed, a little at a time. */
-struct ahead { const char *weight, *expert; size_t by_weight, by_expert; };
+/* Software prefetch of the next tile: addresses of its weights and experts, and the steps by which they advance. */
+struct prefetch { const char *weight, *expert; size_t weight_step, expert_step; };
 
-static inline void near(const void *from) { __builtin_prefetch(from, 0, 2); }   /* as near as the second cache */
+static inline void prefetch_l2(const void *from) { __builtin_prefetch(from, 0, 2); }   /* into the second-level cache */
 
-/* A tile of outputs of a few rows: in place of what stands there, or added to it. What lies ahead comes nearer. */
-static inline __attribute__((always_inline)) void few(const struct group *group, const struct batch *batch, int tile,
-                                                      int first, int rows, struct ahead ahead, float *to,
-                                                      int adds) {
+/* A tile of outputs of a few rows, written to `to` or, with `adds`, added to it. The next tile is prefetched. */
+static inline __attribute__((always_inline)) void gemm_small_batch(const struct group *group,
+                                                                   const struct batch *batch, int tile, int first,
+                                                                   int rows, struct prefetch next, float *to,
+                                                                   int adds) {
     int inputs = group->inputs, ranks = group->ranks, at = 2 * tile;
     const real *low = group->weight + (size_t)at * LANES * inputs, *high = low + (size_t)LANES * inputs;
     const real *x = batch->input + (size_t)first * inputs;
     vec total[ROWS][2];
     for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = (vec){0};
     for (int i = 0; i < inputs; i += PAIR) {
-        near(ahead.weight), near(ahead.weight + 64), near(ahead.expert);
-        ahead.weight += ahead.by_weight, ahead.expert += ahead.by_expert;
+        prefetch_l2(next.weight), prefetch_l2(next.weight + 64), prefetch_l2(next.expert);
+        next.weight += next.weight_step, next.expert += next.expert_step;
         for (int r = 0; r < rows; r++) {
             total[r][0] = multiply(total[r][0], low + (size_t)i * LANES, x + (size_t)r * inputs + i);
             total[r][1] = multiply(total[r][1], high + (size_t)i * LANES, x + (size_t)r * inputs + i);
@@ -110,33 +111,32 @@ static inline __attribute__((always_inline)) void few(const struct group *group,
         }
 }
 
-#define FEW(n) case n: few(group, batch, tile, first, n, ahead, to, adds); break;
+#define ROWS_CASE(n) case n: gemm_small_batch(group, batch, tile, first, n, next, to, adds); break;
 
-/* What the group's layers and each row's expert make of the input; all threads share it. While a tile is computed, the
-   weights of the next are on their way. */
+/* Outputs of the group's layers and of each row's expert; all threads share the tiles. */
 static void product(const struct group *group, const struct batch *batch, float *to, int adds) {
     int passes = (batch->rows + ROWS - 1) / ROWS, turns = group->inputs / PAIR * passes;
     size_t weights = sizeof(real) * TILE * group->inputs;
     size_t experts = group->a ? sizeof(real) * TILE * group->ranks * batch->rows : 0;
 #pragma omp for schedule(static)
     for (int tile = 0; tile < group->outputs / TILE; tile++) {
-        struct ahead ahead = {(const char *)group->weight + (tile + 1) * weights,
+        struct prefetch next = {(const char *)group->weight + (tile + 1) * weights,
                               (const char *)group->b + (tile + 1) * experts, weights / turns, experts / turns + 1};
         for (int first = 0; first < batch->rows; first += ROWS) {
-            switch (batch->rows - first) {   /* with bounds that a compiler knows */
-                FEW(1) FEW(2) FEW(3)
+            switch (batch->rows - first) {   /* constant bounds, so that the compiler unrolls the loops */
+                ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3)
 #if ROWS == 8
-                FEW(4) FEW(5) FEW(6) FEW(7)
+                ROWS_CASE(4) ROWS_CASE(5) ROWS_CASE(6) ROWS_CASE(7)
 #endif
-                default: few(group, batch, tile, first, ROWS, ahead, to, adds);
+                default: gemm_small_batch(group, batch, tile, first, ROWS, next, to, adds);
             }
-            ahead.weight += weights / passes, ahead.expert += experts / passes;
+            next.weight += weights / passes, next.expert += experts / passes;
         }
     }
 }
 
-/* A head turned by its position. */
-static void turn(real *to, const float *x, const float *cos, const float *sin, int size) {
+/* The rotary embedding of a head: its halves rotated by its position. */
+static void rotate(real *to, const float *x, const float *cos, const float *sin, int size) {
     int half = size / 2;
     for (int i = 0; i < half; i += LANES) {
         vec one = get(x + i), other = get(x + half + i);
@@ -145,27 +145,28 @@ static void turn(real *to, const float *x, const float *cos, const float *sin, i
     }
 }
 
-/* Scores of a few queries with LANES positions. */
-static inline __attribute__((always_inline)) void score(float *to, size_t apart, const real *query, const real *keys,
+/* Scores of a few queries with LANES positions; `stride` is the distance between two queries' scores. */
+static inline __attribute__((always_inline)) void score(float *to, size_t stride, const real *query, const real *keys,
                                                         int size, float scale, int queries) {
     vec total[QUERIES] = {{0}};
     for (int i = 0; i < size; i += PAIR)
         for (int g = 0; g < queries; g++)
             total[g] = multiply(total[g], keys + (size_t)i * LANES, query + (size_t)g * size + i);
-    for (int g = 0; g < queries; g++) put(to + g * apart, total[g] * scale);
+    for (int g = 0; g < queries; g++) put(to + g * stride, total[g] * scale);
 }
 
-/* Values of a few queries, by their scores, in place of the queries. */
-static inline __attribute__((always_inline)) void mix(real *query, const float *scores, size_t apart, const real *values,
-                                                      int size, int length, const real *next, int queries) {
+/* Values weighted by the scores of a few queries, in place of the queries. */
+static inline __attribute__((always_inline)) void mix(real *query, const float *scores, size_t stride,
+                                                      const real *values, int size, int length,
+                                                      const real *next, int queries) {
     for (int i = 0; i < size; i += TILE) {
         vec total[QUERIES][2] = {{{0}}};
         for (int t = 0; t < length; t++) {
-            near(next + (size_t)t * size + i);
+            prefetch_l2(next + (size_t)t * size + i);
             vec low = read(values + (size_t)t * size + i), high = read(values + (size_t)t * size + i + LANES);
             for (int g = 0; g < queries; g++) {
-                total[g][0] += low * scores[g * apart + t];
-                total[g][1] += high * scores[g * apart + t];
+                total[g][0] += low * scores[g * stride + t];
+                total[g][1] += high * scores[g * stride + t];
             }
         }
         for (int g = 0; g < queries; g++) {
@@ -191,7 +192,7 @@ static void softmax(float *scores, int length) {
     for (int t = 0; t < stop; t += LANES) put(scores + t, get(scores + t) * by);
 }
 
-/* The G query heads of one key head of one row; its new key and value are put into the last column. */
+/* Attention of the G query heads of one key head of one row, whose new key and value are written into the cache. */
 static void attend(const struct model *model, const struct batch *batch, int layer, int b, int key) {
     int size = model->size, groups = model->heads / model->keys, length = batch->lengths[b];
     size_t room = batch->room, place = ((size_t)layer * batch->rows + b) * model->keys + key;
@@ -199,25 +200,25 @@ static void attend(const struct model *model, const struct batch *batch, int lay
     const float *qkv = batch->output + (size_t)b * (model->heads + 2 * model->keys) * size;
     const float *value = qkv + (size_t)(model->heads + model->keys + key) * size;
     real *keys = batch->keys + place * room * size, *values = batch->values + place * room * size, fresh[size];
-    turn(fresh, qkv + (size_t)(model->heads + key) * size, cos, sin, size);
+    rotate(fresh, qkv + (size_t)(model->heads + key) * size, cos, sin, size);
     real *column = keys + (size_t)(length - 1) / LANES * LANES * size + (length - 1) % LANES * PAIR;
     for (int i = 0; i < size; i += PAIR) memcpy(column + (size_t)i * LANES, fresh + i, PAIR * sizeof(real));
     for (int i = 0; i < size; i += LANES) write(values + (size_t)(length - 1) * size + i, get(value + i));
-    for (int g = 0, some; g < groups; g += some) {
-        some = groups - g >= QUERIES ? QUERIES : groups - g;
+    for (int g = 0, count; g < groups; g += count) {
+        count = groups - g >= QUERIES ? QUERIES : groups - g;
         float *scores = batch->scores + (((size_t)b * model->keys + key) * groups + g) * room;
-        real *query = batch->input + ((size_t)b * model->heads + key * groups + g) * size;   /* its result goes there */
-        for (int i = 0; i < some; i++)
-            turn(query + (size_t)i * size, qkv + (size_t)(key * groups + g + i) * size, cos, sin, size);
-#define SOME(n) case n: \
+        real *query = batch->input + ((size_t)b * model->heads + key * groups + g) * size;   /* then the result */
+        for (int i = 0; i < count; i++)
+            rotate(query + (size_t)i * size, qkv + (size_t)(key * groups + g + i) * size, cos, sin, size);
+#define QUERIES_CASE(n) case n: \
         for (int t = 0; t < length; t += LANES) { \
-            for (int i = 0; i < LANES * size; i += 64 / sizeof(real)) near(values + (size_t)t * size + i); \
+            for (int i = 0; i < LANES * size; i += 64 / sizeof(real)) prefetch_l2(values + (size_t)t * size + i); \
             score(scores + t, room, query, keys + (size_t)t * size, size, model->scale, n); \
         } \
         for (int i = 0; i < n; i++) softmax(scores + i * room, length); \
         mix(query, scores, room, values, size, length, keys + room * size, n); \
         break;
-        switch (some) { SOME(1) SOME(2) SOME(3) SOME(4) }
+        switch (count) { QUERIES_CASE(1) QUERIES_CASE(2) QUERIES_CASE(3) QUERIES_CASE(4) }
     }
 }
 
@@ -230,8 +231,9 @@ static void activate(const struct batch *batch, int b, int size) {
     }
 }
 
-/* The hidden state under a norm, as the group's input; all threads share the rows. */
-static void normed(const struct model *model, const struct batch *batch, const float *weight, const struct group *group) {
+/* The norm of the hidden state, as the group's input; all threads share the rows. */
+static void normalise(const struct model *model, const struct batch *batch, const float *weight,
+                      const struct group *group) {
     int size = model->hidden;
 #pragma omp for
     for (int b = 0; b < batch->rows; b++) {
@@ -247,7 +249,7 @@ void step(const struct model *model, const struct batch *batch) {
     {
         for (int at = 0; at < model->count; at++) {
             const struct layer *layer = model->layers + at;
-            normed(model, batch, layer->before, &layer->qkv);
+            normalise(model, batch, layer->before, &layer->qkv);
             product(&layer->qkv, batch, batch->output, 0);
 #pragma omp for collapse(2) schedule(dynamic, 1)
             for (int b = 0; b < batch->rows; b++)
@@ -257,7 +259,7 @@ void step(const struct model *model, const struct batch *batch) {
                 for (int b = 0; b < batch->rows; b++) shrink(&layer->out, batch, b);
             }
             product(&layer->out, batch, batch->x, 1);
-            normed(model, batch, layer->between, &layer->gate_up);
+            normalise(model, batch, layer->between, &layer->gate_up);
             product(&layer->gate_up, batch, batch->output, 0);
 #pragma omp for
             for (int b = 0; b < batch->rows; b++) {
@@ -266,7 +268,7 @@ void step(const struct model *model, const struct batch *batch) {
             }
             product(&layer->down, batch, batch->x, 1);
         }
-        normed(model, batch, model->norm, &model->head);
+        normalise(model, batch, model->norm, &model->head);
         product(&model->head, batch, batch->logits, 0);
     }
 }

@@ -1,4 +1,4 @@
-/* Vectors of float32 over numbers that are kept in bfloat16 (-DBF16, where the CPU multiplies it) or in float32. */
+/* Vectors of float32 over numbers that are stored in bfloat16 (-DBF16, where the CPU multiplies it) or in float32. */
 
 #include <math.h>
 #include <stdint.h>
@@ -7,8 +7,8 @@
 #if defined(BF16)
 #include <immintrin.h>
 #define LANES 16
-#define PAIR 2                       /* inputs that are multiplied at once */
-typedef uint16_t real;               /* a number as it is kept */
+#define PAIR 2                       /* inputs of one multiply-add instruction */
+typedef uint16_t real;               /* a number as it is stored */
 #elif defined(__AVX512F__)
 #define LANES 16
 #define PAIR 1
@@ -47,22 +47,22 @@ static inline vec read(const real *from) {
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16);
 }
 static inline void write(real *to, vec x) { _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
-static inline vec multiply(vec total, const real *w, const real *x) {   /* LANES pairs of w, each with the pair x */
+static inline vec multiply(vec total, const real *w, const real *x) {   /* LANES pairs of w, each times the pair x */
     int32_t pair;
     memcpy(&pair, x, 4);
     return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
 }
-static inline vec meet(vec total, const real *x, const real *y) {       /* LANES pairs of each */
+static inline vec merge_partial(vec total, const real *x, const real *y) {   /* of LANES pairs each */
     return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(y));
 }
 #else
 static inline vec read(const real *from) { return get(from); }
 static inline void write(real *to, vec x) { put(to, x); }
 static inline vec multiply(vec total, const real *w, const real *x) { return total + get(w) * *x; }
-static inline vec meet(vec total, const real *x, const real *y) { return total + get(x) * get(y); }
+static inline vec merge_partial(vec total, const real *x, const real *y) { return total + get(x) * get(y); }
 #endif
 
-/* e to the x, to 2e-7 of it. */
+/* e to the x, with a relative error of 2e-7. */
 static inline vec exponential(vec x) {
     x = choose(x < -87.0f, spread(-87.0f), x);
     x = choose(x > 88.0f, spread(88.0f), x);
