@@ -42,7 +42,7 @@ from moa.core.config import Config
 from moa.core.errors import MoaError
 from moa.core.paths import Workspace
 from moa.data import corpus, prepare
-from moa.data.quickstart import write
+from moa.data.quickstart.generate import write
 from moa.experts import train
 from moa.mixture.assemble import assemble
 from moa.release.registry import Registry

@@ -21,7 +21,7 @@ from shapes import base_of
 from moa.base.encoding import ChatEncoder, Encoded
 from moa.base.load import Base
 from moa.core.config import TrainParams
-from moa.data.quickstart import GENERATORS
+from moa.data.quickstart.generate import GENERATORS
 from moa.experts import peft_format
 from moa.experts.batches import collate, microbatches, row_losses
 from moa.experts.cotraining import Learner, cotrain, data_order, learning_rate, seed_for, validation_losses

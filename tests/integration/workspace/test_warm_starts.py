@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moa.base import pin
-from moa.core import config
+from moa.core import config, digests
 from moa.core.config import Config
 from moa.core.errors import ArtifactError, PipelineError
 from moa.core.files import read_json
@@ -19,7 +19,6 @@ from moa.core.subprocesses import environment
 from moa.data import prepare
 from moa.experts import train
 from moa.experts.peft_format import WEIGHTS
-from moa.experts.warm_start import digest
 from moa.mixture.assemble import assemble
 from moa.workspace import domains, warm_starts
 from moa.workspace.data_versions import DataVersions, initialise
@@ -179,7 +178,7 @@ def test_the_parent_is_kept_as_it_was_and_git_sees_what_it_needs(workspace: Work
     versions = DataVersions(workspace)
     start = warm_starts.use(versions, "beta-2", "alpha")
     kept = workspace.parent(start.digest)
-    assert kept.name == start.digest[:16] and digest(kept) == start.digest
+    assert kept.name == start.digest[:16] and digests.of_expert(kept) == start.digest
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == {
         path.name: path.read_bytes() for path in workspace.expert("alpha").iterdir()}
     assert read_json(workspace.starts) == {
@@ -204,7 +203,7 @@ def test_the_sentence_about_missing_bytes_says_what_helps(workspace: Workspace, 
             train.train(workspace, settings, ["beta-2"])
         command = [*words, f"data/parents/{kept.name}.dvc"]
         assert f"`dvc {' '.join(command)}`" in str(error.value)
-        assert dvc(workspace, *command).returncode == 0 and digest(kept) == start.digest
+        assert dvc(workspace, *command).returncode == 0 and digests.of_expert(kept) == start.digest
     train.train(workspace, settings, ["beta-2"])
     assert read_json(workspace.expert("beta-2") / MANIFEST)["parent"]["digest"] == start.digest
 

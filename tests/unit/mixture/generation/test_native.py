@@ -49,14 +49,9 @@ def stack_on(model: Any, *ranks: int) -> ExpertStack:
 def test_the_compiled_step_computes_what_the_model_does(architecture: str, rows: list[tuple[int, int]],
                                                         data: st.DataObject) -> None:
     """Padding, rows without an expert, rows that leave, more rows than a tile, and a cache that grows."""
-    lengths, experts = map(list, zip(*rows, strict=True))
-    stay = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=len(rows), unique=True))
-    steps = data.draw(st.sampled_from([3, 2 * decoding.CHUNK // 3]))
     stack = stack_on(model_of(architecture), 2, 5)
     assert decoding.fits(stack.model) and native.fits(stack.model)
-    plain, fast = (walk(kind, stack, lengths, experts, [stay], steps) for kind in (Decoding, CompiledDecoding))
-    for one, same in zip(plain, fast, strict=True):
-        torch.testing.assert_close(same, one, atol=2e-4, rtol=1e-4)
+    agree(stack, CompiledDecoding, rows, data, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
