@@ -10,19 +10,22 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 CHUNK = 1 << 22   # resampled values held at once
 
 
-def resampled(values: np.ndarray, resamples: int, seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def resampled(values: np.ndarray, resamples: int, seed: list[int],
+              weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Means and standard deviations of bootstrap samples.
 
     Args:
         values: (N,).
         resamples: number of samples, each of N values drawn with replacement.
         seed: of numpy's generator.
+        weights: (N,) of a weighted mean, drawn together with the values; None = equal weights.
 
     Returns:
         Means and standard deviations, (resamples,) each.
@@ -31,13 +34,28 @@ def resampled(values: np.ndarray, resamples: int, seed: list[int]) -> tuple[np.n
     step = max(1, CHUNK // len(values))
     means, spreads = [], []
     for done in range(0, resamples, step):
-        drawn = values[rng.integers(len(values), size=(min(step, resamples - done), len(values)))]
-        means.append(drawn.mean(axis=1))
-        spreads.append(drawn.std(axis=1))
+        rows = rng.integers(len(values), size=(min(step, resamples - done), len(values)))
+        mean, spread = _moments(values[rows], None if weights is None else weights[rows])
+        means.append(mean)
+        spreads.append(spread)
     return np.concatenate(means), np.concatenate(spreads)
 
 
-def interval(values: np.ndarray, means: np.ndarray, spreads: np.ndarray, share: float) -> tuple[float, float]:
+def _moments(values: np.ndarray, weights: np.ndarray | None) -> tuple[Any, Any]:
+    """Mean and standard deviation along the last axis, which has N values.
+
+    Of a weighted mean the standard deviation is that of its linearisation (the delta method for a ratio of sums), so
+    that it is sqrt(N) times the standard error, as without weights.
+    """
+    if weights is None:
+        return values.mean(axis=-1), values.std(axis=-1)
+    mean = (values * weights).sum(axis=-1) / weights.sum(axis=-1)
+    deviations = weights * (values - np.expand_dims(mean, -1))
+    return mean, np.sqrt((deviations**2).mean(axis=-1)) / weights.mean(axis=-1)
+
+
+def interval(values: np.ndarray, means: np.ndarray, spreads: np.ndarray, share: float,
+             weights: np.ndarray | None = None) -> tuple[float, float]:
     """The interval of the mean of `values` that leaves `share` out at each end.
 
     Bootstrap t is left out where too many samples have no spread: then most values are 0, as between releases that
@@ -48,10 +66,11 @@ def interval(values: np.ndarray, means: np.ndarray, spreads: np.ndarray, share: 
         values: (N,) with N of two or more.
         means, spreads: of `resampled`.
         share: of one tail, such as 0.025 for a 95 % interval.
+        weights: the same as for `resampled`.
     """
     tail = _tail(share, len(values))
     low, high = np.quantile(means, [tail, 1 - tail])
-    mean, spread = values.mean(), values.std()
+    mean, spread = _moments(values, weights)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.nan_to_num((means - mean) / spreads, nan=0.0, posinf=np.inf, neginf=-np.inf)
     lowest, highest = (np.quantile(t, end, method="nearest") for end in (share, 1 - share))
