@@ -1,6 +1,6 @@
-"""What every command of the command line shares: the workspace it works in, how it prints, its --workspace option.
+"""What the commands share: the workspace they work in, how they print, the --workspace option.
 
-Knows no command. Light to import: `moa --help` loads nothing else.
+It imports nothing heavy, because `moa --help` loads it.
 """
 
 import inspect
@@ -31,24 +31,26 @@ Subset = Annotated[str | None, typer.Option(help="Of a hub's data set that has s
 
 
 class Interrupted(MoaError):
+    """Ctrl-C, with the exit code that shells give it."""
+
     exit_code = 130
 
 
 class Place:
-    """The workspace of this invocation, looked for when a command first needs it."""
+    """The workspace of this invocation, which is found when a command first needs it."""
 
     directory: Path | None = None   # as --workspace names it; None = from the current folder upwards
 
     def workspace(self) -> Workspace:
-        """The workspace, with no abandoned change and no unreadable name in it.
+        """The workspace, after recovery from interrupted changes. Raises MoaError where there is none.
 
-        Reads relative paths from its folder if --workspace was given, so a command resolves its own arguments first.
+        With --workspace its folder becomes the current one, so a command resolves paths of its arguments before.
         """
         from moa.core import transaction
         from moa.workspace import origins
 
         if self.directory is not None:
-            os.chdir(self.directory)   # relative paths in params.yaml and DVC's messages mean the workspace
+            os.chdir(self.directory)   # for relative paths in params.yaml and in DVC's messages
         found = Workspace.find()
         for line in [*transaction.recover(found), *origins.recover(found)]:
             print(f"moa: {line}", file=sys.stderr)
@@ -67,6 +69,7 @@ def opened() -> tuple[Workspace, Any]:
 
 
 def print_json(value: Any) -> None:
+    """Print `value` as JSON on standard output."""
     print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
@@ -79,7 +82,7 @@ def print_result(value: Any, text: str, as_json: bool) -> None:
 
 
 class Group(typer.core.TyperGroup):
-    """Typer would answer Ctrl-C with "Aborted!" and exit code 1."""
+    """A group of commands that turns Ctrl-C into `Interrupted`; Typer would print "Aborted!" and exit with 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -89,7 +92,7 @@ class Group(typer.core.TyperGroup):
 
 
 def _with_workspace(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same command with one option more."""
+    """The command with the option --workspace added."""
     @wraps(function)
     def command(*words: Any, workspace: Path | None = None, **named: Any) -> Any:
         if workspace is not None:
@@ -105,7 +108,7 @@ def _with_workspace(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class App(typer.Typer):
-    """Commands that take --workspace, before their name and behind it."""
+    """A Typer application whose commands take --workspace, before their name and after it."""
 
     def __init__(self, *, name: str, help: str, callback: Callable[..., Any] = lambda: None) -> None:
         super().__init__(name=name, cls=Group, help=help, callback=_with_workspace(callback), no_args_is_help=True,
@@ -121,5 +124,5 @@ class App(typer.Typer):
         return decorate
 
     def command_without_workspace(self, name: str | None = None, **named: Any) -> Callable[[Any], Any]:
-        """For the one command that makes a workspace."""
+        """Register a command without --workspace: `moa init`, which makes one."""
         return super().command(name, **named)

@@ -1,4 +1,7 @@
-"""`moa domain ...` and `moa expert ...`: parse arguments, call the packages that keep domains. Light to import."""
+"""`moa domain ...` and `moa expert ...`: each command parses its arguments and calls `moa.workspace` and `moa.reports`.
+
+Heavy modules are imported inside the commands.
+"""
 
 import sys
 from pathlib import Path
@@ -9,8 +12,8 @@ import typer
 from moa.cli.app import App, AsJson, Revision, Split, Subset, opened, place, print_result
 from moa.core.errors import UsageError
 
-domain_app = App(name="domain", help="Add, look at and remove domains: the bodies of rows that get an expert each.")
-expert_app = App(name="expert", help="Bring experts in that were trained elsewhere.")
+domain_app = App(name="domain", help="Add, show and remove domains: sets of rows, each of which gets an expert.")
+expert_app = App(name="expert", help="Import experts that were trained elsewhere.")
 
 Name = Annotated[str, typer.Argument(help="The domain's name, which is also its routing label.", metavar="NAME")]
 
@@ -20,7 +23,7 @@ def add(
     name: Name,
     sources: Annotated[list[str] | None, typer.Argument(
         help="Files (.jsonl, .json, .csv, .tsv, .parquet), folders of these, or hub:OWNER/NAME@REVISION; none = the "
-             "files that lie in data/raw/NAME already.", metavar="SOURCE...", show_default=False)] = None,
+             "files that are in data/raw/NAME already.", metavar="SOURCE...", show_default=False)] = None,
     metric: Annotated[str | None, typer.Option(
         help="How answers are scored: a name of moa/evaluation/metrics.py, or module:function. rouge_l by default.",
         metavar="NAME")] = None,
@@ -36,7 +39,7 @@ def add(
     subset: Subset = None,
     as_json: AsJson = False,
 ) -> None:
-    """Copy rows into the workspace, version them, and make the domain if it is new. All of it, or nothing."""
+    """Copy rows into the workspace, version them, and make the domain if it is new. It does all of this or nothing."""
     from moa.reports.domains import added_text
     from moa.workspace.domains import add as add_rows
     from moa.workspace.row_sources import HubDataset
@@ -76,7 +79,7 @@ def remove(
                         "longer be checked out.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take a domain out, with its rows, corpus and expert, and prove that the others are untouched."""
+    """Remove a domain with its rows, corpus and expert, and show that the other domains are unchanged."""
     from moa.reports.domains import removed_text
     from moa.workspace.domains import remove as remove_domain
 
@@ -111,11 +114,11 @@ def check(
 
 @domain_app.command()
 def which(
-    row: Annotated[str, typer.Argument(help="A row's id or its first 8 digits or more, or a text that stands in it.",
+    row: Annotated[str, typer.Argument(help="A row's id or its first 8 digits or more, or a text that it contains.",
                                        metavar="ROW")],
     as_json: AsJson = False,
 ) -> None:
-    """Find a row: its domain, file, split, and the releases that learned from it. Exit code 1 when it is nowhere."""
+    """Find a row: its domain, file, split, and the releases that learned from it. Exit code 1 when it is not found."""
     from moa.reports import row_lookup
 
     found = row_lookup.which(*opened(), row)
@@ -131,7 +134,7 @@ def import_(
     domain: Annotated[str, typer.Option("--domain", help="The domain it answers for.", metavar="NAME")],
     as_json: AsJson = False,
 ) -> None:
-    """Take an adapter that was trained with plain PEFT as a domain's expert. All checks first, then all of it."""
+    """Use an adapter that was trained with plain PEFT as a domain's expert. Nothing changes unless all checks pass."""
     from moa.workspace import import_expert
 
     source = directory.absolute()

@@ -1,4 +1,7 @@
-"""argv to the library and the flows; nothing else. Answers `--help` without importing anything heavy."""
+"""The console script: every command, each of which calls the library or the flows.
+
+Heavy modules are imported inside the commands, so that `--help` stays fast.
+"""
 
 import errno
 import sqlite3
@@ -19,13 +22,13 @@ from moa.core import git
 from moa.core.errors import ConfigError, MoaError, RegistryError
 from moa.core.loopback import bypass_proxies
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}   # what a full or broken disk answers
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}   # errors of a full or broken disk
 RUN, DATA, USE, STEPS = "Build", "Workspace and domains", "Use", "Single steps (what the stages of dvc.yaml run)"
 
 Domains = Annotated[list[str] | None, typer.Option(
     "--domain", help="Only this domain's own steps; what follows them still runs on all. Repeatable.", metavar="NAME")]
 Force = Annotated[list[str] | None, typer.Option(
-    help="Run this step (train) or stage (train@math) although it is fresh. Repeatable.", metavar="STAGE")]
+    help="Run this step (train) or stage (train@math) even if it is fresh. Repeatable.", metavar="STAGE")]
 OneDomain = Annotated[str, typer.Option("--domain", help="A domain of params.yaml.", metavar="NAME")]
 
 
@@ -141,7 +144,7 @@ def ask(
     domain: Annotated[str | None, typer.Option(help="Use this expert (or base) instead of the router's choice.",
                                                metavar="NAME")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    trace: Annotated[bool, typer.Option("--trace", help="Show what the router's head at each layer says.")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="Show what the router's head at each layer predicts.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question with the champion."""
@@ -153,7 +156,7 @@ def ask(
     try:
         reply = answer(workspace, config, question, domain=domain, trace=trace, max_new_tokens=max_new_tokens)
     except RegistryError:
-        if not config.domains:   # then nothing can have been released either
+        if not config.domains:   # a workspace without domains has no releases
             raise ConfigError(NO_DOMAIN) from None
         raise
     if as_json:
@@ -231,7 +234,7 @@ def parent(domain: OneDomain, as_json: AsJson = False) -> None:
 def train(
     domain: Annotated[list[str], typer.Option("--domain", help="A domain of params.yaml. Repeat it to co-train.",
                                               metavar="NAME")],
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever is there.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, even if a checkpoint exists.")] = False,
     device: Annotated[str | None, typer.Option(envvar="MOA_DEVICE", help="Instead of execution.devices: cpu, cuda:1.",
                                                metavar="NAME")] = None,
 ) -> None:
@@ -263,10 +266,10 @@ def evaluate() -> None:
 
 
 def main() -> None:
-    """The console script. What the user can mend is one sentence; everything else keeps its traceback."""
+    """Run the command line. Errors that the user can correct are one sentence; all others keep their traceback."""
     bypass_proxies()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):   # a terminal's encoding may lack a character: escape it, never fail
+        if isinstance(stream, TextIOWrapper):   # escape characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     git.forget_ties()
     try:

@@ -1,6 +1,6 @@
 """Commands that keep a workspace current and show it: `moa up`, `moa adapt`, `moa status`, `moa ingest` and so on.
 
-Each parses its arguments and calls the package that does the work. Light to import.
+Each command parses its arguments and calls the package that does the work. Heavy modules are imported inside.
 """
 
 import sys
@@ -24,7 +24,7 @@ def up(
     serve_port: Port = 8000,
     mlflow: Annotated[bool, typer.Option("--mlflow", help="Also MLflow's pages.")] = False,
     mlflow_port: Port = 5000,
-    ui: Annotated[bool, typer.Option("--ui/--no-ui", help="Prefect's pages, if the server is our own.")] = True,
+    ui: Annotated[bool, typer.Option("--ui/--no-ui", help="Prefect's pages, if `moa up` starts the server.")] = True,
     verbose: Verbose = False,
 ) -> None:
     """Keep the workspace current until Ctrl-C: learn what arrives in data/incoming, retrain on schedule, watch for
@@ -37,8 +37,8 @@ def up(
 
 
 def status(as_json: AsJson = False) -> None:
-    """Show the workspace and its champion, who is at work, what is scheduled, what waits and what happened last. Exit
-    code 1 when something that `moa up` keeps alive is down, or `moa up` itself was killed."""
+    """Show the workspace, its champion, running processes, schedules, waiting rows and the last events. Exit code 1
+    when a service that `moa up` keeps alive is down, or `moa up` itself was killed."""
     from flows.status import status as facts_of
     from flows.status import text
 
@@ -49,16 +49,16 @@ def status(as_json: AsJson = False) -> None:
 
 
 def adapt(local: Local = False, as_json: AsJson = False, verbose: Verbose = False) -> None:
-    """Learn what waits in data/incoming now, whatever `adapt` in params.yaml says of when. Exit code 1 when the gate
+    """Learn what waits in data/incoming now, without the delays of `adapt` in params.yaml. Exit code 1 when the gate
     refuses it."""
     from flows.launch import learn
 
-    _said(learn(place.workspace(), "adapt", local=local, verbose=verbose, now=True), as_json)
+    _print_outcome(learn(place.workspace(), "adapt", local=local, verbose=verbose, now=True), as_json)
 
 
 def retrain(
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Every expert begins afresh instead of where it "
-                                                                      "was; the gate compares.")] = False,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Train every expert anew instead of from "
+                                                                      "its last ones; the gate compares.")] = False,
     local: Local = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -68,7 +68,7 @@ def retrain(
     from flows.launch import learn
 
     how = {"from_scratch": True} if from_scratch else {}
-    _said(learn(place.workspace(), "retrain", local=local, verbose=verbose, **how), as_json)
+    _print_outcome(learn(place.workspace(), "retrain", local=local, verbose=verbose, **how), as_json)
 
 
 SENTENCES = {
@@ -80,7 +80,7 @@ SENTENCES = {
 }
 
 
-def _said(facts: dict[str, Any], as_json: bool) -> None:
+def _print_outcome(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(facts)
     else:
@@ -92,7 +92,7 @@ def _said(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def ingest(
-    name: Annotated[str, typer.Argument(help="The rows' domain; one that is unknown is a new one.", metavar="NAME")],
+    name: Annotated[str, typer.Argument(help="The rows' domain; an unknown one becomes a new domain.", metavar="NAME")],
     sources: Annotated[list[str], typer.Argument(
         help="Files (.jsonl, .json, .csv, .tsv, .parquet), folders of these, or hub:OWNER/NAME@REVISION.",
         metavar="SOURCE...")],
@@ -110,7 +110,7 @@ def ingest(
     done = queue(workspace, name, sources, here, HubDataset(revision, split, subset))
     watched = _watched(workspace)
     if done["files"]:
-        with suppress(Exception):   # an event is a nudge, never the record: the file is found without it
+        with suppress(Exception):   # the event only speeds things up: `moa up` finds the file without it
             from flows.sensor import nudge
 
             nudge(workspace, [name])
@@ -120,7 +120,7 @@ def ingest(
     print(queued_text(done))
     if done["files"] or done["already_waiting"]:
         print("`moa up` runs here and will learn it." if watched else
-              "Nobody watches: run `moa up`, or `moa adapt` once, to learn it.")
+              "`moa up` does not run: run `moa up`, or `moa adapt` once, to learn it.")
 
 
 def _watched(workspace: Workspace) -> bool:
@@ -134,7 +134,7 @@ def _watched(workspace: Workspace) -> bool:
 
 
 def log(
-    last: Annotated[int | None, typer.Option(min=1, help="Only so many of the newest lines.", metavar="N")] = None,
+    last: Annotated[int | None, typer.Option(min=1, help="Only the newest N lines.", metavar="N")] = None,
     kind: Annotated[list[str] | None, typer.Option(help="Only lines of this kind, such as gate. Repeatable.",
                                                    metavar="KIND")] = None,
     as_json: AsJson = False,
@@ -157,7 +157,7 @@ def report(
                                               metavar="FILE", dir_okay=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One HTML page on the workspace: scores, routing, the gate, learning curves, data and what came from what."""
+    """Write one HTML page on the workspace: scores, routing, the gate, learning curves, data and lineage."""
     from moa.reports import facts as report_facts
     from moa.reports import page as report_page
 
@@ -172,9 +172,9 @@ def report(
 def drift(as_json: AsJson = False) -> None:
     """Compare the prompts that `moa serve --keep-prompts MB` kept with what the champion was calibrated on, and look
     for a domain that it lacks. Exit code 3 when something shifted or a domain may be missing, 0 otherwise."""
-    from moa.serving import drift as looking
+    from moa.serving import drift as drift_report
 
-    found = looking.check(*opened())
-    print_result(found, looking.text(found), as_json)
-    if looking.alarming(found):
-        raise typer.Exit(looking.FOUND)
+    facts = drift_report.check(*opened())
+    print_result(facts, drift_report.text(facts), as_json)
+    if drift_report.alarming(facts):
+        raise typer.Exit(drift_report.FOUND)

@@ -1,6 +1,6 @@
-"""`moa release ...`, `moa gate`, `moa compare`, `moa export`: parse arguments, call the release flow and the registry.
+"""`moa release ...`, `moa gate`, `moa compare`, `moa export`: each parses its arguments and calls the release steps.
 
-Light to import.
+Heavy modules are imported inside the commands.
 """
 
 import sys
@@ -11,9 +11,9 @@ import typer
 
 from moa.cli.app import App, AsJson, opened, print_json, print_result
 
-release_app = App(name="release", help="Look at releases, approve one, go back: who is champion, when and why.")
+release_app = App(name="release", help="Show releases, approve one, roll back; the history of champions.")
 
-# Two releases are named alike by every command: VERSION is the one looked at, --against the one before it.
+# Every command names two releases the same way: VERSION is compared with --against.
 Version = Annotated[int, typer.Argument(help="A version of the registered mixture.", metavar="VERSION", min=1)]
 Against = Annotated[int | None, typer.Option(help="The release it is compared with; the champion by default.",
                                              metavar="VERSION", min=1)]
@@ -36,7 +36,7 @@ def gate(
 
 
 def compare(version: Version, against: Against = None, as_json: AsJson = False) -> None:
-    """Let two releases answer the same test rows; the gate reads the result."""
+    """Compare two releases on the same test rows, as the gate does."""
     from moa.release.champion import compare_versions, other_version
     from moa.reports.text import comparison_text
 
@@ -66,11 +66,11 @@ def show(version: Version, as_json: AsJson = False) -> None:
 @release_app.command()
 def promote(
     version: Version,
-    force: Annotated[bool, typer.Option("--force", help="Whatever the gate says; needs --reason.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if the gate refuses it; needs --reason.")] = False,
     reason: Annotated[str | None, typer.Option(help="Why; kept in the history.", metavar="TEXT")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a release champion once the gate passes it: how a release that waits is approved."""
+    """Make a release champion if it passes the gate. This approves a release that waits."""
     from flows.steps.release import approve
 
     done = approve(*opened(), version, force=force, note=reason)
@@ -84,7 +84,7 @@ def rollback(
     reason: Annotated[str | None, typer.Option(help="Why; kept in the history.", metavar="TEXT")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the champion before the present one champion again."""
+    """Make the previous champion the champion again."""
     from flows.steps.release import roll_back
 
     done = roll_back(*opened(), to, reason)
@@ -93,7 +93,7 @@ def rollback(
 
 @release_app.command()
 def history(as_json: AsJson = False) -> None:
-    """Who was champion when, by whom and why. Entries are only ever added."""
+    """Show every change of champion: when, by which command and why. Entries are never changed."""
     from moa.reports import releases
 
     facts = releases.history(*opened())

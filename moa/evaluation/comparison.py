@@ -1,11 +1,10 @@
-"""Two releases at work on the same test rows: what the gate reads. Knows nothing of verdicts, nor of who is champion.
+"""Two releases compared on the same test rows: what the gate reads, and why a domain got worse.
 
-What a row gets from an expert depends on that row and the expert's weights alone, so where both releases give a row to
-an expert of the same digest, it is computed once, and the two are equal to the last bit.
+What a row gets from an expert depends on that row and the expert's weights alone, so where both releases route a row to
+an expert of the same digest, its loss and answer are computed once and are equal to the last bit.
 
-Why a domain got worse is told from the same rows: each row's rise of loss is attributed to what differs for that row.
-Another expert answers it now (the router), or the same expert answers with other weights (that expert). The largest
-share names the cause.
+A regression is attributed row by row to what differs for that row: another expert answers it (the router is the cause),
+or the same expert answers with other weights (the expert is the cause). The cause with the largest share is named.
 """
 
 import math
@@ -18,130 +17,119 @@ from moa.base.load import load, pick_device
 from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
-from moa.data.corpus import Row, read
-from moa.evaluation import metrics
-from moa.evaluation.evaluate import answer_limit
+from moa.evaluation.scoring import Content, Pair, generate_answers, pinned_rows, score_answers
 from moa.mixture.artifact import EXPERTS
 
-Content = Sequence[tuple[str, Row]]   # (domain, test row)
-Tested = Mapping[str, Set[str]]       # ids of the test rows of a domain
-Asked = Sequence[tuple[int, str]]     # (index of the row, who answers it)
+Tested = Mapping[str, Set[str]]   # ids of test rows, by domain
 ComparedRow = Mapping[str, Any]   # a row of the result: `incumbent_loss`, `challenger_by` and so on
 Parts = Mapping[str, Any]         # of a release: `experts` (digest and corpus by domain) and `prompt`
-Key = tuple[int, str, str]            # (index of the row, digest of who answers it, encoding)
+Key = tuple[int, str, str]        # (index of the row, digest of the expert that answers it, system prompt)
 
 
 class _Answers:
-    """Losses and scores of rows, each computed once for every expert that was asked."""
+    """Losses and scores of rows, each computed once for each expert."""
 
     def __init__(self, workspace: Workspace, config: Config, content: Content, tested: Tested) -> None:
         self.workspace, self.config, self.content = workspace, config, content
         self.losses: dict[Key, float] = {}
         self.scores: dict[Key, float] = {}
         seen: dict[tuple[str, bool], int] = defaultdict(int)
-        self.scored: set[int] = set()   # rows that are answered: the first of each domain, and of those once tested
+        # Indices of the rows that are answered: the first of each domain, and the first known ones.
+        self.scored: set[int] = set()
         for index, (domain, row) in enumerate(content):
             for part in [(domain, False), (domain, True)][:1 + (row.id in tested.get(domain, ()))]:
                 if seen[part] < config.release.metric_rows:
                     self.scored.add(index)
                 seen[part] += 1
 
-    def key(self, mixture: Any, pair: tuple[int, str]) -> Key:
+    def key(self, mixture: Any, pair: Pair) -> Key:
         """What a row's loss and answer depend on."""
         return pair[0], mixture.experts[pair[1]], f"{mixture.encoder.system!r}"
 
-    def losses_of(self, mixture: Any, asked: Asked) -> list[float]:
-        missing = [pair for pair in asked if self.key(mixture, pair) not in self.losses]
+    def losses_of(self, mixture: Any, pairs: Sequence[Pair]) -> list[float]:
+        missing = [pair for pair in pairs if self.key(mixture, pair) not in self.losses]
         losses = mixture.losses([self.content[index][1].messages for index, _ in missing], [by for _, by in missing])
         self.losses.update((self.key(mixture, pair), loss) for pair, (loss, _) in zip(missing, losses, strict=True))
-        return [self.losses[self.key(mixture, pair)] for pair in asked]
+        return [self.losses[self.key(mixture, pair)] for pair in pairs]
 
-    def scores_of(self, mixture: Any, asked: Asked) -> list[float]:
-        by_domain: dict[str, list[tuple[int, str]]] = defaultdict(list)
-        for pair in asked:
-            if self.key(mixture, pair) not in self.scores:
-                by_domain[self.content[pair[0]][0]].append(pair)
-        for domain, pairs in by_domain.items():
-            for pair, score in zip(pairs, self._score(mixture, domain, pairs), strict=True):
-                self.scores[self.key(mixture, pair)] = score
-        return [self.scores[self.key(mixture, pair)] for pair in asked]
-
-    def _score(self, mixture: Any, domain: str, pairs: Asked) -> list[float]:
-        """The domain's own metric of greedy answers, as long as `moa evaluate` lets them be."""
-        params, judge = self.config.evaluate, metrics.resolve(self.config.domains[domain].metric)
-        limit = answer_limit(self.workspace, self.config, domain)
-        found = []
-        for start in range(0, len(pairs), params.batch_rows):
-            batch = pairs[start:start + params.batch_rows]
-            rows = [self.content[index][1] for index, _ in batch]
-            answers = mixture.generate([row.prompt for row in rows], [by for _, by in batch], max_new_tokens=limit)
-            found += [judge(one.answer, row.reference, row.question) for one, row in zip(answers, rows, strict=True)]
-        return found
+    def scores_of(self, mixture: Any, pairs: Sequence[Pair]) -> list[float]:
+        """Scores of the greedy answers by the metric of each row's domain."""
+        missing = [pair for pair in pairs if self.key(mixture, pair) not in self.scores]
+        answers = generate_answers(mixture, self.workspace, self.config, self.content, missing)
+        for pair, score in score_answers(self.config, self.content, answers).items():
+            self.scores[self.key(mixture, pair)] = score
+        return [self.scores[self.key(mixture, pair)] for pair in pairs]
 
 
 def tested(release: Path) -> dict[str, set[str]] | None:
-    """Ids of the test rows, by domain, that a downloaded release was evaluated on when it was registered; None where it
-    does not say."""
+    """Ids of the test rows, by domain, that a downloaded release was evaluated on when it was registered.
+
+    Args:
+        release: the release's mixture folder, as `Registry.download` gives it.
+
+    Returns:
+        None where the release recorded no rows.
+    """
     import pyarrow.parquet as pq
 
     path = release.parent / "reports" / "rows.parquet"
     if not path.is_file():
         return None
-    found: dict[str, set[str]] = defaultdict(set)
+    ids: dict[str, set[str]] = defaultdict(set)
     for row in pq.read_table(path, columns=["domain", "row"]).to_pylist():
-        found[row["domain"]].add(row["row"])
-    return dict(found)
-
-
-def _rows(workspace: Workspace, config: Config, before: Tested) -> list[tuple[str, Row]]:
-    """The pinned test rows, and those tested before that new rows pushed beyond `evaluate.rows`."""
-    limit = config.evaluate.rows
-    return [(domain, row) for domain in sorted(config.domains)
-            for place, row in enumerate(read(workspace.corpus(domain), "test"))
-            if limit is None or place < limit or row.id in before.get(domain, ())]
+        ids[row["domain"]].add(row["row"])
+    return dict(ids)
 
 
 def compare(workspace: Workspace, config: Config, incumbent: Path, challenger: Path) -> dict[str, Any]:
-    """Loss of every test row under two releases, routed as each would route it, in nats per completion token; of the
-    first `release.metric_rows` of each domain also the score of what they answer. Where the same experts answer all of
-    these in both, the answers are the same (`same_answer`), and nobody has to write them.
+    """Losses and scores of two releases on the same test rows, each row routed as each release would route it.
 
-    A domain that only one of them knows counts for that one, and one that the incumbent does not know is answered by
-    the base too. `known` is whether the incumbent's release was tested on the row: of a release that does not say on
-    which, all rows of its domains are. `incumbent` and `challenger` are folders as `Registry.download` gives them.
+    Args:
+        incumbent: folder of the incumbent's mixture, as `Registry.download` gives it.
+        challenger: folder of the challenger's mixture.
+
+    Returns:
+        `rows`: for each test row `domain` and `row` (its id), then under the prefixes `incumbent`, `challenger` and
+        `base` the loss in nats per completion token, and the score of the answer for the first `release.metric_rows`
+        rows of each domain. `*_routed` is the router's best guess, `*_by` the label that answers. A domain that one
+        release lacks has figures of the other one only; a domain that the incumbent lacks also has the base's.
+        `same_answer` marks rows of domains whose answered rows go to the same experts in both releases: their answers
+        are equal, so they are not generated. `known` tells whether the incumbent was tested on the row; all rows of the
+        incumbent's domains are known where the incumbent recorded none.
+        `routing`: accuracy and abstention of each release. `parts`: what else may make their answers differ.
     """
     from moa.mixture.mixture import BASE, Mixture, answering
 
     base = load(workspace, config.base, pick_device(config.execution.devices))
     before = tested(incumbent) or {}
-    content = _rows(workspace, config, before)
+    content = pinned_rows(workspace, config, sorted(config.domains), before)
     rows: list[dict[str, Any]] = [{"domain": domain, "row": row.id} for domain, row in content]
     routing: dict[str, dict[str, float]] = {}
     answers = _Answers(workspace, config, content, before)
-    asked: dict[str, list[tuple[int, str]]] = {}
+    pairs_of: dict[str, list[Pair]] = {}
     keys: dict[str, dict[int, Key]] = {}
 
-    def ask(mixture: Mixture, name: str, pairs: Asked) -> None:
-        asked[name], keys[name] = list(pairs), {pair[0]: answers.key(mixture, pair) for pair in pairs}
+    def measure(mixture: Mixture, name: str, pairs: Sequence[Pair]) -> None:
+        pairs_of[name], keys[name] = list(pairs), {pair[0]: answers.key(mixture, pair) for pair in pairs}
         for (index, _), loss in zip(pairs, answers.losses_of(mixture, pairs), strict=True):
             rows[index][f"{name}_loss"] = loss
 
-    incumbents: list[str] = []
+    incumbent_domains: list[str] = []
     parts: dict[str, dict[str, Any]] = {}
     for name, folder in (("incumbent", incumbent), ("challenger", challenger)):
         mixture, parts[name] = Mixture.load(folder, base, config.execution.resident), _parts(folder)
-        its = [index for index, (domain, _) in enumerate(content) if domain in mixture.labels]
-        decisions = mixture.route([content[index][1].prompt for index in its])
-        ask(mixture, name, [(index, answering(one)) for index, one in zip(its, decisions, strict=True)])
-        for index, one in zip(its, decisions, strict=True):
+        indices = [index for index, (domain, _) in enumerate(content) if domain in mixture.labels]
+        decisions = mixture.route([content[index][1].prompt for index in indices])
+        measure(mixture, name, [(index, answering(one)) for index, one in zip(indices, decisions, strict=True)])
+        for index, one in zip(indices, decisions, strict=True):
             rows[index] |= {f"{name}_routed": one.domain, f"{name}_by": answering(one)}
-        right = [content[index][0] == one.domain for index, one in zip(its, decisions, strict=True)]
+        right = [content[index][0] == one.domain for index, one in zip(indices, decisions, strict=True)]
         routing[name] = {"accuracy": sum(right) / max(len(right), 1),
                          "abstention": sum(one.abstained for one in decisions) / max(len(right), 1)}
         if name == "incumbent":
-            incumbents = mixture.labels
+            incumbent_domains = mixture.labels
         else:
-            ask(mixture, "base", [(index, BASE) for index in its if content[index][0] not in incumbents])
+            measure(mixture, "base", [(index, BASE) for index in indices if content[index][0] not in incumbent_domains])
         mixture.unload()
     differ = {content[index][0] for index in answers.scored
               if keys["incumbent"].get(index) != keys["challenger"].get(index)}
@@ -150,18 +138,19 @@ def compare(workspace: Workspace, config: Config, incumbent: Path, challenger: P
             rows[index]["same_answer"] = True
     for name, folder in (("incumbent", incumbent), ("challenger", challenger)) if differ else ():
         mixture = Mixture.load(folder, base, config.execution.resident)
-        for who in (name, "base") if name == "challenger" else (name,):
-            pairs = [pair for pair in asked.get(who, ()) if pair[0] in answers.scored and content[pair[0]][0] in differ]
+        for system in (name, "base") if name == "challenger" else (name,):
+            pairs = [pair for pair in pairs_of.get(system, ())
+                     if pair[0] in answers.scored and content[pair[0]][0] in differ]
             for (index, _), score in zip(pairs, answers.scores_of(mixture, pairs), strict=True):
-                rows[index][f"{who}_score"] = score
+                rows[index][f"{system}_score"] = score
         mixture.unload()
-    for made, (domain, row) in zip(rows, content, strict=True):
-        made["known"] = domain in incumbents and row.id in before.get(domain, {row.id})
+    for result, (domain, row) in zip(rows, content, strict=True):
+        result["known"] = domain in incumbent_domains and row.id in before.get(domain, {row.id})
     return {"rows": rows, "routing": routing, "parts": parts}
 
 
 def _parts(mixture: Path) -> dict[str, Any]:
-    """What may make two releases answer differently, but for the router: that shows in who answers."""
+    """What may make two releases answer differently, except the router, whose changes show in `*_by` of the rows."""
     manifest = read_json(mixture / MANIFEST)
     return {"prompt": manifest["prompt"],
             "experts": {label: {"digest": expert["digest"],
@@ -170,17 +159,25 @@ def _parts(mixture: Path) -> dict[str, Any]:
 
 
 def attribute_regressions(rows: Sequence[ComparedRow], before: Parts, after: Parts) -> dict[str, str]:
-    """A clause, to follow "because", for every domain of which something differs, whether it is worse or not."""
+    """Why each domain would have got worse: a clause to follow "because".
+
+    Args:
+        rows: of `compare`.
+        before, after: parts of the incumbent and of the challenger, as `compare` returns them.
+
+    Returns:
+        Clauses by domain, for every domain of which something differs, whether it is worse or not.
+    """
     by_domain: dict[str, list[ComparedRow]] = defaultdict(list)
     for row in rows:
         if "challenger_by" in row:
             by_domain[row["domain"]].append(row)
-    found = {domain: _cause(domain, its, before, after) for domain, its in sorted(by_domain.items())}
-    return {domain: said for domain, said in found.items() if said}
+    causes = {domain: _cause(domain, group, before, after) for domain, group in sorted(by_domain.items())}
+    return {domain: cause for domain, cause in causes.items() if cause}
 
 
 def _cause(domain: str, rows: Sequence[ComparedRow], before: Parts, after: Parts) -> str:
-    """Empty where nothing differs but perhaps the base, which no release changes."""
+    """Empty where nothing differs; the base does not count, because no release changes it."""
     new = domain not in before["experts"]
     # Rows by the label whose expert changed; None for those that the router moved.
     groups: dict[str | None, list[ComparedRow]] = defaultdict(list)
@@ -198,7 +195,7 @@ def _cause(domain: str, rows: Sequence[ComparedRow], before: Parts, after: Parts
 
 
 def _harm(rows: Sequence[ComparedRow]) -> tuple[float, float]:
-    """How much loss rose in all, then how much the scores fell; a loss that is no number is the worst."""
+    """Total rise of the losses, then total fall of the scores; a loss of NaN is the worst."""
     rises = [row["challenger_loss"] - other for row in rows if (other := _other(row, "loss")) is not None]
     falls = [other - row["challenger_score"] for row in rows
              if "challenger_score" in row and (other := _other(row, "score")) is not None]
@@ -206,9 +203,9 @@ def _harm(rows: Sequence[ComparedRow]) -> tuple[float, float]:
 
 
 def _other(row: ComparedRow, what: str) -> float | None:
-    """Of a domain that the incumbent lacks, the base's."""
-    found = row.get(f"incumbent_{what}", row.get(f"base_{what}"))
-    return None if found is None else float(found)
+    """The incumbent's figure, or the base's for a domain that the incumbent lacks."""
+    value = row.get(f"incumbent_{what}", row.get(f"base_{what}"))
+    return None if value is None else float(value)
 
 
 def _routed(rows: Sequence[ComparedRow], moved: Sequence[ComparedRow]) -> str:

@@ -1,17 +1,17 @@
-"""Two releases on the same rows, to a verdict per domain and one decision. Pure: no files, no MLflow.
+"""Scores of two releases on the same rows in, a verdict for each domain and one decision out. Pure functions.
 
 A domain is compared by the mean of its paired differences, challenger minus incumbent, twice: `loss`, in nats per
 completion token, and `metric`, the domain's own score (0 to 1) of the rows that both answered. The intervals are
 bootstrapped (moa/evaluation/statistics.py).
 
-Loss is the sharper measure, so it must show that a domain is no worse. Scores, most of them 0 or 1 on few rows, seldom
-could: they refuse where they show that a domain is worse, and where they cannot tell they say so.
+Loss is the sharper measure, so it must show that a domain is no worse. Scores are mostly 0 or 1 on few rows and can
+seldom show that: they refuse where they show that a domain is worse, and otherwise report that they cannot tell.
 
-New data of an old domain brings test rows of its own, and if it is poisoned they are too: who learned the poison looks
-better on them. So the rows that the incumbent's release was tested on (`Score.known`) are judged by themselves as well,
-and a domain that fails on them fails, whatever all its rows say. They can only refuse: that a domain is better is for
-all its rows to show. Where a domain's known prompts go is judged too, by the sign test; and new rows that mostly go to
-another domain, as the known ones do not, are refused as that one's.
+New data of an old domain brings test rows of its own. If the data is poisoned, so are these test rows, and an expert
+that learned the poison looks better on them. So the rows that the incumbent's release was tested on (`Score.known`) are
+also judged by themselves, and a domain that fails on them fails. They can only refuse: an improvement is judged on all
+rows. The routing of a domain's known prompts is judged by the sign test. New rows that mostly go to another domain,
+where the known ones do not, are refused as rows of that domain.
 
 Not covered: rows that depend on each other, and the choice of a challenger after many were gated on the same rows.
 """
@@ -59,20 +59,21 @@ class Score:
     challenger_score: float | None = None
     incumbent_score: float | None = None
     base_score: float | None = None
-    same_answer: bool = False   # both releases give the row to the same expert: nobody wrote the answer down
-    known: bool = True   # the incumbent's release was tested on it
+    same_answer: bool = False   # both releases give the row to the same expert, so no answer was generated
+    known: bool = True          # the incumbent's release was tested on it
     challenger_routed: str | None = None
     incumbent_routed: str | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`point` and `interval` are the mean difference, challenger minus the other; None where unknown."""
+    """One measure of one domain. `point` and `interval` are the mean difference, challenger minus the other system;
+    None where unknown."""
 
     verdict: Verdict
     reason: str
     rows: int                                     # compared
-    unmatched: int = 0                            # left out, for want of a partner
+    unmatched: int = 0                            # left out: one of the two systems has no value
     point: float | None = None
     interval: tuple[float, float] | None = None   # at Rules.confidence: decides `verdict`
     improved: bool = False                        # at a confidence corrected for the number of comparisons
@@ -88,8 +89,8 @@ class Known:
 
 @dataclass(frozen=True)
 class DomainVerdict:
-    """What the comparisons of a domain come to; `metric` is None where nobody scored an answer, `known` where there are
-    only known rows, or none of them counts because the domain is new."""
+    """What the comparisons of a domain come to. `metric` is None where no answer was scored, `known` where all rows are
+    known or the domain is new."""
 
     verdict: Verdict
     reason: str
@@ -98,18 +99,20 @@ class DomainVerdict:
     loss: Comparison
     metric: Comparison | None = None
     known: Known | None = None
-    cause: str | None = None   # of a failure, where somebody knows
+    cause: str | None = None   # of a failure, where it is known
 
 
 @dataclass(frozen=True)
 class Decision:
+    """The gate's decision, with the verdicts that it rests on."""
+
     promote: bool
     reason: str
     domains: dict[str, DomainVerdict] = field(default_factory=dict)
     improved: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)      # domains of the incumbent that the challenger lacks
     routing: dict[str, Any] = field(default_factory=dict)
-    worse: list[str] = field(default_factory=list)        # domains that fail, or whose prompts go astray
+    worse: list[str] = field(default_factory=list)        # domains that fail, or whose prompts are routed worse
     harm: bool = False                                    # refused as worse, not for want of rows or of a gain
 
     def as_dict(self) -> dict[str, Any]:
@@ -121,11 +124,15 @@ def decide(scores: Iterable[Score], rules: Rules, *, incumbent: Collection[str],
            causes: Mapping[str, str] | None = None) -> Decision:
     """Whether the challenger may take the incumbent's place.
 
-    `incumbent` and `challenger` are the domains each release has an expert for: a domain the incumbent lacks is
-    compared with the base. `routing` holds `accuracy` and `abstention` of both, under "incumbent" and "challenger".
-    `tested_by` is what reasons call the incumbent's release, `causes` why a domain would be worse. Promoted is only
-    who is worse in no domain, has rows enough to show it in each, routes within the bounds, and is really better in at
-    least one domain.
+    A challenger is promoted only if it is worse in no domain, has enough rows to show that in each, routes within the
+    bounds, and is significantly better in at least one domain.
+
+    Args:
+        incumbent, challenger: domains that each release has an expert for. A domain that the incumbent lacks is
+            compared with the base.
+        routing: `accuracy` and `abstention` of each release, under "incumbent" and "challenger".
+        tested_by: what reasons call the incumbent's release.
+        causes: by domain, why it would be worse.
     """
     rows: dict[str, dict[str, Score]] = {domain: {} for domain in challenger}
     for score in scores:
@@ -163,12 +170,17 @@ def decide(scores: Iterable[Score], rules: Rules, *, incumbent: Collection[str],
 
 def judge(domain: str, scores: Iterable[Score], rules: Rules, *, chances: int = 1, new: bool = False,
           tested_by: str = "the incumbent") -> DomainVerdict:
-    """The verdict on one domain; `chances` is how many comparisons the challenger may look better in by luck.
+    """The verdict on one domain.
 
-    The domain fails when either comparison does, on all rows or on the known ones, and passes when its loss does; a
-    metric that cannot tell is no bar, and neither are known rows too few to tell.
+    The domain fails when either comparison does, on all rows or on the known ones, and passes when its loss does. A
+    metric that cannot tell does not refuse, and neither do too few known rows.
+
+    Args:
+        chances: number of comparisons of this decision, for the Bonferroni correction of `improved`.
+        new: whether the incumbent lacks the domain, so that the base is the other system.
+        tested_by: what reasons call the incumbent's release.
     """
-    everything = sorted(scores, key=lambda score: score.row)   # the order of arrival must not matter
+    everything = sorted(scores, key=lambda score: score.row)   # so that the order of `scores` does not matter
     verdict = _all_rows(domain, everything, rules, chances, "base" if new else "incumbent")
     known = [one for one in everything if one.known]
     if new or len(known) == len(everything):
@@ -181,7 +193,7 @@ def judge(domain: str, scores: Iterable[Score], rules: Rules, *, chances: int = 
 
 
 def _scores(one: Score, new: bool = False) -> tuple[float | None, float | None]:
-    """Challenger's and other's; of the same answer any two equal ones, because only their difference counts."""
+    """Scores of the challenger and of the other system; 0 and 0 for the same answer: only the difference counts."""
     if one.same_answer:
         return 0.0, 0.0
     return one.challenger_score, one.base_score if new else one.incumbent_score
@@ -191,8 +203,7 @@ def _all_rows(domain: str, scores: Sequence[Score], rules: Rules, chances: int, 
     new = against == "base"
     loss = _loss(domain, [(one.challenger, one.base if new else one.incumbent) for one in scores], rules, chances,
                  against)
-    metric = _answers(domain, [_scores(one, new)
-                               for one in scores], rules, chances, against)
+    metric = _answers(domain, [_scores(one, new) for one in scores], rules, chances, against)
     if metric is not None and metric.verdict == "fail":
         reason = metric.reason if loss.verdict == "pass" else f"{loss.reason}, and {metric.reason}"
         return DomainVerdict("fail", reason, against, False, loss, metric)
@@ -201,8 +212,8 @@ def _all_rows(domain: str, scores: Sequence[Score], rules: Rules, chances: int, 
 
 
 def _known_rows(domain: str, known: Sequence[Score], rules: Rules, tested_by: str) -> Known:
-    """Both comparisons on known rows. Of fewer than `min_rows`, the sign test: they fail where most are surely worse by
-    more than the tolerance."""
+    """Both comparisons on known rows. Fewer than `min_rows` fail where the sign test shows that most are worse by more
+    than the tolerance."""
     if not known:
         return Known(Comparison("not enough data", f"none of the test rows that {tested_by} was tested on is left", 0))
     pairs = [(one.challenger, one.incumbent) for one in known]
@@ -213,13 +224,12 @@ def _known_rows(domain: str, known: Sequence[Score], rules: Rules, tested_by: st
         if rises and sign_test(worse, len(rises) - worse) <= (1 - rules.confidence) / 2:
             loss = replace(loss, verdict="fail", reason=f"worse than the tolerance of {rules.tolerance:g} allows in "
                                                         f"{worse} answers {_on(loss.rows, 'rows', tested_by)}")
-    return Known(loss, _answers(domain, [_scores(one) for one in known], rules, 1,
-                                "incumbent", tested_by))
+    return Known(loss, _answers(domain, [_scores(one) for one in known], rules, 1, "incumbent", tested_by))
 
 
 def _answers(domain: str, scores: Pairs, rules: Rules, chances: int, against: Against,
              tested_by: str | None = None) -> Comparison | None:
-    """The metric's comparison of the rows that somebody answered; None where the challenger answered none."""
+    """The metric's comparison of the rows that were answered; None where the challenger answered none."""
     if all(mine is None for mine, _ in scores):
         return None
     return _metric(domain, [pair for pair in scores if pair != (None, None)], rules, chances, against, tested_by)
@@ -254,7 +264,7 @@ def _metric(domain: str, scores: Pairs, rules: Rules, chances: int, against: Aga
                           count, unmatched)
     point, (low, high), (sure, _) = _intervals(domain, "metric", pairs, rules, chances)
     wins, losses = sum(mine > other for mine, other in pairs), sum(mine < other for mine, other in pairs)
-    # Where few answers differ the bootstrap is too sure of itself; the sign test is exact there.
+    # Where few answers differ the bootstrap interval is too narrow; the sign test is exact there.
     share = (1 - rules.confidence) / 2
     improved = sure > 0 and sign_test(wins, losses) <= share / chances
     numbers = (f"score {point:+.3f} against the {against} {_on(count, 'answers', tested_by)}, interval {low:+.3f} to "
@@ -270,7 +280,7 @@ def _metric(domain: str, scores: Pairs, rules: Rules, chances: int, against: Aga
 
 def _intervals(domain: str, measure: str, pairs: Pairs, rules: Rules,
                chances: int) -> tuple[float, tuple[float, float], tuple[float, float]]:
-    """Mean paired difference, its interval, and the wider one that makes up for `chances` comparisons (Bonferroni)."""
+    """Mean paired difference, its interval, and the wider interval corrected for `chances` comparisons (Bonferroni)."""
     values = np.array([float(mine or 0) - float(other or 0) for mine, other in pairs])
     means, spreads = resampled(values, rules.resamples, [rules.seed, zlib.crc32(f"{domain} {measure}".encode())])
     share = (1 - rules.confidence) / 2
@@ -279,7 +289,7 @@ def _intervals(domain: str, measure: str, pairs: Pairs, rules: Rules,
 
 
 def _on(count: int, what: str, tested_by: str | None) -> str:
-    """Which rows a figure is of."""
+    """The rows that a figure is of, in words."""
     if tested_by is None:
         return f"on {count} {what}"
     return f"on the {count} {'test rows' if what == 'rows' else f'{what} to test rows'} that {tested_by} was tested on"
@@ -292,8 +302,8 @@ def _routes(domain: str, scores: Iterable[Score], known: bool = True) -> Routing
 
 
 def _strayed(known: RoutingChanges, new: RoutingChanges, rules: Rules, tested_by: str) -> Iterator[str]:
-    """What is wrong with where a domain's prompts go. A tolerance of a few per cent could not be shown to hold by a few
-    dozen prompts, so the challenger is refused for what is surely beyond it, and not asked to show more."""
+    """Objections to the routing of a domain's prompts. A few dozen prompts cannot show that a tolerance of a few per
+    cent holds, so the challenger is refused only for a fall that is significantly beyond it."""
     share = (1 - rules.confidence) / 2
     if known.fall > rules.accuracy_drop and known.chance <= share:
         yield f"{known.domain}: its routing accuracy fell {known.text}, {_on(known.rows, 'rows', tested_by)}"

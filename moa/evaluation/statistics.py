@@ -1,8 +1,8 @@
-"""Statistics that the gate decides by: intervals of paired differences, routing changes, exact tests. Pure.
+"""Statistics of the gate and of reports: bootstrap intervals, routing changes, exact tests. Pure functions.
 
 `interval` is a bootstrap interval of a mean. Each end is the further one of two (Hesterberg 2015, "What Teachers Should
 Know About the Bootstrap"): the percentile interval, expanded because it is too short on few rows (section 5.3), and
-bootstrap t, which follows skew (5.5). Knows nothing of releases and verdicts.
+bootstrap t, which follows skew (section 5.5).
 """
 
 import math
@@ -10,34 +10,67 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 CHUNK = 1 << 22   # resampled values held at once
 
 
-def resampled(values: np.ndarray, resamples: int, seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations of `resamples` draws with replacement, (resamples,) each."""
+def resampled(values: np.ndarray, resamples: int, seed: list[int],
+              weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations of bootstrap samples.
+
+    Args:
+        values: (N,).
+        resamples: number of samples, each of N values drawn with replacement.
+        seed: of numpy's generator.
+        weights: (N,) of a weighted mean, drawn together with the values; None = equal weights.
+
+    Returns:
+        Means and standard deviations, (resamples,) each.
+    """
     rng = np.random.default_rng(seed)
     step = max(1, CHUNK // len(values))
     means, spreads = [], []
     for done in range(0, resamples, step):
-        drawn = values[rng.integers(len(values), size=(min(step, resamples - done), len(values)))]
-        means.append(drawn.mean(axis=1))
-        spreads.append(drawn.std(axis=1))
+        rows = rng.integers(len(values), size=(min(step, resamples - done), len(values)))
+        mean, spread = _moments(values[rows], None if weights is None else weights[rows])
+        means.append(mean)
+        spreads.append(spread)
     return np.concatenate(means), np.concatenate(spreads)
 
 
-def interval(values: np.ndarray, means: np.ndarray, spreads: np.ndarray, share: float) -> tuple[float, float]:
-    """The interval that leaves `share` out at each end.
+def _moments(values: np.ndarray, weights: np.ndarray | None) -> tuple[Any, Any]:
+    """Mean and standard deviation along the last axis, which has N values.
 
-    Bootstrap t is left out where too many draws have no spread: most differences are 0 then, as between releases that
-    share an expert. It knows no bounds: of rows that are equal but for one that gains much, it says that their mean may
-    be a loss. No interval reaches beyond the differences that were seen.
+    Of a weighted mean the standard deviation is that of its linearisation (the delta method for a ratio of sums), so
+    that it is sqrt(N) times the standard error, as without weights.
+    """
+    if weights is None:
+        return values.mean(axis=-1), values.std(axis=-1)
+    mean = (values * weights).sum(axis=-1) / weights.sum(axis=-1)
+    deviations = weights * (values - np.expand_dims(mean, -1))
+    return mean, np.sqrt((deviations**2).mean(axis=-1)) / weights.mean(axis=-1)
+
+
+def interval(values: np.ndarray, means: np.ndarray, spreads: np.ndarray, share: float,
+             weights: np.ndarray | None = None) -> tuple[float, float]:
+    """The interval of the mean of `values` that leaves `share` out at each end.
+
+    Bootstrap t is left out where too many samples have no spread: then most values are 0, as between releases that
+    share an expert. Bootstrap t has no bounds: for rows that are equal except one large gain, it would include a loss.
+    So the interval is cut at the smallest and the largest value.
+
+    Args:
+        values: (N,) with N of two or more.
+        means, spreads: of `resampled`.
+        share: of one tail, such as 0.025 for a 95 % interval.
+        weights: the same as for `resampled`.
     """
     tail = _tail(share, len(values))
     low, high = np.quantile(means, [tail, 1 - tail])
-    mean, spread = values.mean(), values.std()
+    mean, spread = _moments(values, weights)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.nan_to_num((means - mean) / spreads, nan=0.0, posinf=np.inf, neginf=-np.inf)
     lowest, highest = (np.quantile(t, end, method="nearest") for end in (share, 1 - share))
@@ -68,7 +101,7 @@ class RoutingChanges:
     rows: int
     before: dict[str, int]
     after: dict[str, int]
-    lost: dict[str, int]   # routed right before: where they go now
+    lost: dict[str, int]   # routed right before, wrong now: by the domain they go to now
     gained: int            # routed wrong before, right now
 
     @property
@@ -78,7 +111,7 @@ class RoutingChanges:
 
     @property
     def chance(self) -> float:
-        """Of at least so many lost among those that changed, were either way as likely."""
+        """P-value of the sign test: at least so many lost among the changed ones, if both directions were as likely."""
         return sign_test(sum(self.lost.values()), self.gained)
 
     @property
@@ -96,7 +129,7 @@ class RoutingChanges:
 
 
 def routing_changes(domain: str, pairs: Iterable[tuple[str, str]]) -> RoutingChanges:
-    """Of each prompt the best guess before and after."""
+    """Count the routing of a domain's prompts; `pairs` are the best guesses (before, after) of each prompt."""
     pairs = list(pairs)
     before, after, lost = (_counted(guesses) for guesses in (
         [old for old, _ in pairs], [new for _, new in pairs], [new for old, new in pairs if old == domain != new]))
@@ -104,19 +137,19 @@ def routing_changes(domain: str, pairs: Iterable[tuple[str, str]]) -> RoutingCha
 
 
 def sign_test(for_it: int, against_it: int) -> float:
-    """Chance of at least `for_it` heads among all these tosses of a fair coin."""
+    """P-value of the one-sided sign test: at least `for_it` heads among `for_it + against_it` tosses of a fair coin."""
     tosses = for_it + against_it
     return sum(math.comb(tosses, heads) for heads in range(for_it, tosses + 1)) / 2**tosses
 
 
 def exact_test(missed: int, rows: int, others_missed: int, others: int) -> float:
-    """Chance that at least so many of all that were missed are among these `rows`, were the others as easy to miss
-    (Fisher's exact test, one-sided)."""
-    every = missed + others_missed
-    ways = sum(math.comb(rows, here) * math.comb(others, every - here) for here in range(missed, min(rows, every) + 1))
-    return ways / math.comb(rows + others, every)
+    """P-value of Fisher's exact test, one-sided: at least `missed` of all misses fall on these `rows`, if the `others`
+    were as likely to be missed."""
+    total = missed + others_missed
+    ways = sum(math.comb(rows, here) * math.comb(others, total - here) for here in range(missed, min(rows, total) + 1))
+    return ways / math.comb(rows + others, total)
 
 
 def _counted(guesses: Iterable[str]) -> dict[str, int]:
-    """Most frequent first, equal ones by name."""
+    """Counts by guess, the most frequent first and ties by name."""
     return dict(sorted(Counter(guesses).items(), key=lambda each: (-each[1], each[0])))

@@ -17,7 +17,7 @@ from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.text import NOTHING_RELEASED, SHORT_DIGEST, shorten, table
 from moa.data.corpus import Row, read
-from moa.evaluation.evaluate import answer_limit
+from moa.evaluation.scoring import generate_answers
 from moa.evaluation.statistics import RoutingChanges, routing_changes
 from moa.release.champion_history import before
 from moa.release.registry import MixtureVersion, Registry
@@ -120,12 +120,13 @@ def _golden(workspace: Workspace, config: Config, folders: Sequence[Path],
     if not asked:
         return {}
     base = load(workspace, config.base, pick_device(config.execution.devices))
+    content = [(domain, row) for domain, rows in asked.items() for row in rows]
+    pairs = [(index, domain) for index, (domain, _) in enumerate(content)]
     answers: list[dict[str, list[str]]] = []
     for folder in folders:
         mixture = Mixture.load(folder, base, config.execution.resident)
-        answers.append({domain: [one.answer for one in mixture.generate(
-            [row.prompt for row in rows], [domain] * len(rows),
-            max_new_tokens=answer_limit(workspace, config, domain))] for domain, rows in asked.items()})
+        generated = generate_answers(mixture, workspace, config, content, pairs)
+        answers.append({domain: [generated[pair] for pair in pairs if pair[1] == domain] for domain in asked})
         mixture.unload()
     return {domain: word_for_word(rows, *(each[domain] for each in answers)) for domain, rows in asked.items()}
 

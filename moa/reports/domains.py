@@ -1,4 +1,4 @@
-"""What there is of each domain, as facts and as text for a terminal. Reads manifests, changes nothing."""
+"""Domains as facts (JSON values) and as text for a terminal. Reads manifests and changes nothing."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ SPLITS = ("train", "validation", "test")
 # Facts.
 
 def listed(workspace: Workspace, config: Config) -> dict[str, Any]:
-    """Every domain, in the order of params.yaml."""
+    """Every domain, in the order of params.yaml, under `domains`."""
     snapshot = Pipeline(workspace).snapshot()
     return {"domains": [_facts(workspace, config, snapshot, name) for name in config.domains]}
 
@@ -31,10 +31,10 @@ def listed(workspace: Workspace, config: Config) -> dict[str, Any]:
 def _facts(workspace: Workspace, config: Config, snapshot: Snapshot, name: str) -> dict[str, Any]:
     raw = files(workspace.raw(name))
     corpus, expert = (_manifest(folder / MANIFEST) for folder in (workspace.corpus(name), workspace.expert(name)))
-    counted = (corpus or {}).get("rows", {})
+    counts = (corpus or {}).get("rows", {})
     return {"name": name, "metric": config.domains[name].metric, "files": len(raw),
             "bytes": sum(path.stat().st_size for path in raw),
-            "rows": {key: counted.get(key) for key in (*COUNTS, *SPLITS)} if corpus else None,
+            "rows": {key: counts.get(key) for key in (*COUNTS, *SPLITS)} if corpus else None,
             "expert": {"validation_loss": expert.get("best_loss"), "epoch": expert.get("best_epoch"),
                        "digest": expert.get("digest"), "imported": expert.get("source") == "imported"}
             if expert else None,
@@ -42,7 +42,7 @@ def _facts(workspace: Workspace, config: Config, snapshot: Snapshot, name: str) 
 
 
 def _state(snapshot: Snapshot, stage: str) -> str:
-    """`fresh`, or why not."""
+    """`fresh`, or the reasons why the stage is not."""
     if stage in snapshot.stale:
         return "; ".join(reason.text for reason in snapshot.stale[stage])
     return "what it reads may change" if stage in snapshot.affected else "fresh"
@@ -51,20 +51,20 @@ def _state(snapshot: Snapshot, stage: str) -> str:
 def shown(workspace: Workspace, config: Config, name: str) -> dict[str, Any]:
     """Everything about one domain. Raises ConfigError when there is no such domain."""
     config.require_domain(name)
-    known, raw = origins(workspace, name), workspace.raw(name)
+    origin_of, raw = origins(workspace, name), workspace.raw(name)
     corpus = _manifest(workspace.corpus(name) / MANIFEST) or {}
     return {**_facts(workspace, config, Pipeline(workspace).snapshot(), name),
             "reading": config.domains[name].model_dump(exclude_unset=True),
             "generated": name in config.quickstart,
             "sources": [{"name": printable(path.relative_to(raw)), "size": path.stat().st_size,
-                         "digest": digests.of_file(path), "origin": known.get(path.relative_to(raw).as_posix())}
+                         "digest": digests.of_file(path), "origin": origin_of.get(path.relative_to(raw).as_posix())}
                         for path in files(raw)],
             "reasons": corpus.get("reasons", {}), "redacted": corpus.get("redacted", {}),
             "tokens": corpus.get("tokens"), "champion": _champion(workspace, config, name)}
 
 
 def _champion(workspace: Workspace, config: Config, name: str) -> dict[str, Any] | None:
-    """The expert that the champion has for the domain; None where nothing was released."""
+    """The champion's expert for the domain; None where nothing was released."""
     if not (workspace.mlflow.exists() or os.environ.get("MLFLOW_TRACKING_URI")):
         return None
     from moa.release.registry import Registry
@@ -136,7 +136,7 @@ def shown_text(facts: Mapping[str, Any]) -> str:
 
 
 def added_text(done: Mapping[str, Any]) -> str:
-    """What `moa domain add` says."""
+    """The output of `moa domain add`."""
     name = done["domain"]
     lines = [f"{'New domain' if done['new'] else 'Domain'} {name}: {_count(done['files'], 'file')} added."]
     lines += [f"  {each['name']}  {size(each['size'])}, from {each['origin']}" for each in done["files"]]
@@ -156,7 +156,7 @@ def added_text(done: Mapping[str, Any]) -> str:
 
 
 def removed_text(done: Mapping[str, Any]) -> str:
-    """What `moa domain remove` says."""
+    """The output of `moa domain remove`."""
     name = done["domain"]
     removed = [*done["removed"], *(f"{stage} in dvc.lock" for stage in done["lock_entries"])]
     if done["params"]:
@@ -189,7 +189,7 @@ def _count(things: Sequence[Any], word: str) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as people read them."""
+    """A number of bytes with a unit."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"

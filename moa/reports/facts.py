@@ -1,6 +1,6 @@
 """What the report page shows, gathered from manifests, reports and the registry into plain data. Writes nothing.
 
-What is not there is left out: a workspace that was only prepared has a report, too. Knows nothing of HTML.
+What does not exist yet is left out, so a workspace that was only prepared has a report, too.
 """
 
 import math
@@ -17,19 +17,20 @@ from moa.core.config import Config
 from moa.core.errors import ArtifactError, RegistryError
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
+from moa.evaluation.statistics import interval, resampled
 
 SYSTEMS = ("base", "forced", "routed")
-RESAMPLES, TAIL = 2000, 0.025
-CHUNK = 1 << 21   # values drawn at once
+RESAMPLES = 2_000   # of a bootstrap
+TAIL = 0.025        # outside each end of a 95 % interval
 Row = Mapping[str, Any]
 
 
 def gather(workspace: Workspace, config: Config) -> dict[str, Any]:
-    """Everything for `moa.reports.page`."""
+    """Everything that `moa.reports.page` shows, as JSON values; an unreachable registry is `registry_trouble`."""
     mixture = _json(workspace.mixture / MANIFEST)
     release, own, trouble = _released(workspace, config, mixture.get("digest"))
     here = evaluation(workspace.reports)
-    # The mixture here may be the champion itself, and then it is shown once.
+    # Where the mixture of the workspace is the champion itself, it is shown once.
     challenger = here if here and mixture.get("digest") != (release or {}).get("digest") else None
     return {
         "name": workspace.root.name, "made_at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -46,7 +47,7 @@ def gather(workspace: Workspace, config: Config) -> dict[str, Any]:
 
 def _released(workspace: Workspace, config: Config, digest: str | None) -> tuple[
         dict[str, Any] | None, dict[str, Any], str | None]:
-    """The champion with its own report, the version and gate of the mixture here, and what kept us from them."""
+    """The champion with its report; version and gate of the mixture with this `digest`; the error of the registry."""
     from moa.release.registry import Registry
 
     registry = Registry(workspace, config)
@@ -59,7 +60,7 @@ def _released(workspace: Workspace, config: Config, digest: str | None) -> tuple
             return None, own, None
         folder = registry.download(version.version)
         last = next((entry for entry in reversed(registry.history()) if entry.version == version.version), None)
-    except (RegistryError, ArtifactError) as error:   # gone, or altered since
+    except (RegistryError, ArtifactError) as error:   # a server that does not answer, or an altered artifact
         return None, {}, str(error)
     manifest = _json(folder / MANIFEST)
     return {"name": version.name, "version": version.version, "digest": version.digest, "gate": version.gate,
@@ -80,10 +81,10 @@ def _domain(workspace: Workspace, name: str) -> dict[str, Any]:
 
 
 def _parent(expert: Mapping[str, Any]) -> dict[str, str] | None:
-    """The expert that this one's training went on from: whose it was, and which."""
-    if not (found := expert.get("parent")):
+    """Domain and digest of the expert that this one's training started from."""
+    if not (parent := expert.get("parent")):
         return None
-    return {"domain": str(found.get("domain", "")) if isinstance(found, Mapping) else "", "digest": _digest(found)}
+    return {"domain": str(parent.get("domain", "")) if isinstance(parent, Mapping) else "", "digest": _digest(parent)}
 
 
 def _base(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -95,7 +96,11 @@ def _base(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
 # Scores.
 
 def evaluation(reports: Path) -> dict[str, Any] | None:
-    """Of one evaluation: figures with intervals, tax and confusion; None where there was none."""
+    """Figures with intervals, routing tax and confusion of one evaluation; None where `reports` holds none.
+
+    Args:
+        reports: a folder with `summary.json` and `rows.parquet`, as stage `evaluate` writes them.
+    """
     summary = _json(reports / "summary.json")
     if "domains" not in summary:
         return None
@@ -105,8 +110,8 @@ def evaluation(reports: Path) -> dict[str, Any] | None:
     return {"scores": {domain: {system: _figures(systems[system], by_domain[domain][system])
                                 for system in SYSTEMS if system in systems}
                        for domain, systems in summary["domains"].items()},
-            "tax": {domain: tax(found["forced"], found["routed"]) for domain, found in by_domain.items()
-                    if found["forced"] and found["routed"]},
+            "tax": {domain: tax(systems["forced"], systems["routed"]) for domain, systems in by_domain.items()
+                    if systems["forced"] and systems["routed"]},
             "routing": summary.get("routing", {})}
 
 
@@ -115,67 +120,77 @@ def _rows(path: Path) -> list[Row]:
         return []
     import pyarrow.parquet as pq
 
-    found: list[Row] = pq.read_table(path, columns=["domain", "row", "system", "loss", "tokens", "score"]).to_pylist()
-    return found
+    rows: list[Row] = pq.read_table(path, columns=["domain", "row", "system", "loss", "tokens", "score"]).to_pylist()
+    return rows
 
 
 def _figures(summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """`loss` is per token, as in the summary; its interval draws rows, which bring their tokens along."""
+    """Figures of one domain under one system. `loss` is per token, so its interval weighs rows by their tokens."""
     answered = [row for row in rows if row["score"] is not None]
     return {"loss": summary.get("loss"), "score": summary.get("score"), "rows": summary.get("rows"),
             "answered": summary.get("answered"),
-            "loss_interval": interval([(row["loss"] * row["tokens"], row["tokens"]) for row in rows]),
-            "score_interval": interval([(row["score"], 1.0) for row in answered])}
+            "loss_interval": weighted_interval([(row["loss"], row["tokens"]) for row in rows]),
+            "score_interval": weighted_interval([(row["score"], 1.0) for row in answered])}
 
 
 def tax(forced: Sequence[Row], routed: Sequence[Row]) -> dict[str, Any]:
-    """What the router's choice costs, pair by pair: `loss` is routed minus forced in nats per token, `score` forced
-    minus routed, each with its interval. Above zero, the router costs something."""
+    """What routing costs against the true label, from the pairs of rows under both systems.
+
+    Args:
+        forced: rows of one domain, answered by the domain's own expert.
+        routed: the same rows, answered by the router's choice.
+
+    Returns:
+        `loss` is routed minus forced in nats per token, `score` forced minus routed, each with its interval: positive
+        values are a cost of routing. `rows` and `answered` count the pairs.
+    """
     others = {row["row"]: row for row in routed}
     pairs = [(row, others[row["row"]]) for row in forced if row["row"] in others]
-    losses = [((mine["loss"] - own["loss"]) * own["tokens"], own["tokens"]) for own, mine in pairs]
+    losses = [(mine["loss"] - own["loss"], own["tokens"]) for own, mine in pairs]
     scores = [(own["score"] - mine["score"], 1.0) for own, mine in pairs
               if own["score"] is not None and mine["score"] is not None]
-    return {"loss": _ratio(losses), "loss_interval": interval(losses),
-            "score": _ratio(scores), "score_interval": interval(scores), "rows": len(pairs), "answered": len(scores)}
+    return {"loss": _mean(losses), "loss_interval": weighted_interval(losses),
+            "score": _mean(scores), "score_interval": weighted_interval(scores),
+            "rows": len(pairs), "answered": len(scores)}
 
 
-def _ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
-    below = sum(weight for _, weight in pairs)
-    return sum(value for value, _ in pairs) / below if below else None
+def _mean(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Mean of (value, weight); None without any weight."""
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total else None
 
 
-def interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
-    """95 % percentile bootstrap of sum(values) / sum(weights) over rows drawn again; None for fewer than two rows or
-    values that are not finite."""
+def weighted_interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """95 % bootstrap interval of a weighted mean, as the gate computes its own; a sample draws rows with their weights.
+
+    Args:
+        pairs: (value, weight) of each row.
+
+    Returns:
+        None for fewer than two rows, or values that are not finite.
+    """
     if len(pairs) < 2 or not all(math.isfinite(value) for value, _ in pairs):
         return None
     values, weights = (np.array(part, dtype=float) for part in zip(*pairs, strict=True))
-    rng, means = np.random.default_rng(0), []
-    step = max(1, CHUNK // len(pairs))
-    for done in range(0, RESAMPLES, step):
-        drawn = rng.integers(len(pairs), size=(min(step, RESAMPLES - done), len(pairs)))
-        means.append(values[drawn].sum(1) / weights[drawn].sum(1))
-    low, high = np.quantile(np.concatenate(means), [TAIL, 1 - TAIL])
-    return float(low), float(high)
+    return interval(values, *resampled(values, RESAMPLES, [0], weights), TAIL, weights)
 
 
 def verdicts(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the gate compared, a line for each domain and measure; none for a release that had nobody to beat.
+    """What the gate compared, a line for each domain and measure; empty for a release that had no incumbent.
 
-    `known rows` are those that the incumbent was tested on, where a domain has others, too.
+    Known rows are those that the incumbent was tested on; they have lines of their own where a domain has others, too.
     """
-    found = []
+    lines = []
     for domain, verdict in decision.get("domains", {}).items():
         known = verdict.get("known") or {}
         for measure, each in (("loss", verdict.get("loss", verdict)), ("metric", verdict.get("metric")),
                               ("loss, known rows", known.get("loss")), ("metric, known rows", known.get("metric"))):
             if each:
-                found.append({"domain": domain, "measure": measure, "verdict": each["verdict"],
+                lines.append({"domain": domain, "measure": measure, "verdict": each["verdict"],
                               "difference": each.get("point"), "interval": each.get("interval"),
                               "rows": each.get("rows"), "better": bool(each.get("improved")),
                               "reason": each.get("reason", "")})
-    return found
+    return lines
 
 
 # Reading.
@@ -185,7 +200,7 @@ def _digest(pin: Any) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
+    """The JSON object in a file; empty where there is none."""
     with suppress(OSError, ValueError):
         content = read_json(path)
         if isinstance(content, dict):

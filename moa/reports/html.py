@@ -1,6 +1,6 @@
-"""A page that needs nothing else: frame, style, tables and bars, as HTML with every text escaped.
+"""Parts of a self-contained HTML page: frame, style, tables and bars, with every text escaped.
 
-Knows nothing of what the pages are about. There is no script, and nothing is loaded.
+A page has no script and loads nothing.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,12 +36,12 @@ svg text{font:11px system-ui,"DejaVu Sans",sans-serif;fill:var(--soft)}
 svg rect{fill:var(--fill)}
 @media(max-width:600px){main{padding:20px 12px 40px}section{padding:14px 14px}}
 """
-COLOURS = 5       # of plots: the classes s0 to s4 of the pages that have any
-ICON = "data:,"   # or a browser asks the server for one
+COLOURS = 5       # of plots: the classes s0 to s4
+ICON = "data:,"   # without an icon, a browser requests one from the server
 
 
 def frame(title: str, heading: str, below: str, body: str, style: str = "") -> str:
-    """A whole page; `body` is HTML already, `style` adds to the common one."""
+    """A whole page. `body` is HTML and is not escaped; `style` is CSS after the common one."""
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
             f'<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="{ICON}">'
             f'<style>{STYLE}{style}</style></head><body><main><h1>{escape(heading)}</h1>'
@@ -49,7 +49,10 @@ def frame(title: str, heading: str, below: str, body: str, style: str = "") -> s
 
 
 def write(path: Path, page: str) -> None:
-    """Write the page so that a reader sees the whole of it or the old one. Raises UsageError where it cannot be."""
+    """Write `page` atomically, so that a reader sees all of it or the old one.
+
+    Raises UsageError where it cannot be written.
+    """
     try:
         write_atomic(path, page.encode("utf-8", "replace"))
     except OSError as error:
@@ -57,17 +60,19 @@ def write(path: Path, page: str) -> None:
 
 
 def tiles(items: Iterable[tuple[str, str, str]]) -> str:
-    """Big figures side by side: (what, how much, remark)."""
+    """Large figures side by side: (name, value, remark)."""
     return '<div class="tiles">' + "".join(
         f'<div class="tile"><small>{escape(name)}</small><b>{escape(value)}</b><small>{escape(remark)}</small></div>'
         for name, value, remark in items) + "</div>"
 
 
 def section(title: str, *content: str) -> str:
+    """A box with a heading; `content` is HTML and is not escaped."""
     return f"<section><h2>{escape(title)}</h2>{''.join(content)}</section>"
 
 
 def warned(warnings: Sequence[str]) -> str:
+    """The section of warnings, which says so where there are none."""
     if not warnings:
         return section("What deserves a look", '<p class="soft">Nothing stands out.</p>')
     items = "".join(f"<li>{escape(each)}</li>" for each in warnings)
@@ -75,7 +80,10 @@ def warned(warnings: Sequence[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table, in a box that scrolls where the page is narrower; numbers to the right. Every cell is escaped."""
+    """A table in a box that scrolls where the page is narrower. Columns of numbers are aligned to the right.
+
+    Cells are formatted by `shown` and escaped. Empty without rows.
+    """
     rows = [list(row) for row in rows]
     if not rows:
         return ""
@@ -90,7 +98,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def bars(items: Sequence[tuple[str, int | float]], most: float = 0.0) -> str:
-    """Horizontal bars as SVG: label, bar, value."""
+    """Horizontal bars as SVG, from (label, value); a bar of `most` has the full width, the largest value by default."""
     width, row, label_width, value_width = 1000, 24, 340, 70
     most = most or max((value for _, value in items), default=0) or 1
     shapes = []
@@ -104,23 +112,25 @@ def bars(items: Sequence[tuple[str, int | float]], most: float = 0.0) -> str:
 
 
 def key(items: Sequence[tuple[int, str]]) -> str:
-    """What the colours of a plot mean: (colour, name)."""
+    """The legend of a plot, from (number of the colour, name)."""
     return '<p class="key">' + "".join(
         f'<span><svg viewBox="0 0 12 12"><circle cx="6" cy="6" r="4.5" class="s{colour % COLOURS}"></circle></svg>'
         f"{escape(name)}</span>" for colour, name in items) + "</p>"
 
 
 def with_interval(value: float | None, bounds: Sequence[float] | None, sign: str = "") -> str:
-    """A figure and its interval, which does not break across lines; `sign` is of the format."""
+    """A figure and its interval, which does not break across lines; `sign` is that of the format, such as "+"."""
     if value is None:
         return "-"
     return f"{value:{sign}.3f}" + (f"  [{bounds[0]:{sign}.3f},\u00a0{bounds[1]:{sign}.3f}]" if bounds else "")
 
 
 def shown(value: object) -> str:
+    """A cell's text: integers with thousands separators, floats as per cent, everything else by `str`."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.1%}" if isinstance(value, float) else str(value)
 
 
 def one_line(text: str, longest: int = 100) -> str:
+    """`text` on one line of at most `longest` characters."""
     text = " ".join(text.split())
     return text if len(text) <= longest else f"{text[:longest - 3]}..."

@@ -1,6 +1,6 @@
-"""The workspace's report as one HTML file that needs nothing else: scores, routing, curves, data, lineage.
+"""The workspace's report as one self-contained HTML file: scores, routing, curves, data, lineage.
 
-Knows the keys of `moa.reports.facts` and no figures of its own. Text from the workspace's files is escaped.
+It shows the facts of `moa.reports.facts` and computes none. Text from the workspace's files is escaped.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from moa.core.text import SHORT_DIGEST
+from moa.evaluation.summary import NAMES
 from moa.reports import html
 from moa.reports.facts import verdicts
 from moa.reports.svg import Dot, Line, Node, curves, flow, whiskers
 
 Facts = Mapping[str, Any]
-NAMES = {"base": "base", "forced": "label forced", "routed": "routed"}
 COUNTS = ("read", "kept", "rejected", "duplicates", "train", "validation", "test")
-# Name, key, colour and whether it is drawn broad: where heads are as good as the router, both go the same way.
+# Name, key, colour and whether it is broad: where heads are as good as the router, both curves coincide.
 LEVELS = (("agreement with the router's choice", "agreement", 3, True), ("accuracy", "accuracy", 1, False))
 STYLE = """
 td,th{overflow-wrap:break-word}
@@ -43,7 +43,7 @@ td:first-child,th:first-child,td.n{white-space:nowrap}summary{cursor:pointer;col
 
 
 def render(facts: Facts) -> str:
-    """The report as one page."""
+    """The report as one HTML page; `facts` are those of `moa.reports.facts.gather`."""
     body = "".join([_tiles(facts), _trouble(facts), _scores(facts), routing(_measured(facts), facts["mixture"]),
                     _gates(facts), _learning(facts), _quality(facts), _lineage(facts)])
     return html.frame(f"{facts['name']}: report", facts["name"], f"Mixture-of-LoRAs, {facts['made_at']}", body,
@@ -51,12 +51,12 @@ def render(facts: Facts) -> str:
 
 
 def write(path: Path, facts: Facts) -> None:
-    """Write the page whole. Raises UsageError where it cannot be."""
+    """Write the page to `path`, whole. Raises UsageError where it cannot be written."""
     html.write(path, render(facts))
 
 
 def _measured(facts: Facts) -> list[tuple[str, str, Facts]]:
-    """(key, name, facts) of the champion and the challenger, as far as they were evaluated."""
+    """(key, name, facts) of champion and challenger, where they were evaluated."""
     champion, challenger = facts["champion"], facts["challenger"]
     found = []
     if champion and "scores" in champion:
@@ -85,9 +85,9 @@ def _tiles(facts: Facts) -> str:
 
 
 def _trouble(facts: Facts) -> str:
-    """What this page could not find out."""
-    said = facts["registry_trouble"]
-    return html.warned([f"The champion is unknown: {said}"]) if said else ""
+    """A warning where the registry could not be read."""
+    error = facts["registry_trouble"]
+    return html.warned([f"The champion is unknown: {error}"]) if error else ""
 
 
 # Scores.
@@ -142,11 +142,11 @@ def _score_table(systems: Sequence[tuple[str, str, Facts, str]], measured: Seque
 # The gate.
 
 def _gates(facts: Facts) -> str:
-    """What the gate said of each release shown: the pairs that it compared, and its decision."""
+    """The gate's comparisons and decision for each release on the page."""
     parts = []
     for _, name, each in _measured(facts):
         if decision := each.get("gate"):
-            against = f"against version {decision['against']}" if decision.get("against") else "nobody to compare with"
+            against = f"against version {decision['against']}" if decision.get("against") else "without an incumbent"
             verdict = "passed" if decision["promote"] else "refused"
             parts.append(f"<h3>{escape(f'{name}: {verdict}, {against}')}</h3><p>{escape(decision['reason'])}</p>")
             parts.append(html.table(("domain", "measure", "verdict", "difference", "pairs"), (
@@ -173,8 +173,8 @@ def _learning(facts: Facts) -> str:
         best = f"kept: epoch {expert['best_epoch']}" if expert["best_epoch"] is not None else ""
         loss = f", validation loss {expert['best_loss']:.3f}" if expert["best_loss"] is not None else ""
         before = f"; continues {_expert_of(parent)}" if (parent := expert["parent"]) else ""
-        said = escape(best + loss + before)
-        plots.append(f'<div><h3>{escape(domain)}</h3>{curves(lines)}<p class="soft">{said}</p></div>')
+        remark = escape(best + loss + before)
+        plots.append(f'<div><h3>{escape(domain)}</h3>{curves(lines)}<p class="soft">{remark}</p></div>')
     if not plots:
         return ""
     return html.section("Learning curves", html.key([(0, "training loss"), (1, "validation loss")]),
@@ -191,7 +191,7 @@ def _quality(facts: Facts) -> str:
         if each["quality"]:
             rows.append((domain, *(int(each["quality"]["rows"].get(key, 0)) for key in COUNTS),
                          len(each["quality"]["warnings"])))
-            warnings += [(domain, said) for said in each["quality"]["warnings"]]
+            warnings += [(domain, warning) for warning in each["quality"]["warnings"]]
     if not rows:
         return ""
     return html.section("Data", html.table(("domain", *COUNTS, "warnings"), rows),
@@ -201,7 +201,7 @@ def _quality(facts: Facts) -> str:
 
 def _lineage(facts: Facts) -> str:
     nodes, edges = _graph(facts)
-    note = "A broken line: what it leads to was made from another one than the one here now."
+    note = "A dashed line: what it leads to was made from another version than the present one."
     old = any(not now for *_, now in edges)
     drawn = flow(("base", "corpora", "experts", "mixture", "release"), nodes, edges)
     return html.section("What came from what", f'<div class="graph">{drawn}</div>',
@@ -209,7 +209,7 @@ def _lineage(facts: Facts) -> str:
 
 
 def _graph(facts: Facts) -> tuple[list[Node], list[tuple[str, str, bool]]]:
-    """Nodes by column, and edges: from, to, and whether the one was really made from the other as it is now."""
+    """Nodes by column, and edges: from, to, and whether the second was made from the first as it is now."""
     nodes, edges = [], []
     mixture, champion, base = facts["mixture"], facts["champion"], facts["base"]
     if base:
@@ -239,14 +239,14 @@ def _graph(facts: Facts) -> tuple[list[Node], list[tuple[str, str, bool]]]:
 
 
 def routing(measured: Sequence[tuple[str, str, Facts]], mixture: Facts) -> str:
-    """The section, for each of (key, name, facts) as `moa.reports.page` has measured them; empty without any."""
+    """The section on routing, for each of `_measured`; empty without any."""
     parts = []
     for _, name, each in measured:
         router, figures = each.get("router") or mixture["router"], each["routing"]
-        said = ", ".join(f"{what} {figures[key]:.1%}" for what, key in (
+        text = ", ".join(f"{what} {figures[key]:.1%}" for what, key in (
             ("accuracy", "accuracy"), ("abstention", "abstention"), ("calibration error", "ece")) if key in figures)
         rule = f"; rule {router['rule']}, reading {_read(router)}" if {"rule", "layer"} <= router.keys() else ""
-        parts.append(f"<h3>{escape(name)}</h3><p>{escape(said + rule)}</p>"
+        parts.append(f"<h3>{escape(name)}</h3><p>{escape(text + rule)}</p>"
                      f'<div class="aside"><div>{_matrix(figures.get("confusion", {}))}</div>'
                      f"<div>{_tax(each['tax'])}</div></div>{_levels(router)}")
     return html.section("Routing", *parts) if parts else ""
@@ -258,7 +258,7 @@ def _read(router: Facts) -> str:
 
 
 def _levels(router: Facts) -> str:
-    """Each layer's head alone on the validation prompts, as a plot and a table; empty where nobody measured it."""
+    """Each layer's head alone on the validation prompts, as a plot and a table; empty where it was not measured."""
     levels = router.get("levels") or []
     if not levels:
         return ""
@@ -300,7 +300,7 @@ def _matrix(confusion: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def _tax(found: Mapping[str, Facts]) -> str:
-    """What routing costs against the true label, domain by domain."""
+    """The cost of routing against the true label, by domain."""
     table = html.table(("routing tax", "loss, routed - forced", "metric, forced - routed"), (
         (domain, html.with_interval(each["loss"], each["loss_interval"], "+"),
          html.with_interval(each["score"], each["score_interval"], "+")) for domain, each in found.items()))

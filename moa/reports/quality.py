@@ -1,14 +1,15 @@
-"""A domain's quality report for people: as text, and as one HTML file that needs nothing else.
+"""A domain's quality report as text for a terminal and as one self-contained HTML file.
 
-Knows the report's keys and no figures of its own. Rows may hold anything, so every text of theirs is escaped; the page
-has no script and loads nothing.
+Rows may hold any text, so all of it is escaped; the page has no script and loads nothing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
+from moa.core.text import table
 from moa.reports import html
 
 BAR = 24       # widest bar of the text, in letters
@@ -17,10 +18,10 @@ LENGTHS = (("prompt", "prompt"), ("completion", "answer"), ("row", "whole row"))
 LANGUAGES = {"short": "too short to tell", "unsure": "no natural language, or unsure"}
 
 
-# What both show.
+# What the text and the page share.
 
 def _counts(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    """(what, how many, what it means), one for everything that can become of a row."""
+    """(name, count, remark), one for everything that can become of a row."""
     rows = report["rows"]
     near = rows.get("near_duplicates", 0)
     return [("read", rows["read"], ""), ("kept", rows["kept"], " · ".join(f"{split} {rows[split]:,}" for split in (
@@ -38,16 +39,16 @@ def _bins(tokens: Mapping[str, Any], part: str) -> list[tuple[str, int]]:
 
 
 def _rejections(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    """(reason, rows, where the first one is)."""
-    found = []
+    """(reason, rows, place of the first one)."""
+    rejections = []
     for each in report["rejected"]:
         example = each["example"]
-        found.append((each["reason"], each["count"], f"{example['file']}:{example['line']}" if example else ""))
-    return found
+        rejections.append((each["reason"], each["count"], f"{example['file']}:{example['line']}" if example else ""))
+    return rejections
 
 
 def _neighbours(report: Mapping[str, Any]) -> tuple[str, list[tuple[str, float]]]:
-    """A sentence on the rows that look like another domain's, and how well each domain is told apart."""
+    """A sentence on the rows that look like another domain's, and the accuracy of telling each domain apart."""
     across = report["across"]
     if (found := across["neighbours"]) is None:
         return "No other domain is prepared, so there is nothing to compare with.", []
@@ -59,12 +60,13 @@ def _neighbours(report: Mapping[str, Any]) -> tuple[str, list[tuple[str, float]]
 # Text.
 
 def text(report: Mapping[str, Any]) -> str:
-    """The report in plain letters, warnings last, where a terminal shows them."""
-    parts = [_table((name, f"{count:,}", remark) for name, count, remark in _counts(report))]
+    """The report for a terminal; warnings come last, where a terminal shows them."""
+    parts = [_table(((name, f"{count:,}", remark) for name, count, remark in _counts(report)), right=[1])]
     if report["redacted"]:
         parts.append("redacted: " + ", ".join(f"{count:,} {kind}" for kind, count in report["redacted"].items()))
     if found := _rejections(report):
-        parts.append("Rejected\n" + _table((each, f"{count:,}", f"first at {place}") for each, count, place in found))
+        parts.append("Rejected\n" + _table(((each, f"{count:,}", f"first at {place}") for each, count, place in found),
+                                             right=[1]))
     for part, name in LENGTHS:
         values = report["tokens"][part]
         if "mean" in values:
@@ -75,8 +77,8 @@ def text(report: Mapping[str, Any]) -> str:
                  f"message\nAnswers: {answers['different']:,} different, the most frequent in "
                  f"{answers['largest_group']:,} rows, {answers['short']:,} of one token or none, "
                  f"{answers['blank']:,} blank")
-    parts += [f"{title}\n" + _table((f"{each['count']:,}", f"{each['share']:.1%}", html.one_line(each["text"], 80))
-                                    for each in answers[key])
+    parts += [f"{title}\n" + _table(((f"{each['count']:,}", f"{each['share']:.1%}", html.one_line(each["text"], 80))
+                                     for each in answers[key]), right=[0, 1])
               for key, title in (("most_frequent", "Most frequent answers"), ("openings", "Answers that begin alike"))
               if answers[key]]
     shares = report["languages"]["shares"]
@@ -95,22 +97,14 @@ def _across_text(report: Mapping[str, Any]) -> str:
              f"{near['across_domains']['count']:,} nearly so; across splits {near['across_splits']['count']:,} nearly "
              f"the same ({near['compared']:,} rows compared)", sentence]
     if apart:
-        lines.append("Told apart from\n" + _table((name, f"{accuracy:.0%}", "") for name, accuracy in apart))
+        lines.append("Told apart from\n" + _table(((name, f"{accuracy:.0%}") for name, accuracy in apart), right=[1]))
     lines += [f"  like {each['looks_like']}: {html.one_line(each['text'], 90)}"
               for each in (across["neighbours"] or {"examples": []})["examples"]]
     return "\n".join(lines)
 
 
-def _table(rows: Iterable[Sequence[str]]) -> str:
-    """Columns side by side: numbers to the right, the last one as it is."""
-    rows = [list(row) for row in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width)
-                 for cell, width in zip(row, widths, strict=False)]
-        lines.append("  " + "  ".join([*cells, row[-1]]).rstrip())
-    return "\n".join(lines)
+def _table(rows: Iterable[Sequence[str]], right: Sequence[int]) -> str:
+    return indent(table(list(rows), right), "  ")
 
 
 def _histogram(bins: Sequence[tuple[str, int]]) -> str:
@@ -127,7 +121,7 @@ def _bar(share: float) -> str:
 # HTML.
 
 def render(report: Mapping[str, Any]) -> str:
-    """The report as one page."""
+    """The report as one HTML page."""
     body = "".join([_tiles(report), html.warned(report["warnings"]), _length_section(report),
                     _rejection_section(report), _answer_section(report), _language_section(report),
                     _across_section(report)])
@@ -135,7 +129,7 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
-    """Write the page so that a reader sees the whole of it or the old one. Raises UsageError where it cannot be."""
+    """Write the report's page to `path`, whole. Raises UsageError where it cannot be written."""
     html.write(path, render(report))
 
 
@@ -212,7 +206,7 @@ def _across_section(report: Mapping[str, Any]) -> str:
 
 
 def _columns(bins: Sequence[tuple[str, int]]) -> str:
-    """A histogram as SVG: a column a bin, its label below where there is room."""
+    """A histogram as SVG: one column for each bin, with its label below where there is room."""
     width, height, foot = 320, 150, 18
     most, step = max(max(count for _, count in bins), 1), width / len(bins)
     every = -(-len(bins) * 52 // width)

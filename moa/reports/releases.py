@@ -1,4 +1,4 @@
-"""Releases as facts and as text for a terminal. Reads the registry, changes nothing, decides nothing."""
+"""Releases as facts (JSON values) and as text for a terminal. Reads the registry and changes nothing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -8,14 +8,14 @@ from typing import Any
 from moa.core.config import Config
 from moa.core.paths import Workspace
 from moa.core.project import Names
-from moa.core.text import NOTHING_RELEASED, SHORT_DIGEST, shorten
+from moa.core.text import NOTHING_RELEASED, SHORT_DIGEST, shorten, table
 from moa.release.champion_history import Entry
 from moa.release.registry import MixtureVersion, Registry
 
 # Facts.
 
 def listed(workspace: Workspace, config: Config) -> dict[str, Any]:
-    """Every release, newest first."""
+    """Every release, newest first: `name` of the registered model, `champion` (version or None) and `releases`."""
     registry = Registry(workspace, config)
     if not registry.exists():
         return {"name": Names.of(config).mixture, "champion": None, "releases": []}
@@ -50,7 +50,7 @@ def _time(milliseconds: int) -> str:
 
 
 def shown(workspace: Workspace, config: Config, version: int | str) -> dict[str, Any]:
-    """Everything a release pins, how it came about, and when it was champion."""
+    """Everything that a release pins, its origin, and when it was champion. Raises RegistryError if it is unknown."""
     registry = Registry(workspace, config)
     found, history = registry.get(version), registry.history()
     return {**_facts(found, registry.champion(), _served(history)), "name": found.name,
@@ -71,10 +71,13 @@ def history(workspace: Workspace, config: Config) -> dict[str, Any]:
 
 
 def diff(workspace: Workspace, config: Config, old: int, new: int) -> dict[str, Any]:
-    """What differs between two releases: parts by digest, parameters, figures of the evaluation, and both gates."""
+    """What differs between two releases: parts by digest, parameters, figures of the evaluation, and both gates.
+
+    Raises RegistryError where there is no such version.
+    """
     registry = Registry(workspace, config)
     one, other = registry.get(old), registry.get(new)
-    # Which version an expert has is said under `experts`.
+    # The versions of experts are listed under `experts`.
     params = [{key: value for key, value in registry.params(each).items() if not key.startswith("expert.")}
               for each in (one, other)]
     return {"old": one.version, "new": other.version,
@@ -100,7 +103,7 @@ def _pair(old: Any, new: Any) -> dict[str, Any]:
 
 
 def _router(one: MixtureVersion, other: MixtureVersion, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The digest is of the heads' tensors; labels and thresholds, which decide as much, are parameters."""
+    """Whether the router changed: its digest covers the heads' tensors; its labels and thresholds are parameters."""
     pair = _pair(one.tags.get("moa.router"), other.tags.get("moa.router"))
     return pair | ({"change": "changed"} if any(key == "labels" or key.startswith("router.") for key in params) else {})
 
@@ -116,13 +119,13 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, dict[s
 def listed_text(facts: Mapping[str, Any]) -> str:
     if not facts["releases"]:
         return NOTHING_RELEASED
-    lines = ["version  created                    state         gate"]
+    lines = [("version", "created", "state", "gate")]
     for each in facts["releases"]:
         gate = each["gate"]
         against = f"against {gate['against']}: " if gate and gate["against"] else ""
-        lines.append(f"{each['version']:>7}  {each['created']:<25}  {each['state']:<12}  "
-                     f"{against}{shorten(gate['reason'], 100) if gate else '-'}")
-    return "\n".join(lines)
+        lines.append((str(each["version"]), each["created"], each["state"],
+                      f"{against}{shorten(gate['reason'], 100) if gate else '-'}"))
+    return table(lines, right=[0])
 
 
 def shown_text(facts: Mapping[str, Any]) -> str:
@@ -147,12 +150,12 @@ def shown_text(facts: Mapping[str, Any]) -> str:
 def history_text(facts: Mapping[str, Any]) -> str:
     if not facts["history"]:
         return NOTHING_RELEASED
-    lines = [f"{'n':>3}  {'at':<25}  version  {'instead of':>10}  by        reason"]
+    lines = [("n", "at", "version", "instead of", "by", "reason")]
     for entry in facts["history"]:
         undone = "" if entry["effective"] else "  (interrupted: the alias did not move)"
-        lines.append(f"{entry['n']:>3}  {entry['at']:<25}  {entry['version']:>7}  {entry['previous'] or '-':>10}  "
-                     f"{entry['by']:<8}  {entry['reason']}{undone}")
-    return "\n".join(lines)
+        lines.append((str(entry["n"]), entry["at"], str(entry["version"]), str(entry["previous"] or "-"), entry["by"],
+                      f"{entry['reason']}{undone}"))
+    return table(lines, right=[0, 2, 3])
 
 
 def diff_text(facts: Mapping[str, Any]) -> str:
@@ -178,9 +181,9 @@ def diff_text(facts: Mapping[str, Any]) -> str:
 
 
 def gate_text(decision: Mapping[str, Any]) -> str:
-    """A decision of the gate: a line per domain and measure, then routing, then what it comes to."""
+    """A decision of the gate: a line for each domain and measure, then routing, then the reason."""
     against = decision.get("against")
-    lines = [f"gate: version {decision['version']} against {f'version {against}' if against else 'nobody'}: "
+    lines = [f"gate: version {decision['version']} against {f'version {against}' if against else 'no incumbent'}: "
              f"{'pass' if decision['promote'] else 'refused'}"]
     if domains := decision.get("domains"):
         width = max(map(len, [*domains, "domain"]))

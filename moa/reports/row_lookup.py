@@ -1,8 +1,8 @@
-"""`moa domain which`: everywhere a row is, for somebody who must answer for it or delete it.
+"""`moa domain which`: every place of a row, for those who must account for it or delete it.
 
-Looks through raw files as they are now (rejected, repeated and redacted rows included), through prepared corpora, and
-through the corpora that released experts learned from, as far as they are here or in DVC's cache. A release whose
-corpus cannot be read is named: silence would say that it is clean. Changes nothing.
+The search covers the raw files as they are now (rejected, repeated and redacted rows included), the prepared corpora,
+and the corpora that released experts learned from, where they are in the workspace or in DVC's cache. A release whose
+corpus cannot be read is named, because silence would mean that it does not hold the row. Nothing is changed.
 """
 
 import json
@@ -22,7 +22,7 @@ from moa.data.readers import RowRejected, files, read
 from moa.workspace.data_versions import DataVersions
 
 BATCH = 1 << 14
-MOST = 1000            # rows that are listed; more is no answer
+MOST = 1000            # rows that are listed; more are refused
 SHORTEST = 3           # letters of a text
 SHOWN = 200
 DID = {"train": "learned from it", "validation": "was validated on it", "test": "was tested on it"}
@@ -30,7 +30,7 @@ DID = {"train": "learned from it", "validation": "was validated on it", "test": 
 
 @dataclass(frozen=True)
 class _Query:
-    """What is asked for: a row's id or its beginning, or a text that a row holds."""
+    """The query: a row's id or the beginning of it, or a text that a row contains."""
 
     text: str            # in lower case, white space as single blanks
     prefix: str | None   # of an id
@@ -43,23 +43,23 @@ class _Query:
                              "8 hexadecimal digits or more of its id.")
         return cls(text, text if re.fullmatch(r"[0-9a-f]{8,32}", text) else None)
 
-    def named(self, row_id: str) -> bool:
+    def matches_id(self, row_id: str) -> bool:
         return self.prefix is not None and row_id.startswith(self.prefix)
 
-    def said(self, texts: Iterable[str]) -> bool:
+    def matches_text(self, texts: Iterable[str]) -> bool:
         return any(self.text in _plain(text) for text in texts)
 
 
 @dataclass
 class _Found:
-    """One row of a domain; without an id, one that is no conversation."""
+    """One row of a domain. A row that is not a conversation has no id."""
 
     domain: str
     id: str | None
     text: str = ""
     places: list[tuple[str, int]] = field(default_factory=list)   # file under data/raw/NAME, and line
     split: str | None = None
-    why: str = ""                                                 # it is in no split
+    why: str = ""                                                 # the row is in no split
     releases: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,9 +69,12 @@ class _Found:
 
 
 def which(workspace: Workspace, config: Config, words: str) -> dict[str, Any]:
-    """Every row that `words` name or that holds them, with its split or why it has none, and its releases.
+    """Every row whose id begins with `words` or whose text contains them.
 
-    Raises UsageError for words that are too short, or that stand in more rows than anybody means.
+    Returns:
+        `rows`, each with its split (or why it has none), its places and its releases; `unknown`, the releases whose
+        corpora cannot be read; `found`, and what was `searched`. Raises UsageError for words that are too short, or
+        that more than `MOST` rows contain.
     """
     query = _Query.of(words)
     rows: dict[tuple[str, str], _Found] = {}
@@ -124,13 +127,14 @@ def _raw(workspace: Workspace, config: Config, domain: str, query: _Query) -> It
         try:
             messages = conversation(raw.value, config.domains[domain])
         except RowRejected as reason:
-            if query.said([raw.text, *_strings(raw.value)]):
+            if query.matches_text([raw.text, *_strings(raw.value)]):
                 yield _Found(domain, None, raw.text, [place], why=f"rejected: {reason}")
             continue
         contents = [message["content"] for message in messages]
-        kept = [{**message, "content": redact(message["content"])} for message in messages]
-        row_id = identity(kept)
-        if query.named(row_id) or query.said(contents) or query.said(message["content"] for message in kept):
+        redacted = [{**message, "content": redact(message["content"])} for message in messages]
+        row_id = identity(redacted)
+        if (query.matches_id(row_id) or query.matches_text(contents)
+                or query.matches_text(message["content"] for message in redacted)):
             yield _Found(domain, row_id, contents[-2], [place])
 
 
@@ -147,7 +151,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _explain(workspace: Workspace, domain: str, rows: list[_Found]) -> None:
-    """Say why rows of the raw files are in no split, as far as the last prepare wrote it down."""
+    """Set `why` of rows of the raw files that are in no split, from what the last prepare recorded."""
     folder = workspace.corpus(domain)
     rows = [row for row in rows if row.places and row.id]
     if not rows:
@@ -156,14 +160,14 @@ def _explain(workspace: Workspace, domain: str, rows: list[_Found]) -> None:
         for row in rows:
             row.why = "the domain was not prepared yet"
         return
-    doubles = {row.id: row for row in rows}
+    by_id = {row.id: row for row in rows}
     for record in _records(folder / "near_duplicates.jsonl"):
-        if record["id"] in doubles:
-            doubles[record["id"]].why = f"a near-duplicate of {record['of']} in {record.get('of_split', 'the corpus')}"
-    refused = {place: row for row in rows for place in row.places}
+        if record["id"] in by_id:
+            by_id[record["id"]].why = f"a near-duplicate of {record['of']} in {record.get('of_split', 'the corpus')}"
+    by_place = {place: row for row in rows for place in row.places}
     for record in _records(folder / "rejected.jsonl"):
-        if (place := (record["file"], record["line"])) in refused and not refused[place].why:
-            refused[place].why = f"rejected: {record['reason']}"
+        if (place := (record["file"], record["line"])) in by_place and not by_place[place].why:
+            by_place[place].why = f"rejected: {record['reason']}"
     for row in rows:
         row.why = row.why or "it came after the last prepare: run `moa run`"
 
@@ -193,7 +197,7 @@ class _Corpus:
 
 def _corpora(workspace: Workspace, config: Config
              ) -> tuple[_Versions, list[dict[str, Any]], dict[tuple[str, str], _Corpus]]:
-    """Releases, those of their corpora that cannot be read, and every corpus that can, by domain and digest."""
+    """Releases, their corpora that cannot be read, and every readable corpus by domain and digest."""
     corpora: dict[tuple[str, str], _Corpus] = {}
     for domain in config.domains:
         folder = workspace.corpus(domain)
@@ -224,7 +228,7 @@ def _corpora(workspace: Workspace, config: Config
 
 
 def _cached(workspace: Workspace, digest: str, tags: Mapping[str, str]) -> dict[str, Path] | None:
-    """Files of a corpus in DVC's cache, if all of it is there and it is the one with this digest."""
+    """Files of the corpus with this digest in DVC's cache; None where the cache lacks any of them."""
     found = DataVersions(workspace).cached(tags["dvc.md5"]) if "dvc.md5" in tags else {}
     if not {MANIFEST, *(f"{split}.parquet" for split in SPLITS)} <= found.keys():
         return None
@@ -232,12 +236,12 @@ def _cached(workspace: Workspace, digest: str, tags: Mapping[str, str]) -> dict[
 
 
 def _prepared(corpus: Mapping[str, Path], query: _Query, ids: set[str]) -> Iterator[tuple[str, str, str]]:
-    """(id, split, question) of rows whose id is among `ids` or asked for, or that hold the text."""
+    """(id, split, question) of rows whose id is among `ids` or matches the query, or that contain its text."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    # Arrow looks for one word, of letters that everybody writes small alike; what it finds is read in full.
+    # Arrow filters by one word of ASCII letters, which Arrow and Python lower-case alike; matches are read in full.
     word = max((word for word in query.text.split() if word.isascii()), key=len, default="")
     wanted = pa.array(sorted(ids), pa.string())
     for split in SPLITS:
@@ -251,9 +255,9 @@ def _prepared(corpus: Mapping[str, Path], query: _Query, ids: set[str]) -> Itera
                 if query.prefix:
                     named = pc.or_(named, pc.starts_with(row_ids, query.prefix))
                 for row in batch.filter(pc.or_(near, named)).to_pylist():
-                    said = [message["content"] for message in row["messages"]]
-                    if row["id"] in ids or query.named(row["id"]) or query.said(said):
-                        yield row["id"], split, said[-2]
+                    texts = [message["content"] for message in row["messages"]]
+                    if row["id"] in ids or query.matches_id(row["id"]) or query.matches_text(texts):
+                        yield row["id"], split, texts[-2]
 
 
 # Text.

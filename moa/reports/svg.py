@@ -1,6 +1,6 @@
 """Small plots as inline SVG: values with intervals, curves, a graph in columns. Every text is escaped.
 
-Knows nothing of what the figures mean. Colours are the page's classes s0 to s4.
+Colours are numbers that select the page's CSS classes s0 to s4.
 """
 
 from collections import defaultdict
@@ -24,10 +24,12 @@ class Dot:
 
 @dataclass(frozen=True)
 class Line:
+    """A curve through (x, y) points."""
+
     name: str
     points: Sequence[tuple[float, float]]
     colour: int
-    broad: bool = False   # pale, so that a line which takes the same way is seen on it
+    broad: bool = False   # wide and pale, so that another line along the same points stays visible
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,14 @@ def _rule(x: float, to: float, y: float) -> str:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """From below the lowest to above the highest; never empty."""
+    """The axis from below the lowest to above the highest value, never empty."""
     low, high = min(values), max(values)
     margin = (high - low) * 0.06 or abs(high) * 0.06 or 0.5
     return low - margin, high + margin
 
 
 def whiskers(groups: Sequence[tuple[str, Sequence[Dot]]]) -> str:
-    """A line a value, group by group: the dot, and its interval as a bar, over one scale."""
+    """A dot with its interval as a bar for each value, on one scale; groups are (name, dots)."""
     spread = [value for _, dots in groups for dot in dots for value in (dot.value, *(dot.bounds or ()))]
     if not spread:
         return '<p class="soft">Nothing was measured.</p>'
@@ -90,8 +92,14 @@ def whiskers(groups: Sequence[tuple[str, Sequence[Dot]]]) -> str:
 
 def curves(lines: Sequence[Line], unit: str = "step", form: str = ".2f", width: int = 320,
            mark: float | None = None) -> str:
-    """Lines over one another, a broken upright line at `mark`; at the axes the lowest and highest value, in `form`, and
-    the first and last x, in `unit`s."""
+    """Curves in one plot.
+
+    Args:
+        unit: name of the x axis, written at the first and last x.
+        form: format of the lowest and highest value at the y axis.
+        width: of the view box.
+        mark: x of a dashed vertical line.
+    """
     points = [point for line in lines for point in line.points]
     if not points:
         return '<p class="soft">Nothing was measured.</p>'
@@ -125,7 +133,12 @@ def curves(lines: Sequence[Line], unit: str = "step", form: str = ".2f", width: 
 
 
 def flow(columns: Sequence[str], nodes: Sequence[Node], edges: Sequence[tuple[str, str, bool]]) -> str:
-    """A graph from left to right, a column a kind. An edge that is not as now is broken."""
+    """A graph from left to right.
+
+    Args:
+        columns: titles of the columns.
+        edges: (key of a node, key of a node, whether it is current); an edge that is not current is dashed.
+    """
     box, tall, gap, head = 172, 42, 14, 26
     width = 1000
     by_column: dict[int, list[Node]] = defaultdict(list)

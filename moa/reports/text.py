@@ -1,4 +1,4 @@
-"""Figures to text, for terminals and Markdown. Measures nothing itself."""
+"""Figures as text, for terminals and for pages that show Markdown."""
 
 import os
 import shlex
@@ -9,6 +9,7 @@ from typing import Any
 from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.paths import Workspace
+from moa.core.text import table
 from moa.data import corpus
 from moa.evaluation import summary
 
@@ -17,7 +18,11 @@ BAR = 20   # characters of a probability of 1
 
 
 def champion_table(workspace: Workspace, config: Config, *, rerun: bool = False) -> dict[str, Any]:
-    """How the champion does: as measured when it was built, or again on today's test rows."""
+    """The champion's figures: as measured when it was built, or with `rerun` again on the present test rows.
+
+    Returns:
+        `release` (its version), `domains` and `routing`, as in `summary.json`. Raises RegistryError without a champion.
+    """
     from moa.release.champion import champion, open_mixture
 
     version, folder = champion(workspace, config)
@@ -36,29 +41,28 @@ def champion_table(workspace: Workspace, config: Config, *, rerun: bool = False)
 
 
 def comparison_text(compared: dict[str, Any]) -> str:
-    """Mean loss of two releases by domain."""
+    """Mean loss of two releases by domain; `compared` is of `moa.evaluation.comparison.compare`."""
     by_domain: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in compared["rows"]:
         by_domain[row["domain"]].append(row)
-    width = max(len(domain) for domain in by_domain)
-    lines = [f"{'domain':<{width}}  {'rows':>5}  {'base':>8}  {'incumbent':>10}  {'challenger':>10}"]
+    systems = ("base", "incumbent", "challenger")
+    lines: list[tuple[str, ...]] = [("domain", "rows", *systems)]
     for domain, rows in by_domain.items():
-        means = [_mean([row.get(f"{name}_loss") for row in rows]) for name in ("base", "incumbent", "challenger")]
-        lines.append(f"{domain:<{width}}  {len(rows):>5}  {means[0]:>8}  {means[1]:>10}  {means[2]:>10}")
-    return "\n".join(lines)
+        lines.append((domain, str(len(rows)), *(_mean([row.get(f"{name}_loss") for row in rows]) for name in systems)))
+    return table(lines, right=range(1, 5))
 
 
 def trace_text(trace: list[dict[str, Any]], decision: dict[str, Any]) -> str:
-    """A line for each level that the router can read: the domain its head names, how surely, and a mark where the
-    rule reads; then what the rule decided."""
+    """A line for each level that the router can read: the domain that its head names, the probability, and a mark where
+    the rule reads; then the decision of the rule."""
     lines = ["level                       probability  domain"]
     for choice in trace:
         bar = "█" * round(BAR * choice["probability"])
         mark = "  <- read" if choice["level"] in decision["levels"] else ""
         lines.append(f"{choice['level']:>5}  {bar:░<{BAR}}  {choice['probability']:>10.1%}  {choice['domain']}{mark}")
-    said = f"rule {decision['rule']}: {decision['domain']}, confidence {decision['confidence']:.1%}"
+    decided = f"rule {decision['rule']}: {decision['domain']}, confidence {decision['confidence']:.1%}"
     unsure = f"; its score {decision['score']:.3g} is below {decision['threshold']:.3g}, so the router abstains"
-    return "\n".join([*lines, said + (unsure if decision["abstained"] else "")])
+    return "\n".join([*lines, decided + (unsure if decision["abstained"] else "")])
 
 
 def _mean(losses: list[float | None]) -> str:
@@ -67,7 +71,7 @@ def _mean(losses: list[float | None]) -> str:
 
 
 def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
-    """What `moa run` ends with: the table, where things are, what to try next."""
+    """The last lines of `moa run`: the table of figures, where the results are, and commands to try next."""
     measured = read_json(workspace.reports / "summary.json")
     domain = next(iter(config.domains))
     question = shlex.quote(_question(workspace, domain))
@@ -93,17 +97,19 @@ def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
 
 def _question(workspace: Workspace, domain: str) -> str:
     """The shortest question among the domain's test rows, which the expert has not learned."""
-    found = [" ".join(row.question.split()) for row in corpus.read(workspace.corpus(domain), "test")]
-    return min(found, key=len, default="...")
+    questions = [" ".join(row.question.split()) for row in corpus.read(workspace.corpus(domain), "test")]
+    return min(questions, key=len, default="...")
 
 
 # Markdown.
 
 def markdown(evaluation: Mapping[str, Any] | None, router: Mapping[str, Any], release: Mapping[str, Any] | None) -> str:
-    """What a build came to, for a page that shows Markdown: the decision, scores with intervals, routing.
+    """The result of a build as Markdown: the decision, scores with intervals, routing.
 
-    `evaluation` is of `moa.reports.facts`, `router` a mixture's manifest's, `release` of `flows.steps.release`; any may
-    be None.
+    Args:
+        evaluation: of `moa.reports.facts.evaluation`; None leaves scores and routing out.
+        router: `router` of a mixture's manifest.
+        release: of `flows.steps.release`; None leaves the decision out.
     """
     parts = [f"**Release** {released_line(release)}"] if release else []
     if evaluation:
@@ -117,20 +123,20 @@ def markdown(evaluation: Mapping[str, Any] | None, router: Mapping[str, Any], re
 
 
 def released_line(release: Mapping[str, Any]) -> str:
-    """Which version was registered, what the gate said of it, and who is champion."""
+    """Which version was registered, the gate's reason, and which version is champion."""
     decision, champion = release.get("decision") or {}, release.get("champion")
-    said = str(decision.get("reason", "")).rstrip(".")
+    reason = str(decision.get("reason", "")).rstrip(".")
     serving = f"champion is version {champion}" if champion else "there is no champion yet"
     waiting = "; it waits for approval" if release.get("waiting") else ""
     return (f"version {release.get('version', '?')} of {release.get('name', '?')}"
-            f"{f': {said}' if said else ''}; {serving}{waiting}.")
+            f"{f': {reason}' if reason else ''}; {serving}{waiting}.")
 
 
 def _routing(evaluation: Mapping[str, Any], router: Mapping[str, Any]) -> list[str]:
     routing = evaluation["routing"]
-    said = ", ".join(f"{what} {routing[key]:.1%}" for what, key in (
+    figures = ", ".join(f"{what} {routing[key]:.1%}" for what, key in (
         ("accuracy", "accuracy"), ("abstention", "abstention"), ("calibration error", "ece")) if key in routing)
-    parts = [f"### Routing\n\n{said}"]
+    parts = [f"### Routing\n\n{figures}"]
     if confusion := routing.get("confusion"):
         parts.append(_grid(("rows of / best guess", *confusion),
                            ((domain, *(counts.get(guess, 0) for guess in confusion))
@@ -152,7 +158,7 @@ def _bounded(value: float | None, bounds: Sequence[float] | None) -> str:
 
 
 def _grid(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; what a cell says cannot end it."""
+    """A Markdown table. Bars and line ends within cells are replaced, because they would end the cell."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(' '.join(str(cell).replace('|', '/').split()) for cell in line)} |"
                      for line in lines)

@@ -1,6 +1,6 @@
-"""Releases that serve: the champion on its base, followed as it changes, answering batches.
+"""Releases that serve: the champion on its base, replaced when the champion changes, and the batches it answers.
 
-Knows nothing of HTTP. A release that another one follows finishes what was asked of it, and is then forgotten.
+A release that was replaced finishes the requests that it was given and is then freed.
 """
 
 import copy
@@ -35,7 +35,7 @@ Watch = Callable[[int, str, Conversation, Decision], None]   # version and diges
 
 
 class ObservedMixture(Mixture):
-    """A mixture that tells what its router decided, as a release's own: a version and a digest come with it."""
+    """A mixture that reports each decision of its router to `tell`."""
 
     tell: Callable[[Conversation, Decision], None] | None = None
 
@@ -49,7 +49,7 @@ class ObservedMixture(Mixture):
 
 @dataclass(frozen=True, eq=False)
 class Release:
-    """One version at work."""
+    """One loaded version."""
 
     name: str
     version: int
@@ -73,70 +73,70 @@ class Release:
 
 
 class AnswerListener:
-    """What somebody hears of an answer while it is written: first who answers, then pieces of text.
+    """Passes an answer on while it is generated: first the label that answers, then pieces of text.
 
-    A row that is begun anew, because a neighbour failed, says again what it said: that is passed over.
+    A row that is generated again, because another row of its batch failed, repeats its text: the repetition is dropped.
     """
 
     def __init__(self, begun: Tell, piece: Tell) -> None:
         self._begun, self._piece = begun, piece
-        self._heard = -1    # characters that were passed on; -1 = not even who answers
-        self._said = 0      # characters of this attempt
+        self._passed_on = -1   # characters that were passed on; -1 = not even the label
+        self._generated = 0     # characters of this attempt
 
     def begun(self, by: str) -> None:
-        self._said = 0
-        if self._heard < 0:
-            self._heard = 0
+        self._generated = 0
+        if self._passed_on < 0:
+            self._passed_on = 0
             self._begun(by)
 
     def piece(self, text: str) -> None:
-        self._said += len(text)
-        if (new := self._said - self._heard) > 0:
-            self._heard = self._said
+        self._generated += len(text)
+        if (new := self._generated - self._passed_on) > 0:
+            self._passed_on = self._generated
             self._piece(text[-new:])
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One conversation for one release. The options are checked, the domain is one that the release has."""
+    """One conversation for one release, with checked options and a domain that the release has."""
 
     release: Release
     messages: Conversation
     domain: str | None
     options: GenerationConfig
     prompt_tokens: int
-    hearing: AnswerListener | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)   # once set, nobody waits for the answer
+    listener: AnswerListener | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)   # set once the client has left
 
     @classmethod
     def of(cls, release: Release, messages: Conversation, domain: str | None, options: dict[str, Any],
-           prompt_tokens: int, hearing: AnswerListener | None = None) -> Self:
+           prompt_tokens: int, listener: AnswerListener | None = None) -> Self:
         chosen = GenerationConfig(**options)
-        if chosen.temperature > 0 and chosen.seed is None:   # so that a row which is begun anew says the same
+        if chosen.temperature > 0 and chosen.seed is None:   # a row that is generated again repeats its text
             chosen = replace(chosen, seed=secrets.randbits(63))
-        return cls(release, messages, domain, chosen, prompt_tokens, hearing)
+        return cls(release, messages, domain, chosen, prompt_tokens, listener)
 
     def job(self) -> Job:
-        """A row, heard or not, beside any other of the release."""
+        """A job that generates the answer; it may share a batch with any other job of the release."""
         return Job(self.release, self.prompt_tokens + self.options.max_new_tokens, self)
 
     def routing(self) -> Job:
-        """Only the router's decision, beside any other of the release."""
+        """A job for the router's decision alone; it may share a batch with any other job of the release."""
         return Job(self.release, self.prompt_tokens, self)
 
     def request(self, ended: Callable[[Answer], None]) -> Request:
-        heard = {} if self.hearing is None else {"begun": self.hearing.begun, "piece": self.hearing.piece}
+        callbacks = {} if self.listener is None else {"begun": self.listener.begun, "piece": self.listener.piece}
         return Request(messages=self.messages, domain=self.domain, options=self.options,
-                       listener=Listener(**heard, ended=ended, cancelled=self.cancelled))
+                       listener=Listener(**callbacks, ended=ended, cancelled=self.cancelled))
 
 
 def answer(jobs: Sequence[Job]) -> list[Answer]:
-    """Answer a batch as one: what a Batcher works with. A job is done when its row is, whoever is still being heard."""
+    """Generate the answers of one batch: `work` of a Batcher. Each job is done as soon as its own row is."""
     return jobs[0].work.release.mixture.answer([job.work.request(job.done.set_result) for job in jobs])
 
 
 def decide(jobs: Sequence[Job]) -> list[Decision]:
-    """Route a batch as one: what a Batcher works with where another server decodes."""
+    """Route one batch: `work` of a Batcher where another server decodes."""
     return jobs[0].work.release.mixture.route([job.work.messages for job in jobs])
 
 
@@ -144,8 +144,10 @@ class ReleaseWatcher:
     """The release that serves now, replaced when the champion changes."""
 
     def __init__(self, workspace: Workspace, config: Config, watch: Watch | None = None) -> None:
-        """Load the champion; `watch` hears of every decision of every champion's router. Raises MoaError when there is
-        none, or it cannot be loaded."""
+        """Load the champion. `watch` is called with every decision of every champion's router.
+
+        Raises MoaError when there is no champion or it cannot be loaded.
+        """
         self.workspace, self.config, self.watch = workspace, config, watch
         self.registry = Registry(workspace, config)
         self._base: Base | None = None
@@ -158,7 +160,7 @@ class ReleaseWatcher:
         self._thread: threading.Thread | None = None
 
     def follow(self, seconds: float) -> None:
-        """Look for another champion every so often, until `close`."""
+        """Look for another champion every `seconds` in a thread, until `close`."""
         def run() -> None:
             while not self._stop.wait(seconds):
                 self.look()
@@ -169,14 +171,14 @@ class ReleaseWatcher:
     def close(self) -> None:
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(5)   # a load may take long, and nobody waits for its result
+            self._thread.join(5)   # a load may take long, and its result is not needed
 
     def look(self) -> None:
-        """Serve the champion if it is another one. Whatever goes wrong, what serves now goes on."""
+        """Serve the champion if it is another one. After any failure the present release goes on serving."""
         try:
             version = self.registry.champion()
             self._lost = False
-        except Exception as error:   # of any kind: whoever follows must not stop following
+        except Exception as error:   # of any kind: the thread must go on looking
             if not self._lost:   # once, not every few seconds
                 _log(f"the champion cannot be looked up, {self.now.label} goes on: {error}")
             self._lost = True
@@ -185,7 +187,7 @@ class ReleaseWatcher:
             return
         try:
             self.now = self._load(version, self.registry.download(version.version))
-        except Exception as error:   # nor does a server end because a release is broken
+        except Exception as error:   # of any kind: a broken release must not end the server
             self.failures += 1
             self._refused = version.version, time.monotonic()
             what = error if isinstance(error, MoaError) else f"{type(error).__name__}: {error}"
@@ -205,7 +207,7 @@ class ReleaseWatcher:
                        _special(mixture.base.tokenizer))
 
     def _own_base(self) -> Base:
-        """Modules of its own over shared weights: the release before may still be answering on its own."""
+        """The base as modules of its own over shared weights: the previous release may still be answering."""
         if self._base is None or self._base.pin != pin.pin(self.workspace):
             device = load.pick_device(self.config.execution.devices)
             self._base = load.load(self.workspace, self._config_now().base, device)
@@ -221,7 +223,7 @@ class ReleaseWatcher:
 
 
 def room(release: Release, messages: Conversation, max_new_tokens: int) -> int:
-    """Tokens of the prompt. Raises UsageError when the base's context leaves no room for an answer."""
+    """Number of tokens of the prompt. Raises UsageError when the base's context leaves no room for the answer."""
     mixture = release.mixture
     encoded = mixture.encoder.prompt(messages)
     engine.answer_budgets(mixture.base.model, [encoded], [max_new_tokens])
@@ -229,10 +231,12 @@ def room(release: Release, messages: Conversation, max_new_tokens: int) -> int:
 
 
 def special_in(release: Release, text: str) -> str | None:
-    """A marker of the base that `text` would forge: its letters would become a token of the conversation's structure.
+    """A special token that `text` contains, by its letters or after normalisation; None without any.
+
+    Such a text would be encoded as a token of the conversation's structure, and could forge a turn.
     """
-    if (found := next((word for word in release.special.values() if word in text), None)) is not None:
-        return found
+    if (marker := next((word for word in release.special.values() if word in text), None)) is not None:
+        return marker
     tokenizer = release.mixture.base.tokenizer
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]   # a normalizer may make a marker of other letters
     unknown = tokenizer.unk_token_id                               # what any rare character may become

@@ -1,6 +1,6 @@
-"""Dynamic batching: jobs that arrive while others are worked on are worked on together.
+"""Dynamic batching: jobs that arrive while a batch is being processed become the next batch.
 
-Knows nothing of models, releases or HTTP: what a batch is worked with is a function that the caller gives.
+The function that processes a batch is given by the caller.
 """
 
 import threading
@@ -11,20 +11,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-PAUSES = 10   # that an idle worker waits at most, while newcomers keep coming
+MAX_PAUSES = 10   # that an idle worker waits while jobs keep arriving
 
 
 class Full(Exception):
-    """As many jobs wait as may."""
+    """The queue has as many jobs as it may have."""
 
 
 class Closed(Exception):
-    """No more jobs are taken."""
+    """The batcher was closed and takes no more jobs."""
 
 
 @dataclass(eq=False)
 class Job:
-    """Something to be worked on, and the place of its result. Jobs of one `key` may share a batch."""
+    """Work and the future of its result. Jobs of one `key` may share a batch."""
 
     key: Hashable
     size: int                    # tokens of its row; a batch costs rows times the longest
@@ -34,17 +34,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Limits:
+    """Bounds of batches and of the queue."""
+
     rows: int = 64               # of one batch
     size: int = 65_536           # rows times the longest row of one batch; a single row may be longer
-    waiting: int = 256           # jobs that wait, without those being worked on
-    pause: float = 0.005         # seconds without a newcomer after which an idle worker begins
+    waiting: int = 256           # jobs in the queue, without those being processed
+    pause: float = 0.005         # seconds without a new job after which an idle worker begins
 
 
 class Batcher:
-    """One thread that takes the oldest job and all that fit beside it, until `close`.
+    """One thread that takes the oldest job and all that fit into its batch, until `close`.
 
-    `work` gets jobs of one key and returns a result for each; it may give a job its result before, which then stands.
-    When it raises for several, each that has no result is tried alone, so that nobody pays for a neighbour.
+    `work` gets jobs of one key and returns a result for each. It may set a job's result earlier; that result is kept.
+    When `work` raises for several jobs, each one without a result is tried alone, so that a bad job fails only itself.
     """
 
     def __init__(self, work: Callable[[Sequence[Job]], Sequence[Any]], limits: Limits) -> None:
@@ -57,7 +59,7 @@ class Batcher:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Raises Full or Closed."""
+        """Queue a job. Raises Full or Closed."""
         with self._changed:
             if self._closed:
                 raise Closed
@@ -70,19 +72,21 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
+        """Number of jobs in the queue."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Jobs being worked on."""
+        """Number of jobs being processed."""
         return sum(not job.done.done() for job in self._started)
 
     @property
     def alive(self) -> bool:
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     def close(self, seconds: float = 10) -> None:
-        """Take no more, cancel what waits, and give what is being worked on so long to end."""
+        """Take no more jobs, cancel those that wait, and wait up to `seconds` for the present batch."""
         with self._changed:
             self._closed = True
             for job in self._waiting:
@@ -99,7 +103,7 @@ class Batcher:
             self._started = ()
 
     def _next(self) -> list[Job]:
-        """The next batch; empty once closed and nothing waits."""
+        """The next batch; empty once the batcher is closed and no job waits."""
         with self._changed:
             if not self._waiting:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
@@ -107,8 +111,8 @@ class Batcher:
             return self._take()
 
     def _gather(self) -> None:
-        """Nothing was waiting, so those who come along with this one, moments apart, need not wait for its end."""
-        until = time.monotonic() + PAUSES * self.limits.pause
+        """After an idle time, wait briefly for jobs that arrive together with the first one, to share its batch."""
+        until = time.monotonic() + MAX_PAUSES * self.limits.pause
         seen = 0
         while seen < len(self._waiting) < self.limits.rows and time.monotonic() < until and not self._closed:
             seen = len(self._waiting)

@@ -1,7 +1,4 @@
-"""One request for a chat completion: its body, its limits, its job, and the answer, whole or as a stream.
-
-Knows nothing of how the server was started, or of what a batch is made of.
-"""
+"""One request for a chat completion: its body, its limits, its job, and the answer, whole or as a stream."""
 
 import asyncio
 import contextlib
@@ -20,35 +17,35 @@ from moa.core.errors import DataError, UsageError
 from moa.serving import protocol
 from moa.serving.batcher import Closed, Full, Job
 from moa.serving.protocol import ChatError, ChatQuestion, ChatResponseBuilder, StreamTrimmer
+from moa.serving.state import ServerState
 from moa.serving.upstream import Routed, UpstreamServer
 
 if TYPE_CHECKING:
     from moa.serving.active_release import Answer, AnswerListener, Release
-    from moa.serving.server import Server
 
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 Result = TypeVar("Result")
 
 
-async def complete(server: "Server", request: Request) -> Response:
-    """Raises ChatError."""
-    release = server.champions.now   # an answer is this one's, whoever becomes champion meanwhile
+async def complete(server: ServerState, request: Request) -> Response:
+    """The response to POST /v1/chat/completions. Raises ChatError for a refusal."""
+    release = server.releases.now   # it answers this request, even if the champion changes meanwhile
     settings = server.settings
     data = await _body(request, settings.body_bytes, settings.bounds.body_seconds)
     question = await run_in_threadpool(protocol.read, data, release.mixture.labels, settings.max_tokens,
                                        release.adapters)
     tokens = await run_in_threadpool(_prompt_tokens, release, question, settings.prompt_tokens)
     if server.backend is not None:
-        found = await _unless_gone(request, asyncio.ensure_future(
+        response = await _unless_gone(request, asyncio.ensure_future(
             _forwarded(server, server.backend, release, question, tokens)))
-        return found or Response(status_code=499)
+        return response or Response(status_code=499)
     headers = {"X-Moa-Release": release.label}
-    voice = ChatResponseBuilder(release.fingerprint)
+    builder = ChatResponseBuilder(release.fingerprint)
     if question.stream:
-        events, hearing = _hearing()
-        job = _submit(server, release, question, tokens, hearing)
+        events, listener = _listen()
+        job = _submit(server, release, question, tokens, listener)
         job.done.add_done_callback(events.put)
-        return StreamingResponse(_chunks(server, job, events, voice, question.usage), media_type="text/event-stream",
+        return StreamingResponse(_chunks(server, job, events, builder, question.usage), media_type="text/event-stream",
                                  headers={**headers, **UNBUFFERED})
     job = _submit(server, release, question, tokens, None)
     answer: Answer | None = await _unless_gone(request, asyncio.wrap_future(job.done))
@@ -56,13 +53,13 @@ async def complete(server: "Server", request: Request) -> Response:
         job.work.cancelled.set()
         return Response(status_code=499)
     server.metrics.answer(answer)
-    return JSONResponse(voice.completion(answer), headers={**headers, "X-Moa-Model": protocol.answerer(answer)})
+    return JSONResponse(builder.completion(answer), headers={**headers, "X-Moa-Model": protocol.answerer(answer)})
 
 
 async def _body(request: Request, most: int, seconds: float) -> bytes:
-    """The body, no byte more of it than allowed, and no later."""
+    """The request's body of at most `most` bytes, within `seconds`. Raises ChatError."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        # Any web page may send other types to a server on this machine, unasked.
+        # A web page may send other types to a server on this machine without a CORS preflight.
         raise ChatError(415, "The Content-Type must be application/json.", "unsupported_media_type")
     data = bytearray()
     try:
@@ -85,14 +82,14 @@ def _too_large(most: int) -> ChatError:
 
 
 def _prompt_tokens(release: "Release", question: ChatQuestion, most: int) -> int:
-    """Length of the prompt. Raises ChatError when it may not be asked."""
+    """Number of tokens of the prompt. Raises ChatError for a prompt that is refused."""
     from jinja2 import TemplateError
 
     from moa.serving.active_release import room, special_in
 
     for place, message in enumerate(question.messages):
-        if found := special_in(release, message["content"]):
-            raise ChatError(400, f"`messages[{place}].content` holds {found!r}, a marker of the base's own: a message "
+        if marker := special_in(release, message["content"]):
+            raise ChatError(400, f"`messages[{place}].content` holds {marker!r}, a marker of the base's own: a message "
                                  "cannot begin or end a turn.", "special_token")
     try:
         tokens = room(release, question.messages, question.options["max_new_tokens"])
@@ -107,12 +104,12 @@ def _prompt_tokens(release: "Release", question: ChatQuestion, most: int) -> int
     return tokens
 
 
-def _submit(server: "Server", release: "Release", question: ChatQuestion, tokens: int,
-            hearing: "AnswerListener | None") -> Job:
-    """The question's job: an answer, or only who is to give it where a backend decodes."""
+def _submit(server: ServerState, release: "Release", question: ChatQuestion, tokens: int,
+            listener: "AnswerListener | None") -> Job:
+    """Queue the question: for its answer, or for the router's decision alone where a backend decodes."""
     from moa.serving.active_release import ChatRequest
 
-    ask = ChatRequest.of(release, question.messages, question.domain, question.options, tokens, hearing)
+    ask = ChatRequest.of(release, question.messages, question.domain, question.options, tokens, listener)
     job = ask.job() if server.backend is None else ask.routing()
     try:
         server.batcher.submit(job)
@@ -125,7 +122,7 @@ def _submit(server: "Server", release: "Release", question: ChatQuestion, tokens
 
 
 async def _unless_gone(request: Request, result: "asyncio.Future[Result]") -> Result | None:
-    """What is awaited; None when the client left, and then it is cancelled if it can be."""
+    """The result; None when the client left first, and then the future is cancelled."""
     gone = asyncio.ensure_future(_gone(request))
     either: set[asyncio.Future[Any]] = {result, gone}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -144,7 +141,7 @@ async def _gone(request: Request) -> None:
 # A backend that decodes.
 
 class _Relayed(StreamingResponse):
-    """A stream that lets go of its source however it ends, even when the client left before the first piece."""
+    """A stream that closes its source however it ends, even when the client left before the first piece."""
 
     source: Any
 
@@ -155,9 +152,9 @@ class _Relayed(StreamingResponse):
             await self.source.aclose()
 
 
-async def _forwarded(server: "Server", backend: UpstreamServer, release: "Release", question: ChatQuestion,
+async def _forwarded(server: ServerState, backend: UpstreamServer, release: "Release", question: ChatQuestion,
                      tokens: int) -> Response:
-    """The backend's answer under our names. Raises ChatError."""
+    """The backend's answer, with the model names and fingerprint of this server. Raises ChatError."""
     routed = await _routed(server, release, question, tokens)
     names = {label: name for name, label in release.adapters.items()}
     reply = await backend.begin(names.get(routed.label) or await backend.base(), question)
@@ -173,14 +170,14 @@ async def _forwarded(server: "Server", backend: UpstreamServer, release: "Releas
     return JSONResponse({**completion, **ours, "moa": protocol.routing(routed)}, headers=headers)
 
 
-async def _routed(server: "Server", release: "Release", question: ChatQuestion, tokens: int) -> Routed:
+async def _routed(server: ServerState, release: "Release", question: ChatQuestion, tokens: int) -> Routed:
     if question.domain is not None:
         return Routed(question.domain, None, False)
     decision = await asyncio.wrap_future(_submit(server, release, question, tokens, None).done)
     return Routed(decision.domain, decision.confidence, decision.abstained)
 
 
-async def _relayed(server: "Server", backend: UpstreamServer, reply: Any, routed: Routed, ours: dict[str, str],
+async def _relayed(server: ServerState, backend: UpstreamServer, reply: Any, routed: Routed, ours: dict[str, str],
                    usage: bool) -> AsyncIterator[str]:
     try:
         async for chunk in backend.chunks(reply):
@@ -200,7 +197,7 @@ async def _relayed(server: "Server", backend: UpstreamServer, reply: Any, routed
     yield "data: [DONE]\n\n"
 
 
-def _count(server: "Server", routed: Routed, usage: Any) -> None:
+def _count(server: ServerState, routed: Routed, usage: Any) -> None:
     if isinstance(usage, dict):
         server.metrics.answer(replace(routed, prompt_tokens=usage.get("prompt_tokens") or 0,
                                       tokens=usage.get("completion_tokens") or 0))
@@ -216,35 +213,35 @@ class _Events:
         self.loop = asyncio.get_running_loop()
 
     def put(self, event: Any) -> None:
-        with contextlib.suppress(RuntimeError):   # the loop has ended: nobody listens
+        with contextlib.suppress(RuntimeError):   # the event loop has ended
             self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
 
 
-def _hearing() -> tuple[_Events, "AnswerListener"]:
+def _listen() -> tuple[_Events, "AnswerListener"]:
     from moa.serving.active_release import AnswerListener
 
     events = _Events()
     return events, AnswerListener(lambda by: events.put({"by": by}), events.put)
 
 
-async def _chunks(server: "Server", job: Job, events: _Events, voice: ChatResponseBuilder,
+async def _chunks(server: ServerState, job: Job, events: _Events, builder: ChatResponseBuilder,
                   usage: bool) -> AsyncIterator[str]:
-    """Server-sent events: who answers, the text as it becomes certain, how it ended."""
+    """Server-sent events: the label that answers, the text as it is generated, how the answer ended."""
     model, text = "moa", StreamTrimmer()
     try:
         while not isinstance(event := await events.queue.get(), Future):
             if isinstance(event, dict):
                 model = protocol.model_of(event["by"])
-                yield _event(voice.chunk(model, {"role": "assistant", "content": ""}))
-            elif sure := text.add(event):
-                yield _event(voice.chunk(model, {"content": sure}))
+                yield _event(builder.chunk(model, {"role": "assistant", "content": ""}))
+            elif piece := text.add(event):
+                yield _event(builder.chunk(model, {"content": piece}))
         try:
             answer = event.result()
         except (Exception, CancelledError):
             yield _event(ChatError(500, "The server could not finish.", "internal_error", "server_error").as_dict())
             return
         server.metrics.answer(answer)
-        for chunk in voice.endings(answer, usage):
+        for chunk in builder.endings(answer, usage):
             yield _event(chunk)
         yield "data: [DONE]\n\n"
     finally:   # the client may have left

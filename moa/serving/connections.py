@@ -1,12 +1,11 @@
-"""Deadlines and limits of a uvicorn server's connections: silent, slow or many clients cost it neither descriptors nor
-its log.
+"""Deadlines and limits of a uvicorn server's connections, so that silent, slow or many clients exhaust neither its file
+descriptors nor its log.
 
-uvicorn alone closes a connection that is idle between two requests, and no other: one that sends nothing, or a byte a
-second, stays open until the process has no descriptor left, and asyncio then logs every failed accept() of every try
-with its traceback. Here a connection waits for its client a bounded time only, and the number of connections stays
-below the number of descriptors. Knows nothing of what is served:
+By itself, uvicorn closes only connections that are idle between two requests. One that sends nothing, or a byte a
+second, stays open until the process has no descriptor left, and asyncio then logs each failed accept() with its
+traceback. Here the time that a connection waits for its client is bounded, and so is the number of connections:
 
-    Server(Config(app, Bounds(), log_config=None)).run(sockets=[listening])
+    Server(Config(app, ConnectionLimits(), log_config=None)).run(sockets=[listening])
 """
 
 import asyncio
@@ -24,8 +23,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# Descriptors for all else: libraries, MLflow's database, and connections that are accepted before those they replace
-# are closed, which may be as many as four turns accept.
+# Descriptors for everything else: libraries, MLflow's database, and connections that are accepted before the ones that
+# they replace are closed, which are at most what four turns accept.
 RESERVED = 128
 TURN = 16           # connections that are accepted in one turn of the event loop
 QUEUE = 1024        # connections that the kernel keeps until they are accepted
@@ -41,14 +40,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
-    """What a server allows its clients. How long an answer takes to be made has no bound here."""
+    """What a server allows its clients. The time to compute an answer has no bound here."""
 
-    connections: int = 1000         # open at once; fewer where the process may not have so many descriptors
+    connections: int = 1000         # open at once; fewer where the limit of descriptors is lower
     descriptors: int = 1            # that a connection may cost: 2 where each request asks another server
     header_seconds: float = 10.0    # for a header, from the connection or the first byte of a later request on
     body_seconds: float = 30.0      # for a body. The application may answer 408 then; twice that ends the connection
     idle_seconds: float = 5.0       # between an answer and the next request
-    unread_seconds: float = 30.0    # in which a client must take something of what is sent to it
+    unread_seconds: float = 30.0    # within which a client must read some of what is sent to it
 
 
 class Phase(Enum):
@@ -56,13 +55,13 @@ class Phase(Enum):
 
     HEADER = auto()
     BODY = auto()
-    ANSWER = auto()    # of the application: the only phase that is not the client's to end
+    ANSWER = auto()    # of the application: the only phase that the client cannot end
     IDLE = auto()      # for the next request; uvicorn's own deadline
     UNREAD = auto()    # for the client to read
 
 
 class Config(uvicorn.Config):
-    """uvicorn's, with bounds. HTTP/1.1 is read by h11, whose protocol the deadlines know; there are no WebSockets."""
+    """uvicorn's configuration with bounds. The parser is h11, whose states the deadlines read; WebSockets are off."""
 
     def __init__(self, app: Any, bounds: ConnectionLimits, **named: Any) -> None:
         super().__init__(app, http=BoundedProtocol, ws="none", backlog=TURN, **named)
@@ -76,7 +75,7 @@ class Config(uvicorn.Config):
 
 
 class BoundedProtocol(H11Protocol):
-    """One connection. Bytes that arrive do not move a deadline: only the end of a phase does."""
+    """One connection. Only the end of a phase moves a deadline; arriving bytes do not."""
 
     config: Config
 
@@ -98,7 +97,7 @@ class BoundedProtocol(H11Protocol):
                 self.dropped = True
 
     def look(self, now: float) -> Phase:
-        """The phase; `since` is when a look first found it."""
+        """The present phase; `since` becomes the time at which it was first seen."""
         phase = self._phase()
         unread = self.transport.get_write_buffer_size() if phase is Phase.UNREAD else 0   # less of it is progress
         state = phase, self.cycle, unread
@@ -107,13 +106,13 @@ class BoundedProtocol(H11Protocol):
         return phase
 
     def enforce(self, now: float) -> None:
-        """End the connection if its phase has lasted longer than it may."""
+        """Close the connection if its phase has exceeded its deadline."""
         seconds = self.config.deadline(self.look(now))
         if seconds is not None and now - self.since >= seconds:
             self.drop()
 
     def drop(self) -> None:
-        """Close at once, whether or not the client reads what is still to be sent; the application hears of it."""
+        """Close at once, discarding unsent data; the application sees a disconnect."""
         self.dropped = True
         self.transport.abort()
 
@@ -130,7 +129,7 @@ class BoundedProtocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which looks at the deadlines and keeps the number of connections below that of descriptors."""
+    """uvicorn's server, which enforces the deadlines and keeps connections fewer than descriptors."""
 
     config: Config
 
@@ -153,7 +152,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """What asyncio calls for each accept() that fails. It tries again by itself: here a descriptor becomes free."""
+        """asyncio's handler of a failed accept(). asyncio retries by itself; here a descriptor is freed for that."""
         error = context.get("exception")
         if "socket" in context and isinstance(error, OSError) and error.errno in EXHAUSTED:
             log.warning("moa: a connection cannot be accepted (%s): those that wait longest for their clients are "
@@ -164,8 +163,8 @@ class Server(uvicorn.Server):
 
 
 class Seldom(logging.Filter):
-    """Passes each warning once in so many seconds, since strangers can cause them as fast as they please. Keyed by the
-    text before it is filled in: programs have few of those."""
+    """Passes each warning once in `LOG_SECONDS`, because clients can cause them at any rate. The key is the message
+    before its arguments are filled in: of those there are few."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +181,7 @@ class Seldom(logging.Filter):
 
 
 def drop_longest_waiting(connections: Iterable[BoundedProtocol]) -> bool:
-    """Close the connection that waits longest for its client, header, body or reading; False when none does."""
+    """Close the connection that has waited longest for its client; False when none waits for one."""
     now = time.monotonic()
     waiting = [each for each in connections if not each.dropped and each.look(now) is not Phase.ANSWER]
     if waiting:
@@ -191,8 +190,10 @@ def drop_longest_waiting(connections: Iterable[BoundedProtocol]) -> bool:
 
 
 def affordable(bounds: ConnectionLimits) -> ConnectionLimits:
-    """`bounds` with as many connections as the process may have descriptors for, after its soft limit was raised as far
-    as they need and the hard limit allows."""
+    """`bounds` with no more connections than the process may have descriptors for.
+
+    The soft limit of descriptors is raised first, as far as needed and as the hard limit allows.
+    """
     needed = bounds.connections * bounds.descriptors + RESERVED
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
@@ -205,5 +206,5 @@ def affordable(bounds: ConnectionLimits) -> ConnectionLimits:
 
 
 def _bounded(connections: Iterable[Any]) -> list[BoundedProtocol]:
-    """The connections of a server whose configuration makes no others."""
+    """The connections, typed: `Config` makes no others."""
     return cast(list[BoundedProtocol], list(connections))

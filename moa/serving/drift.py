@@ -1,5 +1,5 @@
-"""The look at what `moa serve` kept: have the prompts moved away from what the champion was calibrated on, and is there
-a domain that it lacks? Knows nothing of HTTP, of schedules or of who is told.
+"""The drift report of logged prompts: whether they still resemble the rows that the champion was calibrated on, and
+which of them may belong to a domain that it lacks.
 
     .moa/cache/drift/    what the champion's router says of its own validation rows, computed once a release
 """
@@ -31,14 +31,22 @@ WIDTH_ROWS = 100          # of each domain that say how far apart its prompts ar
 ABSTAINED = 20_000        # newest abstained prompts that are considered
 SAMPLE = 1_000            # of these that are grouped, drawn with a fixed seed: memory grows with the square
 PSI_LIMIT = 0.25          # population stability index from which a shift is reported
-FOUND = 3                 # exit code of `moa drift` when somebody should look
+FOUND = 3                 # exit code of `moa drift` for a shift or a missing domain
 SHOWN = 200               # characters of an example
 NEAREST = 3               # experts named for a group
 
 
 def check(workspace: Workspace, config: Config) -> dict[str, Any]:
-    """The report: every measure with its verdict, numbers and a sentence, and in `missing` the groups of prompts that
-    may be a domain of their own. Raises RegistryError without a champion, ArtifactError without validation rows."""
+    """The drift report.
+
+    Returns:
+        `measures` with verdict, numbers and a sentence each, `verdict` over all of them, and in `missing` the groups of
+        prompts that may be a domain of their own.
+
+    Raises:
+        RegistryError: there is no champion.
+        ArtifactError: there are no validation rows to compare with.
+    """
     from moa.release.champion import champion, open_mixture
 
     version, folder = champion(workspace, config)
@@ -63,16 +71,16 @@ def check(workspace: Workspace, config: Config) -> dict[str, Any]:
 
 
 def alarming(report: dict[str, Any]) -> bool:
-    """Whether somebody should look."""
+    """Whether the report needs attention: prompts shifted, or a domain may be missing."""
     return report["verdict"] == "shifted" or bool(report["missing"])
 
 
-# What was kept.
+# Logged prompts.
 
 def _gather(workspace: Workspace, version: Any) -> tuple[list[LoggedPrompt], list[LoggedPrompt], dict[str, Any]]:
-    """The champion's newest prompts; what any release abstained on, each text once; and how many there are.
+    """The champion's newest prompts; the prompts that any release abstained on, each text once; and counts.
 
-    A prompt whose domain the caller named says nothing of the router, and is counted only.
+    A prompt whose domain the caller named tells nothing about the router, so it is only counted.
     """
     served: deque[LoggedPrompt] = deque(maxlen=2 * WINDOW)
     abstained: deque[LoggedPrompt] = deque(maxlen=ABSTAINED)
@@ -87,7 +95,7 @@ def _gather(workspace: Workspace, version: Any) -> tuple[list[LoggedPrompt], lis
             served.append(kept)
         if kept.abstained:
             abstained.append(kept)
-    ordered = sorted(served, key=lambda kept: kept.at)   # two servers write side by side
+    ordered = sorted(served, key=lambda kept: kept.at)   # two servers may write at once
     span = {"from": _time(ordered[0].at), "to": _time(ordered[-1].at)} if ordered else {"from": None, "to": None}
     return ordered, list({kept.text: kept for kept in abstained}.values()), {
         **counts, "compared": min(len(ordered), WINDOW), **span}
@@ -102,13 +110,13 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-# What it is compared with.
+# Validation rows.
 
 def _reference(workspace: Workspace, folder: Path, digest: str, mixture: Callable[[], Any]) -> dict[str, Any]:
     """`rows`, the champion's decisions on its validation rows; `width`, how far apart prompts of one domain may be;
     `changed`, the domains whose rows are no longer those that the champion learned from.
 
-    Kept by the release's digest: what the corpora become later does not change it.
+    The result is cached by the release's digest, so later changes of the corpora do not change it.
     """
     code = code_version.of_modules("moa.mixture.router", "moa.serving.drift",
                                    "moa.serving.drift_statistics")
@@ -132,7 +140,7 @@ def _reference(workspace: Workspace, folder: Path, digest: str, mixture: Callabl
 
 
 def _validation(workspace: Workspace, domain: str, domains: int) -> list[list[Message]]:
-    """Prompts of a domain's validation rows, which are in order of their digests: a limit takes no sides."""
+    """Prompts of a domain's validation rows, in the order of their digests, so that the limit favours none."""
     if _corpus(workspace, domain) is None:
         return []
     limit = max(VALIDATION_ROWS // domains, 1)
@@ -145,7 +153,7 @@ def _corpus(workspace: Workspace, domain: str) -> str | None:
 
 
 def _features(mixture: Any, prompts: Sequence[list[Message]]) -> Any:
-    """What the router reads of prompts: (N, L, D)."""
+    """The router's features of N prompts: (N, L, D)."""
     from moa.mixture.layer_routing import layer_selector
     from moa.mixture.router import features
 
@@ -158,16 +166,18 @@ def _standard(mixture: Any, prompts: Sequence[list[Message]]) -> Any:
     return mixture.router.standard(_features(mixture, prompts), mixture.router.reads).numpy()
 
 
-# What nobody answers for.
+# Missing domains.
 
 def _nothing(distinct: int) -> dict[str, Any]:
     return {"abstained": {"distinct": distinct, "looked_at": 0, "still": 0}, "missing": []}
 
 
-def _missing(mixture: Callable[[], Any], abstained: list[LoggedPrompt], width: float | None, least: int) -> dict[str,
-                                                                                                                 Any]:
-    """Groups of at least `least` different prompts that this champion, too, would leave to the base: what an earlier
-    release abstained on may have been learned since."""
+def _missing(mixture: Callable[[], Any], abstained: list[LoggedPrompt], width: float | None,
+             least: int) -> dict[str, Any]:
+    """Groups of at least `least` different prompts that the champion leaves to the base.
+
+    They are routed again, because the champion may have learned what an earlier release abstained on.
+    """
     if width is None:
         return _nothing(len(abstained))
     looked = (abstained if len(abstained) <= SAMPLE
@@ -191,24 +201,25 @@ def _missing(mixture: Callable[[], Any], abstained: list[LoggedPrompt], width: f
     return {"abstained": {"distinct": len(abstained), "looked_at": len(looked), "still": len(still)}, "missing": found}
 
 
-# Words.
+# Text.
 
 def headline(report: dict[str, Any]) -> str:
+    """The verdict in one line."""
     return (f"{report['name']} version {report['release']}: {report['verdict']}"
             + ("; a domain may be missing" if report["missing"] else ""))
 
 
 def sentence(group: dict[str, Any]) -> str:
-    """What is said of a group of prompts."""
+    """A group of `missing` as one line."""
     nearest = ", ".join(f"{one['domain']} ({one['probability']:.2f})" for one in group["nearest"])
     return f"a domain may be missing: {group['prompts']} prompts, nearest experts {nearest}"
 
 
-NEWS = ("release", "verdict", "shifted", "missing")   # of the facts: where one changes, there is something to tell
+NEWS = ("release", "verdict", "shifted", "missing")   # of `facts`: a change of any of them is reported
 
 
 def facts(report: dict[str, Any]) -> dict[str, Any]:
-    """The report for a ledger or an event. `missing` names, for each group of prompts, the nearest expert."""
+    """The report for the event log or an event; `missing` holds the nearest expert of each group of prompts."""
     shifted = [one for one in report["measures"] if one["verdict"] == "shifted"]
     return {"release": report["release"], "verdict": report["verdict"], "prompts": report["prompts"]["compared"],
             "shifted": [one["name"] for one in shifted],
@@ -237,7 +248,7 @@ def text(report: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report for Prefect."""
+    """The report as Markdown, for Prefect's pages."""
     found = [f"# {headline(report)}", "",
              f"{report['prompts']['compared']} prompts against {report['validation']['rows']} validation rows.", "",
              "| measure | verdict | |", "|---|---|---|",
@@ -248,5 +259,5 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _quoted(examples: Iterable[str]) -> list[str]:
-    """Strangers wrote these: as code they are neither links nor HTML."""
+    """Prompts as code blocks: they are untrusted text, and in code neither links nor HTML take effect."""
     return ["    " + example for example in examples]

@@ -1,12 +1,12 @@
-"""Whether served prompts are like the ones a release was calibrated on, and which may be a missing domain. Pure.
+"""Statistics of drift: whether prompts resemble a release's validation rows, and which form groups. Pure functions.
 
 A shift is reported where it is both large (population stability index) and certain (a test), so that unchanged traffic
 is called shifted in at most FALSE_ALARMS of all checks, however few the prompts.
 
 `groups` finds prompts that belong together among those that the router left to the base. Distance is one minus the
 cosine of the standardised features that the router reads of two prompts, as in `moa.mixture.router.nearest`; groups are
-made by average linkage: two are one as long as the mean distance between their prompts is no more than prompts of a
-known domain keep from each other. Knows nothing of where the numbers come from.
+made by average linkage: two groups are merged while the mean distance between their prompts is no more than the width
+of a known domain.
 
 Shapes: N prompts, D width of the router's features.
 """
@@ -27,14 +27,14 @@ MEASURES = ("score", "confidence", "abstention", "domains")
 ALPHA = FALSE_ALARMS / len(MEASURES)
 BINS = 10        # deciles of the validation rows
 EXPECTED = 5     # fewest expected prompts of a column of the chi-square test; rarer domains are counted together
-NOBODY = "abstained"
+ABSTAINED = "abstained"
 WORDS = {"score": "how much at home prompts are", "confidence": "the router's confidence",
          "abstention": "the share left to the base", "domains": "the shares of the domains"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedPrompt:
-    """What the router said of one prompt."""
+    """The router's decision on one prompt."""
 
     domain: str          # its best guess
     score: float
@@ -44,7 +44,8 @@ class RoutedPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """`number` is a population stability index, but of abstention its share; shifted from `threshold` on."""
+    """One measure of drift. `number` is a population stability index, or the share of abstentions; `threshold` is where
+    a shift begins."""
 
     name: str
     verdict: Verdict
@@ -60,7 +61,14 @@ class Measure:
 
 def measures(traffic: Sequence[RoutedPrompt], validation: Sequence[RoutedPrompt], *, window: int, least: int,
              psi_limit: float) -> list[Measure]:
-    """All four, of the newest `window` prompts; `least` is the fewest for a verdict. `traffic` is in order of time."""
+    """All four measures.
+
+    Args:
+        traffic: prompts in the order of time; the newest `window` are compared.
+        validation: the release's validation rows.
+        least: fewest prompts for a verdict.
+        psi_limit: population stability index from which a shift is reported.
+    """
     newest = traffic[-window:]
     return [distribution("score", newest, validation, least=least, psi_limit=psi_limit),
             distribution("confidence", newest, validation, least=least, psi_limit=psi_limit),
@@ -71,8 +79,8 @@ def measures(traffic: Sequence[RoutedPrompt], validation: Sequence[RoutedPrompt]
 def psi(first: Sequence[float], second: Sequence[float]) -> float:
     """Population stability index of two histograms over the same bins: sum of (p - q) ln(p / q), 0 for equal shares.
 
-    Symmetric and never negative. Half a row of the smaller side is added to every bin of both, so that an empty bin is
-    not infinitely surprising. NaN when a side is empty.
+    Symmetric and never negative. Half a row of the smaller side is added to every bin of both, so that an empty bin
+    does not make the index infinite. NaN when a side is empty.
     """
     counts = np.array([first, second], dtype=np.float64)
     totals = counts.sum(1)
@@ -86,11 +94,11 @@ def psi(first: Sequence[float], second: Sequence[float]) -> float:
 def distribution(name: Literal["score", "confidence"], traffic: Sequence[RoutedPrompt],
                  validation: Sequence[RoutedPrompt], *,
                  least: int, psi_limit: float) -> Measure:
-    """One of the router's numbers, whatever share of the prompts each domain has.
+    """The shift of one of the router's numbers, independent of the share of prompts that each domain has.
 
-    Domains differ in it, and what is asked most is not what the corpora hold most of. So validation rows weigh as the
-    prompts that were routed as they were, and the test compares domain by domain: two-sample Kolmogorov-Smirnov,
-    combined by Fisher's method, both of which err on the side of no alarm.
+    Domains differ in these numbers, and prompts are distributed over domains otherwise than corpora. So validation rows
+    are weighted to the domains' shares of the prompts, and the test compares domain by domain: two-sample
+    Kolmogorov-Smirnov tests, combined by Fisher's method. Both are conservative.
     """
     reference = by_domain(name, validation)
     served = {domain: values for domain, values in by_domain(name, traffic).items() if domain in reference}
@@ -145,8 +153,8 @@ def domains(traffic: Sequence[RoutedPrompt], validation: Sequence[RoutedPrompt],
             psi_limit: float) -> Measure:
     """The shares of the domains, in the newer half of the prompts against the older.
 
-    Against validation there is no verdict, only a number: its shares are those of the corpora's sizes, which nobody
-    promised to ask in.
+    Against validation there is no verdict, only a number: its shares are the corpora's sizes, which prompts need not
+    follow.
     """
     if len(traffic) < 2 * least:
         if len(traffic) < least or not validation:
@@ -171,8 +179,8 @@ def domains(traffic: Sequence[RoutedPrompt], validation: Sequence[RoutedPrompt],
 
 
 def _table(first: Sequence[RoutedPrompt], second: Sequence[RoutedPrompt]) -> tuple[list[str], list[int], list[int]]:
-    """Prompts by who they went to."""
-    one, other = (Counter(NOBODY if row.abstained else row.domain for row in rows) for rows in (first, second))
+    """Numbers of prompts by domain, abstentions apart: names, counts of `first`, counts of `second`."""
+    one, other = (Counter(ABSTAINED if row.abstained else row.domain for row in rows) for rows in (first, second))
     names = sorted(one.keys() | other.keys())
     return names, [one[name] for name in names], [other[name] for name in names]
 
@@ -182,13 +190,13 @@ def _table(first: Sequence[RoutedPrompt], second: Sequence[RoutedPrompt]) -> tup
 def _ks(first: Any, second: Any) -> float:
     from scipy.stats import ks_2samp
 
-    with warnings.catch_warnings():   # where the exact distribution is out of reach the asymptotic one does
+    with warnings.catch_warnings():   # scipy warns when it falls back to the asymptotic distribution
         warnings.simplefilter("ignore", RuntimeWarning)
         return float(ks_2samp(first, second).pvalue)
 
 
 def _fisher(chances: list[float]) -> float:
-    """One p-value of several independent ones (Fisher 1925); valid for tests that err on the side of no alarm."""
+    """Fisher's combination of independent p-values (Fisher 1925); valid for conservative tests."""
     from scipy.stats import chi2
 
     logs = sum(math.log(max(p, 1e-300)) for p in chances)
@@ -196,7 +204,7 @@ def _fisher(chances: list[float]) -> float:
 
 
 def _chi_square(first: Sequence[int], second: Sequence[int]) -> float:
-    """Of equal shares: with rare columns counted together, the smallest expected number is large enough."""
+    """P-value of the chi-square test of equal shares; rare columns are merged until each expects `EXPECTED` or more."""
     from scipy.stats import chi2_contingency
 
     least = min(sum(first), sum(second)) / (sum(first) + sum(second))
@@ -229,7 +237,7 @@ def _against(number: float, limit: float) -> str:
 
 
 def overall(found: Sequence[Measure]) -> Verdict:
-    """Shifted if anything is; stable if anything could be judged."""
+    """Shifted if any measure is; else stable if any could be judged."""
     verdicts = {measure.verdict for measure in found}
     return next((verdict for verdict in VERDICTS if verdict in verdicts), "not enough data")
 
@@ -239,13 +247,13 @@ SHOWN = 3     # examples of a group
 
 
 def unit(vectors_ND: Any) -> Any:
-    """The same, of length one each: (N, D), float64."""
+    """The vectors scaled to length one: (N, D), float64."""
     vectors = np.asarray(vectors_ND, dtype=np.float64)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def reach(unit_ND: Any) -> float:
-    """How far all but a few of these prompts are, on the average, from the others; NaN for fewer than two."""
+    """The `MOST` quantile of each prompt's mean distance from the others; NaN for fewer than two prompts."""
     count = len(unit_ND)
     if count < 2:
         return float("nan")
@@ -254,14 +262,13 @@ def reach(unit_ND: Any) -> float:
 
 
 def widest(domains: Iterable[Any]) -> float | None:
-    """How far from the others a prompt of a domain may be: as far as in the widest known one. None when no domain has
-    two prompts."""
-    found = [each for each in map(reach, domains) if each == each]
-    return max(found, default=None)
+    """The largest `reach` of the known domains; None when no domain has two prompts."""
+    reaches = [each for each in map(reach, domains) if not math.isnan(each)]
+    return max(reaches, default=None)
 
 
 def groups(unit_ND: Any, width: float, least: int) -> list[list[int]]:
-    """Groups of at least `least` prompts, the largest first; each group the numbers of its prompts, in order."""
+    """Groups of at least `least` prompts, the largest first; a group is the sorted indices of its prompts."""
     if len(unit_ND) < max(least, 2):
         return []
     from sklearn.cluster import AgglomerativeClustering
@@ -275,7 +282,7 @@ def groups(unit_ND: Any, width: float, least: int) -> list[list[int]]:
 
 
 def typical(unit_ND: Any, group: list[int], count: int = SHOWN) -> list[int]:
-    """The prompts nearest to a group's middle."""
+    """Indices of the prompts nearest to a group's mean."""
     inside = unit_ND[group]
     closeness = inside @ inside.mean(0)
     return [group[place] for place in np.argsort(-closeness, kind="stable")[:count]]

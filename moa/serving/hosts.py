@@ -1,7 +1,7 @@
-"""Whether a request names this machine as its host: the defence against DNS rebinding of a server without a key.
+"""Whether a request's Host is this machine: the defence of a server without a key against DNS rebinding.
 
-A web page may point a name of its own at 127.0.0.1, and a browser then sends the page's requests here. They differ from
-a local caller's in their Host header alone.
+A web page may resolve a name of its own to 127.0.0.1, and a browser then sends the page's requests to this server. They
+differ from a local client's requests in the Host header alone.
 """
 
 import re

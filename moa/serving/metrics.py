@@ -1,4 +1,4 @@
-"""What a server counts, as Prometheus reads it. Knows nothing of HTTP or of models; holds no text of anybody's."""
+"""A server's counters in Prometheus' format. They hold no text of prompts or answers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 PATHS = ("/v1/chat/completions", "/v1/models", "/healthz", "/metrics", "/openapi.json")
-# Any other is "other": names cost memory.
+# Other paths are counted as "other", because each label costs memory.
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """One server's counters, apart from any other's in this process."""
+    """The counters of one server, in a registry of its own."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -29,7 +29,7 @@ class Metrics:
 
     def watch(self, *, waiting: Callable[[], float], running: Callable[[], float], release: Callable[[], float],
               failures: Callable[[], float]) -> None:
-        """Values that are looked up when somebody asks."""
+        """Register gauges whose values are read at each scrape."""
         for name, what, value in (
                 ("moa_waiting", "Requests that wait for a batch.", waiting),
                 ("moa_running", "Requests being decoded.", running),
@@ -38,11 +38,13 @@ class Metrics:
             Gauge(name, what, registry=self.registry).set_function(value)
 
     def request(self, path: str, status: int, seconds: float) -> None:
+        """Count one finished request."""
         self._requests.labels(path if path in PATHS else "other", str(status)).inc()
         if path == PATHS[0]:
             self._seconds.observe(seconds)
 
     def answer(self, answer: Any) -> None:
+        """Count one answer's tokens and route; `answer` has the fields of `moa.mixture.mixture.Answer`."""
         self._tokens.labels("prompt").inc(answer.prompt_tokens)
         self._tokens.labels("completion").inc(answer.tokens)
         by = "base" if answer.abstained else answer.domain
@@ -51,4 +53,5 @@ class Metrics:
             self._abstentions.inc()
 
     def text(self) -> bytes:
+        """All counters in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,7 +1,7 @@
-"""What a server takes and gives, as OpenAPI 3.1 says it. Knows nothing of how it is done.
+"""The server's requests and responses as an OpenAPI 3.1 document.
 
-Written by hand: bodies are read and refused by `moa.serving.protocol`, in sentences of its own. A test sends a server
-what this says is right, and what it says is wrong.
+The schemas are written by hand, because `moa.serving.protocol` validates bodies itself with error messages of its own,
+and the allowed models depend on the release. A test sends a server valid and invalid requests made from the document.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from moa.serving import protocol
 from moa.serving.protocol import OPENERS, ROLES
 
 Schema = dict[str, Any]
-# As `chat.UNPRINTABLE`; no JSON text that a schema speaks of holds halves of characters.
+# As `protocol.UNPRINTABLE`, without surrogates, which a schema's strings cannot hold.
 TEXT = r"^[^\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f]*$"
 REFUSALS: dict[int | str, str] = {
     400: "The body makes no sense, or asks for what this server does not do.", 401: "The key is missing or wrong.",
@@ -25,8 +25,15 @@ HEADERS: dict[int | str, dict[str, str]] = {
 
 
 def document(*, labels: Sequence[str], adapters: Sequence[str], most_tokens: int, key: bool, backend: bool) -> Schema:
-    """The whole of it. `adapters` are other names of labels; `key` says whether callers must send one, `backend`
-    whether another server decodes."""
+    """The OpenAPI document of one release.
+
+    Args:
+        labels: of the release's experts.
+        adapters: further model names, which the experts have in an export.
+        most_tokens: longest answer that may be requested.
+        key: whether requests must carry a key.
+        backend: whether another server decodes.
+    """
     guarded = (401,) if key else (403,)
     security: list[Schema] = [{"bearer": []}] if key else []
     theirs = (502, "4XX") if backend else ()
@@ -89,7 +96,7 @@ def _or_null(schema: Schema) -> Schema:
 # Requests.
 
 def _question(models: Sequence[str], most_tokens: int) -> Schema:
-    """A chat body: two numbers of tokens are never given at once, and `stream_options` has sense in a stream only."""
+    """A chat body: at most one of the two token limits is given, and `stream_options` is valid in a stream only."""
     word = {"type": "string", "minLength": 1}
     options: Schema = {
         "temperature": _or_null({"type": "number", "minimum": 0, "description": "0, as without it = greedy."}),

@@ -1,8 +1,8 @@
-"""Prompts that `moa serve` keeps, with what the router made of each: what drift and missing domains are seen by.
+"""The log of prompts that `moa serve` answered, with the router's decisions: `moa drift` reads it.
 
-Kept only where somebody asked for it, without personal data, for their owner's eyes, and never beyond a bound. Keeping
-neither delays nor fails an answer: one thread writes, and what it cannot keep up with is let go. Knows nothing of HTTP,
-of models, or of what the prompts are evidence of.
+Prompts are logged only with `--keep-prompts` (or drift.keep), without personal data, readable by their owner alone and
+up to a bound in bytes. Logging neither delays nor fails an answer: one thread writes, and prompts are dropped when its
+queue is full.
 
     .moa/evidence/TIME-PROCESS.jsonl    segments, one prompt a line, the oldest deleted first
 """
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
     from moa.mixture.router import Decision
 
 MEGABYTE = 1_000_000
-SEGMENTS = 8          # of the bound: what deleting the oldest takes away
-CHARACTERS = 8_000    # of one prompt, counted from its end, which is the end that the router reads
-WAITING = 1_000       # prompts between an answer and the disk
+SEGMENTS = 8          # files that the bound is divided into; the oldest is deleted first
+CHARACTERS = 8_000    # kept of one prompt, from its end: the router reads the end
+WAITING = 1_000       # prompts in the queue of the writing thread
 END_SECONDS = 5.0     # for the last prompts when the server ends
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedPrompt:
-    """One prompt that was answered."""
+    """One answered prompt."""
 
     at: float                  # seconds since 1970
     release: int               # version
     digest: str                # of the release
-    messages: list[Message]    # the last one always, those before it while there is room
-    cut: bool                  # something at the front was left out
-    domain: str                # the router's best guess, or what the caller named
-    forced: bool               # the caller named it: the router was not asked
+    messages: list[Message]    # the last one always, earlier ones within CHARACTERS
+    cut: bool                  # whether text at the beginning was left out
+    domain: str                # the router's best guess, or the caller's choice
+    forced: bool               # the caller named the domain, so the router did not decide
     abstained: bool = False
-    score: float | None = None         # None where the caller chose, as is the confidence
+    score: float | None = None         # None where the caller named the domain, as is `confidence`
     confidence: float | None = None
 
     @property
@@ -55,10 +55,10 @@ class LoggedPrompt:
 
 
 class PromptLogger:
-    """Writes prompts behind the back of whoever answers them. `close` writes what still waits."""
+    """Appends prompts to disk in a background thread, so that logging never delays an answer."""
 
     def __init__(self, workspace: Workspace, megabytes: float, redact: Sequence[str]) -> None:
-        self.lost = 0   # prompts let go, because too many waited or the disk refused
+        self.lost = 0   # prompts dropped because the queue was full or a write failed
         self._segments = _Segments(folder(workspace), int(megabytes * MEGABYTE))
         self._redactor = Redactor(redact)
         self._queue: queue.Queue[LoggedPrompt | None] = queue.Queue(WAITING)
@@ -67,24 +67,25 @@ class PromptLogger:
         self._thread.start()
 
     def keep(self, kept: LoggedPrompt) -> None:
-        """Returns at once, and never raises."""
+        """Queue a prompt. Never blocks or raises: a full queue drops it."""
         try:
             self._queue.put_nowait(kept)
         except queue.Full:
             self.lost += 1
 
     def routed(self, release: int, digest: str, messages: Sequence[Message], decision: "Decision") -> None:
-        """Keep a prompt that the router of this release decided on."""
+        """Log a prompt that the router of this release decided on."""
         self.keep(LoggedPrompt(at=time.time(), release=release, digest=digest, messages=list(messages), cut=False,
                                domain=decision.domain, forced=False, abstained=decision.abstained, score=decision.score,
                                confidence=decision.confidence))
 
     def named(self, release: int, digest: str, messages: Sequence[Message], domain: str) -> None:
-        """Keep a prompt whose domain the caller named: the router was not asked."""
+        """Log a prompt whose domain the caller named, so that the router did not decide."""
         self.keep(LoggedPrompt(at=time.time(), release=release, digest=digest, messages=list(messages), cut=False,
                                domain=domain, forced=True))
 
     def close(self) -> None:
+        """Write queued prompts and end the thread, within `END_SECONDS`."""
         with suppress(queue.Full):
             self._queue.put(None, timeout=END_SECONDS)
             self._thread.join(END_SECONDS)
@@ -93,7 +94,7 @@ class PromptLogger:
         while (kept := self._queue.get()) is not None:
             try:
                 self._segments.add(_line(kept, self._redactor))
-            except Exception as error:   # of any kind: this thread ends with the server, not before
+            except Exception as error:   # of any kind: the thread must not end before the server
                 self.lost += 1
                 if not self._complained:   # once, not at every prompt
                     print(f"moa: prompts cannot be kept, answers go on: {error}", file=sys.stderr, flush=True)
@@ -102,7 +103,10 @@ class PromptLogger:
 
 
 def _line(kept: LoggedPrompt, redactor: Redactor) -> bytes:
-    """`kept` without personal data and within its bound. Redacted whole: a cut could hide half of an address."""
+    """The line of one prompt, redacted and cut to `CHARACTERS`.
+
+    Messages are redacted before they are cut, because half of an address would not be recognised.
+    """
     room = CHARACTERS
     messages: list[Message] = []
     for message in reversed(kept.messages):
@@ -112,14 +116,15 @@ def _line(kept: LoggedPrompt, redactor: Redactor) -> bytes:
         messages.insert(0, {"role": message["role"], "content": text[-room:]})
         room -= len(text)
     cut = room < 0 or len(messages) < len(kept.messages)
-    while cut and len(messages) > 1 and messages[0]["role"] != "user":   # no template begins with an answer
+    while cut and len(messages) > 1 and messages[0]["role"] != "user":   # a conversation begins with the user
         del messages[0]
     record = {**asdict(kept), "messages": messages, "cut": kept.cut or cut}
     return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 class _Segments:
-    """Lines in files of an eighth of the bound. Each process begins its own, so a torn line ends its file."""
+    """Files of `bound / SEGMENTS` bytes each. A process writes to files of its own, so a torn line is the last of its
+    file."""
 
     def __init__(self, home: Path, bound: int) -> None:
         self.home, self.size, self.bound = home, bound // SEGMENTS, bound
@@ -146,7 +151,7 @@ class _Segments:
             self._file = None
 
     def _begin(self) -> None:
-        """A new file, after the oldest made room for it."""
+        """Start a new file, after deleting the oldest ones until it fits into the bound."""
         self.close()
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = [(path, path.stat().st_size) for path in segments(self.home) if path.is_file()]
@@ -164,18 +169,23 @@ class _Segments:
 # Reading.
 
 def folder(workspace: Workspace) -> Path:
+    """Where the segments are."""
     return workspace.local / "evidence"
 
 
 def segments(home: Path) -> list[Path]:
-    """Oldest first."""
+    """Segment files, oldest first."""
     return sorted(home.glob("*.jsonl")) if home.is_dir() else []
 
 
 def read(workspace: Workspace, release: int | None = None, since: float | None = None) -> Iterator[LoggedPrompt]:
-    """What is kept, as good as in order of time: all, or of one version, or from a time (seconds since 1970) on.
+    """Logged prompts, in the order of time except where several servers write at once.
 
-    Lines that a crash tore are passed over, and so is a file that is deleted meanwhile.
+    Args:
+        release: only prompts answered by this version.
+        since: only prompts from this time on, in seconds since 1970.
+
+    Lines that a crash tore are skipped, and so are files that are deleted meanwhile.
     """
     for path in segments(folder(workspace)):
         with suppress(FileNotFoundError), path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""OpenAI's chat protocol: a body in, a completion or its chunks out. Knows nothing of HTTP, of batches or of models.
+"""OpenAI's chat protocol: a body in, a completion or its chunks out.
 
-`parse` says what a body may hold, so that `moa serve` and MLflow's server take the same; `read` adds what a server that
-strangers reach must refuse.
+`parse` defines the bodies that both `moa serve` and MLflow's server accept; `read` adds what a server that untrusted
+clients reach must refuse.
 """
 
 import json
@@ -21,9 +21,9 @@ OPTIONS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tok
 WHOLE = {"max_tokens", "max_completion_tokens", "seed"}
 MESSAGES = 256   # a template is rendered once a turn, so that its cost grows with the square of the turns
 STOPS = 16       # stop texts of one answer
-# What a text cannot hold: control characters but tab and line ends, and halves of characters, which no encoder takes.
+# Characters that a text may not hold: control characters except tab and line ends, and surrogates, which UTF-8 lacks.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-# Options that would change the answer's form, and the values that do not. Silence about them would be a wrong answer.
+# Options that would change the answer's form, with the values that have no effect. All other values are refused.
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "n": (1,), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "logprobs": (False,), "top_logprobs": (0,), "response_format": ({"type": "text"},), "logit_bias": ({},),
@@ -32,24 +32,26 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 
 
 class BodyError(ValueError):
-    """The request is not one we answer; the message says which field and why."""
+    """A body that is refused; the message names the field and the reason."""
 
 
 class ChatError(Exception):
-    """A refusal: `status` is HTTP's, `code` is for programs, the message for people."""
+    """A refusal with its HTTP `status`; `code` is for programs, the message for people."""
 
     def __init__(self, status: int, message: str, code: str, kind: str = "invalid_request_error") -> None:
         super().__init__(message)
         self.status, self.code, self.kind = status, code, kind
 
     def as_dict(self) -> dict[str, Any]:
+        """The body of an error response, in OpenAI's form."""
         return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.code}}
 
 
 def parse(body: Any) -> tuple[list[dict[str, str]], str | None, dict[str, Any]]:
     """Messages, forced domain ("base" = no expert, None = the router decides) and decoding options of a chat body.
 
-    Options that the body lacks, or that are null, keep our defaults: without a temperature the answer is greedy.
+    Options that the body lacks, or that are null, keep moa's defaults: without a temperature the answer is greedy.
+    Raises BodyError.
     """
     if not isinstance(body, dict):
         raise BodyError("The body must be a JSON object with `messages`.")
@@ -72,7 +74,7 @@ def parse(body: Any) -> tuple[list[dict[str, str]], str | None, dict[str, Any]]:
 
 
 def _options(body: dict[str, Any]) -> dict[str, Any]:
-    from moa.mixture.generation.engine import GenerationConfig  # it also says what each option may be
+    from moa.mixture.generation.engine import GenerationConfig  # it validates each option
 
     options: dict[str, Any] = {}
     for key, ours in OPTIONS.items():
@@ -92,22 +94,31 @@ def _options(body: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ChatQuestion:
-    """A chat body that makes sense; the domain is one that was offered."""
+    """A valid chat body; the domain is one of the release's."""
 
     messages: list[dict[str, str]]
     domain: str | None
     options: dict[str, Any]
     stream: bool
-    usage: bool        # a stream ends with its token counts
+    usage: bool        # whether a stream ends with its token counts
 
 
 def models(labels: Sequence[str]) -> list[str]:
+    """Names of models that a body may name, for the experts with these labels."""
     return ["moa", *(f"moa/{label}" for label in labels), "base"]
 
 
 def read(data: bytes, labels: Sequence[str], most_tokens: int,
          adapters: Mapping[str, str] | None = None) -> ChatQuestion:
-    """The question in a request's bytes. `adapters` are other names of labels. Raises ChatError."""
+    """The question in a request's body.
+
+    Args:
+        labels: of the release's experts.
+        most_tokens: longest answer that may be requested, and a bound of the default.
+        adapters: labels by further model names.
+
+    Raises ChatError.
+    """
     body = _json(data)
     if isinstance(body, dict):
         if isinstance(model := body.get("model"), str) and model in (adapters or {}):
@@ -126,7 +137,7 @@ def read(data: bytes, labels: Sequence[str], most_tokens: int,
 
 
 def _equal(value: Any, wanted: Any) -> bool:
-    """As JSON has it, where true is not 1."""
+    """Equality of JSON values, where true is not 1."""
     return bool(value == wanted) and isinstance(value, bool) == isinstance(wanted, bool)
 
 
@@ -148,7 +159,7 @@ def _check_model(model: Any, labels: Sequence[str]) -> None:
 
 
 def _flat(messages: Any) -> Any:
-    """Contents in several parts, all text, as one text; whatever else is wrong, `parse` finds."""
+    """Messages with contents of several text parts joined; other errors are left to `parse`."""
     if not isinstance(messages, list):
         return messages
     if len(messages) > MESSAGES:
@@ -181,12 +192,12 @@ def _streaming(body: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def _bounded(options: dict[str, Any], most_tokens: int) -> dict[str, Any]:
-    """The options with a number of tokens, within what the server allows."""
+    """The options with `max_new_tokens` set, within the server's bounds. Raises ChatError."""
     from moa.mixture.generation.engine import GenerationConfig
 
-    asked = options.get("max_new_tokens", min(GenerationConfig().max_new_tokens, most_tokens))
-    if asked > most_tokens:
-        raise ChatError(400, f"`max_tokens` is {_short(asked)}; this server writes {most_tokens} at most.",
+    limit = options.get("max_new_tokens", min(GenerationConfig().max_new_tokens, most_tokens))
+    if limit > most_tokens:
+        raise ChatError(400, f"`max_tokens` is {_short(limit)}; this server writes {most_tokens} at most.",
                         "max_tokens_too_large")
     stop = options.get("stop", ())
     stops = (stop,) if isinstance(stop, str) else stop
@@ -194,7 +205,7 @@ def _bounded(options: dict[str, Any], most_tokens: int) -> dict[str, Any]:
         raise ChatError(400, f"`stop` has more than {STOPS} texts.", "invalid_body")
     if any("\ud800" <= sign <= "\udfff" for one in stops for sign in one):
         raise ChatError(400, "`stop` holds half of a character, which no text has: remove it.", "invalid_character")
-    return {**options, "max_new_tokens": asked}
+    return {**options, "max_new_tokens": limit}
 
 
 def _short(value: Any) -> str:
@@ -206,9 +217,9 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ChatResponseBuilder:
-    """What every message of one answer says of itself."""
+    """Builds the messages of one answer, which share an id, a time and the release's fingerprint."""
 
-    fingerprint: str | None   # None = nobody knows which release it is
+    fingerprint: str | None   # None = the release is unknown
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -235,7 +246,7 @@ class ChatResponseBuilder:
 
 
 def answerer(answer: Any) -> str:
-    """The model that answered: moa/NAME, or base."""
+    """The name of the model that answered: moa/NAME, or base."""
     return model_of("base" if answer.abstained else answer.domain)
 
 
@@ -253,17 +264,18 @@ def routing(answer: Any) -> dict[str, Any]:
 
 
 class StreamTrimmer:
-    """Pieces of a text without the white space at its two ends, as `generate` gives it."""
+    """Strips white space at both ends of a text that arrives in pieces, so that a stream equals the whole answer."""
 
     def __init__(self) -> None:
         self._held = ""
         self._begun = False
 
     def add(self, piece: str) -> str:
+        """The text that can be sent after this piece; white space at its end is held back until more text follows."""
         text = self._held + piece
         if not self._begun:
             text = text.lstrip()
-        sure = text.rstrip()
-        self._held = text[len(sure):]
-        self._begun = self._begun or bool(sure)
-        return sure
+        ready = text.rstrip()
+        self._held = text[len(ready):]
+        self._begun = self._begun or bool(ready)
+        return ready

@@ -1,4 +1,4 @@
-"""The mixture as MLflow serves it: an OpenAI chat body in, a chat completion out. Knows nothing of the registry.
+"""The mixture as MLflow serves it: an OpenAI chat body in, a chat completion out.
 
 MLflow stores the script of `moa.release.registration`, not a pickle: the model is code that needs `moa` installed, and
 the artifacts beside it.
@@ -15,11 +15,11 @@ from moa.serving.protocol import BodyError, ChatResponseBuilder, parse
 
 
 def python_model() -> Any:
-    """The object MLflow loads and calls. Its `predict` has no type hints: MLflow would refuse chat bodies with them."""
+    """The object that MLflow loads and calls. With type hints on `predict`, MLflow would refuse chat bodies."""
     from mlflow.exceptions import MlflowException
     from mlflow.pyfunc import PythonModel
 
-    with warnings.catch_warnings(record=True):   # it advises type hints, past any filter
+    with warnings.catch_warnings(record=True):   # MLflow advises type hints in spite of any filter
 
         class ChatMixture(PythonModel):
             def load_context(self, context):  # type: ignore[no-untyped-def]
@@ -37,7 +37,7 @@ def python_model() -> Any:
 
 
 def respond(mixture: Any, body: Any) -> dict[str, Any]:
-    """Answer one chat body. Raises BodyError."""
+    """The chat completion for one chat body. Raises BodyError."""
     messages, domain, options = parse(body)
     try:
         answer = mixture.chat(messages, domain=domain, **options)
@@ -47,7 +47,7 @@ def respond(mixture: Any, body: Any) -> dict[str, Any]:
 
 
 def _workspace(recorded: dict[str, Any]) -> Workspace | None:
-    """Where the base is: MOA_WORKSPACE, or the workspace that registered the mixture if it is on this machine."""
+    """The workspace with the base: MOA_WORKSPACE, or the one that registered the mixture if it is on this machine."""
     named = os.environ.get("MOA_WORKSPACE")
     if named:
         return Workspace.find(Path(named))

@@ -1,8 +1,7 @@
 """The champion as an OpenAI server: /v1/chat/completions, /v1/models, /healthz, /metrics, /openapi.json.
 
-Knows nothing of what a body means (`moa.serving.protocol`), of releases (`moa.serving.active_release`) or of what is
-decoded together (`moa.serving.batcher`). Answers are neither kept nor logged, and prompts only with `--keep-prompts`
-(`moa.serving.prompt_log`).
+`moa.serving.protocol` reads bodies, `moa.serving.active_release` holds the release and `moa.serving.batcher` makes the
+batches. Answers are neither kept nor logged, and prompts only with `--keep-prompts` (`moa.serving.prompt_log`).
 """
 
 import hashlib
@@ -11,9 +10,9 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -23,103 +22,70 @@ from moa.core.config import Config
 from moa.core.errors import UsageError
 from moa.core.paths import Workspace
 from moa.serving import connections, protocol
-from moa.serving.batcher import Batcher, Limits
+from moa.serving.batcher import Batcher
 from moa.serving.completions import complete
-from moa.serving.connections import ConnectionLimits
 from moa.serving.hosts import names_this_machine
 from moa.serving.metrics import Metrics
 from moa.serving.openapi import document
 from moa.serving.prompt_log import PromptLogger
 from moa.serving.protocol import ChatError
+from moa.serving.state import ServerState, Settings
 from moa.serving.upstream import UpstreamServer
 
-if TYPE_CHECKING:
-    from moa.serving.active_release import ReleaseWatcher
-
-GRACE_SECONDS = 60      # for answers under way when the server is told to end
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a server allows."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000               # 0 = a free one
-    key: str | None = None         # None = whoever reaches the port may ask
-    poll: float = 5.0              # seconds between two looks at the champion
-    body_bytes: int = 262_144
-    prompt_tokens: int = 2048
-    max_tokens: int = 1024         # longest answer that may be asked for
-    limits: Limits = field(default_factory=Limits)
-    backend: str | None = None     # address of the server that decodes; None = this one
-    backend_key: str | None = None
-    backend_base: str | None = None   # its name of the base; None = it is asked
-    keep: int = 0                  # megabytes of prompts that are kept; 0 = none
-    bounds: ConnectionLimits = field(default_factory=ConnectionLimits)   # of connections
-
-
-@dataclass(frozen=True)
-class Server:
-    """What the handlers share."""
-
-    settings: Settings
-    champions: "ReleaseWatcher"
-    batcher: Batcher
-    metrics: Metrics
-    backend: UpstreamServer | None = None
+GRACE_SECONDS = 60      # for unfinished answers after the signal to end
 
 
 def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish what is under way. Raises MoaError when it cannot begin."""
+    """Serve until SIGTERM or Ctrl-C, then finish the running requests. Raises MoaError when it cannot begin."""
     backend = (UpstreamServer(settings.backend, settings.backend_key, settings.backend_base)
                if settings.backend is not None else None)
     listening = _bind(settings)
     from moa.serving.active_release import ReleaseWatcher, answer, decide
 
     metrics = Metrics()
-    keeper = PromptLogger(workspace, settings.keep, config.drift.redact) if settings.keep else None
+    logger = PromptLogger(workspace, settings.keep, config.drift.redact) if settings.keep else None
 
     def work(jobs: Any) -> Any:
         metrics.rows.observe(len(jobs))
-        if keeper is not None:
-            keep_named(keeper, [job.work for job in jobs])
+        if logger is not None:
+            _log_named(logger, [job.work for job in jobs])
         return answer(jobs) if backend is None else decide(jobs)
 
-    champions = ReleaseWatcher(workspace, config, keeper.routed if keeper is not None else None)
+    releases = ReleaseWatcher(workspace, config, logger.routed if logger is not None else None)
     batcher = Batcher(work, settings.limits)
     metrics.watch(waiting=lambda: batcher.waiting, running=lambda: batcher.running,
-                  release=lambda: champions.now.version, failures=lambda: champions.failures)
+                  release=lambda: releases.now.version, failures=lambda: releases.failures)
     host, port = listening.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    app = build(Server(settings, champions, batcher, metrics, backend))
+    app = build(ServerState(settings, releases, batcher, metrics, backend))
     bounds = replace(settings.bounds, descriptors=1 if backend is None else 2)
     running = _Announcing(connections.Config(
         app, bounds, log_config=None, access_log=False, lifespan="off", server_header=False, proxy_headers=False,
         timeout_graceful_shutdown=GRACE_SECONDS))
-    running.announcement = f"{champions.now.label} serves at {where}"
-    champions.follow(settings.poll)
-    # uvicorn raises the signals it got once more when it has ended; by then there is nothing left for them to do.
+    running.announcement = f"{releases.now.label} serves at {where}"
+    releases.follow(settings.poll)
+    # uvicorn raises the signals that it received again after it has ended: they are ignored then.
     before = [(number, signal.signal(number, lambda *_: None)) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         running.run(sockets=[listening])
     finally:
-        champions.close()
+        releases.close()
         batcher.close()
-        if keeper is not None:
-            keeper.close()
+        if logger is not None:
+            logger.close()
         for number, handler in before:
             signal.signal(number, handler)
 
 
-def keep_named(keeper: PromptLogger, asks: Sequence[Any]) -> None:
-    """The prompts that no router sees, because the caller named the domain."""
-    for ask in asks:
-        if ask.domain is not None:
-            keeper.named(ask.release.version, ask.release.digest, ask.messages, ask.domain)
+def _log_named(logger: PromptLogger, requests: Sequence[Any]) -> None:
+    """Log the prompts whose domain the caller named; all others are logged when the router decides."""
+    for request in requests:
+        if request.domain is not None:
+            logger.named(request.release.version, request.release.digest, request.messages, request.domain)
 
 
 class _Announcing(connections.Server):
-    """Says where it listens once it does."""
+    """Prints `announcement` once the server listens."""
 
     announcement = ""
 
@@ -129,7 +95,7 @@ class _Announcing(connections.Server):
 
 
 def _bind(settings: Settings) -> socket.socket:
-    """The port, taken before anything slow begins. Raises UsageError."""
+    """The listening socket, bound before the slow loading begins. Raises UsageError."""
     if settings.key is None and not _loopback(settings.host):
         raise UsageError(f"--host {settings.host} lets other machines ask, and there is no key: set MOA_API_KEY, or "
                          "give --key-file.")
@@ -150,8 +116,9 @@ def _loopback(host: str) -> bool:
 
 # The application.
 
-def build(server: Server) -> FastAPI:
-    # Its own schema would know no body, and its redirects would lead to whatever host the caller names.
+def build(server: ServerState) -> FastAPI:
+    """The application with its routes, error handlers and middleware."""
+    # FastAPI's own schema would lack the bodies, and its redirects would lead to the host that the client names.
     app = FastAPI(title="moa", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     key = server.settings.key
 
@@ -170,21 +137,21 @@ def build(server: Server) -> FastAPI:
 
     @app.get("/v1/models", dependencies=[Depends(allowed)])
     async def models() -> dict[str, Any]:
-        release = server.champions.now
+        release = server.releases.now
         return {"object": "list", "data": [{"id": name, "object": "model", "created": release.created,
                                             "owned_by": release.label}
                                            for name in protocol.models(release.mixture.labels)]}
 
     @app.get("/openapi.json", dependencies=[Depends(allowed)])
     async def openapi() -> dict[str, Any]:
-        release = server.champions.now
+        release = server.releases.now
         return document(labels=release.mixture.labels, adapters=sorted(release.adapters), key=key is not None,
                         most_tokens=server.settings.max_tokens, backend=server.backend is not None)
 
     @app.get("/healthz")
     async def health() -> JSONResponse:
         well = server.batcher.alive
-        return JSONResponse({"status": "ok" if well else "failed", "release": server.champions.now.label},
+        return JSONResponse({"status": "ok" if well else "failed", "release": server.releases.now.label},
                             200 if well else 503)
 
     @app.get("/metrics", dependencies=[Depends(allowed)])
@@ -215,14 +182,14 @@ def build(server: Server) -> FastAPI:
 
 
 def _same(given: bytes, wanted: bytes) -> bool:
-    """In a time that tells nothing of where, or how early, they differ."""
+    """Equality in constant time, against timing attacks."""
     return hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(wanted).digest())
 
 
 class _ThisMachineOnly:
-    """Refuses every path, /healthz and those that do not exist too, to a request that names another host.
+    """Refuses requests that name another host, on every path, with /healthz and paths that do not exist.
 
-    A server without a key listens on a loopback address alone, so a probe from elsewhere cannot reach it anyway.
+    A server without a key listens at a loopback address alone, so no probe from another machine can reach it anyway.
     """
 
     def __init__(self, app: Any) -> None:
@@ -238,7 +205,7 @@ class _ThisMachineOnly:
 
 
 class _Counted:
-    """Every request by path and status, with its time to the last byte."""
+    """Counts every request by path and status, with its time to the last byte."""
 
     def __init__(self, app: Any, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
@@ -247,16 +214,16 @@ class _Counted:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), 499   # nginx's number for a client that left first
+        began, status = time.monotonic(), 499   # nginx's status for a client that left first
 
-        async def noted(message: Any) -> None:
+        async def record_status(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, receive, record_status)
         except Exception:
             status = 500
             raise

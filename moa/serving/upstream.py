@@ -1,7 +1,7 @@
-"""Another OpenAI-compatible server that decodes: a checked question out, its answer back, whole or in pieces.
+"""A client of another OpenAI-compatible server that decodes: a valid question out, its answer back, whole or in pieces.
 
-Knows nothing of releases, of routing, or of who asks. What goes out is what `moa.serving.protocol` understood, and
-nothing else of the caller's body: the options that a question may have are the same, wherever it is decoded.
+Only what `moa.serving.protocol` parsed is sent, and nothing else of the client's body: the options of a question are
+the same, whether it is decoded here or there.
 """
 
 import json
@@ -15,13 +15,13 @@ import httpx
 from moa.core.errors import UsageError
 from moa.serving.protocol import ChatError, ChatQuestion
 
-CONNECT_SECONDS, READ_SECONDS = 10, 600   # the second between two pieces of an answer, of which a whole one is one
+CONNECT_SECONDS, READ_SECONDS = 10, 600   # READ: between two pieces of an answer, or for a whole one
 OURS = re.compile(r"moa(/.*)?|[^/]+-[0-9a-f]{12}")   # names of a moa server, and of adapters as `moa export` has them
 
 
 @dataclass(frozen=True)
 class Routed:
-    """Who a question was for, and what the backend says its answer cost; named as in `moa.mixture.mixture.Answer`."""
+    """The routing of a question and the backend's token counts; fields as in `moa.mixture.mixture.Answer`."""
 
     domain: str
     confidence: float | None
@@ -35,43 +35,46 @@ class Routed:
 
 
 class UpstreamServer:
-    """One server, at an address with or without its /v1. `base` is its name of the base; None = it is asked."""
+    """One server that decodes."""
 
     def __init__(self, url: str, key: str | None = None, base: str | None = None) -> None:
-        """Raises UsageError for an address that is none."""
+        """`url` is with or without /v1, `base` the server's name of the base model; None = its list of models is read.
+
+        Raises UsageError for an invalid address.
+        """
         self.url = _address(url)
-        self._told, self._found = base, base
+        self._configured_base, self._base = base, base
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.AsyncClient(base_url=self.url, headers=headers, limits=httpx.Limits(max_connections=None),
                                          timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS))
 
     async def base(self) -> str:
         """The backend's name of the base without an adapter. Raises ChatError."""
-        if self._found is None:
+        if self._base is None:
             reply = await self._send(self._client.build_request("GET", "models"), "")
             listed = _json(await self._read(reply))
             models = listed.get("data") if isinstance(listed, dict) else None
             names = [model["id"] for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)
                      and not model.get("parent")] if isinstance(models, list) else []   # vLLM's adapters have a parent
-            self._found = next((name for name in names if not OURS.fullmatch(name)), None)
-        if self._found is None:
+            self._base = next((name for name in names if not OURS.fullmatch(name)), None)
+        if self._base is None:
             raise _failed(f"The backend at {self.url} lists no base model: give --backend-base.")
-        return self._found
+        return self._base
 
     async def begin(self, model: str, question: ChatQuestion) -> httpx.Response:
-        """The answer's head; its body is still to come, and whoever has it must close it. Raises ChatError."""
+        """The response after its header; the caller reads its body and closes it. Raises ChatError."""
         return await self._send(self._client.build_request("POST", "chat/completions", json=_body(model, question)),
                                 model)
 
     async def whole(self, reply: httpx.Response) -> dict[str, Any]:
-        """A completion. Raises ChatError."""
+        """The completion in a response. Raises ChatError."""
         completion = _json(await self._read(reply))
         if not (isinstance(completion, dict) and isinstance(completion.get("choices"), list)):
             raise _failed(f"The backend at {self.url} answered with something that is no completion.")
         return completion
 
     async def chunks(self, reply: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-        """The chunks of a stream, each as it comes. Raises ChatError when they end before they are said to."""
+        """The chunks of a stream, as they arrive. Raises ChatError when the stream ends before [DONE]."""
         try:
             async for line in _lines(reply):
                 name, _, data = line.partition(b":")
@@ -108,18 +111,18 @@ class UpstreamServer:
                        "backend_unreachable")
 
     def _refusal(self, status: int, content: Any, model: str) -> ChatError:
-        """The backend's refusal as ours: its own where the caller can mend it, else 502 or 503."""
-        said = _message(content)
-        if status in (401, 403):   # of this server's key; the caller's was right
+        """The backend's refusal as this server's: the same where the client can correct it, else 502 or 503."""
+        message = _message(content)
+        if status in (401, 403):   # it refuses this server's key; the client's key was right
             return _failed(f"The backend at {self.url} refuses this server's key: see --backend-key-file.")
-        if status == 404 and said and model:
-            self._found = self._told
+        if status == 404 and message and model:
+            self._base = self._configured_base
             return ChatError(503, f"The backend at {self.url} has no model {model!r}: run `moa export DIR --format "
                                   "vllm` and serve what it wrote there.", "backend_lacks_model", "server_error")
-        if said and 400 <= status < 500 and status != 404:
+        if message and 400 <= status < 500 and status != 404:
             code = "queue_full" if status == 429 else "backend_refused"
-            return ChatError(status, said, code, "rate_limit_error" if status == 429 else "invalid_request_error")
-        return _failed(f"The backend at {self.url} failed with status {status}{f': {said}' if said else '.'}")
+            return ChatError(status, message, code, "rate_limit_error" if status == 429 else "invalid_request_error")
+        return _failed(f"The backend at {self.url} failed with status {status}{f': {message}' if message else '.'}")
 
 
 def _failed(message: str, code: str = "backend_failed") -> ChatError:
@@ -137,19 +140,19 @@ def _address(url: str) -> str:
 
 
 def _body(model: str, question: ChatQuestion) -> dict[str, Any]:
-    """A body that leaves little to the backend's own defaults: without a temperature, for one, ours is greedy."""
+    """The request's body, with explicit options, because the backend's defaults differ: moa's temperature is 0."""
     options = question.options
     body: dict[str, Any] = {
         "model": model, "messages": question.messages, "max_tokens": options["max_new_tokens"],
         "temperature": options.get("temperature", 0.0), "top_p": options.get("top_p", 1.0),
         **{name: options[name] for name in ("seed", "stop") if name in options}}
-    if question.stream:   # usage is counted here, whether or not the caller wants it
+    if question.stream:   # usage is counted here even if the client does not want it
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     return body
 
 
 async def _lines(reply: httpx.Response) -> AsyncIterator[bytes]:
-    """Lines that end where an event stream's do: httpx's own end at U+2028, too, which a text may hold."""
+    """Lines of an event stream; httpx's own lines also end at U+2028, which a text may hold."""
     held = b""
     async for piece in reply.aiter_bytes():
         *lines, held = (held + piece).split(b"\n")
@@ -165,9 +168,9 @@ def _json(data: bytes) -> Any:
 
 
 def _message(content: Any) -> str:
-    """What an error body says, in OpenAI's form or in older vLLM's; "" when it is neither."""
+    """The message of an error body in OpenAI's form or in older vLLM's; "" for any other body."""
     if not isinstance(content, dict):
         return ""
     error = content.get("error", content if content.get("object") == "error" else None)
-    said = error.get("message") if isinstance(error, dict) else None
-    return said if isinstance(said, str) else ""
+    message = error.get("message") if isinstance(error, dict) else None
+    return message if isinstance(message, str) else ""

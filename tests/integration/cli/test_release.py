@@ -26,7 +26,7 @@ from moa.core.files import read_json, replace_directory, write_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.data import prepare
 from moa.evaluation import gate
-from moa.evaluation.evaluate import test_rows as pinned_rows
+from moa.evaluation.scoring import pinned_rows
 from moa.experts import train
 from moa.experts.peft_format import CONFIG, WEIGHTS
 from moa.mixture import artifact

@@ -193,7 +193,7 @@ def serving(workspace: Workspace, *words: str) -> Iterator[str]:
 
 
 def test_a_server_keeps_what_it_was_asked(workspace: Workspace, released: Released) -> None:
-    from moa.serving.server import Settings
+    from moa.serving.state import Settings
 
     _, loaded, mixture = released
     assert Settings().keep == loaded.drift.keep == 0   # only where somebody asks for it

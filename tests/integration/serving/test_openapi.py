@@ -16,7 +16,8 @@ from moa.core.paths import Workspace
 from moa.serving.metrics import PATHS, Metrics
 from moa.serving.openapi import document
 from moa.serving.protocol import OPTIONS, WITHOUT_EFFECT
-from moa.serving.server import Server, Settings, build
+from moa.serving.server import build
+from moa.serving.state import ServerState, Settings
 from tests.integration.serving.test_server import CHAT, Served, first_release, question, serving
 
 KEY = "Bearer sesame"
@@ -81,7 +82,7 @@ def test_the_document_is_as_open_as_the_rest(server: Served) -> None:
 
 
 def test_the_document_has_every_path_and_option() -> None:
-    app = build(Server(Settings(), cast(Any, None), cast(Any, None), Metrics()))
+    app = build(ServerState(Settings(), cast(Any, None), cast(Any, None), Metrics()))
     routes = {(route.path, method.lower()) for route in cast(list[Any], app.routes) for method in route.methods}
     described = document(labels=["a"], adapters=["a-0"], most_tokens=64, key=False, backend=False)
     assert {(path, method) for path, methods in described["paths"].items() for method in methods} == routes

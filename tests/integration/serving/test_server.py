@@ -44,7 +44,8 @@ from moa.release.registry import Registry
 from moa.serving.active_release import AnswerListener, ChatRequest, Release, ReleaseWatcher, answer
 from moa.serving.batcher import Batcher, Limits
 from moa.serving.protocol import ChatError, StreamTrimmer, read
-from moa.serving.server import Settings, serve
+from moa.serving.server import serve
+from moa.serving.state import Settings
 from tests import tiny
 
 DOMAINS = ("alpha", "beta")

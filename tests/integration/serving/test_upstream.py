@@ -181,7 +181,7 @@ def test_a_backend_that_is_gone(released: tuple[Workspace, Config]) -> None:
 
 @pytest.mark.parametrize(("words", "sentence"), [
     (("--backend", "nowhere"), "--backend is no address of a server"),
-    (("--backend-base", "base"), "say something of a --backend"),
+    (("--backend-base", "base"), "need --backend: give"),
 ])
 def test_what_cannot_begin(released: tuple[Workspace, Config], words: tuple[str, ...], sentence: str) -> None:
     done = subprocess.run([sys.executable, "-m", "moa", "serve", "--port", "0", *words], cwd=released[0].root,

@@ -516,7 +516,7 @@ def test_ingest_queues_and_says_who_will_learn_it(workspace: Workspace, template
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == ("1 file with 40 usable rows of the new domain law queued in "
                                            "data/incoming/law.")
-    assert done.stdout.splitlines()[-1] == "Nobody watches: run `moa up`, or `moa adapt` once, to learn it."
+    assert done.stdout.splitlines()[-1] == "`moa up` does not run: run `moa up`, or `moa adapt` once, to learn it."
     workspace.up.write_text(json.dumps({"pid": os.getpid(), "api": "http://127.0.0.1:9/api"}))
     again = json.loads(moa(workspace, "ingest", "law", "law.jsonl", "more.jsonl", "--json", cwd=template).stdout)
     assert again["watched"] and again["already_waiting"] == ["law.jsonl"] and len(again["files"]) == 1

@@ -241,7 +241,8 @@ def test_a_start_that_was_cut_off_is_none_and_is_made_the_next_time(workspace: W
             warm_starts.use(versions, "beta-2", "alpha")
     assert warm_starts.read(workspace) == {} and set(stale(workspace)) == {"evaluate"}
     start = warm_starts.use(versions, "beta-2", "alpha")
-    assert warm_starts.read(workspace) == {"beta-2": start} and digest(workspace.parent(start.digest)) == start.digest
+    assert warm_starts.read(workspace) == {"beta-2": start}
+    assert digests.of_expert(workspace.parent(start.digest)) == start.digest
     assert len(parents(workspace)) == 3
 
 

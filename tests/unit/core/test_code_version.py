@@ -79,7 +79,7 @@ def test_a_moved_module_does_not_count(original: Path, copy: Path) -> None:
 @pytest.mark.parametrize(("module", "pattern", "stages"), [
     ("moa.experts.cotraining", r"^([A-Z_]+ = )(\d+)", {"train", "assemble"}),
     ("moa.data.near_duplicates", r"^([A-Z_]+ = )(\d+)", {"prepare"}),
-    ("moa.evaluation.evaluate", r"^(SPARE_TOKENS = )(\d+)", {"evaluate"}),
+    ("moa.evaluation.scoring", r"^(SPARE_TOKENS = )(\d+)", {"evaluate"}),
 ])
 def test_a_changed_constant_counts(module: str, pattern: str, stages: set[str], original: Path, copy: Path) -> None:
     edit(copy, module, lambda text: re.sub(pattern, r"\g<1>1\g<2>", text, count=1, flags=re.MULTILINE))

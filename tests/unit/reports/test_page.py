@@ -127,7 +127,9 @@ def test_figures_are_those_of_the_rows(workspace: Workspace) -> None:
     drawn = np.random.default_rng(7).integers(20, size=(20_000, 20))   # the same bootstrap, of other draws
     means = (losses[drawn] * tokens[drawn]).sum(1) / tokens[drawn].sum(1)
     forced = found["scores"]["law"]["forced"]
-    assert forced["loss_interval"] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+    percentiles = np.quantile(means, [0.025, 0.975])   # the gate's interval is wider on few rows
+    assert forced["loss_interval"] == pytest.approx(percentiles, abs=0.03)
+    assert forced["loss_interval"][0] < percentiles[0] < percentiles[1] < forced["loss_interval"][1]
     assert forced["loss_interval"][0] < forced["loss"] < forced["loss_interval"][1]
     assert forced["score_interval"] == (1.0, 1.0) and found["scores"]["law"]["base"]["score_interval"][0] < 0.5
     paid = [0, 5, 10, 15]   # rows that the router sends elsewhere
@@ -139,9 +141,9 @@ def test_figures_are_those_of_the_rows(workspace: Workspace) -> None:
 
 
 def test_intervals_need_rows_and_finite_values() -> None:
-    assert report_facts.interval([]) is None and report_facts.interval([(1.0, 1.0)]) is None
-    assert report_facts.interval([(1.0, 1.0), (float("nan"), 1.0)]) is None
-    low, high = report_facts.interval([(float(number), 1.0) for number in range(5_000)]) or (0.0, 0.0)
+    assert report_facts.weighted_interval([]) is None and report_facts.weighted_interval([(1.0, 1.0)]) is None
+    assert report_facts.weighted_interval([(1.0, 1.0), (float("nan"), 1.0)]) is None
+    low, high = report_facts.weighted_interval([(float(number), 1.0) for number in range(5_000)]) or (0.0, 0.0)
     assert 2_440 < low < 2_499.5 < high < 2_560   # mean and 1.96 standard errors: 2499.5 +- 40
 
 
@@ -158,7 +160,7 @@ def test_the_page_says_what_there_is(workspace: Workspace) -> None:
         assert words in page.text, words
     assert re.search(r'class="m" style="background:rgba\(59,110,168,0\.80\);color:#fff">16<', html)
     # law learned from a corpus of before; sql's expert is in the mixture by way of joint training.
-    assert html.count('class="edge old"') == 1 and "A broken line" in page.text
+    assert html.count('class="edge old"') == 1 and "A dashed line" in page.text
 
 
 def test_layer_agreement_is_plotted_with_the_level_that_is_read(workspace: Workspace) -> None:

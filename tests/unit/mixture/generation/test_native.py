@@ -16,7 +16,7 @@ from moa.experts.lora import ExpertStack, LoraSpec
 from moa.mixture.generation import decoding, engine, native
 from moa.mixture.generation.decoding import Decoding
 from moa.mixture.generation.native import CompiledDecoding
-from tests.unit.mixture.generation.test_decoding import prompts_of, walk
+from tests.unit.mixture.generation.test_decoding import agree, prompts_of, walk
 
 FAST = ("llama", "qwen2")
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(

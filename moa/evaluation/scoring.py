@@ -1,0 +1,68 @@
+"""Test rows, greedy answers to them and the scores of these answers: what evaluation, comparison and forgetting share.
+
+What a row gets from an expert depends on that row and the expert's weights alone, up to the rounding of a batch. Shapes
+of data: `content` is a sequence of (domain, test row), and a pair is (index into `content`, label of the answerer).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
+
+from moa.core.config import Config
+from moa.core.files import read_json
+from moa.core.paths import MANIFEST, Workspace
+from moa.data import corpus
+from moa.data.corpus import Row
+from moa.evaluation import metrics
+
+Content = Sequence[tuple[str, Row]]   # (domain, test row)
+Pair = tuple[int, str]                # (index of a row, label of the expert that answers it, or "base")
+SPARE_TOKENS = 8   # an answer may be this much longer than the longest one in the corpus
+
+
+def pinned_rows(workspace: Workspace, config: Config, domains: Iterable[str],
+                also: Mapping[str, Set[str]] | None = None) -> list[tuple[str, Row]]:
+    """(domain, row) of the first `evaluate.rows` test rows of each domain, and of those whose ids are in `also`.
+
+    A corpus keeps its rows in the order of their digests, so the limit favours no kind of row.
+    """
+    limit = config.evaluate.rows
+    return [(domain, row) for domain in domains
+            for place, row in enumerate(corpus.read(workspace.corpus(domain), "test"))
+            if limit is None or place < limit or row.id in (also or {}).get(domain, ())]
+
+
+def answer_limit(workspace: Workspace, config: Config, domain: str) -> int:
+    """Most tokens of an answer in `domain`."""
+    longest = read_json(workspace.corpus(domain) / MANIFEST)["tokens"]["completion"]["max"]
+    return min(config.evaluate.max_new_tokens, int(longest) + SPARE_TOKENS)
+
+
+def generate_answers(mixture: Any, workspace: Workspace, config: Config, content: Content, pairs: Iterable[Pair],
+                     advance: Callable[[int], object] = lambda _: None) -> dict[Pair, str]:
+    """Greedy answers by pair, domain by domain in batches of `evaluate.batch_rows`.
+
+    The same pairs make the same batches for any mixture. `advance` is called with the size of each finished batch.
+    """
+    by_domain: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        by_domain[content[pair[0]][0]].append(pair)
+    answers: dict[Pair, str] = {}
+    for domain, of_domain in by_domain.items():
+        limit = answer_limit(workspace, config, domain)
+        for start in range(0, len(of_domain), config.evaluate.batch_rows):
+            batch = of_domain[start:start + config.evaluate.batch_rows]
+            generated = mixture.generate([content[index][1].prompt for index, _ in batch], [by for _, by in batch],
+                                         max_new_tokens=limit)
+            answers.update(zip(batch, (one.answer for one in generated), strict=True))
+            advance(len(batch))
+    return answers
+
+
+def score_answers(config: Config, content: Content, answers: Mapping[Pair, str]) -> dict[Pair, float]:
+    """The score of each answer by the metric of its row's domain, from 0 to 1. Raises ConfigError for no metric."""
+    scores = {}
+    for pair, answer in answers.items():
+        domain, row = content[pair[0]]
+        scores[pair] = metrics.resolve(config.domains[domain].metric)(answer, row.reference, row.question)
+    return scores
