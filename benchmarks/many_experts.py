@@ -170,7 +170,7 @@ def seal(base: Base, folder: Path, count: int) -> None:
 
 
 def random_router(base: Base, labels: list[str]) -> Router:
-    """One of the size that assemble makes; nobody asks it here."""
+    """One of the size that assemble makes; it answers nothing here."""
     L, D, C = base.model.config.num_hidden_layers, base.model.config.hidden_size, len(labels)
     generator = torch.Generator().manual_seed(0)
     seen_MD = torch.nn.functional.normalize(torch.randn(KEPT * C, D, generator=generator), dim=-1)

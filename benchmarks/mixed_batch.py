@@ -193,7 +193,7 @@ def build_xlora(base: Any, experts: list[Path]) -> tuple[dict[str, System], dict
             system = System(load_xlora(base, experts[:count]), cached=False)
             measure(system, torch.zeros(1, 2, dtype=torch.long, device=base.device), 2)
             systems[name] = system
-        except Exception as error:   # somebody else's code: what it cannot do is a finding
+        except Exception as error:   # other projects' code: what it cannot do is a finding
             errors[name] = {"error": "".join(traceback.format_exception_only(error)).strip()}
             print(f"{name} does not run: {errors[name]['error']}")
     return systems, errors

@@ -1,6 +1,6 @@
 """What a build came to, kept with its flow run: a page and the gate's verdicts, as Prefect artifacts.
 
-They repeat the report on Prefect's pages. Knows nothing of how a figure is made.
+They repeat the report on Prefect's pages.
 """
 
 import sys

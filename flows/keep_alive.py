@@ -1,4 +1,4 @@
-"""Keeps alive what `moa up` consists of, and writes down how each part is. Knows nothing of what a part does.
+"""Keeps alive what `moa up` consists of, and writes down how each part is.
 
 A part that ends is started again, after a pause that doubles with each end in a row. How each is stands in the file
 that `moa up` keeps (`Workspace.up`), where `moa status` reads it in another process.

@@ -90,7 +90,7 @@ class Server:
 def running(workspace: Workspace, *, verbose: bool = False, ui: bool = False) -> Iterator[Server]:
     """A server for the block. It may still be starting: do other work first, then call `ready`.
 
-    One of our own has pages for people if `ui`. Raises PipelineError when the configured one refuses the user's
+    One of our own has pages if `ui`. Raises PipelineError when the configured one refuses the user's
     password or key.
     """
     os.environ.update(QUIET)

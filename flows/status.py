@@ -94,7 +94,7 @@ def text(facts: dict[str, Any]) -> str:
              ("champion", facts["champion"] or "none"), ("stale", _listed(facts["stale"])),
              ("pending", _listed(facts["pending"])), ("arrived", facts["due"]["reason"]),
              *(("", f"{each['domain']}/{each['file']}, {each['size']:,} bytes") for each in facts["arrived"]),
-             ("at work", f"pid {working['pid']} since {working['since']}" if working else "nobody")]
+             ("at work", f"pid {working['pid']} since {working['since']}" if working else "no run")]
     if facts["interrupted"]:
         lines.append(("", f"an adaptation of {_listed(facts['interrupted'])} was interrupted; the next run ends it"))
     lines.append(("moa up", f"since {up['since']} (pid {up['pid']})" if up else "does not run"))

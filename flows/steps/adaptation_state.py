@@ -1,6 +1,6 @@
 """An adaptation that is under way, on disk: what it took in and what was there before, until it is released or undone.
 
-Whatever ends the process, the next run finds the attempt and brings it to an end. Knows nothing of stages or releases.
+Whatever ends the process, the next run finds the attempt and brings it to an end.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Run independent calls side by side and say how each ended. Knows nothing of stages, and nothing of Prefect.
+"""Run independent calls side by side and say how each ended.
 
 `LocalRunner` uses threads alone; `flows.build` has the runner that makes each call a Prefect task. Both take the
 same calls and give the same outcomes, so order and policy are written once, in `flows.steps.stage_order`.

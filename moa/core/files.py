@@ -42,7 +42,7 @@ def write_json_if_changed(path: Path, value: Any) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file of people's, or of git's: a reader sees the old one or the new, and its permissions stay."""
+    """Write a file that users or git also write: a reader sees the old or the new one, and its permissions stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temp_path(path).open("wb") as file:

@@ -2,8 +2,8 @@
 
 Importing torch and transformers takes a step three seconds or more, which is most of what a small step takes. Here one
 process (this same file, run as a script) imports them once, and forks a step when it is asked to. It does nothing else:
-it never runs a step itself, starts no thread, touches no GPU, and imports no module of moa that a step uses, so
-that a step runs the code that is on the disk when it starts. Knows nothing of what a step does.
+it never runs a step itself, starts no thread, touches no GPU, and imports no module of moa that a step uses, so that a
+step runs the code that is on the disk when it starts.
 
     the caller --- control: a request for each step, with its descriptors ---> the fork server
                                                                                 | fork

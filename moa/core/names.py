@@ -2,7 +2,7 @@
 
 A file's name is bytes: Python gives those that are no UTF-8 as lone surrogates, which neither a terminal, nor YAML, nor
 a database takes. A name may also hold line ends, and characters that change what stands beside them. Whatever is shown
-to people or written into a file goes through here; whatever opens a file uses the name as it is.
+or written into a file goes through here; whatever opens a file uses the name as it is.
 """
 
 import os

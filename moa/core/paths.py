@@ -1,8 +1,8 @@
-"""Every path of a workspace, from one root. Knows nothing of what the files hold.
+"""Every path of a workspace, from one root.
 
     params.yaml dvc.yaml dvc.lock   what to build, and what was built (git)
     data/                           artifacts, each complete once its manifest exists (DVC)
-    .moa/                           this machine's own: databases, caches, locks, unfinished work (nobody)
+    .moa/                           this machine's own: databases, caches, locks, unfinished work (not kept)
 """
 
 import os
@@ -22,7 +22,7 @@ def user_cache() -> Path:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The paths under one root. Nothing is created until somebody writes."""
+    """The paths under one root. Nothing is created before the first write."""
 
     root: Path
 
@@ -152,7 +152,7 @@ class Workspace:
 
     @property
     def prompt_log(self) -> Path:
-        """What somebody put in the way of undoing an interrupted change."""
+        """Files of others that stood where the undoing of a change put its own."""
         return self.local / "kept"
 
     @property

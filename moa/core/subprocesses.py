@@ -1,4 +1,4 @@
-"""Run a step's command: output to a log file of its own, its last words into the error. Knows nothing of DVC.
+"""Run a step's command: output to a log file of its own, its last words into the error.
 
 While a workspace is held, commands that are moa's own are forked from a process that has imported what they need (see
 moa.core.fork_server); all others are started by a shell.

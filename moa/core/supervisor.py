@@ -1,6 +1,6 @@
-"""Run a command that cannot outlive us. Knows nothing of DVC, stages or training.
+"""Run a command that ends with the process that started it.
 
-A child started directly survives the sudden death of its parent, and so do its own children: a training that nobody
+A child started directly survives the sudden death of its parent, and so do its own children: a training that no process
 waits for. Here a small supervisor (this same file, run as a script with the standard library only) leads a process
 group of its own and holds one end of a pipe. When the other end closes, because we ask for it or because we are gone,
 it ends the whole group.
@@ -120,7 +120,7 @@ def end_with_parent(seconds: float = 1.0) -> None:
         stop_all()
         os._exit(1)
 
-    if parent != 1:   # then somebody means us to live on
+    if parent != 1:   # then this process was started to live on
         threading.Thread(target=watch, name="moa-parent", daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""Text for people: tables, shortened values, and sentences that several commands print."""
+"""Text for terminals and messages: tables, shortened values, and sentences that several commands print."""
 
 from collections.abc import Sequence
 

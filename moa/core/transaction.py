@@ -80,7 +80,7 @@ def transaction(workspace: Workspace, what: str, *, files: Iterable[Path] = (),
                 folders: Iterable[Path] = ()) -> Iterator[Change]:
     """Everything that happens to `files` and `folders` in the block, or nothing. The caller holds the workspace's lock.
 
-    `what` is the command, as people know it. Other paths are the block's own business.
+    `what` names the command in messages. The block itself undoes its changes to other paths.
     """
     change = Change(workspace, what, files, folders)
     try:

@@ -2,7 +2,7 @@
 
 Reads the files that prepare wrote, batch by batch, with no loop over rows, so that two million take seconds and little
 memory. Looks at one domain alone: `moa.data.overlap` compares it with others. `concerns` puts what deserves a look into
-sentences; every threshold stands here by name, and a concern stops nothing: people decide.
+sentences; every threshold stands here by name, and a concern stops nothing: the user decides.
 """
 
 import json

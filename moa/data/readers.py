@@ -41,7 +41,7 @@ class RawRow(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The row as text for people."""
+        """The row as text."""
         if self.source is not None:
             return self.source
         return json.dumps(self.value, ensure_ascii=False, default=str)

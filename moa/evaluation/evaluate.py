@@ -2,7 +2,7 @@
 
     data/reports/rows.parquet     one line per row and system
     data/reports/summary.json     what they come to
-    data/reports/report.md        the same for people
+    data/reports/report.md        the same as text
 
 What a row gets from an expert depends on that row and expert alone, so each pair is computed once for all systems, and
 not again for an expert that did not change (`AnswerCache`).

@@ -1,4 +1,4 @@
-"""A release at work: ask the champion. Knows nothing of how it was made."""
+"""A release at work: ask the champion."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -5,8 +5,6 @@
     router.safetensors, router.json the heads, and how they decide
     vllm.sh                         only for vLLM: the command that serves the experts by these names
     manifest.json                   release, base, prompt, labels and every digest (last)
-
-Knows nothing of how a release came about, and does not run vLLM.
 """
 
 import shlex

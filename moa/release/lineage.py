@@ -1,4 +1,4 @@
-"""What a version came from: git commit, dirty flag, `dvc.lock`, figures. Knows nothing of MLflow."""
+"""What a version came from: git commit, dirty flag, `dvc.lock`, figures."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""How moa opens MLflow: quietly, once, and with an end to waiting. Knows nothing of experts, mixtures or champions."""
+"""How moa opens MLflow: quietly, once, and with an end to waiting."""
 
 import importlib
 import logging

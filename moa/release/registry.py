@@ -1,4 +1,4 @@
-"""Experts and mixtures as MLflow versions, and who is champion. Knows nothing of the gate and of what is inside them.
+"""Experts and mixtures as MLflow versions, and who is champion.
 
 A registration leaves a run (how it came about), a logged model (the files) and last of all a version, whose tags pin
 the content. A version's existence means that it is complete; what a crash leaves before that is found by its digest

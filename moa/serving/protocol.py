@@ -36,7 +36,7 @@ class BodyError(ValueError):
 
 
 class ChatError(Exception):
-    """A refusal with its HTTP `status`; `code` is for programs, the message for people."""
+    """A refusal with its HTTP `status`; `code` is for programs, the message for the caller's log."""
 
     def __init__(self, status: int, message: str, code: str, kind: str = "invalid_request_error") -> None:
         super().__init__(message)

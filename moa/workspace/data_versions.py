@@ -1,6 +1,6 @@
 """Versions of a workspace's data: what DVC keeps without a command, and what a release was made of as a commit of git.
 
-Sets DVC up, adds and forgets data, purges what DVC remembers of stages that are gone. Knows nothing of domains.
+Sets DVC up, adds and forgets data, purges what DVC remembers of stages that are gone.
 """
 
 import contextlib

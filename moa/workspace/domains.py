@@ -1,7 +1,6 @@
 """Domains come and go: rows into data/raw/NAME or back, the domain into or out of params.yaml, all of it or nothing.
 
-`check` reports on a domain before any training. Knows nothing of what the steps make of the rows; other domains'
-corpora and experts are only proved to be unchanged.
+`check` reports on a domain before any training.
 """
 
 import os

@@ -1,7 +1,6 @@
 """DVC's repository: opened once, asked by one thread at a time, without a word of its own.
 
 With hundreds of stages DVC takes seconds to read its files, which is more than most questions and many steps take.
-Knows nothing of what is asked.
 """
 
 import contextlib
@@ -38,8 +37,8 @@ class DvcRepository:
     def stages(self, what: str = "DVC cannot read this workspace's pipeline") -> Iterator[tuple[Any, dict[str, Any]]]:
         """DVC's repository, locked, and its stages, in the workspace's folder.
 
-        Whoever changes one of these stages without recording it calls `close`. Raises PipelineError, which begins with
-        `what`.
+        A caller that changes one of these stages without recording it must call `close`.
+        Raises PipelineError, which begins with `what`.
         """
         os.environ.update({key: value for key, value in QUIET.items() if key.startswith("DVC")})
         from dvc.exceptions import DvcException

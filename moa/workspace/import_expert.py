@@ -1,7 +1,7 @@
 """An expert trained outside becomes a domain's expert: checked, copied, recorded as if it had been trained here.
 
 Only adapter_config.json and adapter_model.safetensors are taken, byte for byte. What cannot be compared is said, never
-assumed. Knows nothing of how good the expert is: that is what the gate measures.
+assumed.
 """
 
 import json

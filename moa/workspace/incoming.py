@@ -4,7 +4,7 @@
     data/incoming/NAME/.FILE.origin.json   beside a file: its original name, if `moa ingest` brought it
 
 The files are the queue: nothing else records what waits. A file leaves only when it is stored in data/raw or
-quarantined (`moa.workspace.quarantine`). Knows nothing of when or how anything is learned.
+quarantined (`moa.workspace.quarantine`).
 """
 
 import contextlib

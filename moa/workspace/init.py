@@ -1,7 +1,7 @@
 """A new workspace: the files of scaffold/, in a git repository that DVC knows. Never overwrites anything.
 
 Every file is put in place whole, dvc.yaml last: with params.yaml it is what makes a folder a workspace. So a run that
-was interrupted is continued by running it again. Knows nothing of domains or of what the files mean.
+was interrupted is continued by running it again.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Which process holds the workspace's lock, for messages. Knows nothing of what is done under it.
+"""Which process holds the workspace's lock, for messages.
 
 The lock itself is the operating system's, and ends with its owner, however that ends: nothing has to be guessed to
 take over from a crashed run. The owner says beside it who it is, and renews `until`. One that is alive and does not

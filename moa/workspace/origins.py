@@ -1,6 +1,6 @@
 """Where each file in data/raw/NAME came from, kept in DVC's own data/raw/NAME.dvc, which git has.
 
-DVC keeps what it does not know under `meta`. Knows nothing of what the files hold.
+DVC keeps what it does not know under `meta`.
 """
 
 import re

@@ -3,8 +3,7 @@
     data/incoming/.rejected/NAME/FILE               the file; of one that lay outside all folders, NAME is `-`
     data/incoming/.rejected/NAME/FILE.reason.json   reason, at, digest, from, origin
 
-The reason is written first, so that whatever ends the process, the file is in one of the two places. Knows nothing of
-what is wrong with a file.
+The reason is written first, so that whatever ends the process, the file is in one of the two places.
 """
 
 import os

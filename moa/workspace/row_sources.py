@@ -272,8 +272,8 @@ def _advice(columns: list[str]) -> str:
 def copy_checked(found: SourceFile, target: Path, *, link: bool = False) -> None:
     """Copy a file and read it back. Raises DataError when it is another by now.
 
-    With `link`, `target` becomes a second name of it where the disk can, unless it has another one already: whoever
-    knows the file by that may go on writing to it.
+    With `link`, `target` becomes a second name of it where the disk can, unless it has another one already: a program
+    that knows the file by that may go on writing to it.
     """
     try:
         if not (link and _linked(found.path, target)):

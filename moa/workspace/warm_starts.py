@@ -1,7 +1,7 @@
 """Which domains' training begins at which parent: set, taken back, and shown to DVC. Training reads it (`warm_start`).
 
-data/starts.json is written last, when the parent's files lie in data/parents and DVC knows them. Whoever changes starts
-holds the workspace's lock. Knows nothing of how a parent is chosen.
+data/starts.json is written last, when the parent's files lie in data/parents and DVC knows them. A process that
+changes starts holds the workspace's lock.
 """
 
 import re
