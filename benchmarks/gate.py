@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 from common import goal
 
-from moa.evaluation.gate import Rules, Score, decide
+from moa.core.config import ReleaseParams
+from moa.evaluation import gate
+from moa.evaluation.gate import Score, decide
 
 DOMAINS = ("extract", "math", "python", "sql")
 ROWS = (20, 40, 80, 160)
 ANSWERED = 40
-RULES = Rules(resamples=2_000)
+RULES = ReleaseParams()
+gate.RESAMPLES = 2_000   # there are many thousands of decisions
 RIGHT, DIFFERENT = 0.6, 0.15   # share of right answers, and of answers that chance alone turns
 
 
@@ -95,7 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     began = perf_counter()
     figures: dict[str, Any] = {"cores": os.cpu_count(), "trials": args.trials, "answered": ANSWERED,
-                               "resamples": RULES.resamples, "rows": list(ROWS)}
+                               "resamples": gate.RESAMPLES, "rows": list(ROWS)}
     width = max(map(len, WORLDS))
     print(f"{'share promoted, by test rows of each domain':<{width}}  " + "  ".join(f"{count:>6}" for count in ROWS))
     shares: dict[str, list[float]] = {}

@@ -7,7 +7,7 @@ registered stays registered, what is champion stays champion.
 import getpass
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -216,7 +216,7 @@ def forgetting(workspace: Workspace, old: int, new: int) -> dict[str, Any]:
 def _compared(workspace: Workspace, config: Config, incumbent: MixtureVersion,
               challenger: MixtureVersion) -> gate.Decision:
     compared = compare(workspace, incumbent.version, challenger.version)
-    return gate.decide(map(_score, compared["rows"]), _rules(config), incumbent=incumbent.experts,
+    return gate.decide(map(_score, compared["rows"]), config.release, incumbent=incumbent.experts,
                        challenger=challenger.experts, routing=compared.get("routing"),
                        tested_by=f"version {incumbent.version}", causes=_causes(compared))
 
@@ -224,12 +224,6 @@ def _compared(workspace: Workspace, config: Config, incumbent: MixtureVersion,
 def _causes(compared: Mapping[str, Any]) -> dict[str, str]:
     parts = compared.get("parts")
     return comparison.attribute_regressions(compared["rows"], parts["incumbent"], parts["challenger"]) if parts else {}
-
-
-def _rules(config: Config) -> gate.Rules:
-    params = config.release
-    settable = [rule.name for rule in fields(gate.Rules) if rule.name in type(params).model_fields]
-    return gate.Rules(**{name: getattr(params, name) for name in settable})
 
 
 def _question(workspace: Workspace, config: Config, challenger: MixtureVersion,
@@ -241,7 +235,7 @@ def _question(workspace: Workspace, config: Config, challenger: MixtureVersion,
              "metric_rows": config.release.metric_rows,
              "metrics": {domain: each.metric for domain, each in config.domains.items()}}
     return {"version": challenger.version, "against": incumbent.version if incumbent else None,
-            "rules": asdict(_rules(config)), "corpora": digests.of_json(asked)}
+            "rules": gate.rules_of(config.release), "corpora": digests.of_json(asked)}
 
 
 def _score(row: Mapping[str, Any]) -> gate.Score:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moa.core.config import ReleaseParams
 from moa.evaluation.statistics import RoutingChanges, exact_test, interval, resampled, routing_changes, sign_test
 
 Verdict = Literal["pass", "fail", "not enough data"]
@@ -31,19 +32,16 @@ Against = Literal["incumbent", "base"]
 Pairs = Sequence[tuple[float | None, float | None]]   # challenger, other
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What a challenger may do: `release` in params.yaml, as far as it has a key for it."""
+MIN_GAIN = 0.001     # nats; a fall of less than this is no improvement, however certain: rounding is certain
+RESAMPLES = 10_000   # of each bootstrap
+SEED = 0             # of the bootstraps
 
-    tolerance: float = 0.02          # largest rise of a domain's mean loss, in nats
-    min_gain: float = 0.001          # a fall of less than this is no improvement, however certain: rounding is certain
-    metric_tolerance: float = 0.05   # largest fall of a domain's mean score
-    min_rows: int = 20               # fewest paired rows for a verdict
-    confidence: float = 0.95         # of the two-sided interval
-    accuracy_drop: float = 0.02      # routing accuracy may be this much below the incumbent's
-    abstention_rise: float = 0.05    # share of abstentions may be this much above the incumbent's
-    resamples: int = 10_000
-    seed: int = 0
+
+def rules_of(params: ReleaseParams) -> dict[str, float]:
+    """Every number that a decision depends on, by name: kept with the decision."""
+    return {"tolerance": params.tolerance, "min_gain": MIN_GAIN, "metric_tolerance": params.metric_tolerance,
+            "min_rows": params.min_rows, "confidence": params.confidence, "accuracy_drop": params.accuracy_drop,
+            "abstention_rise": params.abstention_rise, "resamples": RESAMPLES, "seed": SEED}
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Comparison:
     rows: int                                     # compared
     unmatched: int = 0                            # left out: one of the two systems has no value
     point: float | None = None
-    interval: tuple[float, float] | None = None   # at Rules.confidence: decides `verdict`
+    interval: tuple[float, float] | None = None   # at release.confidence: decides `verdict`
     improved: bool = False                        # at a confidence corrected for the number of comparisons
 
 
@@ -119,7 +117,7 @@ class Decision:
         return asdict(self)
 
 
-def decide(scores: Iterable[Score], rules: Rules, *, incumbent: Collection[str], challenger: Collection[str],
+def decide(scores: Iterable[Score], rules: ReleaseParams, *, incumbent: Collection[str], challenger: Collection[str],
            routing: Mapping[str, Mapping[str, float]] | None = None, tested_by: str = "the incumbent",
            causes: Mapping[str, str] | None = None) -> Decision:
     """Whether the challenger may take the incumbent's place.
@@ -168,7 +166,7 @@ def decide(scores: Iterable[Score], rules: Rules, *, incumbent: Collection[str],
                        if any(found.rows for found in routes.values()) else {}), worse, bool(worse or lost))
 
 
-def judge(domain: str, scores: Iterable[Score], rules: Rules, *, chances: int = 1, new: bool = False,
+def judge(domain: str, scores: Iterable[Score], rules: ReleaseParams, *, chances: int = 1, new: bool = False,
           tested_by: str = "the incumbent") -> DomainVerdict:
     """The verdict on one domain.
 
@@ -199,7 +197,8 @@ def _scores(one: Score, new: bool = False) -> tuple[float | None, float | None]:
     return one.challenger_score, one.base_score if new else one.incumbent_score
 
 
-def _all_rows(domain: str, scores: Sequence[Score], rules: Rules, chances: int, against: Against) -> DomainVerdict:
+def _all_rows(domain: str, scores: Sequence[Score], rules: ReleaseParams, chances: int,
+              against: Against) -> DomainVerdict:
     new = against == "base"
     loss = _loss(domain, [(one.challenger, one.base if new else one.incumbent) for one in scores], rules, chances,
                  against)
@@ -211,7 +210,7 @@ def _all_rows(domain: str, scores: Sequence[Score], rules: Rules, chances: int, 
     return DomainVerdict(loss.verdict, loss.reason, against, improved, loss, metric)
 
 
-def _known_rows(domain: str, known: Sequence[Score], rules: Rules, tested_by: str) -> Known:
+def _known_rows(domain: str, known: Sequence[Score], rules: ReleaseParams, tested_by: str) -> Known:
     """Both comparisons on known rows. Fewer than `min_rows` fail where the sign test shows that most are worse by more
     than the tolerance."""
     if not known:
@@ -227,7 +226,7 @@ def _known_rows(domain: str, known: Sequence[Score], rules: Rules, tested_by: st
     return Known(loss, _answers(domain, [_scores(one) for one in known], rules, 1, "incumbent", tested_by))
 
 
-def _answers(domain: str, scores: Pairs, rules: Rules, chances: int, against: Against,
+def _answers(domain: str, scores: Pairs, rules: ReleaseParams, chances: int, against: Against,
              tested_by: str | None = None) -> Comparison | None:
     """The metric's comparison of the rows that were answered; None where the challenger answered none."""
     if all(mine is None for mine, _ in scores):
@@ -235,7 +234,7 @@ def _answers(domain: str, scores: Pairs, rules: Rules, chances: int, against: Ag
     return _metric(domain, [pair for pair in scores if pair != (None, None)], rules, chances, against, tested_by)
 
 
-def _loss(domain: str, scores: Pairs, rules: Rules, chances: int, against: Against,
+def _loss(domain: str, scores: Pairs, rules: ReleaseParams, chances: int, against: Against,
           tested_by: str | None = None) -> Comparison:
     pairs = [(mine, other) for mine, other in scores
              if mine is not None and other is not None and math.isfinite(other)]
@@ -245,7 +244,7 @@ def _loss(domain: str, scores: Pairs, rules: Rules, chances: int, against: Again
     if count < rules.min_rows:
         return Comparison("not enough data", f"{count} rows to compare, {rules.min_rows} are needed", count, unmatched)
     point, (low, high), (_, sure) = _intervals(domain, "loss", pairs, rules, chances)
-    improved = point < 0 and sure < -rules.min_gain
+    improved = point < 0 and sure < -MIN_GAIN
     numbers = (f"loss {point:+.4f} nats against the {against} {_on(count, 'rows', tested_by)}, interval {low:+.4f} to "
                f"{high:+.4f}")
     if high <= rules.tolerance:
@@ -255,7 +254,7 @@ def _loss(domain: str, scores: Pairs, rules: Rules, chances: int, against: Again
                       count, unmatched, point, (low, high))
 
 
-def _metric(domain: str, scores: Pairs, rules: Rules, chances: int, against: Against,
+def _metric(domain: str, scores: Pairs, rules: ReleaseParams, chances: int, against: Against,
             tested_by: str | None = None) -> Comparison:
     pairs = [(mine, other) for mine, other in scores if mine is not None and other is not None]
     count, unmatched = len(pairs), len(scores) - len(pairs)
@@ -278,11 +277,11 @@ def _metric(domain: str, scores: Pairs, rules: Rules, chances: int, against: Aga
                       count, unmatched, point, (low, high), improved)
 
 
-def _intervals(domain: str, measure: str, pairs: Pairs, rules: Rules,
+def _intervals(domain: str, measure: str, pairs: Pairs, rules: ReleaseParams,
                chances: int) -> tuple[float, tuple[float, float], tuple[float, float]]:
     """Mean paired difference, its interval, and the wider interval corrected for `chances` comparisons (Bonferroni)."""
     values = np.array([float(mine or 0) - float(other or 0) for mine, other in pairs])
-    means, spreads = resampled(values, rules.resamples, [rules.seed, zlib.crc32(f"{domain} {measure}".encode())])
+    means, spreads = resampled(values, RESAMPLES, [SEED, zlib.crc32(f"{domain} {measure}".encode())])
     share = (1 - rules.confidence) / 2
     one, all_ = (interval(values, means, spreads, tail) for tail in (share, share / chances))
     return float(values.mean()), one, all_
@@ -301,7 +300,7 @@ def _routes(domain: str, scores: Iterable[Score], known: bool = True) -> Routing
                                     and one.incumbent_routed is not None and one.challenger_routed is not None])
 
 
-def _strayed(known: RoutingChanges, new: RoutingChanges, rules: Rules, tested_by: str) -> Iterator[str]:
+def _strayed(known: RoutingChanges, new: RoutingChanges, rules: ReleaseParams, tested_by: str) -> Iterator[str]:
     """Objections to the routing of a domain's prompts. A few dozen prompts cannot show that a tolerance of a few per
     cent holds, so the challenger is refused only for a fall that is significantly beyond it."""
     share = (1 - rules.confidence) / 2
@@ -314,7 +313,7 @@ def _strayed(known: RoutingChanges, new: RoutingChanges, rules: Rules, tested_by
                "they may be another domain's")
 
 
-def _routing_objections(routing: Mapping[str, Mapping[str, float]], rules: Rules) -> list[str]:
+def _routing_objections(routing: Mapping[str, Mapping[str, float]], rules: ReleaseParams) -> list[str]:
     before, after = routing.get("incumbent", {}), routing.get("challenger", {})
     objections = []
     if ("accuracy" in before and "accuracy" in after

@@ -1,6 +1,7 @@
 """The gate's promises, on simulated losses."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -8,11 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moa.evaluation.gate import Decision, Rules, Score, decide, judge
+from moa.core.config import ReleaseParams
+from moa.evaluation import gate as module
+from moa.evaluation.gate import Decision, Score, decide, judge
 from moa.reports.releases import gate_text
 
 DOMAINS = ("math", "python", "sql")
-QUICK = Rules(resamples=2_000)
+DEFAULTS = ReleaseParams()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fewer_resamples() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "RESAMPLES", 2_000)
+        yield
 
 
 def simulated(shifts: dict[str, float], rows: int = 60, noise: float = 0.02, seed: int = 0) -> list[Score]:
@@ -27,7 +37,7 @@ def simulated(shifts: dict[str, float], rows: int = 60, noise: float = 0.02, see
     return scores
 
 
-def gate(scores: list[Score], rules: Rules = QUICK, incumbent: tuple[str, ...] = DOMAINS,
+def gate(scores: list[Score], rules: ReleaseParams = DEFAULTS, incumbent: tuple[str, ...] = DOMAINS,
          challenger: tuple[str, ...] = DOMAINS, **more: object) -> Decision:
     return decide(scores, rules, incumbent=incumbent, challenger=challenger, **more)   # type: ignore[arg-type]
 
@@ -85,14 +95,14 @@ def test_the_order_of_rows_does_not_matter(order: random.Random) -> None:
 def test_rows_without_a_partner_are_counted_and_left_out() -> None:
     scores = simulated({"math": 0}, 30)
     lone = [Score("math", "new", 9.0, None), Score("math", "gone", None, 9.0), Score("math", "nan", 1.0, float("nan"))]
-    verdict = judge("math", scores + lone, QUICK).loss
+    verdict = judge("math", scores + lone, DEFAULTS).loss
     assert (verdict.rows, verdict.unmatched) == (30, 3)
-    assert verdict.point == judge("math", scores, QUICK).loss.point
+    assert verdict.point == judge("math", scores, DEFAULTS).loss.point
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_challenger_without_a_finite_loss_fails(loss: float) -> None:
-    verdict = judge("math", [*simulated({"math": -1})[1:], Score("math", "000", loss, 1.0)], QUICK)
+    verdict = judge("math", [*simulated({"math": -1})[1:], Score("math", "000", loss, 1.0)], DEFAULTS)
     assert verdict.verdict == "fail"
     assert "1 of 60" in verdict.reason
 
@@ -133,7 +143,7 @@ def test_routing_outside_its_bounds_is_refused(after: dict[str, float], word: st
 @pytest.mark.parametrize("rows", [20, 60])
 def test_false_promotions_are_rare(rows: int) -> None:
     """No true difference anywhere and no domain failing for its width: 5 % promoted is the bound."""
-    rules = Rules(resamples=4_000, tolerance=1.0)
+    rules = ReleaseParams(tolerance=1.0)
     promoted = sum(gate(simulated(dict.fromkeys(DOMAINS, 0.0), rows, seed=seed), rules).promote for seed in range(300))
     assert promoted <= 0.05 * 300
 
@@ -150,7 +160,7 @@ def test_the_interval_covers_the_true_difference() -> None:
     for _ in range(300):
         values = rng.exponential(0.1, 20) - 0.1
         verdict = judge("d", [Score("d", str(i), 1 + float(v), 1.0) for i, v in enumerate(values)],
-                        Rules(resamples=2_000, tolerance=10)).loss
+                        ReleaseParams(tolerance=10)).loss
         assert verdict.interval is not None
         hits += verdict.interval[0] <= 0 <= verdict.interval[1]
     assert hits >= 0.90 * 300
@@ -220,11 +230,13 @@ def test_a_new_domains_answers_are_compared_with_the_bases() -> None:
     assert decision.domains["math"].metric is not None and not decision.domains["math"].metric.improved
 
 
-def test_the_seed_decides_and_the_same_seed_decides_the_same() -> None:
+def test_the_seed_decides_and_the_same_seed_decides_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = answered({"math": -0.1, "python": 0.1, "sql": 0})
-    assert gate(scores) == gate(scores)
-    other = gate(scores, Rules(resamples=2_000, seed=1))
-    assert other.domains["math"].loss.interval != gate(scores).domains["math"].loss.interval
+    first = gate(scores)
+    assert gate(scores) == first
+    monkeypatch.setattr(module, "SEED", 1)
+    other = gate(scores)
+    assert other.domains["math"].loss.interval != first.domains["math"].loss.interval
 
 
 def test_few_rows_that_lose_much_are_not_overlooked() -> None:
@@ -236,7 +248,7 @@ def test_few_rows_that_lose_much_are_not_overlooked() -> None:
         drawn = rng.exponential(0.1, (len(DOMAINS), 20)) - 0.1
         promoted += gate([Score(domain, str(row), 2 + float(value), 2.0)
                           for domain, values in zip(DOMAINS, drawn, strict=True) for row, value in enumerate(values)],
-                         Rules(resamples=2_000, tolerance=10)).promote
+                         ReleaseParams(tolerance=10)).promote
     assert promoted <= 0.1 * 200
 
 
@@ -272,7 +284,7 @@ def test_new_rows_alone_show_that_a_domain_is_better() -> None:
 def test_a_metric_that_fell_on_the_known_rows_refuses() -> None:
     scores = answered({"math": -0.6}) + [replace(score, row=f"new {score.row}", known=False)
                                          for score in answered({"math": 0.9}, rows=120, seed=1)]
-    math = judge("math", scores, QUICK)
+    math = judge("math", scores, DEFAULTS)
     assert math.metric is not None and math.metric.improved and math.verdict == "fail" and not math.improved
     assert math.known is not None and math.known.metric is not None and math.known.metric.verdict == "fail"
     assert "on the 60 answers to test rows that the incumbent was tested on" in math.reason
@@ -283,7 +295,7 @@ def test_a_metric_that_fell_on_the_known_rows_refuses() -> None:
 def test_few_known_rows_refuse_only_what_is_surely_worse(rows: int, rise: float, verdict: str) -> None:
     """Five out of five worse happens to one equal challenger in 32, six out of six to one in 64."""
     scores = arrived("math", rise, -3.0, rows=60)
-    found = judge("math", scores[:rows] + scores[60:], QUICK, tested_by="version 4")
+    found = judge("math", scores[:rows] + scores[60:], DEFAULTS, tested_by="version 4")
     assert found.verdict == verdict and found.known is not None
     assert found.known.loss.verdict == ("fail" if verdict == "fail" else "not enough data")
     assert (found.known.loss.reason == "none of the test rows that version 4 was tested on is left") == (rows == 0)
@@ -292,7 +304,7 @@ def test_few_known_rows_refuse_only_what_is_surely_worse(rows: int, rise: float,
 
 def test_a_new_domains_rows_are_never_known() -> None:
     scores = [replace(score, known=False) for score in simulated({"sql": 0})]
-    verdict = judge("sql", scores, QUICK, new=True)
+    verdict = judge("sql", scores, DEFAULTS, new=True)
     assert verdict.known is None and verdict.against == "base" and verdict.improved
 
 
@@ -336,5 +348,5 @@ def test_new_rows_that_go_to_another_domain_are_refused_as_its_own(guesses: dict
 def test_one_row_that_gains_much_is_no_reason_to_fear_a_loss() -> None:
     """Bootstrap t alone says +0.03: a router that gives one prompt more to the right expert would be refused."""
     scores = [Score("math", str(row), 0.5 if row == 3 else 5.0, 5.0) for row in range(26)]
-    loss = judge("math", scores, QUICK).loss
+    loss = judge("math", scores, DEFAULTS).loss
     assert loss.verdict == "pass" and loss.interval is not None and loss.interval[1] == 0 and not loss.improved
