@@ -524,7 +524,7 @@ def test_ingest_queues_and_says_who_will_learn_it(workspace: Workspace, template
     assert bad.returncode == 2 and bad.stderr.startswith("moa: There is no file or folder nowhere.jsonl;")
 
 
-def test_history_shows_the_ledger(workspace: Workspace) -> None:
+def test_log_shows_the_events(workspace: Workspace) -> None:
     assert moa(workspace, "log").stdout == "Nothing has happened yet.\n"
     event_log.append(workspace, "arrived", domain="law", rows=40)
     event_log.append(workspace, "skipped", reason="within the cool-down")
@@ -534,4 +534,5 @@ def test_history_shows_the_ledger(workspace: Workspace) -> None:
             ] == ["skipped"]
     assert "arrived" in moa(workspace, "log", "--kind", "arrived").stdout
     wrong = moa(workspace, "log", "--kind", "arived")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("moa: The ledger has no kind 'arived'; its kinds are arri")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("moa: The event log has no kind 'arived'; its kinds are arri")
