@@ -1,4 +1,4 @@
-"""The scheduled look at kept prompts as a Prefect flow: an event, an artifact, and a line in the ledger. No ML here.
+"""The scheduled look at kept prompts as a Prefect flow: an event, an artifact, and a line in the event log.
 
 The check itself runs in a process of its own, so that a server of flows holds no model.
 """

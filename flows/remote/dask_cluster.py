@@ -1,4 +1,4 @@
-"""Parcels on Dask. Knows no order, no policy and no ML; Dask is imported when a cluster is asked for.
+"""Payloads on Dask. Knows no order, no policy and no ML; Dask is imported when a cluster is asked for.
 
 Dask would hand a lost worker's tasks to the next one by itself, and a task to a busy worker that has threads left. So
 each payload is bound to one worker here, and is lost with it.

@@ -1,4 +1,4 @@
-"""Parcels on Ray. Knows no order, no policy and no ML; Ray is imported when a cluster is asked for.
+"""Payloads on Ray. Knows no order, no policy and no ML; Ray is imported when a cluster is asked for.
 
 Ray itself retries nothing here: whether a lost payload is tried again is for `flows.remote.train` to say.
 """

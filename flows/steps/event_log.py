@@ -1,4 +1,4 @@
-"""The ledger, `.moa/ledger.jsonl`: one line for each thing that happened or was decided, only ever added to.
+"""The event log, `.moa/ledger.jsonl`: one line for each thing that happened or was decided, only ever added to.
 
 Any process may append at any time. A line that a killed process left unfinished stays where it is, closed by the next
 append, and is passed over.

@@ -1,4 +1,4 @@
-"""What a run that learns works with, under the workspace's lock, and the lines of the ledger that every run writes.
+"""What a run that learns works with, under the workspace's lock, and the lines of the event log that every run writes.
 
 Used by adaptation and retraining. Written once for every runner; knows no ML, and not whether Prefect watches.
 """
