@@ -15,7 +15,7 @@ from prefect.states import Cancelled, Completed, Crashed
 
 from flows import artifacts
 from flows.steps import event_log
-from flows.steps.runner import Call, Outcome, attempt
+from flows.steps.runner import Call, Outcome, run_call
 from flows.steps.session import BuildOptions, opened
 from flows.steps.stage_order import build as build_stages
 from moa.core.config import load
@@ -40,7 +40,7 @@ class PrefectRunner:
 
         def body(call: Call) -> Any:
             with self.free:
-                outcome = outcomes[call.name] = attempt(call, self.interrupted)
+                outcome = outcomes[call.name] = run_call(call, self.interrupted)
             if outcome.error is not None:
                 raise outcome.error
             if outcome.state == "cached":

@@ -44,7 +44,7 @@ class Runner(Protocol):
         ...
 
 
-def attempt(call: Call, interrupted: threading.Event) -> Outcome:
+def run_call(call: Call, interrupted: threading.Event) -> Outcome:
     """Run one call; its failure is an outcome. Calls that had to wait do not begin after an interruption."""
     began = time.monotonic()
     try:
@@ -69,7 +69,7 @@ class LocalRunner:
             return []
         with ThreadPoolExecutor(self.workers) as pool:
             try:
-                return list(pool.map(lambda call: attempt(call, self.interrupted), calls))
+                return list(pool.map(lambda call: run_call(call, self.interrupted), calls))
             except BaseException:   # Ctrl-C: without this the pool would wait for its steps to end by themselves
                 self.interrupted.set()
                 stop_all()

@@ -54,7 +54,7 @@ def connect(workspace: Workspace) -> Any:
     address = uri(workspace)
     workspace.mlflow.mkdir(parents=True, exist_ok=True)
     with mlflow_errors(address), FileLock(workspace.mlflow / "open.lock"):
-        quiet()
+        quiet_mlflow()
         from mlflow.tracking import MlflowClient
 
         client = MlflowClient(tracking_uri=address, registry_uri=address)
@@ -65,7 +65,7 @@ def connect(workspace: Workspace) -> Any:
 
 def load() -> None:
     """Import what `connect` needs, seconds of work, where there is time for it."""
-    quiet()
+    quiet_mlflow()
     for name in ("mlflow.tracking", "mlflow.artifacts", "mlflow.store.tracking.sqlalchemy_store",
                  "mlflow.store.model_registry.sqlalchemy_store"):
         importlib.import_module(name)
@@ -108,7 +108,7 @@ def pages(workspace: Workspace, port: int) -> tuple[list[str], dict[str, str]] |
                      "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false"}
 
 
-def quiet() -> None:
+def quiet_mlflow() -> None:
     """No telemetry, no advice, no progress: what matters comes back as a value or an error."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -57,9 +57,9 @@ class Up:
         return next(each for each in known if each["entrypoint"].endswith(".adapt"))
 
 
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    root = tmp_path_factory.mktemp("guarded") / "w"
+@contextlib.contextmanager
+def keeping_current(root: Path) -> Iterator[Up]:
+    """`moa up` in a new workspace at `root`, with MLflow's pages, once it has deployed its flows."""
     workspace = tiny.workspace(root, (), **PARAMS)
     subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True, env=environment())
@@ -76,6 +76,12 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait(120)
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    with keeping_current(tmp_path_factory.mktemp("guarded") / "w") as started:
+        yield started
 
 
 def refused(reply: httpx.Response) -> bool:
@@ -212,11 +218,11 @@ def test_mlflows_pages_are_for_this_machine(up: Up) -> None:
         assert reply.status_code == 200 and "by a page" not in [each["name"] for each in reply.json()["experiments"]]
 
 
-def test_it_ends_with_the_server(up: Up) -> None:
-    """Last in this file: `moa up` is told to end."""
-    assert up.password
-    up.process.send_signal(signal.SIGTERM)
-    assert up.process.wait(120) == 0, up.out.read_text()
+def test_it_ends_with_the_server(tmp_path: Path) -> None:
+    with keeping_current(tmp_path / "w") as up:   # one of its own: the other tests need theirs
+        assert up.password
+        up.process.send_signal(signal.SIGTERM)
+        assert up.process.wait(120) == 0, up.out.read_text()
     assert not up.workspace.prefect_password.exists() and "Traceback" not in up.out.read_text()
 
 

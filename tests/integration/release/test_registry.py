@@ -64,7 +64,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new MLflow database, which takes seconds to make."""
     from mlflow.tracking import MlflowClient
 
-    mlflow_client.quiet()
+    mlflow_client.quiet_mlflow()
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}", f"sqlite:///{path}").search_experiments()
     return path

@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         workspace.mlflow.mkdir(parents=True)
         workspace.params.write_text("{}")
         (workspace.root / "dvc.yaml").write_text("{}")
-        mlflow_client.quiet()
+        mlflow_client.quiet_mlflow()
         address = mlflow_client.uri(workspace)
         import mlflow.artifacts
         import mlflow.pyfunc  # noqa: F401  loaded once, not by every child
