@@ -30,7 +30,7 @@ from shapes import CONFIGS, base_of
 from torch import Tensor, nn
 
 from moa.base.load import Base
-from moa.mixture.calibration import SHALLOWEST, calibrate, fit
+from moa.mixture.calibration import SHALLOWEST, calibrate, train_heads
 from moa.mixture.router import Router, features
 
 TOPICS, FOREIGN, OWN, SHARED = 64, 4, 14, 4
@@ -139,7 +139,7 @@ def trained(seen: dict[str, Tensor], strangers: Tensor, count: int) -> tuple[Rou
     parts = {side: (seen[side][:count * each], torch.arange(count).repeat_interleave(each))
              for side, each in SIDES.items()}
     start = time.perf_counter()
-    router = fit([f"d{label}" for label in range(count)], *parts["train"])
+    router = train_heads([f"d{label}" for label in range(count)], *parts["train"])
     middle = time.perf_counter()
     calibrate(router, *parts["validation"], rule="last", tolerance=0.0, max_abstention=MAX_ABSTENTION)
     end = time.perf_counter()

@@ -28,7 +28,7 @@ from common import REPOSITORY, goal, machine, pick_device, real_base
 from routing import MAX_ABSTENTION, TWINS, Side, quickstart_corpora, shared_corpora, sides_of, stack
 from torch import Tensor
 
-from moa.mixture.calibration import SCORE, calibrate, fit, threshold
+from moa.mixture.calibration import SCORE, abstention_threshold, calibrate, train_heads
 from moa.mixture.router import Router, Score
 
 FIXED = (0, 3, 7, 15, 29)
@@ -65,7 +65,7 @@ def fold(domains: Domains, left_out: Sequence[str]) -> dict[str, Any]:
     sides = stack(known)
     foreign_NLD = torch.cat([part for name in left_out for part in domains[name].values()])
     found: dict[str, Any] = {}
-    fitted = fit(list(known), sides["train"].features_NLD, sides["train"].targets_N)
+    fitted = train_heads(list(known), sides["train"].features_NLD, sides["train"].targets_N)
     for score in SCORES:
         scorer = calibrated(fitted, "early", sides["validation"], score)
         router = scorer.router
@@ -75,7 +75,7 @@ def fold(domains: Domains, left_out: Sequence[str]) -> dict[str, Any]:
             found["mostly taken for"] = list(known)[int(guess.argmax())]
     for level in FIXED:   # a router of this level alone
         only = slice(level, level + 1)
-        fitted = fit(list(known), sides["train"].features_NLD[:, only], sides["train"].targets_N)
+        fitted = train_heads(list(known), sides["train"].features_NLD[:, only], sides["train"].targets_N)
         for score in SCORES:
             one = Side(sides["validation"].features_NLD[:, only], sides["validation"].targets_N)
             scorer = calibrated(fitted, "last", one, score)
@@ -99,7 +99,7 @@ def calibrated(fitted: Router, rule: Any, side: Side, score: str) -> Scorer:
     if own:
         return Scorer(router, router.scores, router.threshold)
     scores = energy(router) if score == "energy" else mahalanobis(router)
-    return Scorer(router, scores, threshold(scores(side.features_NLD), MAX_ABSTENTION))
+    return Scorer(router, scores, abstention_threshold(scores(side.features_NLD), MAX_ABSTENTION))
 
 
 def energy(router: Router) -> Callable[[Tensor], Tensor]:

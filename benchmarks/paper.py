@@ -43,7 +43,7 @@ from moa.evaluation import metrics
 from moa.experts.batches import collate, microbatches, row_losses
 from moa.experts.cotraining import Learner, cotrain, seed_for
 from moa.experts.lora import ExpertStack, LoraSpec
-from moa.mixture.calibration import calibrate, fit
+from moa.mixture.calibration import calibrate, train_heads
 from moa.mixture.generation import engine
 from moa.mixture.joint_training import forget_labels, train_jointly
 from moa.mixture.layer_routing import Heads, layer_routing, layer_selector, prompt_mask
@@ -287,7 +287,7 @@ def systems(lab: Lab, rank: int) -> tuple[dict[str, Result], dict[str, float]]:
     tell("mixture")
     prompts = [row.prompt for domain in DOMAINS for row in lab.rows["train"][domain]]
     targets = torch.tensor([place for place, domain in enumerate(DOMAINS) for _ in lab.rows["train"][domain]])
-    router = fit(DOMAINS, features(lab.base.model, prompts), targets)
+    router = train_heads(DOMAINS, features(lab.base.model, prompts), targets)
     scored, accuracy = labelled(lab, [trained[domain] for domain in DOMAINS], rank, router, "mixture")
     results |= {name.replace("mixture, true label", "single LoRAs, true label"): of for name, of in scored.items()}
     for name, start, epochs in (("joint training", halves, 1), ("random experts", None, 2)):

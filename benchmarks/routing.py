@@ -39,7 +39,7 @@ from moa.base.encoding import ChatEncoder, Encoded
 from moa.base.load import Base
 from moa.data.quickstart import generate
 from moa.experts.batches import collate, microbatches
-from moa.mixture.calibration import calibrate, expected_calibration_error, fit
+from moa.mixture.calibration import calibrate, expected_calibration_error, train_heads
 from moa.mixture.router import FEATURE_TOKENS, Router, features
 
 ROWS = {"train": 48, "validation": 30, "test": 40}   # a domain
@@ -193,7 +193,7 @@ def evaluate(names: Sequence[str], sides: Mapping[str, Side]) -> dict[str, Any]:
     """Accuracy, calibration and abstention on the test side, for each rule, and accuracy by level."""
     train, validation, test = (sides[side] for side in ROWS)
     start = time.perf_counter()
-    fitted = fit(names, train.features_NLD, train.targets_N)
+    fitted = train_heads(names, train.features_NLD, train.targets_N)
     figures: dict[str, Any] = {"domains": len(names), "test rows": len(test.targets_N),
                                "fit seconds": time.perf_counter() - start,
                                "train rows": len(train.targets_N), "validation rows": len(validation.targets_N),

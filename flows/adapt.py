@@ -14,6 +14,6 @@ from flows.steps import learning
 def adapt(root: str = ".", trigger: str = "an event", now: bool = False) -> dict[str, Any]:
     """Learn everything that waits in data/incoming of the workspace at `root`, and release it if the gate lets it."""
     workspace, runner, before = flow_context(root)
-    facts = learning.adapt(workspace, runner, trigger, now=now, after=artifacts.store)
-    artifacts.store_run(workspace, before, facts)
+    facts = learning.adapt(workspace, runner, trigger, now=now, after=artifacts.store_build)
+    artifacts.store_learning(workspace, before, facts)
     return facts

@@ -18,20 +18,20 @@ from moa.reports import text as report
 REPORT, GATE, LEARNED = "report", "gate", "learned"   # ends of their keys, which begin with the project's name
 
 
-def store(session: Session, result: Result) -> None:
+def store_build(session: Session, result: Result) -> None:
     """Store the artifacts of the flow run that is running. Whatever goes wrong is said, and fails nothing."""
     try:
         from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
         key = Names.of(session.config).artifact
-        create_markdown_artifact(page(session, result), key(REPORT), "Evaluation and release of this build")
-        if verdicts := table(result):
+        create_markdown_artifact(build_page(session, result), key(REPORT), "Evaluation and release of this build")
+        if verdicts := gate_table(result):
             create_table_artifact(verdicts, key(GATE), "What the gate said of this release")
     except Exception as error:   # the build is what counts, and it is done
         session.screen.say(f"Prefect did not keep this build's report: {type(error).__name__}: {error}")
 
 
-def store_run(workspace: Workspace, before: int, facts: dict[str, Any]) -> None:
+def store_learning(workspace: Workspace, before: int, facts: dict[str, Any]) -> None:
     """What an adaptation or a retraining decided, by the ledger's lines after the first `before`, and what its release
     kept of the one before. Whatever goes wrong is said, and fails nothing."""
     from moa.release import forgetting
@@ -52,7 +52,7 @@ def _fenced(text: str) -> str:
     return f"```text\n{text}\n```"
 
 
-def page(session: Session, result: Result) -> str:
+def build_page(session: Session, result: Result) -> str:
     """Markdown: how the steps ended, then the figures, unless a failure left those of an earlier build."""
     ended = "\n".join(f"- {state}: {', '.join(names)}" for state in ("done", "cached", "skipped", "failed")
                       if (names := result.named(state)))
@@ -61,10 +61,10 @@ def page(session: Session, result: Result) -> str:
         return f"{head}{failure}\n"
     mixture = session.workspace.mixture / MANIFEST
     router = read_json(mixture).get("router", {}) if mixture.is_file() else {}
-    return head + report.markdown(report_facts.evaluation(session.workspace.reports), router, _release(result))
+    return head + report.build_markdown(report_facts.evaluation(session.workspace.reports), router, _release(result))
 
 
-def table(result: Result) -> list[dict[str, Any]]:
+def gate_table(result: Result) -> list[dict[str, Any]]:
     """The gate's comparisons, a row each, and last its decision; empty where the gate was not asked."""
     release = _release(result) or {}
     if not (decision := release.get("decision")):

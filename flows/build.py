@@ -16,7 +16,7 @@ from prefect.states import Cancelled, Completed, Crashed
 from flows import artifacts
 from flows.steps import event_log
 from flows.steps.runner import Call, Outcome, run_call
-from flows.steps.session import BuildOptions, opened
+from flows.steps.session import BuildOptions, open_session
 from flows.steps.stage_order import build as build_stages
 from moa.core.config import load
 from moa.core.errors import PipelineError
@@ -84,9 +84,9 @@ def build(root: str = ".", domains: list[str] | None = None, force: list[str] | 
           promote: bool = True) -> dict[str, Any]:
     """Bring every stage of the workspace at `root` up to date, then register, compare and promote."""
     options = BuildOptions(tuple(domains) if domains is not None else None, tuple(force or ()), promote)
-    with opened(Workspace.find(Path(root)), options) as session:
+    with open_session(Workspace.find(Path(root)), options) as session:
         result = build_stages(session, PrefectRunner())
-        artifacts.store(session, result)
+        artifacts.store_build(session, result)
     if failure := result.failure():
         raise failure
     return result.as_dict()

@@ -13,10 +13,10 @@ from prefect.flows import EntrypointType, Flow
 from flows.adapt import adapt
 from flows.drift import drift
 from flows.retrain import retrain
-from flows.sensor import ARRIVED, related
+from flows.sensor import ARRIVED, related_resources
 from moa.core.config import Config, DriftParams, RetrainParams
 from moa.core.paths import Workspace
-from moa.core.project import Names, deployment, former_deployments
+from moa.core.project import Names, deployment_name, former_deployment_names
 
 TAGS = ["moa"]
 
@@ -26,7 +26,7 @@ def deployments(workspace: Workspace, config: Config) -> list[Any]:
     arrived = DeploymentEventTrigger(
         name=f"rows arrived in {workspace.root.name}", expect={ARRIVED},
         match={"prefect.resource.id": Names.of(config).resource("domain", "*")},
-        match_related=related(workspace, config) or {},
+        match_related=related_resources(workspace, config) or {},
         parameters={"trigger": "rows of {{ event.payload.domain }} arrived"})
     return [_deployed(workspace, config, adapt, triggers=[arrived]),
             _deployed(workspace, config, retrain, schedules=_schedules(config.retrain)),
@@ -38,7 +38,7 @@ def delete_former(workspace: Workspace, config: Config) -> None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
 
-    former = DeploymentFilter(name=DeploymentFilterName(any_=sorted(former_deployments(workspace, config))))
+    former = DeploymentFilter(name=DeploymentFilterName(any_=sorted(former_deployment_names(workspace, config))))
     with get_client(sync_client=True) as client:
         for each in client.read_deployments(deployment_filter=former):
             if each.parameters.get("root") == str(workspace.root):
@@ -46,7 +46,8 @@ def delete_former(workspace: Workspace, config: Config) -> None:
 
 
 def _deployed(workspace: Workspace, config: Config, flow: Flow, **how: Any) -> Any:
-    return flow.to_deployment(name=deployment(workspace, config), tags=TAGS, parameters={"root": str(workspace.root)},
+    return flow.to_deployment(name=deployment_name(workspace, config), tags=TAGS,
+                              parameters={"root": str(workspace.root)},
                               entrypoint_type=EntrypointType.MODULE_PATH, enforce_parameter_schema=False, **how)
 
 

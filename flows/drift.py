@@ -30,8 +30,8 @@ def drift(root: str = ".") -> dict[str, Any] | None:
     if Registry(workspace, settings).champion() is None:
         return None   # nothing served, so nothing kept: a schedule may begin before the first release
     report = check(workspace)
-    note(workspace, report)
-    announce(report, Names.of(settings))
+    record_verdict(workspace, report)
+    emit_events(report, Names.of(settings))
     return report
 
 
@@ -43,7 +43,7 @@ def check(workspace: Workspace) -> dict[str, Any]:
     return report   # the command exits with 3 when the drift needs attention
 
 
-def note(workspace: Workspace, report: dict[str, Any]) -> dict[str, Any] | None:
+def record_verdict(workspace: Workspace, report: dict[str, Any]) -> dict[str, Any] | None:
     """A line in the ledger where the check says something else than the last one did: what was added, or None."""
     facts = looking.facts(report)
     last = event_log.read(workspace, last=1, kinds=["drift"])
@@ -53,11 +53,11 @@ def note(workspace: Workspace, report: dict[str, Any]) -> dict[str, Any] | None:
     return event_log.append(workspace, "drift", **facts)
 
 
-def announce(report: dict[str, Any], names: Names) -> None:
+def emit_events(report: dict[str, Any], names: Names) -> None:
     """The events `moa.drift` and, for each group, `moa.domain.missing`; and a page in Prefect's own interface."""
     resource = {"prefect.resource.id": names.resource("release", str(report["release"])),
                 "prefect.resource.name": f"{report['name']} version {report['release']}"}
-    create_markdown_artifact(key=names.artifact(ARTIFACT), markdown=looking.markdown(report),
+    create_markdown_artifact(key=names.artifact(ARTIFACT), markdown=looking.drift_markdown(report),
                              description=looking.headline(report))
     emit_event("moa.drift", resource=resource, payload=looking.facts(report))
     for group in report["missing"]:

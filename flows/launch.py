@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from flows.steps.runner import LocalRunner
-from flows.steps.session import BuildOptions, Result, configuration, opened
+from flows.steps.session import BuildOptions, Result, load_configuration, open_session
 from flows.steps.stage_order import build as build_stages
 from moa.core.config import load
 from moa.core.errors import PipelineError
@@ -18,11 +18,11 @@ from moa.release import mlflow_client
 
 def run(workspace: Workspace, options: BuildOptions, *, local: bool = False, verbose: bool = False) -> Result:
     """Build. A failed stage is in the result, see `Result.failure`; KeyboardInterrupt when told to end."""
-    configuration(workspace)   # before anything is started
+    load_configuration(workspace)   # before anything is started
     with terminated_as_interrupted():
         if not local:
             return _under_prefect(workspace, options, verbose)
-        with opened(workspace, options, verbose=verbose) as session:
+        with open_session(workspace, options, verbose=verbose) as session:
             return build_stages(session, LocalRunner(session.config.execution.workers))
 
 
@@ -31,7 +31,7 @@ def _under_prefect(workspace: Workspace, options: BuildOptions, verbose: bool) -
 
     # The session looks at the pipeline while the server starts.
     with (prefect_server.running(workspace, verbose=verbose) as prefect,
-          opened(workspace, options, verbose=verbose) as session):
+          open_session(workspace, options, verbose=verbose) as session):
         mlflow_client.load()   # the release needs it; Prefect's server takes as long to start
         prefect.ready()
         from prefect.task_runners import ThreadPoolTaskRunner

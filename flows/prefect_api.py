@@ -69,18 +69,18 @@ class Api:
         return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if own else []))
 
 
-def configured() -> Api | None:
+def configured_api() -> Api | None:
     """The API that the user's settings name, with the password or key that they give for it."""
     url = setting("PREFECT_API_URL")
     return Api(url, setting("PREFECT_API_AUTH_STRING"), setting("PREFECT_API_KEY")) if url else None
 
 
-def of(workspace: Workspace) -> Api | None:
+def workspace_api(workspace: Workspace) -> Api | None:
     """The API that serves this workspace: that of `moa up`, else the configured one."""
     try:
         url = str(read_json(workspace.up)["api"])
     except (OSError, ValueError, KeyError, TypeError):
-        return configured()
+        return configured_api()
     with suppress(OSError, ValueError):   # there is a file as long as the server is moa's own
         return Api(url, workspace.prefect_password.read_text(encoding="utf-8").rstrip("\n"))
     return Api(url, setting("PREFECT_API_AUTH_STRING"), setting("PREFECT_API_KEY"))

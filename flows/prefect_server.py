@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from flows.prefect_api import Api, configured
+from flows.prefect_api import Api, configured_api
 from flows.prefect_settings import setting
 from moa.core.errors import PipelineError
 from moa.core.loopback import bypass_proxies
@@ -98,7 +98,7 @@ def running(workspace: Workspace, *, verbose: bool = False, ui: bool = False) ->
     if not verbose:   # stages tell their own story; Prefect's is in its history
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     bypass_proxies()
-    found = configured()
+    found = configured_api()
     with _restored(CLIENT):
         if found and found.answers():
             if found.refuses():

@@ -13,6 +13,6 @@ from flows.steps import retraining
 def retrain(root: str = ".", trigger: str = "the schedule", from_scratch: bool | None = None) -> dict[str, Any]:
     """Train again what is stale, or every expert afresh, and release it if the gate lets it."""
     workspace, runner, before = flow_context(root)
-    facts = retraining.retrain(workspace, runner, trigger, from_scratch=from_scratch, after=artifacts.store)
-    artifacts.store_run(workspace, before, facts)
+    facts = retraining.retrain(workspace, runner, trigger, from_scratch=from_scratch, after=artifacts.store_build)
+    artifacts.store_learning(workspace, before, facts)
     return facts

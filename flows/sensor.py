@@ -15,12 +15,12 @@ from typing import Any
 from flows import prefect_api
 from flows.steps import event_log
 from flows.steps.adaptation_state import AdaptationState
-from flows.steps.learning import pending
+from flows.steps.learning import pending_rows
 from moa.core.config import Config, load
 from moa.core.errors import in_words
 from moa.core.names import printable
 from moa.core.paths import Workspace
-from moa.core.project import Names, owner
+from moa.core.project import Names, project_id
 from moa.workspace import incoming
 from moa.workspace.lock import LockHolder
 
@@ -29,13 +29,13 @@ AGAIN = 45.0              # seconds between two nudges for the same thing: a run
 BACK_OFF = (60.0, 3600.0)   # seconds after a failed run, doubled with each, and at most
 
 
-def nudge(workspace: Workspace, names: Sequence[str] = (), api: prefect_api.Api | None = None) -> bool:
+def send_arrival_event(workspace: Workspace, names: Sequence[str] = (), api: prefect_api.Api | None = None) -> bool:
     """Tell Prefect that rows of these domains have arrived; whether its server took it."""
-    api = api or prefect_api.of(workspace)
+    api = api or prefect_api.workspace_api(workspace)
     if api is None:
         return False
     config, at = load(workspace.params), datetime.now(UTC).isoformat()
-    project, resource = related(workspace, config), Names.of(config).resource
+    project, resource = related_resources(workspace, config), Names.of(config).resource
     events = [{"occurred": at, "event": ARRIVED, "id": str(uuid.uuid4()), "payload": {"domain": name},
                "resource": {"prefect.resource.id": resource("domain", name)},
                "related": [{**project, "prefect.resource.role": "project"}] if project else []} for name in names]
@@ -45,12 +45,12 @@ def nudge(workspace: Workspace, names: Sequence[str] = (), api: prefect_api.Api 
     return False
 
 
-def related(workspace: Workspace, config: Config) -> dict[str, str] | None:
+def related_resources(workspace: Workspace, config: Config) -> dict[str, str] | None:
     """The project that an event belongs to. It tells old workspaces, whose events are about the same resources, apart.
 
     None in a shallow clone of an old workspace, which cannot tell.
     """
-    project = owner(workspace, config)
+    project = project_id(workspace, config)
     return {"prefect.resource.id": f"moa.project.{project}"} if project else None
 
 
@@ -68,12 +68,12 @@ class Sensor:
     def look(self) -> list[str]:
         """Send an event if a run is due and none is under way; the domains that it was sent for."""
         workspace = self.workspace
-        signature = incoming.signature(incoming.waiting(workspace))
+        signature = incoming.incoming_signature(incoming.waiting_files(workspace))
         unchanged, self._seen = signature == self._seen, signature
         if not unchanged or LockHolder.of(workspace).at_work():
             return []
         interrupted = AdaptationState.load(workspace)
-        found = pending(workspace, load(workspace.params))
+        found = pending_rows(workspace, load(workspace.params))
         names = sorted({*(each.domain for each in found.hopeless), *(found.due.domains if found.due.run else ()),
                         *(interrupted.before if interrupted else ())})
         if not names or time.time() < _not_before(workspace):

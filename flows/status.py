@@ -8,12 +8,12 @@ from typing import Any
 from flows import prefect_api
 from flows.steps import event_log
 from flows.steps.adaptation_state import AdaptationState
-from flows.steps.learning import pending
+from flows.steps.learning import pending_rows
 from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.names import printable
 from moa.core.paths import Workspace
-from moa.core.project import deployment
+from moa.core.project import deployment_name
 from moa.workspace.lock import LockHolder
 
 LAST = 5   # lines of the ledger
@@ -24,8 +24,9 @@ def status(workspace: Workspace, config: Config) -> dict[str, Any]:
     from moa.workspace.pipeline import Pipeline
 
     snapshot, champion = Pipeline(workspace).snapshot(), Registry(workspace, config).champion()
-    owner, found, interrupted = LockHolder.of(workspace), pending(workspace, config), AdaptationState.load(workspace)
-    api, up = prefect_api.of(workspace), _up(workspace)
+    owner, found, interrupted = LockHolder.of(workspace), pending_rows(workspace,
+                                                                       config), AdaptationState.load(workspace)
+    api, up = prefect_api.workspace_api(workspace), _up(workspace)
     answering = bool(api and api.answers())
     return {"workspace": str(workspace.root), "domains": list(config.domains),
             "champion": f"{champion.name} version {champion.version}" if champion else None,
@@ -73,7 +74,7 @@ def _troubles(workspace: Workspace, up: dict[str, Any] | None) -> list[str]:
 def _scheduled(api: prefect_api.Api, workspace: Workspace, config: Config) -> list[dict[str, str]]:
     """The next runs of this workspace's deployments, by Prefect's account."""
     with suppress(OSError, ValueError, KeyError):
-        mine = {"name": {"any_": [deployment(workspace, config)]}}
+        mine = {"name": {"any_": [deployment_name(workspace, config)]}}
         known = api.ask("deployments/filter", {"deployments": mine})
         ours = {each["id"]: each for each in known if each["parameters"].get("root") == str(workspace.root)}
         if not ours:

@@ -19,7 +19,7 @@ from typing import Any
 from flows import prefect_server
 from flows.keep_alive import CALM, PAUSES, CommandService, ServiceKeeper, State
 from flows.launch import terminated_as_interrupted
-from flows.sensor import Sensor, nudge
+from flows.sensor import Sensor, send_arrival_event
 from flows.steps import event_log
 from moa.core.config import load
 from moa.core.errors import NothingReleased, PipelineError, in_words
@@ -75,7 +75,7 @@ def up(workspace: Workspace, also: ExtraServices, say: Say = _print, *, verbose:
             keeper.keep(CommandService(workspace, name, command, port, extra, WAITS))
             facts[name] = f"http://127.0.0.1:{port}"
             say(f"{name:<9} {facts[name]}")
-        keeper.keep(_Watch(Sensor(workspace, lambda names: nudge(workspace, names, prefect.api))))
+        keeper.keep(_Watch(Sensor(workspace, lambda names: send_arrival_event(workspace, names, prefect.api))))
         event_log.append(workspace, "up", pid=os.getpid(), url=prefect.url)
         stack.callback(event_log.append, workspace, "down", pid=os.getpid())
         keeper.start()

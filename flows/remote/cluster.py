@@ -49,18 +49,18 @@ class Engine(Protocol):
         ...
 
 
-def share(domains: Sequence[str], places: int, most: int | None) -> list[list[str]]:
+def split_evenly(domains: Sequence[str], places: int, most: int | None) -> list[list[str]]:
     """Groups of nearly equal size: one for each place, or more where they would have more than `most` members."""
     count = max(min(places, len(domains)), math.ceil(len(domains) / most) if most else 1)
     return [list(domains[number::count]) for number in range(count)]
 
 
-def cores(workers: int) -> int:
+def cores_per_worker(workers: int) -> int:
     """Of this machine, for each of so many workers."""
     return max(1, (os.cpu_count() or 1) // workers)
 
 
-def require(execution: ExecutionParams) -> None:
+def require_engine(execution: ExecutionParams) -> None:
     """Raise ConfigError when the engine that `execution.runner` names is not installed."""
     package = PACKAGES.get(execution.runner)
     if package is not None and find_spec(package) is None:
@@ -68,7 +68,7 @@ def require(execution: ExecutionParams) -> None:
                           f"run `pip install --constraint constraints.txt {package}`, or set it to threads.")
 
 
-def reach(runner: str, address: str) -> None:
+def check_reachable(runner: str, address: str) -> None:
     """Raise ConfigError where nothing listens at `address`: Ray's and Dask's own attempts take up to a minute."""
     found = urlsplit(address if "://" in address else f"//{address}")
     try:

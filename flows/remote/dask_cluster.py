@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 
-from flows.remote.cluster import WorkerLost, cores, refused
+from flows.remote.cluster import WorkerLost, cores_per_worker, refused
 from flows.remote.payload import Files
 from flows.remote.worker import work
 from moa.core.errors import PipelineError
@@ -42,7 +42,8 @@ class DaskEngine:
         dask.config.set({"distributed.scheduler.allowed-failures": 0})
         self._cluster = None
         if address is None:
-            self._cluster = LocalCluster(n_workers=workers, threads_per_worker=cores(workers), host="127.0.0.1",
+            self._cluster = LocalCluster(n_workers=workers, threads_per_worker=cores_per_worker(workers),
+                                         host="127.0.0.1",
                                          dashboard_address=None)
         try:
             self._client = Client(self._cluster or address, timeout=60)

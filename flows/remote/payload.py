@@ -132,7 +132,7 @@ def write(files: Files, root: Path) -> None:
 
 # Back.
 
-def answer(workspace: Workspace, domains: Sequence[str], error: str | None, where: str) -> Files:
+def pack_answer(workspace: Workspace, domains: Sequence[str], error: str | None, where: str) -> Files:
     """The experts that are complete, and why the others are not."""
     files: Files = {}
     for domain in domains:
@@ -141,7 +141,7 @@ def answer(workspace: Workspace, domains: Sequence[str], error: str | None, wher
     return _sealed(files, {"domains": list(domains), "error": error, "where": where})
 
 
-def accept(workspace: Workspace, config: Config, files: Files) -> str | None:
+def install_answer(workspace: Workspace, config: Config, files: Files) -> str | None:
     """Put the experts of an answer into their places; why some are missing, or None.
 
     Raises ArtifactError, before anything is replaced, when one is not what its manifest says, or was trained from other

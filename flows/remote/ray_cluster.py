@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from flows.remote.cluster import WorkerLost, cores, refused
+from flows.remote.cluster import WorkerLost, cores_per_worker, refused
 from flows.remote.payload import Files
 from flows.remote.worker import work
 from moa.core.errors import PipelineError
@@ -38,7 +38,7 @@ class RayEngine:
         try:
             if address is None:
                 self._folder = tempfile.mkdtemp(prefix="moa-ray-")
-                ray.init(address="local", num_cpus=workers * cores(workers), include_dashboard=False,
+                ray.init(address="local", num_cpus=workers * cores_per_worker(workers), include_dashboard=False,
                          logging_level="error", _temp_dir=self._folder)
             else:
                 ray.init(address=address, logging_level="error")
@@ -47,7 +47,7 @@ class RayEngine:
             raise refused("ray", address or "null", sentence(str(error))[:200]) from None
         cpus = [node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         self._on_gpus = bool(ray.cluster_resources().get("GPU"))
-        share = cores(workers) if address is None else min(cpus, default=1)   # Ray makes it OMP_NUM_THREADS
+        share = cores_per_worker(workers) if address is None else min(cpus, default=1)   # Ray makes it OMP_NUM_THREADS
         needs = {"num_gpus": 1} if self._on_gpus else {"num_cpus": share}
         self._per_node = workers if address is None else 1
         self._task = ray.remote(max_retries=0, scheduling_strategy="SPREAD", **needs)(_work)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.remote import payload
-from flows.remote.cluster import Engine, WorkerLost, reach, require, share
+from flows.remote.cluster import Engine, WorkerLost, check_reachable, require_engine, split_evenly
 from flows.remote.payload import Files
 from moa.core.config import Config, ExecutionParams, load
 from moa.core.errors import MoaError, PipelineError
@@ -52,7 +52,7 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], command:
     todo = [domain for domain in domains if not finished(workspace, config, domain)]
     if not todo:
         return
-    waiting = deque(map(Group, share(todo, _first_places(engine), config.execution.group)))
+    waiting = deque(map(Group, split_evenly(todo, _first_places(engine), config.execution.group)))
     running: dict[Any, Group] = {}
     failed: dict[str, str] = {}   # groups by their reasons
     alone = 0.0                   # seconds without any worker
@@ -91,7 +91,7 @@ def _outcome(workspace: Workspace, config: Config, engine: Engine, ticket: Any, 
              say: Callable[[str], object]) -> str | None:
     """Put what a worker made into place, or let the group wait again; why experts are missing, or None."""
     try:
-        return payload.accept(workspace, config, engine.result(ticket))
+        return payload.install_answer(workspace, config, engine.result(ticket))
     except WorkerLost as lost:
         if group.tries == TRIES:
             return f"{TRIES} workers were lost with it, the last one because: {lost}"
@@ -110,9 +110,9 @@ def _failure(failed: dict[str, str]) -> PipelineError:
 def connect(execution: ExecutionParams, base: Files | None) -> Engine:
     """The engine that params.yaml names, at its address or as a cluster of this machine. `base` is what its workers
     cannot fetch. Raises ConfigError when it is not installed or does not answer."""
-    require(execution)
+    require_engine(execution)
     if execution.address is not None and execution.address != "auto":
-        reach(execution.runner, execution.address)
+        check_reachable(execution.runner, execution.address)
     if execution.runner == "ray":
         from flows.remote.ray_cluster import RayEngine
 

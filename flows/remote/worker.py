@@ -60,7 +60,7 @@ def work(files: Files, base: Files | None, say: Say = print, given_up: Callable[
             _run(root, command, where, say, given_up, {"OMP_NUM_THREADS": str(threads)} if threads else {})
         except MoaError as problem:
             error = str(problem)
-        return payload.answer(workspace, header["domains"], error, where)
+        return payload.pack_answer(workspace, header["domains"], error, where)
 
 
 # The base, fetched once for each worker's cache.

@@ -73,7 +73,7 @@ class AdaptationState:
             before = self.before[name]
             new = [path for path in _paths(workspace, name) if path.name not in before.files]
             incoming.reject(workspace, name, new, reason)
-            domains.revert(versions, name, before.tracked)
+            domains.revert_rows(versions, name, before.tracked)
             wanted = {**warm_starts.read(workspace), name: InitialExpert(**before.start) if before.start else None}
             warm_starts.restore(versions, {each: start for each, start in wanted.items() if start is not None})
             gone[name] = [path.name for path in new]

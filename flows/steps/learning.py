@@ -24,13 +24,13 @@ from flows.steps.run_context import (
     Busy,
     Facts,
     RunContext,
-    failures_told,
-    finished,
-    nothing,
-    require,
+    do_nothing,
+    log_failures,
+    log_finished,
+    log_released,
+    log_trained,
+    require_success,
     run_context,
-    say_released,
-    say_trained,
 )
 from flows.steps.runner import Runner
 from moa.core.config import Config
@@ -45,7 +45,7 @@ ENVIRONMENT = ("No space left", "was interrupted", "Cannot allocate", "Input/out
 
 
 def adapt(workspace: Workspace, runner: Runner, trigger: str, *, now: bool = False, verbose: bool = False,
-          after: After = nothing) -> Facts:
+          after: After = do_nothing) -> Facts:
     """Learn everything that is due; what was done, `state` first: skipped, released, waiting, kept or refused.
 
     `now` leaves out debounce, cool-down and fewest rows: a person asks. While another run works here this one is
@@ -63,7 +63,7 @@ def adapt(workspace: Workspace, runner: Runner, trigger: str, *, now: bool = Fal
 def reconcile(work: RunContext, trigger: str, now: bool, began: float) -> Facts:
     """The same, under the lock."""
     workspace, attempt = work.workspace, AdaptationState.load(work.workspace)
-    found = pending(workspace, work.config, now=now)
+    found = pending_rows(workspace, work.config, now=now)
     decision = found.due
     if found.hopeless:
         _take_in(work, None, found.hopeless)
@@ -76,13 +76,13 @@ def reconcile(work: RunContext, trigger: str, now: bool, began: float) -> Facts:
              domains=sorted({*decision.domains} if decision.run else attempt.before if attempt else ()),
              resumed=attempt is not None)
     attempt = attempt or AdaptationState.begin(trigger)
-    with failures_told(work, "adaptation", began):
+    with log_failures(work, "adaptation", began):
         _take_in(work, attempt, wanted)
         if not attempt.touched(workspace) and not attempt.refused:
             attempt.end(workspace)
             facts = {"state": "skipped", "reason": "no new rows among what arrived"}
-            return finished(work, "adaptation", facts, began)
-        return finished(work, "adaptation", _learn(work, attempt), began)
+            return log_finished(work, "adaptation", facts, began)
+        return log_finished(work, "adaptation", _learn(work, attempt), began)
 
 
 @dataclass(frozen=True)
@@ -94,22 +94,22 @@ class PendingFiles:
     due: adapt_policy.AdaptDecision
 
 
-def pending(workspace: Workspace, config: Config, *, now: bool = False) -> PendingFiles:
+def pending_rows(workspace: Workspace, config: Config, *, now: bool = False) -> PendingFiles:
     params = config.adapt
     if now:
         params = params.model_copy(update={"min_rows": 1, "debounce": 0.0, "cooldown": 0.0})
     clock = time.time()
-    arrivals = incoming.settled(incoming.waiting(workspace), params.settle, clock)
-    rows = {each.path: incoming.rows(config, each) for each in arrivals}
+    arrivals = incoming.settled_files(incoming.waiting_files(workspace), params.settle, clock)
+    rows = {each.path: incoming.usable_row_count(config, each) for each in arrivals}
     groups = [adapt_policy.PendingRows(name, name in config.domains, sum(rows[each.path] for each in files),
                                        max(each.modified for each in files), len(files))
               for name in sorted({each.domain for each in arrivals})
               for files in [[each for each in arrivals if each.domain == name]]]
     return PendingFiles(arrivals, [each for each in arrivals if not rows[each.path]],
-                        adapt_policy.decide(groups, params, clock, _last_end(workspace), fewest(config)))
+                        adapt_policy.decide(groups, params, clock, _last_end(workspace), min_new_rows(config)))
 
 
-def fewest(config: Config) -> int:
+def min_new_rows(config: Config) -> int:
     """Rows that a new domain needs: with fewer test rows the gate has no verdict, which holds up every other domain."""
     return max(config.prepare.min_rows, math.ceil(SPARE * config.release.min_rows / config.prepare.test))
 
@@ -126,7 +126,7 @@ def _take_in(work: RunContext, attempt: AdaptationState | None, wanted: Sequence
     known = work.config.domains
     if attempt is not None:
         for name in sorted({each.domain for each in wanted} & known.keys()):
-            domains.version(work.versions, name)
+            domains.version_rows(work.versions, name)
         attempt.note(work.workspace, {each.domain: each.domain in known for each in wanted})
     for taken in work.one("take in", lambda: incoming.ingest(work.versions, wanted)):
         if taken.files or taken.already_there:
@@ -148,7 +148,7 @@ def _learn(work: RunContext, attempt: AdaptationState) -> Facts:
                 work.say("undone", domains=[name], files=files, reason=reasons[name])
         touched = attempt.touched(workspace)
         if not touched:   # nothing is left of it: back to what the champion is made of, out of DVC's cache
-            require(work.build(release=False))
+            require_success(work.build(release=False))
             attempt.end(workspace)
             return {"state": "refused", "undone": undone}
         facts = _try(work, attempt, touched)
@@ -169,12 +169,12 @@ def _try(work: RunContext, attempt: AdaptationState, touched: Sequence[str]) -> 
         _blame(work, attempt, {f"prepare@{name}": error for name in touched
                                if f"prepare@{name} failed" in str(error)}, error)
         return None
-    say_trained(work, result)
+    log_trained(work, result)
     errors = {name: outcome.error for name in result.named("failed") if (outcome := result.outcomes[name]).error}
     if errors:
         _blame(work, attempt, errors, result.failure() or PipelineError("The build failed."))
         return None
-    facts = say_released(work, result.release)
+    facts = log_released(work, result.release)
     if facts["state"] == "refused":
         failed = set(facts["worse"]) & set(touched)
         attempt.refuse(workspace, sorted(failed or touched), f"the gate refused it: {facts['reason']}")

@@ -18,7 +18,7 @@ from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.subprocesses import moa_json
 from moa.evaluation import comparison, gate
-from moa.release.champion_history import Entry, before
+from moa.release.champion_history import Entry, previous_champion
 from moa.release.registry import CURRENT_CHAMPION, ExpertVersion, MixtureVersion, Registry
 
 FIRST = "first release"
@@ -134,7 +134,7 @@ def roll_back(workspace: Workspace, config: Config, to: int | None = None, note:
             raise RegistryError(f"Version {to} was never champion, so there is nothing to go back to: `moa release "
                                 f"promote {to}` asks the gate.")
     else:
-        found = before(served)
+        found = previous_champion(served)
         target = found.version if found else None
     current = _incumbent(registry, served)
     if current is None or target is None:

@@ -10,16 +10,16 @@ from flows.steps.learning import reconcile
 from flows.steps.run_context import (
     After,
     Facts,
-    failures_told,
-    finished,
+    do_nothing,
     forget_starts,
     keep_fresh,
-    nothing,
-    require,
+    log_failures,
+    log_finished,
+    log_released,
+    log_trained,
+    require_success,
     restore_starts,
     run_context,
-    say_released,
-    say_trained,
 )
 from flows.steps.runner import Runner
 from moa.core.paths import Workspace
@@ -28,7 +28,7 @@ WAIT = 3600.0   # seconds for another run to end
 
 
 def retrain(workspace: Workspace, runner: Runner, trigger: str, *, from_scratch: bool | None = None,
-            verbose: bool = False, after: After = nothing) -> Facts:
+            verbose: bool = False, after: After = do_nothing) -> Facts:
     """Train again what is stale, or everything afresh; the gate compares it with the champion. What was done.
 
     Waits for a run that is at work. A training from scratch that is refused or interrupted is undone: the experts stay
@@ -39,7 +39,7 @@ def retrain(workspace: Workspace, runner: Runner, trigger: str, *, from_scratch:
         if AdaptationState.load(workspace) is not None:
             reconcile(work, "an adaptation that was interrupted", True, began)
         afresh = work.config.retrain.from_scratch if from_scratch is None else from_scratch
-        with failures_told(work, "retraining", began):
+        with log_failures(work, "retraining", began):
             if afresh:
                 forget_starts(work)
             stale = work.versions.snapshot().affected
@@ -49,11 +49,11 @@ def retrain(workspace: Workspace, runner: Runner, trigger: str, *, from_scratch:
             work.say("started", flow="retrain", trigger=trigger, resumed=False,
                      reason=f"{len(stale)} stages are stale" + (", every expert begins afresh" if afresh else ""))
             result = work.build()
-            say_trained(work, result)
-            require(result)
-            facts = say_released(work, result.release)
+            log_trained(work, result)
+            require_success(result)
+            facts = log_released(work, result.release)
             if facts["state"] not in ("refused", "kept"):
                 keep_fresh(work)
             elif undone := restore_starts(work):
                 work.say("undone", domains=undone, reason=facts["reason"])
-            return finished(work, "retraining", facts, began)
+            return log_finished(work, "retraining", facts, began)

@@ -12,7 +12,7 @@ from typing import Any
 from flows.steps import event_log
 from flows.steps import release as releasing
 from flows.steps.runner import Call, Runner
-from flows.steps.session import BuildOptions, Result, Session, opened
+from flows.steps.session import BuildOptions, Result, Session, open_session
 from flows.steps.stage_order import build
 from moa.core.config import Config, load
 from moa.core.errors import MoaError, PipelineError, in_words
@@ -26,7 +26,7 @@ Facts = dict[str, Any]
 After = Callable[[Session, Result], None]
 
 
-def nothing(_: Session, __: Result) -> None:
+def do_nothing(_: Session, __: Result) -> None:
     pass
 
 
@@ -38,7 +38,7 @@ class RunContext:
     versions: DataVersions
     runner: Runner
     verbose: bool = False
-    after: After = nothing   # told of each build that releases
+    after: After = do_nothing   # told of each build that releases
 
     @property
     def config(self) -> Config:   # taking a domain in changes params.yaml
@@ -52,7 +52,7 @@ class RunContext:
         return outcome.value
 
     def build(self, *, release: bool = True) -> Result:
-        with opened(self.workspace, BuildOptions(), verbose=self.verbose, held=self.versions) as session:
+        with open_session(self.workspace, BuildOptions(), verbose=self.verbose, held=self.versions) as session:
             if not release:
                 session.hooks = ()
             elif self.config.adapt.commit:
@@ -87,7 +87,7 @@ def run_context(workspace: Workspace, runner: Runner, verbose: bool, after: Afte
 
 
 @contextlib.contextmanager
-def failures_told(work: RunContext, what: str, began: float) -> Iterator[None]:
+def log_failures(work: RunContext, what: str, began: float) -> Iterator[None]:
     try:
         yield
     except Exception as error:   # any library's: the sensor waits longer after each failure that the ledger tells
@@ -116,7 +116,7 @@ def restore_starts(work: RunContext) -> list[str]:
     except FileNotFoundError:
         return []
     work.one("restore starts", lambda: warm_starts.restore(work.versions, continued))
-    require(work.build(release=False))
+    require_success(work.build(release=False))
     keep_fresh(work)
     return sorted(continued)
 
@@ -127,18 +127,18 @@ def keep_fresh(work: RunContext) -> None:
 
 # What every run says.
 
-def finished(work: RunContext, what: str, facts: Facts, began: float) -> Facts:
+def log_finished(work: RunContext, what: str, facts: Facts, began: float) -> Facts:
     seconds = round(time.monotonic() - began, 1)
     work.say("finished", result=f"{what} {facts['state']}", seconds=seconds)
     return {**facts, "seconds": seconds}
 
 
-def require(result: Result) -> None:
+def require_success(result: Result) -> None:
     if failure := result.failure():
         raise failure
 
 
-def say_trained(work: RunContext, result: Result) -> None:
+def log_trained(work: RunContext, result: Result) -> None:
     if trained := [name.partition("@")[2] for name in result.named("done") if name.startswith("train@")]:
         seconds = max(result.outcomes[f"train@{name}"].seconds for name in trained)   # those of a group share theirs
         work.say("trained", domains=trained, seconds=round(seconds, 1))
@@ -161,7 +161,7 @@ def _forgetting(work: RunContext, old: int | None, new: int) -> Facts | None:
     return found
 
 
-def say_released(work: RunContext, release: Facts) -> Facts:
+def log_released(work: RunContext, release: Facts) -> Facts:
     """The outcome of the release steps, for display and for the policy: released, waiting, kept or refused."""
     decision, version = release["decision"], release["version"]
     facts: Facts = {"version": version, "reason": decision["reason"], "champion": release["champion"],

@@ -78,7 +78,7 @@ class Session:
         return any(reason.kind == FORCED for reason in self.snapshot.stale.get(name, ()))
 
 
-def configuration(workspace: Workspace) -> Config:
+def load_configuration(workspace: Workspace) -> Config:
     """What params.yaml says. Raises ConfigError when it is wrong, or has no domain to build."""
     config = load(workspace.params)
     if not config.domains:
@@ -90,20 +90,20 @@ _ambient: ContextVar[Session | None] = ContextVar("session", default=None)
 
 
 @contextmanager
-def opened(workspace: Workspace, options: BuildOptions, *, verbose: bool = False,
-           held: Pipeline | None = None) -> Iterator[Session]:
+def open_session(workspace: Workspace, options: BuildOptions, *, verbose: bool = False,
+                 held: Pipeline | None = None) -> Iterator[Session]:
     """A session; the one that is already open in this context, if there is one. `held`: whose lock the caller has."""
     if (ambient := _ambient.get()) is not None:
         yield ambient
         return
     if held is None:
         transaction.recover(workspace)
-    config = configuration(workspace)
+    config = load_configuration(workspace)
     for domain in options.domains or ():
         config.require_domain(domain)
     for each in config.domains.values():
         metrics.resolve(each.metric)   # the last stage needs it: say so before the first one runs
-    cluster.require(config.execution)
+    cluster.require_engine(config.execution)
     pipeline = held or Pipeline(workspace)
     with nullcontext() if held else pipeline.lock(), Screen(verbose=verbose) as screen:
         snapshot = pipeline.snapshot().limited(options.domains).forced(options.force)

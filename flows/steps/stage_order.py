@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from flows.remote.cluster import share
+from flows.remote.cluster import split_evenly
 from flows.steps.runner import Call, Mark, Outcome, Runner
 from flows.steps.session import Result, Session
 from moa.core.config import Config, ExecutionParams
@@ -188,7 +188,7 @@ def _command(execution: ExecutionParams, device: str, prefix: str, domains: Sequ
         prefix = shlex.join([sys.executable, "-P", "-m", "flows.remote.train", "--command", prefix])
         turns = [list(domains)]
     else:
-        turns = share(domains, 1, execution.group)
+        turns = split_evenly(domains, 1, execution.group)
     commands = [f"{prefix} {' '.join(f'--domain {shlex.quote(domain)}' for domain in turn)}" for turn in turns]
     extra = {} if device in ("auto", execution.runner) else {"MOA_DEVICE": device}
     if len(commands) == 1:

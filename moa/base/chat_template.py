@@ -14,7 +14,7 @@ from typing import Any
 
 from moa.base import sources
 from moa.core.errors import BaseModelError
-from moa.core.files import read_json, write_json
+from moa.core.files import read_json_object, write_json
 
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
@@ -42,7 +42,7 @@ def template(folder: Path, source: object) -> str:
     file = folder / FILE
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    found = read_object(folder / CONFIG).get("chat_template")
+    found = read_json_object(folder / CONFIG).get("chat_template")
     if isinstance(found, list):   # several named ones: transformers uses the one called default
         found = {entry["name"]: entry["template"] for entry in found}.get("default")
     if not isinstance(found, str):
@@ -65,25 +65,16 @@ def set_template(folder: Path, name: str, source: object) -> None:
     """
     from transformers import AutoTokenizer
 
-    sources.quiet()
+    sources.silence_transformers()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        raise BaseModelError(f"The tokenizer of {source} cannot be loaded: {sources.one_line(error)}") from None
+        raise BaseModelError(f"The tokenizer of {source} cannot be loaded: {sources.first_line(error)}") from None
     end = tokenizer.eos_token
     if end is None or tokenizer(end, add_special_tokens=False)["input_ids"] != [tokenizer.eos_token_id]:
         raise BaseModelError(f"The tokenizer of {source} has no end mark (eos_token) that is one token of its own, "
                              f"so a model could not end an answer in the template {name!r}: use another base.")
-    config = read_object(folder / CONFIG)
+    config = read_json_object(folder / CONFIG)
     if config.pop("chat_template", None) is not None:
         write_json(folder / CONFIG, config)
     (folder / FILE).write_text(NAMED[name], encoding="utf-8")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in file `path`; an empty one where there is none or it cannot be read."""
-    try:
-        value = read_json(path)
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -73,7 +73,7 @@ def load_tokenizer(workspace: Workspace) -> Any:
     pinned = pin(workspace)
     if tokenizer_digest(workspace.base) != pinned.tokenizer:
         raise BaseModelError("The base's tokenizer changed since it was fetched: run `moa base` to fetch it again.")
-    sources.quiet()
+    sources.silence_transformers()
     return AutoTokenizer.from_pretrained(workspace.base, trust_remote_code=False)
 
 
@@ -87,13 +87,13 @@ def load(workspace: Workspace, params: BaseParams, device: Device | None = None)
 
     pinned = verify(workspace, params)
     device = device or pick_device()
-    sources.quiet()
+    sources.silence_transformers()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             locate(workspace, params), dtype=getattr(torch, device.dtype), attn_implementation="sdpa",
             use_safetensors=True, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise BaseModelError(f"The base {pinned.source} cannot be loaded: {sources.one_line(error)}") from None
+        raise BaseModelError(f"The base {pinned.source} cannot be loaded: {sources.first_line(error)}") from None
     model = model.to(device.device).eval().requires_grad_(False)
     # transformers projects a slice of the last positions; on a CPU in bfloat16 that took 190 times as long as a copy.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))

@@ -16,7 +16,7 @@ from moa.base import chat_template, sources
 from moa.core import digests
 from moa.core.config import BaseParams
 from moa.core.errors import BaseModelError
-from moa.core.files import read_json, replace_directory, write_json
+from moa.core.files import read_json, read_json_object, replace_directory, write_json
 from moa.core.paths import Workspace
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
@@ -94,7 +94,7 @@ def pin(workspace: Workspace) -> BasePin:
 def locate(workspace: Workspace, params: BaseParams) -> Path:
     """Folder of the fetched base's weights. Raises BaseModelError when params.yaml now names another base."""
     pinned, source = pin(workspace).source, sources.parse(params.source)
-    if (fetched := chat_template.read_object(workspace.base_manifest).get("template_name")) != params.template:
+    if (fetched := read_json_object(workspace.base_manifest).get("template_name")) != params.template:
         named, used = ("the base's own chat template" if name is None else f"the template {name}"
                        for name in (params.template, fetched))
         raise BaseModelError(f"params.yaml names {named}, but the base was fetched with {used}: run `moa base`.")
@@ -132,12 +132,12 @@ def _check_usable(folder: Path, source: sources.Source) -> str:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    sources.quiet()
+    sources.silence_transformers()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise BaseModelError(f"{source} has no configuration that transformers knows: "
-                             f"{sources.one_line(error)}") from None
+                             f"{sources.first_line(error)}") from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise BaseModelError(f"{source} is a {config.model_type!r} model; a base must be a causal language model that "
                              "transformers itself contains.")
@@ -184,7 +184,7 @@ def _parts(workspace: Workspace, weights: Path) -> dict[str, str]:
 
 def _weights_digest(folder: Path, cache: Path) -> str:
     """Digest of the safetensors files' names and bytes and of config.json without `CONFIG_NOISE`."""
-    config = chat_template.read_object(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     files = [[path.name, digest] for path, digest in _file_digests(sorted(folder.glob(sources.WEIGHTS)), cache)]
     return digests.of_json([files, {key: value for key, value in config.items() if key not in CONFIG_NOISE}])
 
@@ -210,6 +210,6 @@ def _file_digests(files: Iterable[Path], cache: Path) -> list[tuple[Path, str]]:
 def tokenizer_digest(folder: Path) -> str:
     """Digest of the tokenizer in `folder`: its files and its special tokens."""
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    config = chat_template.read_object(folder / "tokenizer_config.json")
+    config = read_json_object(folder / "tokenizer_config.json")
     special = {key: value for key, value in config.items() if key.endswith("_token")}
     return digests.of_json([digests.of_files(files, folder), special])

@@ -135,7 +135,7 @@ def _dequantise(gguf: Path, source: Source, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    quiet()
+    silence_transformers()
     with contextlib.redirect_stderr(io.StringIO()):   # transformers shows a progress bar here that no setting disables
         try:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
@@ -143,7 +143,7 @@ def _dequantise(gguf: Path, source: Source, target: Path) -> None:
                                                          trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except (ValueError, KeyError, OSError, NotImplementedError) as error:
-            raise BaseModelError(f"transformers cannot read the GGUF file of {source}: {one_line(error)}") from None
+            raise BaseModelError(f"transformers cannot read the GGUF file of {source}: {first_line(error)}") from None
         # The weights are dense now; with these two left in place save_pretrained refuses.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -167,7 +167,7 @@ def snapshot(source: Source) -> Path:
         return Path(snapshot_download(source.name, revision=source.version, allow_patterns=[WEIGHTS, *SIDE_FILES],
                                       ignore_patterns=["*/*"], local_files_only=local))
 
-    quiet()
+    silence_transformers()
     if COMMIT.fullmatch(source.version):   # a commit does not change: a cached one needs no request
         with contextlib.suppress(LocalEntryNotFoundError, ValueError):
             folder = get(local=True)
@@ -179,13 +179,13 @@ def snapshot(source: Source) -> Path:
         raise BaseModelError(f"{source} is not in the local Hugging Face cache and the hub cannot be reached "
                              "(is HF_HUB_OFFLINE set?); fetch it once with a network, or use a path: base.") from None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise BaseModelError(f"{source} cannot be fetched: {one_line(error)}") from None
+        raise BaseModelError(f"{source} cannot be fetched: {first_line(error)}") from None
     if not COMMIT.fullmatch(folder.name):
         raise BaseModelError(f"{source} cannot be pinned: revision {source.version!r} resolves to no commit.")
     return folder
 
 
-def quiet() -> None:
+def silence_transformers() -> None:
     """Disable transformers' progress bars and warnings on standard error."""
     from transformers.utils import logging
 
@@ -193,7 +193,7 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def one_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of another library's error message, without the advice that follows it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]

@@ -138,7 +138,7 @@ def import_(
     from moa.workspace import import_expert
 
     source = directory.absolute()
-    done = import_expert.admit(place.workspace(), source, domain)
+    done = import_expert.import_adapter(place.workspace(), source, domain)
     print_result(done, import_expert.text(done), as_json)
 
 

@@ -127,7 +127,7 @@ def plan(domain: Domains = None, force: Force = None, as_json: AsJson = False) -
     for each in config.domains.values():
         metrics.resolve(each.metric)
     snapshot = Pipeline(workspace).snapshot().limited(domain or None).forced(force or ())
-    made = planning.make(snapshot, config, planning.Statistics.read(workspace, config))
+    made = planning.make_plan(snapshot, config, planning.Statistics.read(workspace, config))
     if as_json:
         print_json(made.as_dict())
     else:

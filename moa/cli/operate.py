@@ -111,9 +111,9 @@ def ingest(
     watched = _watched(workspace)
     if done["files"]:
         with suppress(Exception):   # the event only speeds things up: `moa up` finds the file without it
-            from flows.sensor import nudge
+            from flows.sensor import send_arrival_event
 
-            nudge(workspace, [name])
+            send_arrival_event(workspace, [name])
     if as_json:
         print_json({**done, "watched": watched})
         return
@@ -126,10 +126,10 @@ def ingest(
 def _watched(workspace: Workspace) -> bool:
     """Whether `moa up` runs here."""
     from moa.core.files import read_json
-    from moa.workspace.row_sources import alive
+    from moa.workspace.row_sources import process_is_alive
 
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return alive(str(read_json(workspace.up)["pid"]))
+        return process_is_alive(str(read_json(workspace.up)["pid"]))
     return False
 
 
@@ -175,6 +175,6 @@ def drift(as_json: AsJson = False) -> None:
     from moa.serving import drift as drift_report
 
     facts = drift_report.check(*opened())
-    print_result(facts, drift_report.text(facts), as_json)
+    print_result(facts, drift_report.drift_text(facts), as_json)
     if drift_report.alarming(facts):
         raise typer.Exit(drift_report.FOUND)

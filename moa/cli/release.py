@@ -127,7 +127,7 @@ def forgetting(
     from moa.release import forgetting as proof
 
     workspace, config = opened()
-    facts = proof.forgetting(workspace, config, *proof.between(workspace, config, against, version))
+    facts = proof.forgetting(workspace, config, *proof.versions_to_compare(workspace, config, against, version))
     print_result(facts, proof.text(facts), as_json)
     if not facts["equal"]:
         raise ArtifactError(proof.complaint(facts))

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML, YAMLError
 
 from moa.core.errors import ConfigError
+from moa.core.subprocesses import KEYS_NAMED
 
 DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 PROJECT_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
@@ -23,7 +24,6 @@ NO_DOMAIN = "params.yaml has no domain yet: add one with `moa domain add NAME FI
 # Keys that moa once read. They are ignored, whatever they hold; `moa upgrade` removes them from the file.
 REMOVED = ("assemble.seed", "release.min_gain", "release.resamples", "release.seed", "drift.psi")
 UNLISTED = "unlisted"   # marks a key that is read, and that no scaffold, document or error message offers
-QUIET = "MOA_QUIET"      # variable of the environment; 1 = do not name them
 RESERVED = frozenset({"base", "routed", "forced", "none", "all"})
 
 
@@ -57,7 +57,7 @@ class BaseParams(Group):
     source: str = Field(description="wheel:NAME==VERSION, hub:NAME@REVISION or path:DIR")
     sha256: str | None = Field(default=None, description="digest the wheel must have; known for the default wheel")
     template: Literal["plain"] | None = Field(default=None, description="chat template instead of the base's own; for "
-                                                                       "a base without one")
+                                              "a base without one")
 
 
 class PromptParams(Group):
@@ -93,7 +93,7 @@ class TrainParams(Group):
     validation_rows: int = Field(default=32, ge=1, description="rows of the validation split used after each epoch")
     patience: int = Field(default=0, ge=0, description="epochs without improvement before stopping; 0 = off")
     warm_patience: Annotated[int, UNLISTED] = Field(default=1, ge=0, description="the same for an expert that starts "
-                                                                               "from another one")
+                                                    "from another one")
     batch_tokens: int = Field(default=448, ge=16, description="padded tokens in one forward: memory, not mathematics")
     recompute: bool = Field(default=False, description="gradient checkpointing: a third slower, much less memory")
     seed: int = Field(default=0, description="the one seed: of training, alone and joint")
@@ -248,7 +248,7 @@ def removed_keys(raw: Any) -> list[str]:
 
 @cache   # once a process, and not in those that a command starts: their output is searched for what failed
 def _name_removed(file: str, names: tuple[str, ...]) -> None:
-    if os.environ.get(QUIET) == "1":
+    if os.environ.get(KEYS_NAMED) == "1":
         return
     have, them = ("has", "it") if len(names) == 1 else ("have", "them")
     print(f"{file}: {', '.join(names)} {have} no effect any more; `moa upgrade` removes {them}.", file=sys.stderr)

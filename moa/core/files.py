@@ -65,6 +65,15 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in file `path`; an empty one where there is none or it cannot be read."""
+    try:
+        value = read_json(path)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 @contextmanager
 def replace_directory(target: Path) -> Iterator[Path]:
     """Yield an empty folder that takes `target`'s place when the block ends well, and vanishes when it does not.

@@ -36,21 +36,21 @@ def repository(root: Path) -> Path | None:
     return found
 
 
-def shallow(root: Path) -> bool:
+def is_shallow(root: Path) -> bool:
     """Whether the repository's history was cut off when it was cloned. Raises GitError."""
     return run(root, "rev-parse", "--is-shallow-repository").strip() == "true"
 
 
-def complete(root: Path) -> bool:
+def has_full_history(root: Path) -> bool:
     """Whether all history there is can be read: so of a folder without a repository, not of a shallow clone, nor where
     git refuses."""
     try:
-        return repository(root) is None or not shallow(root)
+        return repository(root) is None or not is_shallow(root)
     except GitError:
         return False
 
 
-def commits(root: Path) -> bool:
+def has_commits(root: Path) -> bool:
     """Whether `root` is in a repository that has a commit. Raises GitError where git refuses to read it."""
     return repository(root) is not None and bool(run(root, "rev-list", "--all", "--max-count=1"))
 

@@ -21,20 +21,20 @@ OLDEST, LAYOUT = 0, 1   # what this moa reads; the last is what it writes
 TRACKED = re.compile(r"""^(["']?)format\1[ \t]*:[ \t]+(\d+)[ \t]*(?:#.*)?$""", re.MULTILINE)
 
 
-def check(root: Path) -> None:
+def check_layout(root: Path) -> None:
     """Let a workspace through whose layout this moa knows.
 
     Raises:
         ConfigError: The workspace is of a newer moa, or `.moa/format` holds no number.
     """
-    for place, number in (("params.yaml", tracked(root)), (".moa/format", local(root))):
+    for place, number in (("params.yaml", tracked_layout(root)), (".moa/format", local_layout(root))):
         if number is not None and number > LAYOUT:
             raise ConfigError(f"This workspace has layout {number} ({place}), which a newer moa made, and moa "
                               f"{__version__} reads layouts {OLDEST} to {LAYOUT}: run `pip install -U moa` and the "
                               "command again.")
 
 
-def tracked(root: Path) -> int | None:
+def tracked_layout(root: Path) -> int | None:
     """The layout of the files in git, None where params.yaml does not say."""
     with suppress(OSError, UnicodeDecodeError):   # whatever reads the parameters next says what is wrong with them
         if found := TRACKED.search((root / "params.yaml").read_text(encoding="utf-8")):
@@ -42,7 +42,7 @@ def tracked(root: Path) -> int | None:
     return None
 
 
-def local(root: Path) -> int | None:
+def local_layout(root: Path) -> int | None:
     """The layout of `.moa/`, None where no moa that knows layouts has changed anything."""
     try:
         text = _path(root).read_text(encoding="utf-8", errors="replace").strip()
@@ -54,7 +54,7 @@ def local(root: Path) -> int | None:
     return int(text)
 
 
-def mark(root: Path) -> None:
+def write_local_layout(root: Path) -> None:
     """Say which layout `.moa/` has, where nothing says it yet: layout 1 is layout 0 with this file."""
     if not _path(root).exists():
         write_atomic(_path(root), f"{LAYOUT}\n".encode())

@@ -26,7 +26,7 @@ def escaped(text: str) -> str:
     return text if text.isprintable() else "".join(map(_escape, text))
 
 
-def storable(text: str) -> bool:
+def is_valid_unicode(text: str) -> bool:
     """Whether UTF-8, and so every file format here, can hold `text` as it is."""
     try:
         text.encode("utf-8")

@@ -35,7 +35,7 @@ class Workspace:
         here = (start or Path.cwd()).resolve()
         for folder in (here, *here.parents):
             if (folder / "params.yaml").is_file() and (folder / "dvc.yaml").is_file():
-                layout.check(folder)
+                layout.check_layout(folder)
                 return cls(folder)
         raise UsageError(
             f"No workspace at {here} or above it: a workspace is a folder with params.yaml and dvc.yaml. "

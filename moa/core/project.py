@@ -52,13 +52,13 @@ class Names:
         return f"moa.{kind}.{name}" if self.project is None else f"moa.project.{self.project}.{kind}.{name}"
 
 
-def fresh(folder: str) -> str:
+def new_project_id(folder: str) -> str:
     """A new id that begins like a folder's name and that no other project has."""
     words = re.sub(r"[^a-z0-9]+", "-", folder.lower()).strip("-")[:24].strip("-")
     return f"{words or 'project'}-{secrets.token_hex(3)}"
 
 
-def owner(workspace: Workspace, config: Config) -> str | None:
+def project_id(workspace: Workspace, config: Config) -> str | None:
     """The id that marks what belongs to this project: its own, else that of its first commit.
 
     Without commits it is a random one, kept in .moa. None where the first commit cannot be read: in a shallow clone,
@@ -68,21 +68,21 @@ def owner(workspace: Workspace, config: Config) -> str | None:
         return config.project
     if (known := _first_commit(workspace) or _kept(workspace)) is not None:
         return known
-    return _keep(workspace) if git.complete(workspace.root) else None
+    return _keep(workspace) if git.has_full_history(workspace.root) else None
 
 
-def deployment(workspace: Workspace, config: Config) -> str:
+def deployment_name(workspace: Workspace, config: Config) -> str:
     """What `moa up` calls what it serves. Deployments keep no history, so an old workspace's have an id, too."""
-    return _deployment(owner(workspace, config))
+    return _deployment(project_id(workspace, config))
 
 
-def former_deployments(workspace: Workspace, config: Config) -> set[str]:
+def former_deployment_names(workspace: Workspace, config: Config) -> set[str]:
     """What `deployment` was before params.yaml named an id, or before the first commit, or before there were ids."""
-    known = {_deployment(None), *map(_deployment, owners(workspace, config))}
-    return known - {deployment(workspace, config)}
+    known = {_deployment(None), *map(_deployment, all_project_ids(workspace, config))}
+    return known - {deployment_name(workspace, config)}
 
 
-def owners(workspace: Workspace, config: Config) -> set[str]:
+def all_project_ids(workspace: Workspace, config: Config) -> set[str]:
     """Every id that this project has or had: from before params.yaml named one, and before the first commit."""
     return {each for each in (config.project, _kept(workspace), _first_commit(workspace)) if each is not None}
 
@@ -93,7 +93,7 @@ def _deployment(project: str | None) -> str:
 
 def _first_commit(workspace: Workspace) -> str | None:
     """From the repository's first commit and the folder in it, which are the same in every whole clone."""
-    if not git.complete(workspace.root) or not git.commits(workspace.root):
+    if not git.has_full_history(workspace.root) or not git.has_commits(workspace.root):
         return None
     commit = git.run(workspace.root, "rev-list", "--max-parents=0", "--first-parent", "HEAD").strip()
     folder = git.run(workspace.root, "rev-parse", "--show-prefix").strip()
@@ -114,7 +114,7 @@ def _keep(workspace: Workspace) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):   # two processes that need it first must agree
         if (kept := _kept(workspace)) is None:
-            kept = fresh(workspace.root.name)
+            kept = new_project_id(workspace.root.name)
             write_atomic(path, f"{kept}\n".encode())
         return kept
 

@@ -39,6 +39,7 @@ FAILED_STAGE = re.compile(r"^ERROR: failed to reproduce '[^']*'(: )?")   # DVC; 
 OnLine = Callable[[str], None]
 SHELL = ("/bin/sh", "-c")
 MODULE = (sys.executable, "-P", "-m", "moa")
+KEYS_NAMED = "MOA_QUIET"   # 1 tells a child that its parent has named the removed keys of params.yaml
 ENTRY = "moa.cli.main:main"   # what both `moa` and `python -m moa` call
 # What two steps or more import, and what takes them longest. A step imports what is missing here by itself.
 LIBRARIES = ("typer.rich_utils", "pydantic.main", "pydantic.fields", "ruamel.yaml", "rich.progress", "sqlite3",
@@ -53,7 +54,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Environment of our children: this interpreter's scripts first on PATH, no telemetry, no proxy before loopback,
     no variable that ties git to another repository than theirs, nothing about keys that we name ourselves."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**git.environment(), **without_proxy(os.environ), **QUIET, "MOA_QUIET": "1", "PATH": path,
+    return {**git.environment(), **without_proxy(os.environ), **QUIET, KEYS_NAMED: "1", "PATH": path,
             "PYTHONUNBUFFERED": "1", **(extra or {})}
 
 

@@ -43,7 +43,7 @@ class Row:
         return self.messages[-1]["content"]
 
 
-def identity(messages: Sequence[Message]) -> str:
+def row_id(messages: Sequence[Message]) -> str:
     """The id of a row: a digest of its roles and texts, which hold no control characters."""
     return digests.of_bytes("\x1e".join([part for message in messages for part in message.values()]).encode())[:32]
 

@@ -52,7 +52,7 @@ class _Sample:
         return len(self.ids)
 
 
-def across(workspace: Workspace, config: Config, domain: str) -> dict[str, Any]:
+def domain_overlap(workspace: Workspace, config: Config, domain: str) -> dict[str, Any]:
     """What `domain`, which must be prepared, shares with the other prepared domains and between its own splits.
 
     The result has its own `warnings`. Raises BaseModelError when the base was not fetched or has changed.

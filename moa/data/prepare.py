@@ -31,7 +31,7 @@ from moa.core.files import replace_directory, write_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.data import splits
 from moa.data.conversations import conversation, group_value
-from moa.data.corpus import SPLITS, Row, identity
+from moa.data.corpus import SPLITS, Row, row_id
 from moa.data.readers import RawRow, RowRejected, read
 from moa.data.row_store import RowFates, RowStore
 
@@ -46,7 +46,7 @@ def prepare(workspace: Workspace, config: Config, domain: str, encoder: ChatEnco
     Raises DataError when there is nothing to read, too little is usable, or more than `prepare.max_rejected` is not.
     """
     from moa.core.progress import track
-    from moa.data.quality import describe
+    from moa.data.quality import quality_report
 
     if encoder is None:
         encoder = ChatEncoder(load_tokenizer(workspace), config.prompt.system, config.prompt.max_tokens)
@@ -60,7 +60,7 @@ def prepare(workspace: Workspace, config: Config, domain: str, encoder: ChatEnco
                 intake.take(batch, file)
                 bar.advance(len(batch))
         _refuse_if_unusable(workspace, domain, params, intake, folder / "rejected.jsonl")
-        settled = staging.settle(splits.bounds(params))
+        settled = staging.settle(splits.split_bounds(params))
         written = staging.write(folder, settled)
         counts = intake.counts(settled) | {split: count for split, (count, _) in written.items()}
         _refuse_if_lopsided(domain, params, counts)
@@ -74,7 +74,7 @@ def prepare(workspace: Workspace, config: Config, domain: str, encoder: ChatEnco
             "redacted": dict(sorted(intake.redacted.items())),
             "tokens": {part: _summary(staging.tokens(part, settled)) for part in ("prompt", "completion")},
             "base": {"tokenizer": base.tokenizer, "template": base.template}}
-        write_json(folder / "quality.json", describe(folder, manifest))
+        write_json(folder / "quality.json", quality_report(folder, manifest))
         write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -129,9 +129,9 @@ class RowFilter:
             else:
                 group = group_value(raw.value, self.domain)
                 self.grouped += group is not None
-                row = Row(identity(messages), tuple(messages), prompt, completion)
+                row = Row(row_id(messages), tuple(messages), prompt, completion)
                 rows.append(row)
-                places.append(splits.place(row.id, messages, group, self.domain))
+                places.append(splits.group_position(row.id, messages, group, self.domain))
         self.staging.add(rows, places)
 
     def _messages(self, value: Any) -> list[Message]:

@@ -43,7 +43,7 @@ class _Seen(NamedTuple):
     questions: list[str]     # last user message of the sampled rows
 
 
-def describe(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def quality_report(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The report on the corpus in `folder`, whose manifest (not necessarily written yet) is `manifest`."""
     rows, seen = dict(manifest["rows"]), _read(folder)
     report = {
@@ -150,7 +150,7 @@ def _openings(output: Any) -> list[str]:
 
 # What the pass found, as the report says it.
 
-def edges(longest: int) -> list[int]:
+def histogram_edges(longest: int) -> list[int]:
     """Where the bins of a histogram over token counts begin, and where the last ends: 0, 1, 2, 3, 4, 6, 8, 12 ..."""
     found = [0, 1, 2]
     while found[-1] <= longest:
@@ -161,7 +161,7 @@ def edges(longest: int) -> list[int]:
 
 def _tokens(seen: _Seen) -> dict[str, Any]:
     whole = seen.prompt + seen.completion
-    bins = edges(int(whole.max(initial=0)))
+    bins = histogram_edges(int(whole.max(initial=0)))
     return {"edges": bins, **{name: _lengths(counts, bins) for name, counts in
                               (("prompt", seen.prompt), ("completion", seen.completion), ("row", whole))}}
 

@@ -47,7 +47,7 @@ class RawRow(NamedTuple):
         return json.dumps(self.value, ensure_ascii=False, default=str)
 
 
-def files(folder: Path) -> list[Path]:
+def raw_files(folder: Path) -> list[Path]:
     """The files under `folder` that `read` reads, in its order."""
     if not folder.is_dir():
         return []
@@ -57,7 +57,7 @@ def files(folder: Path) -> list[Path]:
 
 def read(folder: Path, domain: str) -> Iterator[RawRow]:
     """Every row of a domain's raw files. Raises DataError when there is no file, or one is not what its name says."""
-    found = files(folder)
+    found = raw_files(folder)
     if not found:
         raise DataError(f"Domain {domain!r} has no rows: run `moa domain add {domain} FILE`, or put "
                         f"{', '.join(FORMATS)} files into data/raw/{domain}/.")

@@ -57,7 +57,7 @@ class RowStore:
         self._parts: dict[str, list[np.ndarray]] = {"ids": [], "places": [], "prompt": [], "completion": []}
 
     def add(self, rows: Sequence[Row], places: Sequence[float]) -> None:
-        """Stage rows; `places` are the places of their groups (`moa.data.splits.place`)."""
+        """Stage rows; `places` are the places of their groups (`moa.data.splits.group_position`)."""
         if not rows:
             return
         ids = np.frombuffer(bytes.fromhex("".join(row.id for row in rows)), ">u8").reshape(-1, 2).astype(np.uint64)

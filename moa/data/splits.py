@@ -21,7 +21,7 @@ _WORDS = {count: re.compile(rf"\w+(?:\W+\w+){{{count - 1}}}") for count in (ANSW
 _VALUE = re.compile(r"\"[^\"]*\"|'[^']*'|\d+(?:[.,]\d+)*")
 
 
-def place(row_id: str, messages: Sequence[Message], group: str | None, domain: Domain) -> float:
+def group_position(row_id: str, messages: Sequence[Message], group: str | None, domain: Domain) -> float:
     """The place of the row's group between 0 and 1, uniform by digest. `group` is its value in the group_by column."""
     if group is not None:
         key = f"group:{group}"
@@ -42,6 +42,6 @@ def _answer(messages: Sequence[Message]) -> str | None:
     return text if _WORDS[ANSWER_WORDS].search(text) else None
 
 
-def bounds(params: PrepareParams) -> tuple[float, float]:
+def split_bounds(params: PrepareParams) -> tuple[float, float]:
     """Places below the first are test, below the second validation, all others train."""
     return params.test, params.test + params.validation

@@ -91,7 +91,7 @@ def read(folder: Path, pin: BasePin, *, check: bool = True) -> tuple[dict[str, A
         raise ArtifactError(f"The mixture was made for {manifest['base']['source']}, and the {' and '.join(other)} "
                             f"of this workspace's base ({pin.source}) differ.")
     router = folder / ROUTER
-    with readable(f"The router in {folder}"):
+    with artifact_errors(f"The router in {folder}"):
         found = digests.of_file(router)
     content = {key: value for key, value in manifest.items() if key != "digest"}
     if digests.of_json(content) != manifest["digest"] or found != manifest["router"]["digest"]:
@@ -113,7 +113,7 @@ class VerifiedExperts:
     def expert(self, label: str) -> Path:
         """Directory of an expert whose digest is the pinned one. Raises ArtifactError otherwise."""
         expert = self.folder / label
-        with readable(f"The expert {label!r} that the manifest in {self.mixture} pins"):
+        with artifact_errors(f"The expert {label!r} that the manifest in {self.mixture} pins"):
             files = _files(expert)
             if self._known.get(label) == files:
                 return expert
@@ -134,7 +134,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder} holds no mixture: run `moa assemble` first.")
-    with readable(str(path)):
+    with artifact_errors(str(path)):
         manifest: dict[str, Any] = read_json(path)
     try:
         checked = _Manifest.model_validate(manifest)
@@ -154,7 +154,7 @@ def _router(folder: Path, manifest: dict[str, Any]) -> "Router":
     from moa.mixture.router import Router
 
     what = f"The router in {folder}"
-    with readable(what):
+    with artifact_errors(what):
         tensors = load_file(folder / ROUTER)
         router = Router.restore(manifest["labels"], tensors, manifest["router"])
         if all(tensor.isfinite().all() for tensor in tensors.values()) and _decides(router):
@@ -181,7 +181,7 @@ def _decides(router: "Router") -> bool:
 
 
 @contextmanager
-def readable(what: str) -> Iterator[None]:
+def artifact_errors(what: str) -> Iterator[None]:
     """Raise an ArtifactError about `what` in place of the errors of reading a file."""
     from safetensors import SafetensorError
 

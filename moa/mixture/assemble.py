@@ -31,7 +31,7 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
 
     Raises ArtifactError when an expert is missing or was trained on another base.
     """
-    from moa.mixture.calibration import calibrate, fit
+    from moa.mixture.calibration import calibrate, train_heads
 
     labels = sorted(config.domains)
     params = config.assemble
@@ -46,7 +46,7 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
                         for split, limit in limits.items()}
     seen = _base_features(workspace, base, encoder, content)
     targets = _targets(content)
-    router = fit(labels, seen["train"], targets["train"])
+    router = train_heads(labels, seen["train"], targets["train"])
     with tempfile.TemporaryDirectory() as temporary:
         if params.joint_epochs:
             folders, facts, seen = _joined(workspace, config, base, encoder, router, content, facts, Path(temporary))

@@ -28,7 +28,7 @@ ITERATIONS, DECAY = 40, 1e-2   # L-BFGS on standardised features
 LOGITS = 1 << 27               # of heads trained at once; a few times as many numbers are in memory
 
 
-def fit(labels: Sequence[str], features_NLD: Tensor, targets_N: Tensor) -> Router:
+def train_heads(labels: Sequence[str], features_NLD: Tensor, targets_N: Tensor) -> Router:
     """Train every level's head on domain labels. Domains weigh the same, whatever their number of prompts.
 
     The loss is strictly convex (cross-entropy and an L2 penalty on the weights), so the result depends on no seed and
@@ -95,7 +95,7 @@ def calibrate(router: Router, features_NLD: Tensor, targets_N: Tensor, *, rule: 
     before = _confidences(router, features_NLD, targets_N)
     router.temperature = _temperature(router, features_NLD, targets_N)
     scores = router.scores(features_NLD)
-    router.threshold = threshold(scores, max_abstention)
+    router.threshold = abstention_threshold(scores, max_abstention)
     confidence, correct = _confidences(router, features_NLD, targets_N)
     router.figures = {"accuracy": correct.double().mean().item(), "best_level_accuracy": accuracy_L.max().item(),
                       "ece": expected_calibration_error(confidence, correct),
@@ -148,7 +148,7 @@ def _temperature(router: Router, features_NLD: Tensor, targets_N: Tensor) -> flo
     return math.exp(best)
 
 
-def threshold(scores_N: Tensor, max_abstention: float) -> float:
+def abstention_threshold(scores_N: Tensor, max_abstention: float) -> float:
     """The highest threshold with at most a share `max_abstention` of these scores strictly below it."""
     ordered = scores_N.sort().values
     return ordered[min(int(max_abstention * len(ordered)), len(ordered) - 1)].item()

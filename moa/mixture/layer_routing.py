@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moa.experts.batches import Batch
 from moa.experts.lora import ExpertStack
-from moa.mixture.router import Router, decoder_layers, entering, pooled
+from moa.mixture.router import Router, decoder_layers, layer_input, mean_pool
 
 Use = Literal["labels", "choose", "blend"]
 
@@ -62,7 +62,7 @@ def layer_routing(model: nn.Module, stack: ExpertStack, heads: Heads, prompts_BT
     def enter(level: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if level == len(logits):
-                logits.append(heads(level, pooled(entering(args, kwargs), prompts_BT)))
+                logits.append(heads(level, mean_pool(layer_input(args, kwargs), prompts_BT)))
             if use != "labels":
                 choice(stack, logits[level], blend=use == "blend")
         return hook

@@ -208,7 +208,7 @@ class Mixture:
                                            cancelled=cancelled)],
                         [decision])
 
-        return engine.pieces(work)
+        return engine.stream_texts(work)
 
     def _write(self, orders: Sequence[GenerationRequest], decisions: Sequence[Decision | str]) -> list[GenerationBatch]:
         experts = [self.expert_of(_by(decision)) for decision in decisions]
@@ -237,7 +237,7 @@ def _stacked(base: Base, checked: artifact.VerifiedExperts, folders: dict[str, P
         checked.expert(labels[expert])
     specs = []
     for label, folder in folders.items():
-        with artifact.readable(f"The expert {label!r} in {checked.mixture}"):
+        with artifact.artifact_errors(f"The expert {label!r} in {checked.mixture}"):
             specs.append(peft_format.read_spec(folder))
     widest = max(specs, key=lambda spec: spec.rank)
     stack = ExpertStack(base.model, specs if everything else [widest] * slots)
@@ -245,7 +245,7 @@ def _stacked(base: Base, checked: artifact.VerifiedExperts, folders: dict[str, P
 
     def page_in(expert: int, slot: int) -> None:
         folder = checked.expert(labels[expert])
-        with artifact.readable(f"The expert {labels[expert]!r} in {checked.mixture}"):
+        with artifact.artifact_errors(f"The expert {labels[expert]!r} in {checked.mixture}"):
             loader.load(slot, folder)
 
     pages = ExpertCache(slots, page_in)

@@ -39,12 +39,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
 
 
-def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states (B, T, D) among the arguments of a decoder layer: the first positional one, or by name."""
     return args[0] if args else kwargs["hidden_states"]
 
 
-def pooled(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+def mean_pool(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """Mean over the positions where `mask_BT` is true: (B, D), summed in float32, differentiable.
 
     Positions outside the mask are replaced, not multiplied, so that NaN there does not spread. A row with an empty mask
@@ -76,7 +76,7 @@ def features(model: nn.Module, prompts: Sequence[list[int]], depth: int | None =
 
         def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                  mask_BT: Tensor = mask_BT, levels: list[Tensor] = levels) -> None:
-            levels.append(pooled(entering(args, kwargs), mask_BT))
+            levels.append(mean_pool(layer_input(args, kwargs), mask_BT))
             if choose is not None:
                 choose(len(levels) - 1, levels[-1])
             if len(levels) == depth:

@@ -73,10 +73,10 @@ def ask(workspace: Workspace, config: Config, question: str, *, domain: str | No
     mixture = open_mixture(folder, workspace)
     messages = [{"role": "user", "content": question}]
     reply = {**asdict(mixture.chat(messages, domain=domain, **options)), "release": version.version}
-    return reply | traced(mixture, messages) if trace else reply
+    return reply | routing_trace(mixture, messages) if trace else reply
 
 
-def traced(mixture: Any, messages: list[dict[str, str]]) -> dict[str, Any]:
+def routing_trace(mixture: Any, messages: list[dict[str, str]]) -> dict[str, Any]:
     """The router at work on one conversation; `levels` are those that its rule reads."""
     choices, (decision,) = mixture.trace(messages), mixture.route([messages])
     router = mixture.router

@@ -28,8 +28,8 @@ class Entry:
         return json.dumps({name: value for name, value in asdict(self).items() if name not in ("key", "effective")})
 
 
-def following(entries: Sequence[Entry], version: int, digest: str, current: int | None, reason: str,
-              by: str) -> tuple[Entry, bool]:
+def next_entry(entries: Sequence[Entry], version: int, digest: str, current: int | None, reason: str,
+               by: str) -> tuple[Entry, bool]:
     """The entry for making `version` champion after `current`, and whether it is new.
 
     It is not when the last entry says just that: the champion already is, or the change was interrupted.
@@ -59,7 +59,7 @@ def parse(tags: Mapping[str, str], champion: int | None) -> list[Entry]:
     return found
 
 
-def before(entries: Sequence[Entry]) -> Entry | None:
+def previous_champion(entries: Sequence[Entry]) -> Entry | None:
     """The entry that put the champion before the present one in place; None when there was none.
 
     Going back to an old champion undoes what followed it: after 1, 2, 3 and back to 2, the one before is 1, not 3.

@@ -19,7 +19,7 @@ from moa.core.text import NOTHING_RELEASED, SHORT_DIGEST, shorten, table
 from moa.data.corpus import Row, read
 from moa.evaluation.scoring import generate_answers
 from moa.evaluation.statistics import RoutingChanges, routing_changes
-from moa.release.champion_history import before
+from moa.release.champion_history import previous_champion
 from moa.release.registry import MixtureVersion, Registry
 
 SYSTEMS = ("forced", "routed")
@@ -27,7 +27,7 @@ COLUMNS = 5   # releases in the text; the facts have all
 WIDTH = 72    # characters of an answer in the text
 
 
-def between(workspace: Workspace, config: Config, old: int | None, new: int | None) -> tuple[int, int]:
+def versions_to_compare(workspace: Workspace, config: Config, old: int | None, new: int | None) -> tuple[int, int]:
     """The versions to compare: by default the champion and the one before it; another release with the champion."""
     registry = Registry(workspace, config)
     champion = registry.champion() if registry.exists() else None
@@ -41,7 +41,7 @@ def between(workspace: Workspace, config: Config, old: int | None, new: int | No
     if old is None and champion is not None and champion.version != new:
         old = champion.version
     if old is None:
-        earlier = before([entry for entry in registry.history() if entry.effective])
+        earlier = previous_champion([entry for entry in registry.history() if entry.effective])
         if earlier is None:
             raise RegistryError(f"No other champion came before version {new}, so nothing can have been forgotten: "
                                 "name a release with --against.")
@@ -56,8 +56,9 @@ def forgetting(workspace: Workspace, config: Config, old: int, new: int) -> dict
     registry = Registry(workspace, config)
     releases = [registry.get(version) for version in (old, new)]
     folders = [registry.download(release.version) for release in releases]
-    experts = changes(*({domain: each["digest"] for domain, each in read_json(folder / MANIFEST)["experts"].items()}
-                        for folder in folders))
+    experts = expert_changes(*({domain: each["digest"] for domain,
+                                each in read_json(folder / MANIFEST)["experts"].items()}
+                               for folder in folders))
     asked = {domain: read(workspace.corpus(domain), "test")[:config.adapt.golden]
              for domain, each in experts.items() if each["change"] == "same" and domain in config.domains}
     golden = _golden(workspace, config, folders, {domain: rows for domain, rows in asked.items() if rows})
@@ -70,7 +71,7 @@ def forgetting(workspace: Workspace, config: Config, old: int, new: int) -> dict
 
 # Pure parts.
 
-def changes(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def expert_changes(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Each domain's expert, by its digest in either release: same, changed, new or removed."""
     def change(domain: str) -> str:
         if domain not in old:

@@ -48,7 +48,7 @@ def dvc_corpora(workspace: Workspace, wanted: Mapping[str, str]) -> dict[str, st
     return found
 
 
-def curve(epochs: Iterable[Mapping[str, float]]) -> Iterator[Point]:
+def learning_curve_metrics(epochs: Iterable[Mapping[str, float]]) -> Iterator[Point]:
     """A learning curve as metrics; the optimizer step is MLflow's step."""
     for epoch in epochs:
         for key, value in epoch.items():
@@ -56,7 +56,7 @@ def curve(epochs: Iterable[Mapping[str, float]]) -> Iterator[Point]:
                 yield key, float(value), int(epoch["step"])
 
 
-def scores(summary: Path) -> Iterator[Point]:
+def evaluation_metrics(summary: Path) -> Iterator[Point]:
     """Metrics `math/routed/loss`, `routing/accuracy` and so on; none where nothing was evaluated."""
     if not summary.is_file():
         return
@@ -74,7 +74,7 @@ def scores(summary: Path) -> Iterator[Point]:
 
 def _git(root: Path) -> dict[str, str]:
     try:
-        if not git.commits(root):
+        if not git.has_commits(root):
             return {}   # none, or one without a commit
         commit = git.run(root, "rev-parse", "HEAD").strip()
         # dvc.lock differs after every build and has a digest of its own: it does not make a commit dirty.

@@ -54,7 +54,7 @@ def claim(registry: "Registry", name: str) -> None:
 
 def tags(registry: "Registry") -> dict[str, str]:
     """Of a new registered model."""
-    owner = project.owner(registry.workspace, registry.config)
+    owner = project.project_id(registry.workspace, registry.config)
     return {} if owner is None else {TAG: owner}
 
 
@@ -71,12 +71,12 @@ def _ours(registry: "Registry", model: Any) -> bool | None:
     """Whether it is this project's; None where nothing tells."""
     workspace = registry.workspace
     if (tag := model.tags.get(TAG)) is not None:
-        return tag in project.owners(workspace, registry.config)
+        return tag in project.all_project_ids(workspace, registry.config)
     versions = registry.client.search_model_versions(f"name='{model.name}'", max_results=10_000)
     commits = [each.tags.get("moa.git.commit") for each in versions]
     if any(commit and git.has_commit(workspace.root, commit) for commit in commits):
         return True
-    if commits and all(commits) and git.complete(workspace.root) and git.commits(workspace.root):
+    if commits and all(commits) and git.has_full_history(workspace.root) and git.has_commits(workspace.root):
         return False
     if {each.tags.get("moa.digest") for each in versions} & _built(registry):
         return True
@@ -92,7 +92,7 @@ def _built(registry: "Registry") -> set[str]:
 
 def _refuse(registry: "Registry", model: Any) -> NoReturn:
     config, tag = registry.config, model.tags.get(TAG)
-    new = project.fresh(registry.workspace.root.name)
+    new = project.new_project_id(registry.workspace.root.name)
     change = (f"write `project: {new}` into params.yaml, so that this one's names are its own" if config.project is None
               else f"give this one names of its own in params.yaml, with `project: {new}` or another release.name")
     same = (f"if both are one project, write `project: {tag}` there instead" if tag else

@@ -82,7 +82,7 @@ def register_expert(registry: "Registry", domain: str) -> tuple[Any, bool]:
             {**manifest["train"], "rank": manifest["rank"], "alpha": manifest["alpha"],
              "targets": ",".join(manifest["targets"]),
              **({} if imported else {"best_epoch": manifest["best_epoch"]})},
-            list(lineage.curve(manifest["curve"])), {domain: manifest["corpus"]}, parents,
+            list(lineage.learning_curve_metrics(manifest["curve"])), {domain: manifest["corpus"]}, parents,
             f"LoRA adapter (PEFT) of domain {domain}, without base weights; "
             f"{'imported, for' if imported else 'trained on'} {base['source']}."
             + "".join(f" It continues {_link(each)}." for each in parents))
@@ -115,7 +115,7 @@ def register_mixture(registry: "Registry", experts: Mapping[str, "ExpertVersion"
             {"base": base["source"], "labels": ",".join(manifest["labels"]),
              **{f"router.{key}": router[key] for key in ("rule", "layer", "temperature", "threshold") if key in router},
              **{f"expert.{domain}": f"{pin['name']}/{pin['version']}" for domain, pin in pins.items()}},
-            [*lineage.scores(workspace.reports / "summary.json"),
+            [*lineage.evaluation_metrics(workspace.reports / "summary.json"),
              *((f"router/level_{key}", each[key], each["level"]) for each in router.get("levels", ())
                for key in ("accuracy", "agreement"))],   # a layer is a step, so that MLflow draws the curve
             dict(_corpora(folder, manifest["labels"])),

@@ -27,7 +27,7 @@ from moa.core.files import read_json, replace_directory
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.project import Names
 from moa.release import mlflow_client
-from moa.release.champion_history import HISTORY, Entry, following, parse
+from moa.release.champion_history import HISTORY, Entry, next_entry, parse
 
 CHAMPION = "champion"
 CURRENT_CHAMPION = -1         # whichever release is champion
@@ -254,8 +254,8 @@ class Registry:
                                     f"compared version {wanted.version} with it: run the same command again.")
             self.check(wanted)
             claim(self, self.mixture_name)
-            entry, new = following(self.history(), wanted.version, wanted.digest,
-                                   current.version if current else None, reason, by)
+            entry, new = next_entry(self.history(), wanted.version, wanted.digest,
+                                    current.version if current else None, reason, by)
             with mlflow_client.mlflow_errors(self.address):
                 if new:
                     self.client.set_registered_model_tag(self.mixture_name, entry.key, entry.as_json())

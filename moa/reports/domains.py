@@ -11,7 +11,7 @@ from moa.core.files import read_json
 from moa.core.names import printable
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.text import name_list, table
-from moa.data.readers import files
+from moa.data.readers import raw_files
 from moa.workspace.origins import origins
 from moa.workspace.pipeline import Pipeline
 from moa.workspace.stage_graph import Snapshot
@@ -29,7 +29,7 @@ def listed(workspace: Workspace, config: Config) -> dict[str, Any]:
 
 
 def _facts(workspace: Workspace, config: Config, snapshot: Snapshot, name: str) -> dict[str, Any]:
-    raw = files(workspace.raw(name))
+    raw = raw_files(workspace.raw(name))
     corpus, expert = (_manifest(folder / MANIFEST) for folder in (workspace.corpus(name), workspace.expert(name)))
     counts = (corpus or {}).get("rows", {})
     return {"name": name, "metric": config.domains[name].metric, "files": len(raw),
@@ -58,7 +58,7 @@ def shown(workspace: Workspace, config: Config, name: str) -> dict[str, Any]:
             "generated": name in config.quickstart,
             "sources": [{"name": printable(path.relative_to(raw)), "size": path.stat().st_size,
                          "digest": digests.of_file(path), "origin": origin_of.get(path.relative_to(raw).as_posix())}
-                        for path in files(raw)],
+                        for path in raw_files(raw)],
             "reasons": corpus.get("reasons", {}), "redacted": corpus.get("redacted", {}),
             "tokens": corpus.get("tokens"), "champion": _champion(workspace, config, name)}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moa.core.errors import UsageError
 from moa.core.files import write_atomic
+from moa.core.text import shorten
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--soft:#5b6675;--line:#e3e7ec;--ground:#f6f7f9;--card:#fff;--fill:#3b6ea8;
@@ -105,7 +106,7 @@ def bars(items: Sequence[tuple[str, int | float]], most: float = 0.0) -> str:
     for place, (label, value) in enumerate(items):
         middle, long = place * row + row / 2, (width - label_width - value_width) * value / most
         shapes.append(
-            f'<text x="{label_width - 10}" y="{middle + 4:.0f}" text-anchor="end">{escape(one_line(label, 48))}</text>'
+            f'<text x="{label_width - 10}" y="{middle + 4:.0f}" text-anchor="end">{escape(shorten(label, 48))}</text>'
             f'<rect x="{label_width}" y="{middle - 7:.0f}" width="{max(long, 1):.1f}" height="14" rx="2"></rect>'
             f'<text x="{label_width + long + 8:.1f}" y="{middle + 4:.0f}">{escape(shown(value))}</text>')
     return f'<svg viewBox="0 0 {width} {row * len(items)}" role="img">{"".join(shapes)}</svg>'
@@ -128,9 +129,3 @@ def with_interval(value: float | None, bounds: Sequence[float] | None, sign: str
 def shown(value: object) -> str:
     """A cell's text: integers with thousands separators, floats as per cent, everything else by `str`."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.1%}" if isinstance(value, float) else str(value)
-
-
-def one_line(text: str, longest: int = 100) -> str:
-    """`text` on one line of at most `longest` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= longest else f"{text[:longest - 3]}..."

@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from moa.core.text import table
+from moa.core.text import shorten, table
 from moa.reports import html
 
 BAR = 24       # widest bar of the text, in letters
@@ -66,7 +66,7 @@ def text(report: Mapping[str, Any]) -> str:
         parts.append("redacted: " + ", ".join(f"{count:,} {kind}" for kind, count in report["redacted"].items()))
     if found := _rejections(report):
         parts.append("Rejected\n" + _table(((each, f"{count:,}", f"first at {place}") for each, count, place in found),
-                                             right=[1]))
+                                           right=[1]))
     for part, name in LENGTHS:
         values = report["tokens"][part]
         if "mean" in values:
@@ -77,7 +77,7 @@ def text(report: Mapping[str, Any]) -> str:
                  f"message\nAnswers: {answers['different']:,} different, the most frequent in "
                  f"{answers['largest_group']:,} rows, {answers['short']:,} of one token or none, "
                  f"{answers['blank']:,} blank")
-    parts += [f"{title}\n" + _table(((f"{each['count']:,}", f"{each['share']:.1%}", html.one_line(each["text"], 80))
+    parts += [f"{title}\n" + _table(((f"{each['count']:,}", f"{each['share']:.1%}", shorten(each["text"], 80))
                                      for each in answers[key]), right=[0, 1])
               for key, title in (("most_frequent", "Most frequent answers"), ("openings", "Answers that begin alike"))
               if answers[key]]
@@ -98,7 +98,7 @@ def _across_text(report: Mapping[str, Any]) -> str:
              f"the same ({near['compared']:,} rows compared)", sentence]
     if apart:
         lines.append("Told apart from\n" + _table(((name, f"{accuracy:.0%}") for name, accuracy in apart), right=[1]))
-    lines += [f"  like {each['looks_like']}: {html.one_line(each['text'], 90)}"
+    lines += [f"  like {each['looks_like']}: {shorten(each['text'], 90)}"
               for each in (across["neighbours"] or {"examples": []})["examples"]]
     return "\n".join(lines)
 
@@ -156,12 +156,12 @@ def _length_section(report: Mapping[str, Any]) -> str:
 def _rejection_section(report: Mapping[str, Any]) -> str:
     found, near = _rejections(report), report["near_duplicates"]["examples"]
     examples = [(each["example"]["reason"], f"{each['example']['file']}:{each['example']['line']}",
-                 html.one_line(each["example"]["text"])) for each in report["rejected"] if each["example"]]
+                 shorten(each["example"]["text"], 100)) for each in report["rejected"] if each["example"]]
     parts = [html.bars([(reason, count) for reason, count, _ in found]) if found
              else '<p class="soft">No row was rejected.</p>', html.table(("reason", "first at", "text"), examples)]
     if near:
         parts += ["<h3>Near-duplicates</h3>", html.table(("left out, from", "like a row of", "text"), (
-            (each["split"], each.get("of_split", each["split"]), html.one_line(each["text"])) for each in near))]
+            (each["split"], each.get("of_split", each["split"]), shorten(each["text"], 100)) for each in near))]
     return html.section("Rejected and repeated", *parts)
 
 
@@ -172,7 +172,7 @@ def _answer_section(report: Mapping[str, Any]) -> str:
     parts = [f"<p>{escape(said)}</p>"]
     for key, title in (("most_frequent", "Most frequent"), ("openings", "Beginning alike")):
         if answers[key]:
-            bars = html.bars([(html.one_line(each["text"], 44), each["count"]) for each in answers[key]])
+            bars = html.bars([(shorten(each["text"], 44), each["count"]) for each in answers[key]])
             parts += [f"<h3>{title}</h3>", bars]
     return html.section("Answers", *parts)
 
@@ -180,7 +180,7 @@ def _answer_section(report: Mapping[str, Any]) -> str:
 def _language_section(report: Mapping[str, Any]) -> str:
     languages = report["languages"]
     return html.section("Languages", f'<p class="soft">Of {languages["sampled"]:,} sampled questions.</p>',
-                    html.bars([(LANGUAGES.get(name, name), share) for name, share in languages["shares"].items()]))
+                        html.bars([(LANGUAGES.get(name, name), share) for name, share in languages["shares"].items()]))
 
 
 def _across_section(report: Mapping[str, Any]) -> str:
@@ -192,13 +192,13 @@ def _across_section(report: Mapping[str, Any]) -> str:
     if apart:
         parts += ["<h3>How well the neighbours tell them apart (50% is chance)</h3>", html.bars(apart, most=1.0)]
     parts.append(html.table(("looks like", "text"),
-                            ((each["looks_like"], html.one_line(each["text"])) for each in looks)))
+                            ((each["looks_like"], shorten(each["text"], 100)) for each in looks)))
     shared = html.table(("also in", "split here / there", "text"), (
-        (each["domain"], f"{each['split']} / {each['other_split']}", html.one_line(each["text"]))
+        (each["domain"], f"{each['split']} / {each['other_split']}", shorten(each["text"], 100))
         for each in across["duplicates"]["examples"]))
     alike = html.table(("nearly the same in", "similarity", "here", "there"), (
-        (f"{each['domain']} {each['other_split']}", each["similarity"], html.one_line(each["text"]),
-         html.one_line(each["other_text"]))
+        (f"{each['domain']} {each['other_split']}", each["similarity"], shorten(each["text"], 100),
+         shorten(each["other_text"], 100))
         for kind in ("across_domains", "across_splits") for each in near[kind]["examples"]))
     if shared or alike:
         parts += ["<h3>Rows in common</h3>", shared, alike]

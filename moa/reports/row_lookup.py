@@ -17,8 +17,8 @@ from moa.core.errors import UsageError
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.data.conversations import conversation
-from moa.data.corpus import SPLITS, identity
-from moa.data.readers import RowRejected, files, read
+from moa.data.corpus import SPLITS, row_id
+from moa.data.readers import RowRejected, raw_files, read
 from moa.workspace.data_versions import DataVersions
 
 BATCH = 1 << 14
@@ -89,8 +89,8 @@ def which(workspace: Workspace, config: Config, words: str) -> dict[str, Any]:
     versions, unknown, corpora = _corpora(workspace, config)
     for (domain, _), corpus in corpora.items():
         wanted = {row.id for row in rows.values() if row.domain == domain and row.id}
-        for row_id, split, text in _prepared(corpus.files, query, wanted):
-            row = rows.setdefault((domain, row_id), _Found(domain, row_id, text))
+        for digest, split, text in _prepared(corpus.files, query, wanted):
+            row = rows.setdefault((domain, digest), _Found(domain, digest, text))
             _refuse_if_many(words, rows)
             row.split = split if corpus.current else row.split
             row.releases += [{"version": number, "split": split, "champion": number == versions.champion}
@@ -122,7 +122,7 @@ def _raw(workspace: Workspace, config: Config, domain: str, query: _Query) -> It
 
         redact = Redactor(config.prepare.redact)
     folder = workspace.raw(domain)
-    for raw in read(folder, domain) if files(folder) else ():
+    for raw in read(folder, domain) if raw_files(folder) else ():
         place = (raw.file, raw.line)
         try:
             messages = conversation(raw.value, config.domains[domain])
@@ -132,10 +132,10 @@ def _raw(workspace: Workspace, config: Config, domain: str, query: _Query) -> It
             continue
         contents = [message["content"] for message in messages]
         redacted = [{**message, "content": redact(message["content"])} for message in messages]
-        row_id = identity(redacted)
-        if (query.matches_id(row_id) or query.matches_text(contents)
+        digest = row_id(redacted)
+        if (query.matches_id(digest) or query.matches_text(contents)
                 or query.matches_text(message["content"] for message in redacted)):
-            yield _Found(domain, row_id, contents[-2], [place])
+            yield _Found(domain, digest, contents[-2], [place])
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from moa.reports.html import COLOURS, one_line
+from moa.core.text import shorten
+from moa.reports.html import COLOURS
 
 ROOMY = 20   # letters of a box's title at full size
 
@@ -76,7 +77,7 @@ def whiskers(groups: Sequence[tuple[str, Sequence[Dot]]]) -> str:
     for name, dots in groups:
         if not dots:
             continue
-        shapes.append(_text(left - 10, y + step * len(dots) / 2 + 3, one_line(name, 14), "end", "head"))
+        shapes.append(_text(left - 10, y + step * len(dots) / 2 + 3, shorten(name, 14), "end", "head"))
         for dot in dots:
             middle, style = y + step / 2, f"s{dot.colour % COLOURS}"
             first, last = (at(bound) for bound in dot.bounds or (dot.value, dot.value))
@@ -164,7 +165,7 @@ def flow(columns: Sequence[str], nodes: Sequence[Node], edges: Sequence[tuple[st
         style = "node now" if node.column >= len(columns) - 2 else "node"
         shapes.append(f'<g class="{style}"><rect x="{x:.1f}" y="{y:.1f}" width="{box}" height="{tall}" rx="6"></rect>'
                       f"<title>{escape(node.title)}</title>"
-                      + _text(x + box / 2, y + 18, one_line(node.title, 24), "middle",
+                      + _text(x + box / 2, y + 18, shorten(node.title, 24), "middle",
                               "head" if len(node.title) <= ROOMY else '"head tight"')
                       + _text(x + box / 2, y + 33, node.below, "middle") + "</g>")
     return _svg(width, height, shapes)

@@ -103,7 +103,8 @@ def _question(workspace: Workspace, domain: str) -> str:
 
 # Markdown.
 
-def markdown(evaluation: Mapping[str, Any] | None, router: Mapping[str, Any], release: Mapping[str, Any] | None) -> str:
+def build_markdown(evaluation: Mapping[str, Any] | None, router: Mapping[str, Any],
+                   release: Mapping[str, Any] | None) -> str:
     """The result of a build as Markdown: the decision, scores with intervals, routing.
 
     Args:

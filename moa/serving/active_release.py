@@ -130,12 +130,12 @@ class ChatRequest:
                        listener=Listener(**callbacks, ended=ended, cancelled=self.cancelled))
 
 
-def answer(jobs: Sequence[Job]) -> list[Answer]:
+def generate_answers(jobs: Sequence[Job]) -> list[Answer]:
     """Generate the answers of one batch: `work` of a Batcher. Each job is done as soon as its own row is."""
     return jobs[0].work.release.mixture.answer([job.work.request(job.done.set_result) for job in jobs])
 
 
-def decide(jobs: Sequence[Job]) -> list[Decision]:
+def route_requests(jobs: Sequence[Job]) -> list[Decision]:
     """Route one batch: `work` of a Batcher where another server decodes."""
     return jobs[0].work.release.mixture.route([job.work.messages for job in jobs])
 
@@ -222,7 +222,7 @@ class ReleaseWatcher:
         return load(self.workspace.params)
 
 
-def room(release: Release, messages: Conversation, max_new_tokens: int) -> int:
+def prompt_length(release: Release, messages: Conversation, max_new_tokens: int) -> int:
     """Number of tokens of the prompt. Raises UsageError when the base's context leaves no room for the answer."""
     mixture = release.mixture
     encoded = mixture.encoder.prompt(messages)

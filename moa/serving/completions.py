@@ -85,14 +85,14 @@ def _prompt_tokens(release: "Release", question: ChatQuestion, most: int) -> int
     """Number of tokens of the prompt. Raises ChatError for a prompt that is refused."""
     from jinja2 import TemplateError
 
-    from moa.serving.active_release import room, special_in
+    from moa.serving.active_release import prompt_length, special_in
 
     for place, message in enumerate(question.messages):
         if marker := special_in(release, message["content"]):
             raise ChatError(400, f"`messages[{place}].content` holds {marker!r}, a marker of the base's own: a message "
                                  "cannot begin or end a turn.", "special_token")
     try:
-        tokens = room(release, question.messages, question.options["max_new_tokens"])
+        tokens = prompt_length(release, question.messages, question.options["max_new_tokens"])
     except UsageError as error:
         raise ChatError(400, str(error), "context_length_exceeded") from None
     except (DataError, TemplateError) as error:

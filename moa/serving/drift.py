@@ -227,7 +227,7 @@ def facts(report: dict[str, Any]) -> dict[str, Any]:
             "reason": "; ".join([*(one["reason"] for one in shifted), *map(sentence, report["missing"])])}
 
 
-def text(report: dict[str, Any]) -> str:
+def drift_text(report: dict[str, Any]) -> str:
     """The report for a terminal."""
     prompts, abstained = report["prompts"], report["abstained"]
     lines = [headline(report),
@@ -247,7 +247,7 @@ def text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def markdown(report: dict[str, Any]) -> str:
+def drift_markdown(report: dict[str, Any]) -> str:
     """The report as Markdown, for Prefect's pages."""
     found = [f"# {headline(report)}", "",
              f"{report['prompts']['compared']} prompts against {report['validation']['rows']} validation rows.", "",

@@ -40,7 +40,7 @@ def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
     backend = (UpstreamServer(settings.backend, settings.backend_key, settings.backend_base)
                if settings.backend is not None else None)
     listening = _bind(settings)
-    from moa.serving.active_release import ReleaseWatcher, answer, decide
+    from moa.serving.active_release import ReleaseWatcher, generate_answers, route_requests
 
     metrics = Metrics()
     logger = PromptLogger(workspace, settings.keep, config.drift.redact) if settings.keep else None
@@ -49,7 +49,7 @@ def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
         metrics.rows.observe(len(jobs))
         if logger is not None:
             _log_named(logger, [job.work for job in jobs])
-        return answer(jobs) if backend is None else decide(jobs)
+        return generate_answers(jobs) if backend is None else route_requests(jobs)
 
     releases = ReleaseWatcher(workspace, config, logger.routed if logger is not None else None)
     batcher = Batcher(work, settings.limits)

@@ -18,7 +18,7 @@ from moa.core import git
 from moa.core.config import Config, Domain, DomainName
 from moa.core.errors import ArtifactError, UsageError
 from moa.core.files import read_json, write_json
-from moa.core.names import escaped, storable
+from moa.core.names import escaped, is_valid_unicode
 from moa.core.paths import Workspace
 from moa.core.transaction import transaction
 from moa.data import overlap
@@ -63,7 +63,7 @@ def add(workspace: Workspace, name: str, sources: Sequence[str], here: Path, rea
         domain = reading_of(config, name, reading)
         refuse_generated(versions, config, name)
         with row_sources.gathered(workspace, sources, here, hub or HubDataset()) as gathered:
-            there = present(workspace, name)
+            there = raw_files(workspace, name)
             if not gathered.found and not there:
                 raise UsageError(f"Name at least one file, folder or {row_sources.HUB} with rows of {name}.")
             for found in gathered.found or there:
@@ -82,7 +82,7 @@ def add(workspace: Workspace, name: str, sources: Sequence[str], here: Path, rea
 def reading_of(config: Config, name: str, given: Mapping[str, Any]) -> Domain:
     """How the domain's rows are read: as params.yaml says, or as was asked. Raises UsageError for contradictions."""
     for key, text in _texts(given):
-        if not storable(text):
+        if not is_valid_unicode(text):
             raise UsageError(f"{OPTIONS[key]} {escaped(text)} is no UTF-8, and params.yaml cannot hold it: rename the "
                              "column in the file.")
     if name in config.domains:
@@ -130,16 +130,16 @@ def refuse_generated(versions: DataVersions, config: Config, name: str) -> None:
                          f"add yours under another name, or run `moa domain remove {name}` first.")
 
 
-def present(workspace: Workspace, name: str) -> list[SourceFile]:
+def raw_files(workspace: Workspace, name: str) -> list[SourceFile]:
     """The files with rows that lie in data/raw/NAME."""
     raw = workspace.raw(name)
     if raw.is_symlink() or (raw.exists() and not raw.is_dir()):
         raise UsageError(f"{workspace.relative(raw)} is not a folder of its own; move it away, and name what it leads "
                          "to as the source.")
-    if odd := next((path for path in raw.rglob("*") if not storable(path.name)), None):
+    if odd := next((path for path in raw.rglob("*") if not is_valid_unicode(path.name)), None):
         raise UsageError(f"The name of {escaped(workspace.relative(odd))} is no UTF-8, which DVC needs: rename it, or "
                          f"move it away and name it as the source of `moa domain add {name}`.")
-    return [row_sources.look(path, path.relative_to(raw).as_posix()) for path in row_sources.files(raw)]
+    return [row_sources.look(path, path.relative_to(raw).as_posix()) for path in row_sources.raw_files(raw)]
 
 
 def free_name(found: SourceFile, raw: Path) -> str:
@@ -303,7 +303,7 @@ def _history(workspace: Workspace, name: str, *, required: bool = False) -> _His
         # lacks by default; and whatever git's settings say of how differences are shown.
         text = git.run(root, "log", "--all", "--reflog", "--full-history", "-m", "-p", "--text", "--no-ext-diff",
                        "--no-textconv", "--format=", "--", workspace.relative(workspace.tracked(name)))
-        return _History(text, git.shallow(root))
+        return _History(text, git.is_shallow(root))
     except git.GitError:
         if required:
             raise
@@ -322,13 +322,13 @@ def _purge(versions: DataVersions, name: str) -> dict[str, Any]:
 
 # Going back.
 
-def version(versions: DataVersions, name: str) -> None:
+def version_rows(versions: DataVersions, name: str) -> None:
     """Give the rows that lie in data/raw/NAME a version, however they came there, so that one can go back to them.
 
     The caller holds the lock. What is not in params.yaml, has no rows, or is generated, is left alone.
     """
     config = parameters.load(versions.workspace.params)
-    if name in config.domains and present(versions.workspace, name):
+    if name in config.domains and raw_files(versions.workspace, name):
         try:
             refuse_generated(versions, config, name)
         except UsageError:
@@ -336,7 +336,7 @@ def version(versions: DataVersions, name: str) -> None:
         add_files(versions, name, config.domains[name], {}, f"moa domain add {name}")
 
 
-def revert(versions: DataVersions, name: str, before: str | None) -> None:
+def revert_rows(versions: DataVersions, name: str, before: str | None) -> None:
     """Put data/raw/NAME back to what `before` names, an earlier text of its .dvc file.
 
     None = there was no such domain: it is taken out; empty = it had no rows.
@@ -386,7 +386,7 @@ def check(workspace: Workspace, config: Config, domain: str, tell: Callable[[str
     with pipeline.lock():
         _bring_up_to_date(pipeline, f"prepare@{config.require_domain(domain)}", tell)
         report: dict[str, Any] = read_json(workspace.corpus(domain) / "quality.json")
-        compared = overlap.across(workspace, config, domain)
+        compared = overlap.domain_overlap(workspace, config, domain)
     return {**report, "across": compared, "warnings": [*report["warnings"], *compared.pop("warnings")]}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moa.core.errors import PipelineError
-from moa.core.names import printable, storable
+from moa.core.names import is_valid_unicode, printable
 from moa.core.subprocesses import QUIET
 from moa.core.text import sentence
 
@@ -95,7 +95,7 @@ class DvcRepository:
 
 def misnamed(root: Path) -> str:
     """Which file DVC cannot keep because its name is no UTF-8, and what to do."""
-    odd = next((path for path in (root / "data").rglob("*") if not storable(path.name)), root)
+    odd = next((path for path in (root / "data").rglob("*") if not is_valid_unicode(path.name)), root)
     return f"the name of {printable(os.path.relpath(odd, root) if odd != root else root)} is no UTF-8; rename it."
 
 

@@ -30,7 +30,7 @@ PARTS = ("weights", "tokenizer", "template")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def admit(workspace: Workspace, source: Path, domain: str) -> dict[str, Any]:
+def import_adapter(workspace: Workspace, source: Path, domain: str) -> dict[str, Any]:
     """Take the PEFT adapter in `source` as the expert of `domain`; what was done.
 
     Raises ConfigError or DataError when the domain is not there or not prepared, and ArtifactError when the adapter is
@@ -41,7 +41,7 @@ def admit(workspace: Workspace, source: Path, domain: str) -> dict[str, Any]:
         config = parameters.load(workspace.params)
         _require_prepared(pipeline, config, domain)
         pinned = pin(workspace)
-        found = inspect(workspace, config, source, pinned)
+        found = inspect_adapter(workspace, config, source, pinned)
         before = _manifest(workspace.expert(domain)).get("digest")
         stage, folder = f"train@{domain}", workspace.expert(domain)
         with transaction(workspace, f"moa expert import --domain {domain}", folders=[folder],
@@ -89,7 +89,7 @@ def _require_prepared(pipeline: Pipeline, config: Config, domain: str) -> None:
 
 # What it is.
 
-def inspect(workspace: Workspace, config: Config, source: Path, pinned: BasePin) -> dict[str, Any]:
+def inspect_adapter(workspace: Workspace, config: Config, source: Path, pinned: BasePin) -> dict[str, Any]:
     """Rank, alpha, targets and base of the adapter in `source`. Raises ArtifactError that names what does not fit."""
     from moa.experts import peft_format
 
@@ -158,7 +158,7 @@ def _fit(workspace: Workspace, config: Config, source: Path, spec: Any) -> list[
     from moa.experts import peft_format
     from moa.experts.lora import ExpertStack
 
-    sources.quiet()
+    sources.silence_transformers()
     described = AutoConfig.from_pretrained(locate(workspace, config.base), local_files_only=True,
                                            trust_remote_code=False)
     with torch.device("meta"):

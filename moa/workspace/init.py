@@ -15,7 +15,7 @@ from moa.base import sources
 from moa.core import git, layout
 from moa.core.errors import BaseModelError, UsageError
 from moa.core.files import write_atomic
-from moa.core.project import fresh
+from moa.core.project import new_project_id
 from moa.workspace.data_versions import initialise
 
 SCAFFOLD = Path(__file__).parent / "scaffold"
@@ -58,7 +58,7 @@ def _make(root: Path, texts: dict[str, str], project: str) -> dict[str, Any]:
     for name, text in {"params.yaml": texts["params.yaml"], **kept, **texts}.items():
         write_atomic(root / name, text.encode("utf-8"))
         changed.append(name)
-    layout.mark(root)
+    layout.write_local_layout(root)
     return {"workspace": str(root), "git": new, "dvc": dvc, "files": changed}
 
 
@@ -80,7 +80,7 @@ def _project(root: Path) -> str:
     with suppress(OSError, ValueError):
         if found := re.search(r"^project: ([a-z0-9-]+)", (root / "params.yaml").read_text("utf-8"), re.MULTILINE):
             return found[1]
-    return fresh(root.name)
+    return new_project_id(root.name)
 
 
 def _params(base: str, project: str) -> str:

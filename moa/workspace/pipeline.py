@@ -84,7 +84,7 @@ class Pipeline:
         try:
             abandoned = owner.read()
             with owner.seen():
-                layout.mark(self.workspace.root)
+                layout.write_local_layout(self.workspace.root)
                 self._clear_stale_locks()
                 transaction.undo(self.workspace)
                 origins.mend(self.workspace)

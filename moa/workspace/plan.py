@@ -104,7 +104,7 @@ class Statistics:
                                              if path.is_file() and read_json(path).get("source") == "imported"))
 
 
-def make(snapshot: Snapshot, config: Config, statistics: Statistics) -> Plan:
+def make_plan(snapshot: Snapshot, config: Config, statistics: Statistics) -> Plan:
     """The plan for a snapshot that already knows what is forced and what is left out."""
     graph, affected = snapshot.graph, snapshot.affected
     steps = [_step(snapshot, affected, name) for generation in graph.generations() for name in generation
@@ -112,7 +112,7 @@ def make(snapshot: Snapshot, config: Config, statistics: Statistics) -> Plan:
     experts = tuple(stage.domain for stage in (graph.stages[step.name] for step in steps)
                     if stage.step == "train" and stage.domain is not None and stage.name in affected)
     releases = bool(affected & {"assemble", "evaluate"})
-    return Plan(tuple(steps), experts, "assemble" in affected, estimate(experts, config, statistics),
+    return Plan(tuple(steps), experts, "assemble" in affected, estimate_training(experts, config, statistics),
                 "a new release, if its content is new; it becomes champion "
                 "if the gate passes it." if releases else None, tuple(sorted(snapshot.left_out)),
                 tuple(domain for domain in experts if domain in statistics.imported))
@@ -133,7 +133,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
-def estimate(experts: tuple[str, ...], config: Config, statistics: Statistics) -> Estimate:
+def estimate_training(experts: tuple[str, ...], config: Config, statistics: Statistics) -> Estimate:
     """Tokens = rows seen x mean tokens of a row, over all epochs; minutes = tokens / measured rate."""
     known = [domain for domain in experts if domain in statistics.corpora]
     tokens = sum(rows_seen(config, statistics.corpora.get(domain)) * row_tokens(statistics.corpora.get(domain))

@@ -17,11 +17,11 @@ from typing import Any
 from moa.core import digests
 from moa.core.config import Domain
 from moa.core.errors import ArtifactError, DataError, UsageError, in_words, of_machine
-from moa.core.names import printable, storable
+from moa.core.names import is_valid_unicode, printable
 from moa.core.paths import Workspace
 from moa.core.text import name_list
 from moa.data.conversations import RowRejected, conversation, fields
-from moa.data.readers import FORMATS, files, read_file
+from moa.data.readers import FORMATS, raw_files, read_file
 
 LOOKED_AT = 100        # rows of each file before anything is changed
 LOOKED_FOR = 10_000    # rows in which a column may turn up that the first ones lack
@@ -74,7 +74,7 @@ def gathered(workspace: Workspace, sources: Sequence[str], here: Path, hub: HubD
                          f"written {HUB}.")
     scratch = workspace.local / f"intake.{os.getpid()}"
     for other in scratch.parent.glob("intake.*"):
-        if other == scratch or not alive(other.suffix[1:]):   # of a killed command
+        if other == scratch or not process_is_alive(other.suffix[1:]):   # of a killed command
             shutil.rmtree(other, ignore_errors=True)
     found: dict[str, SourceFile] = {}
     twice: list[str] = []
@@ -96,7 +96,7 @@ def gathered(workspace: Workspace, sources: Sequence[str], here: Path, hub: HubD
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def alive(pid: str) -> bool:
+def process_is_alive(pid: str) -> bool:
     """Whether a process of that id runs."""
     try:
         os.kill(int(pid), 0)
@@ -125,7 +125,7 @@ def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[Sour
         return [look(path, path.name)], []
     if not path.is_dir():
         raise UsageError(f"{source} is neither a file nor a folder.")
-    chosen = files(path)
+    chosen = raw_files(path)
     others = sorted(printable(other.relative_to(path)) for other in path.rglob("*")
                     if other.is_file() and other not in set(chosen))
     if not chosen:
@@ -162,7 +162,7 @@ def _from_hub(source: str, hub: HubDataset, scratch: Path) -> SourceFile:
         raise UsageError(f"{printable(source)} and --revision {printable(hub.revision or '')} contradict each other; "
                          "give one revision.")
     for part in (revision, hub.revision, hub.split, hub.subset):
-        if part and not storable(part):
+        if part and not is_valid_unicode(part):
             raise UsageError(f"{printable(part)} is no UTF-8, and no part of a hub's data set is called so.")
     commit = _commit(name, revision or hub.revision or "main")
     split = hub.split or "train"

@@ -75,7 +75,7 @@ def exact(logits: Tensor) -> Tensor:
 CHUNK = 64   # positions by which the cache grows
 
 
-def fits(model: Any) -> bool:
+def supports_step(model: Any) -> bool:
     """Whether the model is one of those that this step was compared with, and every row has at most one expert."""
     from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 

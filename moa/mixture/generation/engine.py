@@ -177,9 +177,9 @@ def generate_batch(model: Any, tokenizer: Any, orders: Sequence[GenerationReques
 
 def _way(model: Any) -> type[Decoding]:
     """The fastest way to decode with the model as it stands."""
-    if not decoding.fits(model):
+    if not decoding.supports_step(model):
         return Decoding
-    return native.CompiledDecoding if native.fits(model) else decoding.LlamaDecoding
+    return native.CompiledDecoding if native.supports_native(model) else decoding.LlamaDecoding
 
 
 def _until_some_leave(batch: Decoding, rows: Sequence[RowState], context: float | None) -> Tensor:
@@ -219,7 +219,7 @@ def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 # A stream.
 
-def pieces(work: Callable[[Tell, threading.Event], Any]) -> Iterator[str]:
+def stream_texts(work: Callable[[Tell, threading.Event], Any]) -> Iterator[str]:
     """Run `work(tell, cancelled)` in a thread of its own and yield the texts that it passes to `tell`.
 
     Its exceptions are raised here. Closing the iterator, or dropping it, sets `cancelled` and waits for the thread.

@@ -37,7 +37,7 @@ def packed(layers: Sequence[nn.Linear], tile: int, pair: int) -> tuple[Tensor, T
     return _packed[first]
 
 
-def room(groups: Sequence[Sequence[nn.Linear]]) -> bool:
+def fits_in_memory(groups: Sequence[Sequence[nn.Linear]]) -> bool:
     """Whether there is memory to pack these too, each group side by side."""
     new = sum(layer.weight.nbytes for layers in groups if layers[0].weight not in _packed for layer in layers)
     taken = sum(weight.nbytes for weight, _ in _packed.values())
@@ -84,8 +84,8 @@ class _Batch(ctypes.Structure):
                 *((name, INT) for name in ("rows", "room", "threads"))]
 
 
-def fits(model: Any) -> bool:
-    """Whether a model that `moa.mixture.generation.decoding` fits can be decoded by the compiled step."""
+def supports_native(model: Any) -> bool:
+    """Whether the compiled step can decode a model that `moa.mixture.generation.decoding.supports_step` admits."""
     step = library_for("step", model.dtype) if model.device.type == "cpu" else None
     if step is None or model.config.hidden_act != "silu":
         return False
@@ -93,7 +93,7 @@ def fits(model: Any) -> bool:
     groups = [[_plain(layer) for layer in layers] for each in model.model.layers for layers in _groups(each).values()]
     size = model.model.layers[0].self_attn.head_dim
     return (all(layer.out_features % tile == layer.in_features % tile == 0 for layers in groups for layer in layers)
-            and size % tile == 0 and room([*groups, [model.get_output_embeddings()]]))
+            and size % tile == 0 and fits_in_memory([*groups, [model.get_output_embeddings()]]))
 
 
 def _groups(layer: Any) -> dict[str, list[nn.Linear | StackedLoRA]]:

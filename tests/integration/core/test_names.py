@@ -102,7 +102,7 @@ def test_files_of_any_name_arrive(workspace: Workspace, tmp_path: Path) -> None:
     assert moa(workspace, "status").returncode == 0
     done = moa(workspace, "adapt", "--local")   # it takes in, and then finds no base
     assert "base failed: path:base" in done.stderr
-    assert incoming.waiting(workspace) == []
+    assert incoming.waiting_files(workspace) == []
     assert NAMES.keys() <= set(origins(workspace, "law").values())
     rejected = event_log.read(workspace, kinds=["rejected"])
     assert {each["domain"] for each in rejected} == {"law", "d\\xffr", "a\\nb", "\\u202ex"}

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows.steps import event_log
-from flows.steps.run_context import failures_told, nothing, run_context
+from flows.steps.run_context import do_nothing, log_failures, run_context
 from flows.steps.runner import LocalRunner
 from moa.core.config import Domain
 from moa.core.errors import DataError
@@ -116,7 +116,7 @@ def test_bad_files_are_put_aside_and_good_rows_are_taken_in(workspace: Workspace
     assert moa(workspace, "status").returncode == 0
     done = moa(workspace, "adapt", "--local")
     assert done.returncode == 1 and "moa: Failed: base." in done.stderr, done.stderr
-    assert incoming.waiting(workspace) == []
+    assert incoming.waiting_files(workspace) == []
     assert sorted(path.read_text() for path in workspace.raw("tax").iterdir()) == sorted([jsonl(0, 40), jsonl(1000, 3)])
     for domain in ("tax", "law"):
         told = {each["file"]: each["reason"] for each in event_log.read(workspace, kinds=["rejected"])
@@ -168,8 +168,8 @@ def test_a_bad_value_is_a_rejected_row(tmp_path: Path) -> None:
 
 def test_a_failure_that_is_no_error_of_ours_is_told(workspace: Workspace) -> None:
     """The sensor waits longer after each failed run, which it knows from the ledger."""
-    with (pytest.raises(KeyError), run_context(workspace, LocalRunner(1), False, nothing, wait=0.0) as work,
-          failures_told(work, "adaptation", time.monotonic())):
+    with (pytest.raises(KeyError), run_context(workspace, LocalRunner(1), False, do_nothing, wait=0.0) as work,
+          log_failures(work, "adaptation", time.monotonic())):
         raise KeyError("Mars/Olympus")
     told, = event_log.read(workspace, kinds=["failed"])
     assert told["reason"] == "KeyError: 'Mars/Olympus'"

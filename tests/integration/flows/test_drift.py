@@ -110,7 +110,7 @@ def test_familiar_prompts_are_stable_and_named_domains_are_left_out(workspace: W
 
 def test_a_missing_domain_is_found_once_it_has_enough_different_prompts(workspace: Workspace,
                                                                         released: Released) -> None:
-    from moa.serving.drift import check, text
+    from moa.serving.drift import check, drift_text
 
     serve(released, FAMILIAR)
     serve(released, STRANGE[:9] * 5)   # often asked, but nine questions
@@ -125,7 +125,7 @@ def test_a_missing_domain_is_found_once_it_has_enough_different_prompts(workspac
     assert sum(one["probability"] for one in group["nearest"]) == pytest.approx(1)
     assert set(group["examples"]) <= set(STRANGE) and len(group["examples"]) == 3
     assert verdicts(report)["score"] == verdicts(report)["abstention"] == "shifted"
-    assert "a domain may be missing: 30 prompts, nearest experts" in text(report)
+    assert "a domain may be missing: 30 prompts, nearest experts" in drift_text(report)
     assert check(workspace, released[1]) == report
 
 
@@ -233,7 +233,7 @@ def test_the_flow_tells_prefect_and_the_ledger(prefect_url: str, workspace: Work
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
     from prefect.client.schemas.sorting import ArtifactSort
 
-    from flows.drift import drift, note
+    from flows.drift import drift, record_verdict
 
     serve(released, [*FAMILIAR, *STRANGE])
     report = drift(str(workspace.root))
@@ -242,9 +242,9 @@ def test_the_flow_tells_prefect_and_the_ledger(prefect_url: str, workspace: Work
     (line,) = event_log.read(workspace, kinds=["drift"])
     assert line["verdict"] == "shifted" and line["release"] == 1 and "abstention" in line["shifted"]
     assert "a domain may be missing: 30 prompts" in event_log.text([line])
-    assert note(workspace, report) is None   # the same again is no news
-    assert (note(workspace, report | {"missing": [], "verdict": "stable"}) or {})["n"] == line["n"] + 1
-    assert (note(workspace, report) or {})["n"] == line["n"] + 2
+    assert record_verdict(workspace, report) is None   # the same again is no news
+    assert (record_verdict(workspace, report | {"missing": [], "verdict": "stable"}) or {})["n"] == line["n"] + 1
+    assert (record_verdict(workspace, report) or {})["n"] == line["n"] + 2
 
     resource = {"prefect.resource.id": "moa.release.1", "prefect.resource.name": "moa-mixture version 1"}
     (look,) = events(prefect_url, "moa.drift")

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import websockets
 
-from flows.sensor import nudge
+from flows.sensor import send_arrival_event
 from moa.core.files import read_json
 from moa.core.paths import Workspace
 from tests import tiny
@@ -181,7 +181,8 @@ def test_other_commands_of_the_owner_know_it(up: Up) -> None:
     facts = json.loads(said)
     assert facts["prefect"]["answers"] and {each["flow"] for each in facts["scheduled"]} >= {"retrain"}
     assert up.password.partition(":")[2] not in said and facts["prefect"]["password"] == ".moa/prefect-password"
-    assert nudge(up.workspace, ["elsewhere"])   # and the run that it sets off asks the server in a process of its own
+    # and the run that it sets off asks the server in a process of its own
+    assert send_arrival_event(up.workspace, ["elsewhere"])
     until(lambda: told(up.workspace, "skipped", trigger="rows of elsewhere arrived"), up.process)
 
 

@@ -14,7 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import prefect_api
-from flows.sensor import nudge
+from flows.sensor import send_arrival_event
 from flows.steps import event_log
 from moa.core import config
 from moa.core.paths import Workspace
@@ -94,7 +94,7 @@ def test_an_event_from_another_process_starts_a_run(running: tuple[Workspace, "s
     def reason() -> str:
         """Why the run that a nudge sets off does nothing: a scheduled one may be at work just then."""
         already = len(told(workspace, "skipped", trigger="rows of elsewhere arrived"))
-        assert nudge(workspace, ["elsewhere"])
+        assert send_arrival_event(workspace, ["elsewhere"])
         skipped = until(lambda: told(workspace, "skipped", trigger="rows of elsewhere arrived")[already:], process)
         return str(skipped[0]["reason"])
 
@@ -138,7 +138,7 @@ def test_the_same_for_a_work_pool(running: tuple[Workspace, "subprocess.Popen[st
     workspace, _ = running
     scaffold = (init.SCAFFOLD / "prefect.yaml").read_text()
     (workspace.root / "prefect.yaml").write_text(scaffold.replace(init.PROJECT, PROJECT))
-    api = prefect_api.of(workspace)
+    api = prefect_api.workspace_api(workspace)
     assert api is not None
 
     def prefect(*words: str) -> None:
@@ -166,7 +166,7 @@ def test_sigterm_ends_all_of_it_and_kill_leaves_no_process_behind(tmp_path: Path
     workspace = empty(tmp_path / "w")
     process = start(workspace)
     until(lambda: told(workspace, "finished"), process)
-    api = prefect_api.of(workspace)
+    api = prefect_api.workspace_api(workspace)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate()

@@ -14,7 +14,7 @@ import pytest
 
 from flows.steps import release
 from flows.steps.runner import LocalRunner
-from flows.steps.session import BuildOptions, opened
+from flows.steps.session import BuildOptions, open_session
 from flows.steps.stage_order import build
 from moa.core import config
 from moa.core.paths import Workspace
@@ -133,7 +133,7 @@ def test_a_clone_pulls_everything_and_trains_nothing(store: Store, workspace: Wo
         assert contents(fresh.data / folder) == contents(workspace.data / folder), folder
     assert not fresh.base.exists()   # the base comes back from its source
     monkeypatch.chdir(fresh.root)
-    with opened(fresh, BuildOptions()) as session:
+    with open_session(fresh, BuildOptions()) as session:
         session.hooks = ()
         result = build(session, LocalRunner(1))
     assert result.failure() is None

@@ -15,7 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import prefect_api
-from flows.sensor import nudge
+from flows.sensor import send_arrival_event
 from flows.steps import event_log, release
 from moa.core import config
 from moa.core.config import Config
@@ -278,7 +278,7 @@ def idle(root: Path, project: str | None) -> Workspace:
 
 def ask(path: str, body: dict[str, Any]) -> Any:
     """What the server of `prefect_url` says."""
-    api = prefect_api.configured()
+    api = prefect_api.configured_api()
     assert api is not None
     return api.ask(path, body)
 
@@ -299,9 +299,9 @@ def test_an_event_for_one_runs_not_the_other(prefect_url: str, tmp_path: Path, i
     try:
         roots = {str(workspace.root) for workspace in both}
         until(lambda: sum(root in roots for root in deployed().values()) == 6, "six deployments", *ups)
-        assert nudge(both[0], ["mine"])
+        assert send_arrival_event(both[0], ["mine"])
         until(lambda: skipped(both[0]), "the first one's run", *ups)
-        assert nudge(both[1], ["yours"])
+        assert send_arrival_event(both[1], ["yours"])
         until(lambda: skipped(both[1]), "the other one's run", *ups)
         assert [skipped(workspace) for workspace in both] == [["rows of mine arrived"], ["rows of yours arrived"]]
         triggers = [run["parameters"]["trigger"] for run in ask("flow_runs/filter", {

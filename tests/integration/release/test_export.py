@@ -228,7 +228,7 @@ def test_an_imported_expert_is_fresh_until_what_it_is_measured_on_changes(worksp
     workspace.params.write_text(text.replace("rank: 2", "rank: 4"))
     assert "parameter train changed" in planned(workspace)["train@beta"]
     changed = config.load(workspace.params)
-    plan = planning.make(Pipeline(workspace).snapshot(), changed, planning.Statistics.read(workspace, changed))
+    plan = planning.make_plan(Pipeline(workspace).snapshot(), changed, planning.Statistics.read(workspace, changed))
     assert plan.imported == ("beta",) and "Imported, and replaced if it is trained here: beta." in plan.text()
     assert not train.finished(workspace, changed, "beta")
     workspace.params.write_text(text)
@@ -240,7 +240,7 @@ def test_an_imported_expert_is_fresh_until_what_it_is_measured_on_changes(worksp
 
 def test_dvc_brings_the_imported_expert_back_and_not_the_one_trained_before(workspace: Workspace,
                                                                             tmp_path: Path) -> None:
-    done = import_expert.admit(workspace, trained_elsewhere(workspace, tmp_path / "outside"), "beta")
+    done = import_expert.import_adapter(workspace, trained_elsewhere(workspace, tmp_path / "outside"), "beta")
     shutil.rmtree(workspace.expert("beta"))
     pipeline = Pipeline(workspace)
     with pipeline.lock():
@@ -277,14 +277,14 @@ def same_as_peft(workspace: Workspace, outside: Path) -> None:
 def test_an_exported_expert_comes_in_by_its_bases_digest(workspace: Workspace, tmp_path: Path) -> None:
     done = exporting.export(workspace, read(workspace), tmp_path / "out", "peft")
     alpha = done["experts"]["alpha"]
-    taken = import_expert.admit(workspace, tmp_path / "out" / alpha["path"], "beta")
+    taken = import_expert.import_adapter(workspace, tmp_path / "out" / alpha["path"], "beta")
     assert taken["base"]["compared_by"] == "digest" and taken["digest"] == alpha["digest"]
     assert "Its base is this workspace's, by digest." in import_expert.text(taken)
     manifest = read_json(tmp_path / "out" / alpha["path"] / MANIFEST)
     manifest["base"]["template"] = "0" * 64
     write_json(tmp_path / "out" / alpha["path"] / MANIFEST, manifest)
     with pytest.raises(ArtifactError, match=r"the template of this workspace's base \(path:tiny-base\) differ"):
-        import_expert.admit(workspace, tmp_path / "out" / alpha["path"], "beta")
+        import_expert.import_adapter(workspace, tmp_path / "out" / alpha["path"], "beta")
 
 
 def state(workspace: Workspace) -> dict[str, bytes]:
@@ -301,7 +301,7 @@ def test_a_refused_or_broken_import_changes_nothing(workspace: Workspace, tmp_pa
     assert done.returncode == 1 and "run `moa domain add gamma FILE` first" in done.stderr
     assert "Traceback" not in done.stderr
     with pytest.raises(ConfigError, match="No domain 'gamma'"):
-        import_expert.admit(workspace, outside, "gamma")
+        import_expert.import_adapter(workspace, outside, "gamma")
     with monkeypatch.context() as patched:
         def crash(*_: Any) -> None:
             (workspace.root / "dvc.lock").write_text("cut o")
@@ -309,12 +309,12 @@ def test_a_refused_or_broken_import_changes_nothing(workspace: Workspace, tmp_pa
 
         patched.setattr(Pipeline, "record", crash)
         with pytest.raises(KeyboardInterrupt):
-            import_expert.admit(workspace, outside, "beta")
+            import_expert.import_adapter(workspace, outside, "beta")
     assert state(workspace) == before and not workspace.journal.exists()
     rows = workspace.raw("beta") / "rows.jsonl"
     rows.write_text(rows.read_text() + json.dumps(tiny.row("beta", 78)) + "\n")
     with pytest.raises(DataError, match="run `moa domain check beta` first, which prepares it"):
-        import_expert.admit(workspace, outside, "beta")
+        import_expert.import_adapter(workspace, outside, "beta")
 
 
 # The page.

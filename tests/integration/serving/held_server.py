@@ -35,7 +35,8 @@ def held(work: Work) -> Work:
     return wait
 
 
-active_release.answer, active_release.decide = held(active_release.answer), held(active_release.decide)
+active_release.generate_answers = held(active_release.generate_answers)
+active_release.route_requests = held(active_release.route_requests)
 connections.ConnectionLimits = partial(   # type: ignore[misc, assignment]
     connections.ConnectionLimits, **json.loads(os.environ.get("MOA_TEST_BOUNDS", "{}")))
 main.main()

@@ -41,7 +41,7 @@ from moa.mixture.assemble import assemble
 from moa.mixture.generation.decoding import Decoding
 from moa.mixture.mixture import Answer, Mixture
 from moa.release.registry import Registry
-from moa.serving.active_release import AnswerListener, ChatRequest, Release, ReleaseWatcher, answer
+from moa.serving.active_release import AnswerListener, ChatRequest, Release, ReleaseWatcher, generate_answers
 from moa.serving.batcher import Batcher, Limits
 from moa.serving.protocol import ChatError, StreamTrimmer, read
 from moa.serving.server import serve
@@ -340,7 +340,7 @@ def test_a_stream_that_is_begun_anew_goes_on_where_it_was(mixtures: dict[int, Mi
         return step(decoding, tokens)
 
     heard: dict[int, list[str]] = {0: [], 1: [], 2: []}
-    batcher = Batcher(answer, Limits(rows=3, pause=SOON))   # the third ends the pause
+    batcher = Batcher(generate_answers, Limits(rows=3, pause=SOON))   # the third ends the pause
     monkeypatch.setattr(Decoding, "step", fail)
     served = Release("m", 1, "", mixture, 0, {})
     try:

@@ -64,13 +64,13 @@ def drop(workspace: Workspace, name: str, text: str | bytes) -> Path:
 def take_in(workspace: Workspace) -> dict[str, incoming.IngestResult]:
     versions = DataVersions(workspace)
     with versions.lock():
-        return {each.domain: each for each in incoming.ingest(versions, incoming.waiting(workspace))}
+        return {each.domain: each for each in incoming.ingest(versions, incoming.waiting_files(workspace))}
 
 
 def revert(workspace: Workspace, name: str, before: str | None) -> None:
     versions = DataVersions(workspace)
     with versions.lock():
-        domains.revert(versions, name, before)
+        domains.revert_rows(versions, name, before)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -102,30 +102,31 @@ def test_what_waits_and_what_is_passed_over(workspace: Workspace) -> None:
     (workspace.incoming / "law" / "dangling.jsonl").symlink_to("nowhere")
     os.mkfifo(workspace.incoming / "law" / "pipe.jsonl")
     found = {each.path.relative_to(workspace.incoming).as_posix(): each.domain
-             for each in incoming.waiting(workspace)}
+             for each in incoming.waiting_files(workspace)}
     assert found == {"law/a.jsonl": "law", "law/deep/b.CSV": "law", "law/notes.txt": "law",
                      "Bad Name/c.jsonl": "Bad Name", "direct.jsonl": ""}
 
 
 def test_nothing_waits_where_there_is_no_folder(workspace: Workspace) -> None:
-    assert incoming.waiting(workspace) == [] and take_in(workspace) == {}
+    assert incoming.waiting_files(workspace) == [] and take_in(workspace) == {}
 
 
 def test_a_file_settles_and_has_a_signature(workspace: Workspace) -> None:
     path = drop(workspace, "law/a.jsonl", "x")
     os.utime(path, (1_000_000, 1_000_000))
-    arrivals = incoming.waiting(workspace)
-    assert incoming.settled(arrivals, 2, 1_000_001) == [] and incoming.settled(arrivals, 2, 1_000_002) == arrivals
-    first = incoming.signature(arrivals)
-    assert first == incoming.signature(incoming.waiting(workspace))
+    arrivals = incoming.waiting_files(workspace)
+    assert incoming.settled_files(arrivals, 2, 1_000_001) == []
+    assert incoming.settled_files(arrivals, 2, 1_000_002) == arrivals
+    first = incoming.incoming_signature(arrivals)
+    assert first == incoming.incoming_signature(incoming.waiting_files(workspace))
     path.write_text("xy")
     os.utime(path, (1_000_000, 1_000_000))
-    second = incoming.signature(incoming.waiting(workspace))
-    assert first != second != incoming.signature([])
+    second = incoming.incoming_signature(incoming.waiting_files(workspace))
+    assert first != second != incoming.incoming_signature([])
     os.utime(path, (1e11, 1e11))   # a copy may bring a time from the future: it must not wait until then
-    arrival, = incoming.waiting(workspace)
+    arrival, = incoming.waiting_files(workspace)
     assert arrival.modified < 1e11
-    assert incoming.settled([Arrival("law", path, 1, 1e11)], 2, 1_000_000)   # as after a clock that was put back
+    assert incoming.settled_files([Arrival("law", path, 1, 1e11)], 2, 1_000_000)   # as after a clock that was put back
 
 
 @pytest.mark.parametrize(("name", "content", "readable", "usable"), [
@@ -140,10 +141,10 @@ def test_a_file_settles_and_has_a_signature(workspace: Workspace) -> None:
 ])
 def test_rows_are_counted(workspace: Workspace, name: str, content: str | bytes, readable: int, usable: int) -> None:
     path = drop(workspace, f"law/{name}", content)
-    arrival, = incoming.waiting(workspace)
+    arrival, = incoming.waiting_files(workspace)
     assert incoming.count_rows(path) == readable
-    assert incoming.rows(config.load(workspace.params), arrival) == usable
-    assert len(incoming.signature([arrival])) == 64
+    assert incoming.usable_row_count(config.load(workspace.params), arrival) == usable
+    assert len(incoming.incoming_signature([arrival])) == 64
 
 
 def test_rows_of_a_folder_that_cannot_be_a_domains_do_not_count(workspace: Workspace) -> None:
@@ -152,7 +153,7 @@ def test_rows_of_a_folder_that_cannot_be_a_domains_do_not_count(workspace: Works
     for name in ("Bad Name/a.jsonl", "a.jsonl", "math/a.jsonl", "base/a.jsonl", "law/a.jsonl"):
         drop(workspace, name, jsonl(0, 3))
     loaded = config.load(workspace.params)
-    assert {each.domain: incoming.rows(loaded, each) for each in incoming.waiting(workspace)} == {
+    assert {each.domain: incoming.usable_row_count(loaded, each) for each in incoming.waiting_files(workspace)} == {
         "Bad Name": 0, "": 0, "math": 0, "base": 0, "law": 3}
     assert incoming.count_rows(workspace.incoming / "law" / "gone.jsonl") == 0
 
@@ -164,7 +165,8 @@ def test_queueing_and_queueing_again(workspace: Workspace, template: Path) -> No
         done = incoming.queue(workspace, "law", ["law.jsonl", "more.jsonl"], template)
     assert done["new"] and done["folder"] == "data/incoming/law"
     assert [(each["origin"], each["rows"]) for each in done["files"]] == [("law.jsonl", NEW), ("more.jsonl", 5)]
-    assert sorted(each.path.name for each in incoming.waiting(workspace)) == [each["name"] for each in done["files"]]
+    names = sorted(each.path.name for each in incoming.waiting_files(workspace))
+    assert names == [each["name"] for each in done["files"]]
     assert incoming.queued_text(done).startswith("2 files with 45 usable rows of the new domain law queued in data/inc")
     again = incoming.queue(workspace, "law", ["law.jsonl"], template)
     assert again["files"] == [] and again["already_waiting"] == ["law.jsonl"]
@@ -206,7 +208,7 @@ def test_two_that_queue_at_once(workspace: Workspace, template: Path, tmp_path: 
             for more in (template / "more.jsonl", tmp_path / "other.jsonl")]
     said = [int(each.communicate()[0]) for each in both]
     assert sum(said) in (3, 4) and all(each.returncode == 0 for each in both)
-    assert len(incoming.waiting(workspace)) == 3
+    assert len(incoming.waiting_files(workspace)) == 3
     assert len(take_in(workspace)["law"].files) == 3
 
 
@@ -266,7 +268,7 @@ def test_what_cannot_be_used_is_put_aside_with_its_reason(workspace: Workspace, 
     told = json.loads(kept.with_name(f"{kept.name}.reason.json").read_text())
     assert reason in told["reason"] and len(told["digest"]) == 64 and told["at"] and told["from"].startswith("data/inc")
     assert [each["origin"] for each in taken["law"].files] == ["good.jsonl"]   # the others go on
-    assert incoming.waiting(workspace) == [] and take_in(workspace) == {}
+    assert incoming.waiting_files(workspace) == [] and take_in(workspace) == {}
 
 
 def test_files_of_one_name_that_are_rejected(workspace: Workspace) -> None:
@@ -287,9 +289,9 @@ def test_a_new_domain_with_too_few_rows_waits(workspace: Workspace) -> None:
     drop(workspace, "law/notes.txt", "hello")
     assert take_in(workspace)["law"].rejected[0]["file"] == "notes.txt"
     assert take_in(workspace) == {}
-    assert len(incoming.waiting(workspace)) == 1 and "law" not in config.load(workspace.params).domains
+    assert len(incoming.waiting_files(workspace)) == 1 and "law" not in config.load(workspace.params).domains
     drop(workspace, "law/b.jsonl", jsonl(20, 20))
-    assert len(take_in(workspace)["law"].files) == 2 and incoming.waiting(workspace) == []
+    assert len(take_in(workspace)["law"].files) == 2 and incoming.waiting_files(workspace) == []
 
 
 def test_a_file_that_somebody_has_under_another_name_is_copied(workspace: Workspace, tmp_path: Path) -> None:
@@ -340,7 +342,7 @@ def test_going_back_to_what_was_before(workspace: Workspace) -> None:
     assert (workspace.quarantine / "tax" / taken["tax"].files[0]["name"]).read_text() == jsonl(0, 3)
     shutil.rmtree(workspace.quarantine)
     assert state(workspace) == before
-    assert incoming.waiting(workspace) == []
+    assert incoming.waiting_files(workspace) == []
 
 
 def test_rows_that_people_put_there_survive_going_back(workspace: Workspace) -> None:
@@ -414,7 +416,7 @@ def killed(action: Callable[[], object], root: Path, step: int) -> bool:
 def contents(workspace: Workspace) -> set[bytes]:
     """Everything that is in one of the places where it cannot be lost."""
     found = {**files(workspace.data / "raw"), **files(workspace.quarantine)}
-    return {*found.values(), *(each.path.read_bytes() for each in incoming.waiting(workspace))}
+    return {*found.values(), *(each.path.read_bytes() for each in incoming.waiting_files(workspace))}
 
 
 STRIDE = int(os.environ.get("MOA_TEST_STRIDE", "17"))   # 1 = every step, which takes minutes
@@ -456,11 +458,11 @@ def test_killed_while_it_queues_the_queue_has_whole_files_only(workspace: Worksp
     for step in range(1, 100):
         shutil.rmtree(workspace.incoming, ignore_errors=True)
         ended = killed(action, workspace.root, step)
-        there = {each.path.read_bytes() for each in incoming.waiting(workspace)}
+        there = {each.path.read_bytes() for each in incoming.waiting_files(workspace)}
         assert there <= whole
         seen.add(len(there))
         action()
-        assert {each.path.read_bytes() for each in incoming.waiting(workspace)} == whole
+        assert {each.path.read_bytes() for each in incoming.waiting_files(workspace)} == whole
         assert not list(workspace.incoming.rglob("*.part"))
         if not ended:
             break

@@ -85,7 +85,7 @@ def test_keys_without_effect_go_and_nothing_gets_stale(workspace: Workspace) -> 
     for lines in REMOVED.values():
         without = without.replace(lines, "")
     assert after == f"{without}\nformat: 1   # {upgrade.FORMAT_COMMENT}\n"
-    assert layout.tracked(workspace.root) == layout.local(workspace.root) == layout.LAYOUT
+    assert layout.tracked_layout(workspace.root) == layout.local_layout(workspace.root) == layout.LAYOUT
     recorded = Pipeline(workspace).recorded()
     assert recorded["page"]["params"]["params.yaml"]["release"] == YAML(typ="safe").load(after)["release"]
     assert not Pipeline(workspace).snapshot().stale and not dvc_status(workspace)

@@ -30,7 +30,7 @@ def load(folder: Path, **groups: Any) -> config.Config:
 
 @pytest.fixture(autouse=True)
 def a_process_that_has_named_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(config.QUIET, raising=False)
+    monkeypatch.delenv(config.KEYS_NAMED, raising=False)
     config._name_removed.cache_clear()
 
 

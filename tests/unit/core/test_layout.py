@@ -34,7 +34,7 @@ def make(root: Path, tracked: int | None = None, local: int | str | None = None)
 @pytest.mark.parametrize("local", [None, 0, layout.LAYOUT])
 def test_an_older_layout_is_read(tmp_path: Path, tracked: int | None, local: int | None) -> None:
     assert Workspace.find(make(tmp_path, tracked, local)) == Workspace(tmp_path)
-    assert (layout.tracked(tmp_path), layout.local(tmp_path)) == (tracked, local)
+    assert (layout.tracked_layout(tmp_path), layout.local_layout(tmp_path)) == (tracked, local)
 
 
 @pytest.mark.parametrize(("tracked", "local", "place"), [(NEWER, None, "params.yaml"), (None, NEWER, r"\.moa/format"),
@@ -57,13 +57,13 @@ def test_the_sentence_names_the_distribution() -> None:
 def test_the_number_is_found_however_its_line_is_written(tmp_path: Path, line: str) -> None:
     make(tmp_path)
     (tmp_path / "params.yaml").write_bytes(f"base: {{}}\n{line}\nprompt: {{}}\n".encode())
-    assert layout.tracked(tmp_path) == 9
+    assert layout.tracked_layout(tmp_path) == 9
 
 
 def test_a_number_elsewhere_in_the_parameters_is_none_of_the_layout(tmp_path: Path) -> None:
     make(tmp_path)
     (tmp_path / "params.yaml").write_text("prompt:\n  format: 9\n  system: |\n    format: 9\n# format: 9\nformats: 9\n")
-    assert layout.tracked(tmp_path) is None
+    assert layout.tracked_layout(tmp_path) is None
 
 
 @pytest.mark.parametrize("text", ["", "two", "1.5", "-1", "1 2"])
@@ -84,7 +84,7 @@ def test_every_command_refuses_it_and_changes_nothing(tmp_path: Path, words: lis
 def test_a_new_workspace_says_it_in_both_places(tmp_path: Path) -> None:
     root = tmp_path / "w"
     init.init(root, None, tmp_path)
-    assert layout.tracked(root) == layout.local(root) == layout.LAYOUT
+    assert layout.tracked_layout(root) == layout.local_layout(root) == layout.LAYOUT
 
 
 def test_a_clone_says_it_with_its_first_change(tmp_path: Path) -> None:
@@ -93,11 +93,11 @@ def test_a_clone_says_it_with_its_first_change(tmp_path: Path) -> None:
     (root / ".moa" / "format").unlink()   # git does not keep it
     workspace = Workspace.find(root)
     Pipeline(workspace).snapshot()
-    assert layout.local(root) is None
+    assert layout.local_layout(root) is None
     with Pipeline(workspace).lock():
-        assert layout.local(root) == layout.LAYOUT
+        assert layout.local_layout(root) == layout.LAYOUT
     (root / ".moa" / "format").write_text("0\n")   # what is there stays
     with Pipeline(workspace).lock():
-        assert layout.local(root) == 0
+        assert layout.local_layout(root) == 0
     with FileLock(workspace.lock):
         assert Workspace.find(root) == workspace

@@ -65,7 +65,7 @@ def state(workspace: Workspace) -> tuple[dict[str, bytes], Any]:
              for path in sorted(workspace.root.rglob("*")) if path.is_file() and not PROBE.fullmatch(path.name)
              and path.relative_to(workspace.root).parts[0] not in OWN}
     content = config.load(workspace.params)
-    plan = planning.make(Pipeline(workspace).snapshot(), content, planning.Statistics.read(workspace, content))
+    plan = planning.make_plan(Pipeline(workspace).snapshot(), content, planning.Statistics.read(workspace, content))
     return files, plan.as_dict()
 
 

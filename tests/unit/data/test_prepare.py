@@ -164,8 +164,8 @@ def prepared(root: Path, content: list[Any], domain: Domain | None = None, **pre
 
 
 def identity(item: dict[str, str]) -> str:
-    return rows.identity([{"role": "user", "content": item["instruction"]},
-                          {"role": "assistant", "content": item["output"]}])
+    return rows.row_id([{"role": "user", "content": item["instruction"]},
+                        {"role": "assistant", "content": item["output"]}])
 
 
 def test_rows_of_one_answer_share_a_side_and_labels_do_not(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def corpus(folder: Path, conversations: list[tuple[Message, ...]], rejected: lis
     counted = {"read": len(made) + len(rejected or []), "kept": len(made), "rejected": len(rejected or []),
                "duplicates": 0, "near_duplicates": 0, "straddling": 0,
                **{split: len(content) for split, content in sides.items()}, **counts}
-    return quality.describe(folder, {"domain": "toy", "rows": counted, "reasons": dict(reasons), "redacted": {}})
+    return quality.quality_report(folder, {"domain": "toy", "rows": counted, "reasons": dict(reasons), "redacted": {}})
 
 
 def plain(number: int) -> tuple[Message, ...]:
@@ -82,7 +82,7 @@ def test_it_counts_as_a_loop_would(tmp_path_factory: pytest.TempPathFactory, fou
 
 @pytest.mark.parametrize("longest", [0, 1, 2, 3, 5, 48, 1000, 4096])
 def test_the_bins_hold_every_length_once(longest: int) -> None:
-    edges = quality.edges(longest)
+    edges = quality.histogram_edges(longest)
     assert edges == sorted(set(edges))
     assert edges[0] == 0 and edges[-2] <= max(longest, 1) < edges[-1]
 

@@ -14,10 +14,10 @@ from moa.experts.batches import Batch, collate, row_losses
 from moa.experts.cotraining import Learner, recomputing
 from moa.experts.lora import ExpertStack, LoraSpec
 from moa.mixture import joint_training
-from moa.mixture.calibration import fit
+from moa.mixture.calibration import train_heads
 from moa.mixture.joint_training import forget_labels, train_jointly
 from moa.mixture.layer_routing import Heads, Use, layer_routing, layer_selector, prompt_mask
-from moa.mixture.router import Router, decoder_layers, features, pooled
+from moa.mixture.router import Router, decoder_layers, features, mean_pool
 from tests.tiny import ARCHITECTURES
 
 LABELS = ["a", "b", "c"]
@@ -55,7 +55,7 @@ class Scene:
         self.rows = [toy_rows(domain, 8) for domain in range(3)]
         self.validation = [toy_rows(domain, 4, seed=1) for domain in range(3)]
         targets = torch.arange(3).repeat_interleave(8)
-        self.router = fit(LABELS, features(self.model, self.prompts), targets)
+        self.router = train_heads(LABELS, features(self.model, self.prompts), targets)
         self.router.stream = stream
         self.stack = ExpertStack(self.model, [LoraSpec(2, 4.0), LoraSpec(3, 3.0), LoraSpec(1, 2.0)],
                                  dtype=torch.float64)
@@ -276,7 +276,7 @@ def by_hand(scene: Scene, router: Router, ids: Tensor, mask: Tensor, blend: bool
     for level in range(LAYERS):
         with torch.no_grad(), chosen_by_hand(scene, said, blend):
             entering = scene.model(ids, output_hidden_states=True).hidden_states[level]
-        standard = (pooled(entering, mask) - router.mean_LD[level]) / router.scale_LD[level]
+        standard = (mean_pool(entering, mask) - router.mean_LD[level]) / router.scale_LD[level]
         said.append(standard @ router.weight_LCD[level].T + router.bias_LC[level])
     return said
 

@@ -42,7 +42,7 @@ def clusters(count: int, apart: float = 2.0, domains: int = 3, levels: int = 2, 
 
 
 def calibrated(rule: str = "early", score: str = "max_probability", apart: float = 2.0, **how: float) -> router.Router:
-    fitted = calibration.fit(["a", "b", "c"], *clusters(60, apart))
+    fitted = calibration.train_heads(["a", "b", "c"], *clusters(60, apart))
     how = {"tolerance": 0.0, "max_abstention": 0.05} | how
     return calibration.calibrate(fitted, *clusters(90, apart, seed=1), rule=rule, score=score, **how)
 
@@ -103,8 +103,8 @@ def test_choose_sees_each_level_before_its_layer_computes() -> None:
 
 def test_hidden_states_are_found_by_place_or_name() -> None:
     hidden = torch.ones(1)
-    assert router.entering((hidden, None), {}) is hidden
-    assert router.entering((), {"hidden_states": hidden}) is hidden
+    assert router.layer_input((hidden, None), {}) is hidden
+    assert router.layer_input((), {"hidden_states": hidden}) is hidden
 
 
 def test_pooling_ignores_what_the_mask_hides_in_value_and_gradient() -> None:
@@ -112,7 +112,7 @@ def test_pooling_ignores_what_the_mask_hides_in_value_and_gradient() -> None:
     hidden[0, 2], hidden[1, 1:] = math.nan, math.inf
     hidden.requires_grad_()
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    pooled = router.pooled(hidden, mask)
+    pooled = router.mean_pool(hidden, mask)
     assert pooled.dtype == torch.float32
     assert torch.equal(pooled, torch.stack([hidden[0, :2].float().mean(0), hidden[1, 0].float()]))
     pooled.sum().backward()
@@ -126,7 +126,7 @@ def test_distinct_domains_are_told_apart(rule: router.Rule) -> None:
     model = toy_model()
     train, labels = prompts(600)
     held, expected = prompts(60, seed=1)
-    fitted = calibration.fit("abc", router.features(model, train), labels)
+    fitted = calibration.train_heads("abc", router.features(model, train), labels)
     calibration.calibrate(fitted, router.features(model, held), expected, rule=rule, tolerance=0.0, max_abstention=0.01)
     decisions = fitted.decide(router.features(model, held, depth=fitted.depth))
     right = sum("abc"[label] == decision.domain for label, decision in zip(expected.tolist(), decisions, strict=True))
@@ -138,7 +138,7 @@ def test_distinct_domains_are_told_apart(rule: router.Rule) -> None:
 def test_a_rare_domain_counts_as_much() -> None:
     torch.manual_seed(1)
     common, rare = torch.randn(200, 1, 8), torch.randn(6, 1, 8) + 1.5
-    fitted = calibration.fit("ab", torch.cat([common, rare]), torch.tensor([0] * 200 + [1] * 6))
+    fitted = calibration.train_heads("ab", torch.cat([common, rare]), torch.tensor([0] * 200 + [1] * 6))
     assert sum(decision.domain == "b" for decision in fitted.decide(rare)) >= 5
 
 
@@ -147,7 +147,7 @@ def test_heads_reach_the_least_loss(at_once: int, monkeypatch: pytest.MonkeyPatc
     """The gradient of the documented loss, taken apart from the fit, is nothing at the heads that it found."""
     monkeypatch.setattr(calibration, "LOGITS", at_once)
     features, targets = clusters(61, apart=0.7)
-    fitted = calibration.fit("abc", features, targets)
+    fitted = calibration.train_heads("abc", features, targets)
     weight, bias = fitted.weight_LCD.clone().requires_grad_(), fitted.bias_LC.clone().requires_grad_()
     logits = torch.einsum("nld,lcd->nlc", (features - features.mean(0)) / features.std(0), weight) + bias
     loss = sum(torch.nn.functional.cross_entropy(logits[targets == label].flatten(0, 1),
@@ -161,9 +161,9 @@ def test_early_reads_the_shallowest_level_within_tolerance_and_its_bounds() -> N
     features, targets = clusters(60, levels=30)
     held, expected = clusters(90, levels=30, seed=1)
     features[:, 5], held[:, 5] = torch.randn(60, 8), torch.randn(90, 8)   # level 5 says nothing
-    fitted = calibration.fit("abc", features, targets)
+    fitted = calibration.train_heads("abc", features, targets)
     strict = calibration.calibrate(dataclasses.replace(fitted), held, expected, rule="early", tolerance=0.0,
-                              max_abstention=0.0)
+                                   max_abstention=0.0)
     accuracies = (strict.logits(held).argmax(-1) == expected[:, None]).float().mean(0)[5:8].tolist()
     assert strict.layer == 5 + accuracies.index(max(accuracies)) > 5
     lax = calibration.calibrate(fitted, held, expected, rule="early", tolerance=1.0, max_abstention=0.0)
@@ -173,9 +173,9 @@ def test_early_reads_the_shallowest_level_within_tolerance_and_its_bounds() -> N
 
 @pytest.mark.parametrize("levels", [1, 2, 4, 12, 24, 30, 32, 80])
 def test_early_costs_at_most_a_quarter_of_the_layers(levels: int) -> None:
-    fitted = calibration.fit("abc", *clusters(30, apart=0.0, levels=levels))
+    fitted = calibration.train_heads("abc", *clusters(30, apart=0.0, levels=levels))
     calibration.calibrate(fitted, *clusters(30, apart=0.0, levels=levels, seed=1), rule="early", tolerance=0.0,
-                     max_abstention=0.0)
+                          max_abstention=0.0)
     assert fitted.depth - 1 < levels / 4 or fitted.depth == 1
 
 
@@ -203,7 +203,7 @@ def test_trace_gives_every_level_a_choice() -> None:
        st.floats(0, 1, exclude_max=True))
 def test_the_threshold_is_the_highest_that_keeps_the_promise(scores: list[float], most: float) -> None:
     ordered = torch.tensor(scores, dtype=torch.float64)
-    found = calibration.threshold(ordered, most)
+    found = calibration.abstention_threshold(ordered, most)
     assert (ordered < found).sum().item() <= most * len(scores)
     assert (ordered < math.nextafter(found, math.inf)).sum().item() > most * len(scores)
 
@@ -272,7 +272,7 @@ def test_the_calibration_error_of_a_case_worked_by_hand() -> None:
 
 
 def test_the_temperature_lowers_the_calibration_error_of_overconfident_heads() -> None:
-    fitted = calibration.fit("abc", *clusters(60, 0.5))
+    fitted = calibration.train_heads("abc", *clusters(60, 0.5))
     fitted.weight_LCD *= 8
     found = calibration.calibrate(fitted, *clusters(300, 0.5, seed=1), rule="last", tolerance=0.0, max_abstention=0.0)
     assert found.temperature > 2
@@ -280,11 +280,11 @@ def test_the_temperature_lowers_the_calibration_error_of_overconfident_heads() -
 
 
 def test_a_single_domain_is_no_special_case() -> None:
-    fitted = calibration.fit(["only"], *clusters(10, domains=1))
+    fitted = calibration.train_heads(["only"], *clusters(10, domains=1))
     for rule in RULES:
         for score in SCORES:
             calibration.calibrate(fitted, *clusters(8, domains=1, seed=1), rule=rule, tolerance=0.0, max_abstention=0.0,
-                             score=score)
+                                  score=score)
             assert math.isfinite(fitted.threshold)
             assert not any(decision.abstained for decision in fitted.decide(clusters(8, domains=1, seed=1)[0]))
 

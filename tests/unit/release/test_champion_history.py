@@ -2,7 +2,7 @@
 
 import pytest
 
-from moa.release.champion_history import Entry, before, following, parse
+from moa.release.champion_history import Entry, next_entry, parse, previous_champion
 
 
 def entries(*versions: int, interrupted: tuple[int, ...] = ()) -> list[Entry]:
@@ -19,19 +19,19 @@ def entries(*versions: int, interrupted: tuple[int, ...] = ()) -> list[Entry]:
     ((1, 2, 1, 2), 1),        # forward again by hand
 ])
 def test_before(champions: tuple[int, ...], expected: int | None) -> None:
-    found = before(entries(*champions))
+    found = previous_champion(entries(*champions))
     assert (found.version if found else None) == expected
 
 
 def test_what_never_took_effect_does_not_count() -> None:
-    found = before(entries(1, 2, 3, interrupted=(2,)))
+    found = previous_champion(entries(1, 2, 3, interrupted=(2,)))
     assert found is not None and found.version == 1
 
 
 def test_a_record_without_its_move_shows_and_is_continued() -> None:
-    first, _ = following([], 1, "d1", None, "first", "ann")
-    second, _ = following([first], 2, "d2", 1, "better", "ann")
+    first, _ = next_entry([], 1, "d1", None, "first", "ann")
+    second, _ = next_entry([first], 2, "d2", 1, "better", "ann")
     tags = {each.key: each.as_json() for each in (first, second)}
     assert [each.effective for each in parse(tags, 1)] == [True, False]
-    assert following(parse(tags, 1), 2, "d2", 1, "better", "ann") == (parse(tags, 1)[1], False)
+    assert next_entry(parse(tags, 1), 2, "d2", 1, "better", "ann") == (parse(tags, 1)[1], False)
     assert [each.effective for each in parse(tags, None)] == [True, True]   # the alias was deleted

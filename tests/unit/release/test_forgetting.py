@@ -3,14 +3,14 @@
 from typing import Any
 
 from moa.data.corpus import Row
-from moa.release.forgetting import changes, complaint, figures, paired, text, word_for_word
+from moa.release.forgetting import complaint, expert_changes, figures, paired, text, word_for_word
 
 ROWS = [Row(str(number), ({"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": "x"}),
             3, 1) for number in range(3)]
 
 
 def test_experts_are_told_by_their_digests() -> None:
-    found = changes({"math": "a", "sql": "b", "old": "c"}, {"math": "a", "sql": "d", "law": "e"})
+    found = expert_changes({"math": "a", "sql": "b", "old": "c"}, {"math": "a", "sql": "d", "law": "e"})
     assert {domain: each["change"] for domain, each in found.items()} == {
         "law": "new", "math": "same", "old": "removed", "sql": "changed"}
     assert found["sql"] == {"change": "changed", "old": "b", "new": "d"} and found["law"]["old"] is None
@@ -48,7 +48,7 @@ def test_routes_are_compared_on_the_rows_that_both_releases_had() -> None:
 def facts(answer: str) -> dict[str, Any]:
     golden = {"math": word_for_word(ROWS[:2], ["one", "two"], ["one", answer])}
     return {"old": 3, "new": 4, "equal": golden["math"]["equal"], "golden": golden,
-            "experts": changes({"math": "a" * 64, "sql": "b" * 64}, {"math": "a" * 64, "sql": "c" * 64}),
+            "experts": expert_changes({"math": "a" * 64, "sql": "b" * 64}, {"math": "a" * 64, "sql": "c" * 64}),
             "table": [{"version": version, "champion": True, "domains": figures(
                 {"math/forced/loss": version / 8, "math/forced/score": 1.0, "math/routed/loss": version / 4})}
                 for version in (1, 3, 4)],

@@ -1,6 +1,6 @@
 """Figures to text, against literal text."""
 
-from moa.reports.text import markdown, trace_text
+from moa.reports.text import build_markdown, trace_text
 
 TRACE = [{"level": 0, "domain": "sql", "probability": 0.513}, {"level": 1, "domain": "math", "probability": 0.874},
          {"level": 2, "domain": "math", "probability": 1.0}]
@@ -38,7 +38,7 @@ RELEASE = {"name": "moa-mixture", "version": 3, "champion": None, "waiting": Tru
 
 
 def test_a_build_in_markdown() -> None:
-    assert markdown(EVALUATION, ROUTER, RELEASE) == """\
+    assert build_markdown(EVALUATION, ROUTER, RELEASE) == """\
 **Release** version 3 of moa-mixture: No domain is worse; better: sql | math; there is no champion yet; it waits for \
 approval.
 
@@ -71,5 +71,5 @@ accuracy 97.5%, abstention 1.0%, calibration error 2.0%
 
 
 def test_markdown_leaves_out_what_there_is_not() -> None:
-    assert markdown(None, {}, None) == "\n"
-    assert markdown(None, {}, {"version": 1}) == "**Release** version 1 of ?; there is no champion yet.\n"
+    assert build_markdown(None, {}, None) == "\n"
+    assert build_markdown(None, {}, {"version": 1}) == "**Release** version 1 of ?; there is no champion yet.\n"

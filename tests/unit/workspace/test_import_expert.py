@@ -52,7 +52,7 @@ def inspect(workspace: Workspace, folder: Path, pinned: BasePin | None = None, *
     read = config.load(workspace.params)
     for group, values in groups.items():
         read = read.model_copy(update={group: getattr(read, group).model_copy(update=values)})
-    return import_expert.inspect(workspace, read, folder, pinned or pin.pin(workspace))
+    return import_expert.inspect_adapter(workspace, read, folder, pinned or pin.pin(workspace))
 
 
 def edit(folder: Path, **fields: Any) -> None:

@@ -45,7 +45,7 @@ def reachable(upstream: dict[str, list[str]], name: str, stale: set[str]) -> boo
 def test_every_descendant_of_a_stale_step_and_nothing_else(case: tuple[dict[str, list[str]], set[str]]) -> None:
     upstream, stale = case
     snapshot = Snapshot(Graph([Stage(name, "true") for name in upstream], upstream), dict.fromkeys(stale, CHANGE))
-    made = plan.make(snapshot, config(), plan.Statistics())
+    made = plan.make_plan(snapshot, config(), plan.Statistics())
     assert {step.name for step in made.stale} == {name for name in upstream if reachable(upstream, name, stale)}
     assert {step.name for step in made.steps if step.state == "stale"} == stale
     order = [step.name for step in made.steps]
@@ -55,7 +55,7 @@ def test_every_descendant_of_a_stale_step_and_nothing_else(case: tuple[dict[str,
 
 
 def test_reasons_experts_and_release() -> None:
-    made = plan.make(pipeline("quickstart@math"), config(), plan.Statistics())
+    made = plan.make_plan(pipeline("quickstart@math"), config(), plan.Statistics())
     assert [(step.name, step.state) for step in made.stale] == [
         ("quickstart@math", "stale"), ("prepare@math", "maybe"), ("train@math", "maybe"), ("assemble", "maybe"),
         ("evaluate", "maybe")]
@@ -67,14 +67,14 @@ def test_reasons_experts_and_release() -> None:
 
 
 def test_nothing_to_do() -> None:
-    made = plan.make(pipeline(), config(), plan.Statistics())
+    made = plan.make_plan(pipeline(), config(), plan.Statistics())
     assert not made.stale and not made.experts and not made.router and made.release is None
     assert made.estimate.tokens == 0 and "all 9 steps are fresh" in made.text()
 
 
 def test_domains_limits_only_their_own_steps() -> None:
     snapshot = pipeline("quickstart@math", "quickstart@sql").limited(["sql"])
-    made = plan.make(snapshot, config(), plan.Statistics())
+    made = plan.make_plan(snapshot, config(), plan.Statistics())
     assert {step.name for step in made.stale} == {"quickstart@sql", "prepare@sql", "train@sql", "assemble", "evaluate"}
     assert "train@math" in made.left_out and made.experts == ("sql",)
 
@@ -91,12 +91,12 @@ def test_force_by_step_and_by_stage() -> None:
 def test_tokens_are_rows_seen_times_mean_tokens(train: dict[str, int], seen: int) -> None:
     manifest = {"rows": {"train": 50}, "tokens": {"prompt": {"mean": 30.0}, "completion": {"mean": 12.5}}}
     statistics = plan.Statistics({"math": manifest}, {"train": 85.0})
-    made = plan.estimate(("math",), config(**train), statistics)
+    made = plan.estimate_training(("math",), config(**train), statistics)
     assert made.tokens == round(seen * 42.5)
     assert made.minutes == round(made.tokens / 85 / 60, 1) and made.basis == "measured 85 tokens/s"
 
 
 def test_defaults_are_said() -> None:
-    made = plan.estimate(("math", "sql"), config(epochs=2), plan.Statistics())
+    made = plan.estimate_training(("math", "sql"), config(epochs=2), plan.Statistics())
     assert made.tokens == 2 * 2 * plan.DEFAULT_ROWS * plan.DEFAULT_ROW_TOKENS
     assert "assuming 240 tokens/s" in made.basis and "120 tokens a row assumed" in made.basis

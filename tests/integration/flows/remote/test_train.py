@@ -26,7 +26,7 @@ from flows.remote import train as remote_training
 from flows.remote.payload import Files
 from flows.remote.worker import work
 from flows.steps.runner import LocalRunner
-from flows.steps.session import BuildOptions, opened
+from flows.steps.session import BuildOptions, open_session
 from flows.steps.stage_order import _command, build
 from moa.base import pin
 from moa.core import config
@@ -251,7 +251,7 @@ class Killing(Screen):
 def test_a_lost_workers_group_is_trained_elsewhere(cluster: Cluster, workspace: Workspace,
                                                    here: dict[str, dict[str, bytes]]) -> None:
     configured(workspace, runner=cluster.engine, address=cluster.address, group=1)
-    with contextlib.chdir(workspace.root), opened(workspace, BuildOptions()) as session:
+    with contextlib.chdir(workspace.root), open_session(workspace, BuildOptions()) as session:
         session.hooks, session.screen = (), Killing(cluster)
         result = build(session, LocalRunner(2))
     assert result.failure() is None and result.named("done") == ["train@alpha", "train@beta"]
@@ -328,7 +328,7 @@ def test_losses_have_a_bound(workspace: Workspace) -> None:
 
 def test_groups() -> None:
     def shared(count: int, places: int, most: int | None) -> list[int]:
-        groups = engines.share([str(number) for number in range(count)], places, most)
+        groups = engines.split_evenly([str(number) for number in range(count)], places, most)
         assert sorted(int(name) for group in groups for name in group) == list(range(count))
         return [len(group) for group in groups]
 
@@ -369,7 +369,7 @@ def test_an_expert_is_only_taken_as_its_manifest_and_our_inputs_say(
     settings = config.load(workspace.params)
     for name, data in here["alpha"].items():
         payload.write({f"data/experts/alpha/{name}": data}, workspace.root)
-    good = payload.answer(workspace, ["alpha"], None, "afar")
+    good = payload.pack_answer(workspace, ["alpha"], None, "afar")
     shutil.rmtree(workspace.expert("alpha"))
     with (workspace.expert("alpha").parent / "nothing").open("w") as file:
         file.write("yet")
@@ -377,12 +377,12 @@ def test_an_expert_is_only_taken_as_its_manifest_and_our_inputs_say(
     header = {**json.loads(bad.pop("parcel.json")), "files": {}}
     sealed = payload._sealed(bad, header)
     with pytest.raises(ArtifactError, match="'alpha' that afar sent is not what its manifest says"):
-        payload.accept(workspace, settings, sealed)
+        payload.install_answer(workspace, settings, sealed)
     other = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 7})})
     with pytest.raises(ArtifactError, match="trained from other inputs"):
-        payload.accept(workspace, other, good)
+        payload.install_answer(workspace, other, good)
     assert not workspace.expert("alpha").exists()
-    assert payload.accept(workspace, settings, good) is None
+    assert payload.install_answer(workspace, settings, good) is None
     assert (workspace.expert("alpha") / MANIFEST).read_bytes() == here["alpha"][MANIFEST]
 
 
@@ -411,8 +411,8 @@ def test_an_engine_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyP
         remote_training.connect(ExecutionParams(runner="dask", address="somewhere"), None)
     monkeypatch.setattr(engines, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="ray is not installed: run `pip install"):
-        engines.require(ExecutionParams(runner="ray"))
-    engines.require(ExecutionParams())
+        engines.require_engine(ExecutionParams(runner="ray"))
+    engines.require_engine(ExecutionParams())
 
 
 def test_an_address_without_a_cluster_is_refused(workspace: Workspace) -> None:

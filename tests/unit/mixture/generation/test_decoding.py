@@ -92,7 +92,7 @@ def test_the_written_out_step_computes_what_the_model_does(architecture: str, ro
                                                            data: st.DataObject) -> None:
     """Padding, rows without an expert, rows that leave, and a cache that grows more than once."""
     stack = stack_on(model_of(architecture))
-    assert decoding.fits(stack.model)
+    assert decoding.supports_step(stack.model)
     agree(stack, LlamaDecoding, rows, data, atol=1e-9, rtol=1e-9)
 
 
@@ -140,14 +140,15 @@ def test_a_scaled_rotation_is_the_models_own() -> None:
 
 
 def test_other_models_keep_their_own_forward() -> None:
-    assert [decoding.fits(model_of(architecture)) for architecture in tiny.ARCHITECTURES] == [True, True, False]
+    assert [decoding.supports_step(model_of(architecture)) for architecture in tiny.ARCHITECTURES] == [True, True,
+                                                                                                       False]
     sliding = copy.copy(model_of("qwen2"))
     sliding.config = copy.deepcopy(sliding.config)
     sliding.config.layer_types = ["full_attention", "sliding_attention"]
-    assert not decoding.fits(sliding)
+    assert not decoding.supports_step(sliding)
     stack = stack_on(model_of("llama"))
     stack.blend(torch.tensor([[0.5, 0.5]]))
-    assert not decoding.fits(stack.model)
+    assert not decoding.supports_step(stack.model)
 
 
 # Packed weights.
@@ -173,12 +174,12 @@ def test_packed_weights_go_with_the_model() -> None:
 
 def test_no_more_is_packed_than_the_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [nn.Linear(8, 8), nn.Linear(8, 8)]
-    assert native.room([layers])
+    assert native.fits_in_memory([layers])
     monkeypatch.setattr(native, "SHARE", 0)
-    assert not native.room([layers])
+    assert not native.fits_in_memory([layers])
     native.packed(layers, 8, 1)
-    assert native.room([layers])   # both are there already
-    assert not native.room([layers, [nn.Linear(8, 8)]])
+    assert native.fits_in_memory([layers])   # both are there already
+    assert not native.fits_in_memory([layers, [nn.Linear(8, 8)]])
 
 
 def test_bfloat16_steps_are_as_near_to_float64_as_the_models_own() -> None:

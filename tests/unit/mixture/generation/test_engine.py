@@ -26,7 +26,7 @@ from moa.base.load import Base, Device
 from moa.base.pin import BasePin
 from moa.core.errors import UsageError
 from moa.experts.lora import ExpertStack, LoraSpec
-from moa.mixture.calibration import fit
+from moa.mixture.calibration import train_heads
 from moa.mixture.generation import engine
 from moa.mixture.generation.decoding import Decoding
 from moa.mixture.generation.engine import GenerationBatch, GenerationConfig
@@ -55,7 +55,7 @@ def toy(architecture: str = "llama") -> Mixture:
     encoder = ChatEncoder(base.tokenizer, "", 256)
     prompts = [encoder.prompt(ask(f"{label} {number}")) for label in LABELS for number in range(8)]
     found = features(model, prompts)
-    router = fit(LABELS, found, torch.arange(2).repeat_interleave(8))
+    router = train_heads(LABELS, found, torch.arange(2).repeat_interleave(8))
     router.threshold = router.scores(found).median().item()
     stack = ExpertStack(model, [LoraSpec(2, 4.0), LoraSpec(3, 3.0, rslora=True)], dtype=torch.float64)
     with torch.no_grad():
@@ -454,7 +454,7 @@ def test_a_stream_joined_is_the_answer(text: str, domain: str | None, start: int
 
 def test_a_stream_comes_while_it_is_written() -> None:
     """Its writer is held at the 20th pass until it is told to end: the first piece has come by then."""
-    mixture, began, pieces = toy(), list[threading.Event](), engine.pieces
+    mixture, began, pieces = toy(), list[threading.Event](), engine.stream_texts
 
     def told(work: Callable[[Any, threading.Event], Any]) -> Iterator[str]:
         def noted(tell: Any, cancelled: threading.Event) -> None:
@@ -470,7 +470,7 @@ def test_a_stream_comes_while_it_is_written() -> None:
                 began[0].wait()
             return counted(batch, tokens)
 
-        patch.setattr(engine, "pieces", told)
+        patch.setattr(engine, "stream_texts", told)
         patch.setattr(Decoding, "step", held)
         stream = mixture.stream(ask("a long one"), "alpha", max_new_tokens=1000)
         assert next(stream) and len(seen) <= 20

@@ -50,7 +50,7 @@ def test_the_compiled_step_computes_what_the_model_does(architecture: str, rows:
                                                         data: st.DataObject) -> None:
     """Padding, rows without an expert, rows that leave, more rows than a tile, and a cache that grows."""
     stack = stack_on(model_of(architecture), 2, 5)
-    assert decoding.fits(stack.model) and native.fits(stack.model)
+    assert decoding.supports_step(stack.model) and native.supports_native(stack.model)
     agree(stack, CompiledDecoding, rows, data, atol=2e-4, rtol=1e-4)
 
 
@@ -88,7 +88,7 @@ def test_biases_and_a_scaled_rotation_are_the_models_own() -> None:
     scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     stack = stack_on(model_of("llama", attention_bias=True, mlp_bias=True, rope_parameters=scaled), 3)
-    assert native.fits(stack.model)
+    assert native.supports_native(stack.model)
     plain, fast = (walk(kind, stack, [40, 9, 33], [0, -1, 0], [[2, 0]], 4) for kind in (Decoding, CompiledDecoding))
     for one, same in zip(plain, fast, strict=True):
         torch.testing.assert_close(same, one, atol=2e-4, rtol=1e-4)
@@ -99,7 +99,7 @@ def test_heads_in_groups_of_any_size(groups: tuple[int, int]) -> None:
     """More queries of a key head than are mixed side by side, one, and a number that leaves a rest."""
     heads, keys = groups
     stack = stack_on(model_of("llama", hidden_size=32 * heads, num_attention_heads=heads, num_key_value_heads=keys), 3)
-    assert native.fits(stack.model)
+    assert native.supports_native(stack.model)
     plain, fast = (walk(kind, stack, [4, 20], [0, 0], [], 4) for kind in (Decoding, CompiledDecoding))
     for one, same in zip(plain, fast, strict=True):
         torch.testing.assert_close(same, one, atol=2e-4, rtol=1e-4)
@@ -125,12 +125,12 @@ def test_bfloat16_steps_are_as_near_to_float64_as_the_models_own(architecture: s
 def test_what_the_tiles_do_not_fill_is_decoded_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = AutoModelForCausalLM.from_config(AutoConfig.for_model(
         "llama", vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4))
-    assert decoding.fits(narrow) and not native.fits(narrow)
+    assert decoding.supports_step(narrow) and not native.supports_native(narrow)
     other = model_of("llama")
     assert engine._way(other) is CompiledDecoding
     assert engine._way(other.double()) is decoding.LlamaDecoding
     other = model_of("llama")
     other.config.hidden_act = "gelu"
-    assert not native.fits(other)
+    assert not native.supports_native(other)
     monkeypatch.setattr("moa.mixture.generation.native.SHARE", 0)
-    assert not native.fits(model_of("llama"))
+    assert not native.supports_native(model_of("llama"))
