@@ -1,1 +1,1 @@
-"""Order and policy: Prefect flows over the steps of `moa`. No ML in here."""
+"""The Prefect flows over `moa`, their order and policy, and the services of `moa up`. No ML in here."""

@@ -1,4 +1,4 @@
-"""Adaptation as a Prefect flow: what `moa up` serves on events. Order and policy are in `flows.steps.learning`."""
+"""Adaptation as a Prefect flow, which `moa up` starts on events. Order and policy are in `flows.steps.learning`."""
 
 from typing import Any
 
@@ -12,8 +12,16 @@ from flows.steps import learning
 
 @flow(name="adapt", persist_result=False, validate_parameters=False)
 def adapt(root: str = ".", trigger: str = "an event", now: bool = False) -> dict[str, Any]:
-    """Learn everything that waits in data/incoming of the workspace at `root`, and release it if the gate lets it."""
-    workspace, runner, before = flow_context(root)
+    """Learn everything that waits in data/incoming of the workspace at `root`, and release it if the gate lets it.
+
+    Args:
+        trigger: what started the run, for the event log.
+        now: ignore `adapt.min_rows`, `adapt.debounce` and `adapt.cooldown`.
+
+    Returns:
+        The facts of `flows.steps.learning.adapt`.
+    """
+    workspace, runner, logged = flow_context(root)
     facts = learning.adapt(workspace, runner, trigger, now=now, after=artifacts.store_build)
-    artifacts.store_learning(workspace, before, facts)
+    artifacts.store_learning(workspace, logged, facts)
     return facts

@@ -1,6 +1,6 @@
-"""What a build came to, kept with its flow run: a page and the gate's verdicts, as Prefect artifacts.
+"""Prefect artifacts of a flow run: the build's report, the gate's verdicts, and what an adaptation decided.
 
-They repeat the report on Prefect's pages.
+They show on Prefect's pages what the workspace's report and event log hold; nothing reads them back.
 """
 
 import sys
@@ -15,30 +15,39 @@ from moa.core.project import Names
 from moa.reports import facts as report_facts
 from moa.reports import text as report
 
-REPORT, GATE, LEARNED = "report", "gate", "learned"   # ends of their keys, which begin with the project's name
+REPORT, GATE, LEARNED = "report", "gate", "learned"   # ends of artifact keys, which begin with the project's name
 
 
 def store_build(session: Session, result: Result) -> None:
-    """Store the artifacts of the flow run that is running. Whatever goes wrong is said, and fails nothing."""
+    """Store a build's report and the gate's verdicts as Prefect artifacts of the current flow run.
+
+    An error is printed and not raised: the build has ended, and an artifact must not change how.
+    """
     try:
         from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
         key = Names.of(session.config).artifact
         create_markdown_artifact(build_page(session, result), key(REPORT), "Evaluation and release of this build")
         if verdicts := gate_table(result):
-            create_table_artifact(verdicts, key(GATE), "What the gate said of this release")
-    except Exception as error:   # the build is what counts, and it is done
+            create_table_artifact(verdicts, key(GATE), "The gate's verdicts on this release")
+    except Exception as error:
         session.screen.say(f"Prefect did not keep this build's report: {type(error).__name__}: {error}")
 
 
-def store_learning(workspace: Workspace, before: int, facts: dict[str, Any]) -> None:
-    """What an adaptation or a retraining decided, by the ledger's lines after the first `before`, and what its release
-    kept of the one before. Whatever goes wrong is said, and fails nothing."""
+def store_learning(workspace: Workspace, logged: int, facts: dict[str, Any]) -> None:
+    """Store what an adaptation or a retraining decided as a Prefect artifact of the current flow run.
+
+    An error is printed and not raised.
+
+    Args:
+        logged: entries that the event log had before the run; the artifact shows the later ones.
+        facts: what the run returned, with the forgetting report of its release if there is one.
+    """
     from moa.release import forgetting
 
-    parts = [f"## {facts['state']}", _fenced(event_log.text(event_log.read(workspace)[before:]))]
-    if kept := facts.get("forgetting"):
-        parts += ["## What it kept", _fenced(forgetting.text(kept))]
+    parts = [f"## {facts['state']}", _fenced(event_log.text(event_log.read(workspace)[logged:]))]
+    if comparison := facts.get("forgetting"):
+        parts += ["## What it kept", _fenced(forgetting.text(comparison))]
     try:
         from prefect.artifacts import create_markdown_artifact
 
@@ -53,19 +62,22 @@ def _fenced(text: str) -> str:
 
 
 def build_page(session: Session, result: Result) -> str:
-    """Markdown: how the steps ended, then the figures, unless a failure left those of an earlier build."""
-    ended = "\n".join(f"- {state}: {', '.join(names)}" for state in ("done", "cached", "skipped", "failed")
-                      if (names := result.named(state)))
-    head = f"## {session.workspace.root.name}\n\n{ended}\n\n"
+    """The report of a build as Markdown: how each step ended, then the figures of the evaluation.
+
+    After a failure there are no figures, because data/reports may be an earlier build's.
+    """
+    outcomes = "\n".join(f"- {state}: {', '.join(names)}" for state in ("done", "cached", "skipped", "failed")
+                         if (names := result.named(state)))
+    head = f"## {session.workspace.root.name}\n\n{outcomes}\n\n"
     if failure := result.failure():
         return f"{head}{failure}\n"
-    mixture = session.workspace.mixture / MANIFEST
-    router = read_json(mixture).get("router", {}) if mixture.is_file() else {}
+    manifest = session.workspace.mixture / MANIFEST
+    router = read_json(manifest).get("router", {}) if manifest.is_file() else {}
     return head + report.build_markdown(report_facts.evaluation(session.workspace.reports), router, _release(result))
 
 
 def gate_table(result: Result) -> list[dict[str, Any]]:
-    """The gate's comparisons, a row each, and last its decision; empty where the gate was not asked."""
+    """The gate's comparisons as rows of a table, its decision last; empty when the gate was not asked."""
     release = _release(result) or {}
     if not (decision := release.get("decision")):
         return []

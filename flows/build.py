@@ -1,6 +1,6 @@
-"""The build as a Prefect flow: each stage a task, its state what happened. `flows.steps.stage_order` has the order.
+"""The build as a Prefect flow: each stage is a task. `flows.steps.stage_order` has the order.
 
-Prefect's task cache stays off: DVC alone knows what is fresh, and such a stage ends in a state named `Cached`.
+Prefect's task cache stays off: DVC alone knows which stages are fresh, and these end in a state named `Cached`.
 """
 
 import os
@@ -23,23 +23,24 @@ from moa.core.errors import PipelineError
 from moa.core.paths import Workspace
 from moa.core.supervisor import end_with_parent, stop_all
 
-if "PREFECT__FLOW_RUN_ID" in os.environ:   # a runner started this process for one flow run
-    end_with_parent()                      # and when the runner is killed, it cannot end this process
+if "PREFECT__FLOW_RUN_ID" in os.environ:   # Prefect's runner started this process for one flow run
+    end_with_parent()                      # a runner that is killed cannot end its flow runs itself
 
 
 class PrefectRunner:
-    """Each call is a task run of the flow that is running."""
+    """Runs each call as a task run of the current flow run."""
 
     def __init__(self, workers: int = 1_000_000) -> None:
-        """`workers` bounds the calls side by side, where the flow has no task runner of its own."""
+        """`workers` bounds how many calls run side by side; by default the flow's own task runner does."""
         self.interrupted = threading.Event()
-        self.free = threading.BoundedSemaphore(workers)
+        self.slots = threading.BoundedSemaphore(workers)
 
     def run_all(self, calls: Sequence[Call]) -> list[Outcome]:
+        """Run every call as a task, even when others fail; their outcomes in the order of `calls`."""
         outcomes: dict[str, Outcome] = {}
 
         def body(call: Call) -> Any:
-            with self.free:
+            with self.slots:
                 outcome = outcomes[call.name] = run_call(call, self.interrupted)
             if outcome.error is not None:
                 raise outcome.error
@@ -54,7 +55,7 @@ class PrefectRunner:
                             persist_result=False).submit(call) for call in calls]
             for future in futures:
                 future.wait()
-        except BaseException:   # Ctrl-C or SIGTERM: end the steps, or their threads would keep us here
+        except BaseException:   # Ctrl-C or SIGTERM: end the steps, or the process would wait for their threads
             self.interrupted.set()
             stop_all()
             raise
@@ -64,9 +65,9 @@ class PrefectRunner:
 
 
 def close_abandoned() -> None:
-    """Say `Crashed` of builds that a killed process left `Running`.
+    """Set every flow run that is running or pending on the server to `Crashed`: a killed process left it so.
 
-    For a server of one workspace, under that workspace's lock: no other build can be running.
+    Only for a server of this workspace alone, under the workspace's lock: then no other flow run can be at work.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
@@ -75,14 +76,26 @@ def close_abandoned() -> None:
     running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(
         any_=[StateType.RUNNING, StateType.PENDING])))
     with get_client(sync_client=True) as client:
-        for left in client.read_flow_runs(flow_run_filter=running):
-            client.set_flow_run_state(left.id, Crashed(message="its process was killed"), force=True)
+        for flow_run in client.read_flow_runs(flow_run_filter=running):
+            client.set_flow_run_state(flow_run.id, Crashed(message="its process was killed"), force=True)
 
 
 @flow(name="build", persist_result=False, validate_parameters=False)
 def build(root: str = ".", domains: list[str] | None = None, force: list[str] | None = None,
           promote: bool = True) -> dict[str, Any]:
-    """Bring every stage of the workspace at `root` up to date, then register, compare and promote."""
+    """Bring every stage of the workspace at `root` up to date, then register the mixture, ask the gate and promote.
+
+    Args:
+        domains: only these domains' own stages; None = all.
+        force: stages or steps to run although they are fresh.
+        promote: whether a release that passes the gate becomes champion.
+
+    Returns:
+        `Result.as_dict`: stages by how they ended, and the release.
+
+    Raises:
+        PipelineError: a stage or a release step failed; the others have ended.
+    """
     options = BuildOptions(tuple(domains) if domains is not None else None, tuple(force or ()), promote)
     with open_session(Workspace.find(Path(root)), options) as session:
         result = build_stages(session, PrefectRunner())
@@ -93,6 +106,6 @@ def build(root: str = ".", domains: list[str] | None = None, force: list[str] | 
 
 
 def flow_context(root: str) -> tuple[Workspace, PrefectRunner, int]:
-    """The workspace at `root`, a runner for its flow, and how many lines its event log has."""
+    """The workspace at `root`, a Prefect runner for its flow, and how many entries its event log has."""
     workspace = Workspace.find(Path(root))
     return workspace, PrefectRunner(load(workspace.params).execution.workers), len(event_log.read(workspace))

@@ -1,6 +1,6 @@
-"""The scheduled look at kept prompts as a Prefect flow: an event, an artifact, and a line in the event log.
+"""The scheduled drift check of logged prompts as a Prefect flow: events, an artifact, and a line in the event log.
 
-The check itself runs in a process of its own, so that a server of flows holds no model.
+The check itself runs in a process of its own, so that the process that serves the flows holds no model.
 """
 
 from pathlib import Path
@@ -17,18 +17,25 @@ from moa.core.paths import Workspace
 from moa.core.project import Names
 from moa.core.subprocesses import moa_json
 from moa.release.registry import Registry
-from moa.serving import drift as looking
+from moa.serving import drift as drift_report
 
-ARTIFACT = "drift"   # end of its key, which begins with the project's name
+ARTIFACT = "drift"   # end of the artifact's key, which begins with the project's name
 
 
 @flow(name="drift", persist_result=False, validate_parameters=False)
 def drift(root: str = ".") -> dict[str, Any] | None:
-    """Look at the prompts that `moa serve` kept; tell what was found. None before the first release."""
+    """Check the prompts that `moa serve` logged for drift, log a changed verdict and send it to Prefect as events.
+
+    Returns:
+        The report of `moa.serving.drift.check`; None before the first release.
+
+    Raises:
+        PipelineError: the check failed.
+    """
     workspace = Workspace.find(Path(root))
     settings = config.load(workspace.params)
     if Registry(workspace, settings).champion() is None:
-        return None   # nothing served, so nothing kept: a schedule may begin before the first release
+        return None   # nothing was served, so no prompt was logged: a schedule may begin before the first release
     report = check(workspace)
     record_verdict(workspace, report)
     emit_events(report, Names.of(settings))
@@ -36,7 +43,7 @@ def drift(root: str = ".") -> dict[str, Any] | None:
 
 
 def check(workspace: Workspace) -> dict[str, Any]:
-    """What `moa drift` says, in another process. Raises PipelineError with that process's own words."""
+    """The report of `moa drift`, run in another process. Raises PipelineError with that process's error message."""
     report, problem = moa_json(workspace, "drift")
     if not report:
         raise PipelineError(f"The kept prompts could not be looked at: {problem}")
@@ -44,21 +51,21 @@ def check(workspace: Workspace) -> dict[str, Any]:
 
 
 def record_verdict(workspace: Workspace, report: dict[str, Any]) -> dict[str, Any] | None:
-    """A line in the ledger where the check says something else than the last one did: what was added, or None."""
-    facts = looking.facts(report)
+    """Append the verdict to the event log if it differs from the last one there; the new entry, or None."""
+    facts = drift_report.facts(report)
     last = event_log.read(workspace, last=1, kinds=["drift"])
-    told = {name: facts[name] for name in looking.NEWS}
-    if last and told == {name: last[0].get(name) for name in looking.NEWS}:
+    news = {name: facts[name] for name in drift_report.NEWS}
+    if last and news == {name: last[0].get(name) for name in drift_report.NEWS}:
         return None
     return event_log.append(workspace, "drift", **facts)
 
 
 def emit_events(report: dict[str, Any], names: Names) -> None:
-    """The events `moa.drift` and, for each group, `moa.domain.missing`; and a page in Prefect's own interface."""
+    """Send Prefect the event `moa.drift`, an event `moa.domain.missing` for each missing domain, and an artifact."""
     resource = {"prefect.resource.id": names.resource("release", str(report["release"])),
                 "prefect.resource.name": f"{report['name']} version {report['release']}"}
-    create_markdown_artifact(key=names.artifact(ARTIFACT), markdown=looking.drift_markdown(report),
-                             description=looking.headline(report))
-    emit_event("moa.drift", resource=resource, payload=looking.facts(report))
+    create_markdown_artifact(key=names.artifact(ARTIFACT), markdown=drift_report.drift_markdown(report),
+                             description=drift_report.headline(report))
+    emit_event("moa.drift", resource=resource, payload=drift_report.facts(report))
     for group in report["missing"]:
-        emit_event("moa.domain.missing", resource=resource, payload={**group, "reason": looking.sentence(group)})
+        emit_event("moa.domain.missing", resource=resource, payload={**group, "reason": drift_report.sentence(group)})

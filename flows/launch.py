@@ -1,4 +1,4 @@
-"""One build from a command line: under Prefect, or with no server at all. Knows signals, nothing of stages."""
+"""One build, adaptation or retraining from a command line: under Prefect, or without a server."""
 
 import signal
 import threading
@@ -17,8 +17,21 @@ from moa.release import mlflow_client
 
 
 def run(workspace: Workspace, options: BuildOptions, *, local: bool = False, verbose: bool = False) -> Result:
-    """Build. A failed stage is in the result, see `Result.failure`; KeyboardInterrupt when told to end."""
-    load_configuration(workspace)   # before anything is started
+    """Build the workspace: every stale stage, then the release steps.
+
+    Args:
+        local: run the steps on threads, without Prefect.
+        verbose: show what steps and Prefect print.
+
+    Returns:
+        How each stage ended; a failed one is in it and not raised, see `Result.failure`.
+
+    Raises:
+        ConfigError: params.yaml is wrong, or names no domain.
+        PipelineError: the lock is held by another run, or Prefect's server cannot be used.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the steps have ended.
+    """
+    load_configuration(workspace)   # fail before a server is started
     with terminated_as_interrupted():
         if not local:
             return _under_prefect(workspace, options, verbose)
@@ -29,10 +42,10 @@ def run(workspace: Workspace, options: BuildOptions, *, local: bool = False, ver
 def _under_prefect(workspace: Workspace, options: BuildOptions, verbose: bool) -> Result:
     from flows import prefect_server
 
-    # The session looks at the pipeline while the server starts.
+    # The session takes a snapshot of the pipeline while the server starts.
     with (prefect_server.running(workspace, verbose=verbose) as prefect,
           open_session(workspace, options, verbose=verbose) as session):
-        mlflow_client.load()   # the release needs it; Prefect's server takes as long to start
+        mlflow_client.load()   # importing MLflow, for the release, takes as long as the server needs to start
         prefect.ready()
         from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -52,29 +65,39 @@ def _under_prefect(workspace: Workspace, options: BuildOptions, verbose: bool) -
         return session.result
 
 
-def learn(workspace: Workspace, what: str, *, local: bool = False, verbose: bool = False,
-          **how: Any) -> dict[str, Any]:
-    """One adaptation or retraining (`what`: adapt, retrain) from a command line; `how` goes to it."""
+def learn(workspace: Workspace, flow_name: str, *, local: bool = False, verbose: bool = False,
+          **options: Any) -> dict[str, Any]:
+    """Run one adaptation or retraining.
+
+    Args:
+        flow_name: `adapt` or `retrain`.
+        local: run it on threads, without Prefect.
+        verbose: show what steps and Prefect print.
+        options: of `flows.steps.learning.adapt` or `flows.steps.retraining.retrain`.
+
+    Returns:
+        The facts of that function.
+    """
     from flows import prefect_server
     from flows.steps import learning, retraining
 
     workers = load(workspace.params).execution.workers
     with terminated_as_interrupted():
         if local:
-            work: Any = learning.adapt if what == "adapt" else retraining.retrain
-            found: dict[str, Any] = work(workspace, LocalRunner(workers), "a person", verbose=verbose, **how)
-            return found
-        with prefect_server.running(workspace, verbose=verbose) as prefect:
-            prefect.ready()
-            from flows import adapt
+            function: Any = learning.adapt if flow_name == "adapt" else retraining.retrain
+            facts: dict[str, Any] = function(workspace, LocalRunner(workers), "a person", verbose=verbose, **options)
+        else:
+            with prefect_server.running(workspace, verbose=verbose) as prefect:
+                prefect.ready()
+                from flows import adapt
 
-            done: dict[str, Any] = getattr(adapt, what)(root=str(workspace.root), trigger="a person", **how)
-            return done
+                facts = getattr(adapt, flow_name)(root=str(workspace.root), trigger="a person", **options)
+    return facts
 
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does, and neither leaves a step behind."""
+    """Within the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does; afterwards every step's process is stopped."""
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Prefect's API in plain HTTP, which is there at once: importing Prefect would take longer than the questions."""
+"""Prefect's API in plain HTTP: importing Prefect would take longer than the requests."""
 
 import base64
 import json
@@ -18,14 +18,18 @@ from moa.core.paths import Workspace
 
 @dataclass(frozen=True)
 class Api:
-    """A Prefect API: its URL, and what its clients prove themselves with."""
+    """A Prefect API: its URL, and the credentials for it."""
 
     url: str
     password: str | None = field(default=None, repr=False)   # as in PREFECT_API_AUTH_STRING: user:password
     key: str | None = field(default=None, repr=False)        # of Prefect Cloud
 
     def ask(self, path: str, body: Any = None, *, seconds: float = 5.0) -> Any:
-        """What it answers to GET, or to POST of `body`; None for an empty answer. Raises OSError or ValueError."""
+        """Send GET, or POST if there is a `body` for JSON, to `path` below the URL, and return the decoded answer.
+
+        An empty answer is None. `seconds` is the timeout. Raises OSError (an HTTPError for an error status) or
+        ValueError (an answer that is no JSON).
+        """
         content = self._send(path, None if body is None else json.dumps(body).encode(), seconds)
         return json.loads(content) if content else None
 
@@ -37,14 +41,14 @@ class Api:
         return content
 
     def answers(self) -> bool:
-        """Whether it is healthy. Any client may ask that, with or without a password."""
+        """Whether the server says that it is healthy, which it does to any client, with or without a password."""
         with suppress(OSError, ValueError):
             self._send("health", None, seconds=3)
             return True
         return False
 
     def refuses(self) -> bool:
-        """Whether it answers, but not to a client with this password or key."""
+        """Whether the server answers and refuses this password or key."""
         try:
             self.ask("admin/version")
         except HTTPError as error:
@@ -54,7 +58,7 @@ class Api:
         return False
 
     def environment(self) -> dict[str, str]:
-        """The settings with which Prefect's own clients ask this API, above whatever files say in their folders."""
+        """Environment variables that make Prefect's own clients use this API, whatever settings files say."""
         settings = {"PREFECT_API_URL": self.url, "PREFECT_API_AUTH_STRING": self.password, "PREFECT_API_KEY": self.key}
         return {name: value for name, value in settings.items() if value}
 
@@ -65,22 +69,22 @@ class Api:
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def _opener(self) -> urllib.request.OpenerDirector:
-        own = urlsplit(self.url).hostname in loopback.HOSTS   # urllib would find no [::1] in NO_PROXY
-        return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if own else []))
+        local = urlsplit(self.url).hostname in loopback.HOSTS   # urllib does not match [::1] with NO_PROXY
+        return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
 
 
 def configured_api() -> Api | None:
-    """The API that the user's settings name, with the password or key that they give for it."""
+    """The API that the user's Prefect settings name, with their password or key; None if they name none."""
     url = setting("PREFECT_API_URL")
     return Api(url, setting("PREFECT_API_AUTH_STRING"), setting("PREFECT_API_KEY")) if url else None
 
 
 def workspace_api(workspace: Workspace) -> Api | None:
-    """The API that serves this workspace: that of `moa up`, else the configured one."""
+    """The API that serves this workspace: that of `moa up` if it runs, else the configured one; None without either."""
     try:
         url = str(read_json(workspace.up)["api"])
     except (OSError, ValueError, KeyError, TypeError):
         return configured_api()
-    with suppress(OSError, ValueError):   # there is a file as long as the server is moa's own
+    with suppress(OSError, ValueError):   # the password file exists as long as moa's own server runs
         return Api(url, workspace.prefect_password.read_text(encoding="utf-8").rstrip("\n"))
     return Api(url, setting("PREFECT_API_AUTH_STRING"), setting("PREFECT_API_KEY"))

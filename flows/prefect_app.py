@@ -1,7 +1,7 @@
-"""`python -m flows.prefect_server PORT`: Prefect's server on loopback, for this machine's programs and its own pages.
+"""`python -m flows.prefect_app PORT`: Prefect's server on loopback, for this machine's programs and its own pages.
 
-A page of another site must not reach it from the browser of its owner. The secret that clients send is Prefect's own
-setting (PREFECT_SERVER_API_AUTH_STRING); what Prefect does not check is checked here, before it sees the request.
+A page of another site must not reach the server through its owner's browser. Prefect itself checks the password
+(PREFECT_SERVER_API_AUTH_STRING) alone; host and origin are checked here, before a request gets to Prefect.
 """
 
 import re
@@ -12,18 +12,18 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 HOST = "127.0.0.1"
-# Any port: the owner of a workspace on another machine comes through an SSH tunnel with a port of its own.
+# Any port, because an SSH tunnel from another machine has a port of its own.
 OWN = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?")
 
 REFUSAL = "Only this machine's own programs and this server's own pages are answered."
 
 
 class OwnPages:
-    """Answers requests that name this machine's loopback as their host and come from no page but this server's own.
+    """ASGI middleware that refuses requests whose host is not loopback, and those of other sites' pages, with 403.
 
-    The host is checked because a site may point a name of its own at 127.0.0.1 (DNS rebinding); the origin because a
-    browser sends requests, and opens websockets, across sites; Sec-Fetch-Site because it sends no origin with a frame
-    or an image. A link to this server's pages still works. Programs send none of these but the host.
+    The Host header is checked because a site may point a name of its own at 127.0.0.1 (DNS rebinding); Origin because
+    browsers send requests, and open websockets, across sites; Sec-Fetch-Site because browsers send no Origin with a
+    frame or an image. A link to this server's pages still works. Programs send none of these headers but Host.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -37,6 +37,7 @@ class OwnPages:
 
 
 def _own(headers: Headers) -> bool:
+    """Whether a request is for loopback and not from another site's page."""
     hosts = [host.lower() for host in headers.getlist("host")]
     if len(hosts) != 1 or not OWN.fullmatch(hosts[0]):
         return False
@@ -46,7 +47,7 @@ def _own(headers: Headers) -> bool:
 
 
 def main(port: int) -> None:
-    """What `prefect server start` does, behind `OwnPages`."""
+    """Run Prefect's server on loopback behind `OwnPages`, with the settings that `prefect server start` uses."""
     import uvicorn
     from prefect.server.api.server import create_app
     from prefect.settings import get_current_settings

@@ -1,4 +1,4 @@
-"""Prefect's settings by name, in Prefect's own order of sources, without the second that importing Prefect takes."""
+"""Prefect's settings by name, from the sources and in the order that Prefect reads them, without importing Prefect."""
 
 import os
 import tomllib
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def setting(name: str) -> str | None:
-    """What Prefect would read in this process for `PREFECT_...`; None where no source says anything.
+    """The value that Prefect would read in this process for `name` (`PREFECT_...`); None when no source sets it.
 
     The environment comes first, then `.env`, `prefect.toml` and `pyproject.toml` of the current folder, then the active
-    profile. A file that cannot be read says nothing here: Prefect reports it when it is imported.
+    profile. A file that cannot be read is passed over: Prefect reports it when it is imported.
     """
     keys = name.removeprefix("PREFECT_").lower()
     sources = (lambda: os.environ.get(name),
@@ -21,7 +21,7 @@ def setting(name: str) -> str | None:
                lambda: _nested(_toml(Path("pyproject.toml")).get("tool", {}).get("prefect", {}), keys),
                lambda: _profile().get(name))
     for source in sources:
-        with suppress(AttributeError):   # a table where a value should be, or the reverse
+        with suppress(AttributeError):   # a file has a table where a value should be, or the reverse
             if value := source():
                 return str(value)
     return None
@@ -44,20 +44,21 @@ def _toml(path: Path) -> dict[str, Any]:
 
 
 def _nested(table: Mapping[str, Any], keys: str) -> Any:
-    """The value of `server_api_auth_string`, which stands as `auth_string` in the table `server.api`."""
+    """The value of a setting in nested tables: `server_api_auth_string` is `auth_string` in the table `server.api`."""
     if keys in table:
         return table[keys]
     for name, inner in table.items():
         if isinstance(inner, Mapping) and keys.startswith(f"{name}_"):
-            found = _nested(inner, keys.removeprefix(f"{name}_"))
-            if found is not None:
-                return found
+            value = _nested(inner, keys.removeprefix(f"{name}_"))
+            if value is not None:
+                return value
     return None
 
 
 def _profile() -> dict[str, Any]:
+    """The settings of Prefect's active profile."""
     home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
     profiles = _toml(Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml")))
     active = os.environ.get("PREFECT_PROFILE") or profiles.get("active")
-    found: dict[str, Any] = profiles.get("profiles", {}).get(active, {})
-    return found
+    settings: dict[str, Any] = profiles.get("profiles", {}).get(active, {})
+    return settings

@@ -1,7 +1,7 @@
-"""Looks at data/incoming, and nudges: says to Prefect that something has arrived. Takes nothing in, decides nothing.
+"""Watches data/incoming, and sends Prefect an event when files have arrived. Takes no file in and decides nothing.
 
-An event is a nudge, never the record. What has arrived lies in data/incoming until it is learned; a process that misses
-an event finds it there, and the sensor nudges again as long as something is due.
+The files are the record, an event only starts a run. Files lie in data/incoming until they are learned, so a lost
+event loses no rows: the sensor sends another one as long as something is due.
 """
 
 import threading
@@ -25,12 +25,19 @@ from moa.workspace import incoming
 from moa.workspace.lock import LockHolder
 
 ARRIVED = "moa.data.arrived"
-AGAIN = 45.0              # seconds between two nudges for the same thing: a run needs some of them to begin
-BACK_OFF = (60.0, 3600.0)   # seconds after a failed run, doubled with each, and at most
+AGAIN = 45.0                # seconds between two events for the same files: a run needs some of them to begin
+BACK_OFF = (60.0, 3600.0)   # seconds without events after a failed run, doubled with each further one, and at most
 
 
 def send_arrival_event(workspace: Workspace, names: Sequence[str] = (), api: prefect_api.Api | None = None) -> bool:
-    """Tell Prefect that rows of these domains have arrived; whether its server took it."""
+    """Send Prefect an event for each of these domains that its rows have arrived.
+
+    Args:
+        api: where to send them; None = the API that serves the workspace.
+
+    Returns:
+        Whether a server took the events. An API that is unknown or unreachable is no error.
+    """
     api = api or prefect_api.workspace_api(workspace)
     if api is None:
         return False
@@ -46,40 +53,43 @@ def send_arrival_event(workspace: Workspace, names: Sequence[str] = (), api: pre
 
 
 def related_resources(workspace: Workspace, config: Config) -> dict[str, str] | None:
-    """The project that an event belongs to. It tells old workspaces, whose events are about the same resources, apart.
+    """The project that an event belongs to, as Prefect's related resource.
 
-    None in a shallow clone of an old workspace, which cannot tell.
+    It tells the events of old workspaces apart, whose own resources all have the same names. None in a shallow clone of
+    an old workspace, whose id cannot be derived.
     """
     project = project_id(workspace, config)
     return {"prefect.resource.id": f"moa.project.{project}"} if project else None
 
 
 class Sensor:
-    """`look` once, or `run` until `stop`. `ask` is told the names of the domains for which something is due."""
+    """Checks data/incoming: `look` does it once, `run` again and again until `stop`."""
 
     def __init__(self, workspace: Workspace, ask: Callable[[Sequence[str]], bool]) -> None:
+        """`ask` sends an event for the domains for which a run is due, and says whether it was taken."""
         self.workspace, self.ask = workspace, ask
         self._ended = threading.Event()
-        self._seen: str | None = None             # signature of the last look: a file that still grows has another one
-        self._asked: tuple[str, float] = ("", 0.0)
+        self._seen: str | None = None             # signature at the last look; files that still grow change it
+        self._asked: tuple[str, float] = ("", 0.0)   # signature and monotonic time of the last event
         self.trouble: str | None = None           # why the last look failed
-        self.looked = False                       # whether one was without trouble
+        self.looked = False                       # whether any look succeeded
 
     def look(self) -> list[str]:
-        """Send an event if a run is due and none is under way; the domains that it was sent for."""
+        """Send an event if a run is due and none is under way; the domains for which it was sent."""
         workspace = self.workspace
         signature = incoming.incoming_signature(incoming.waiting_files(workspace))
         unchanged, self._seen = signature == self._seen, signature
         if not unchanged or LockHolder.of(workspace).at_work():
             return []
         interrupted = AdaptationState.load(workspace)
-        found = pending_rows(workspace, load(workspace.params))
-        names = sorted({*(each.domain for each in found.hopeless), *(found.due.domains if found.due.run else ()),
+        pending = pending_rows(workspace, load(workspace.params))
+        names = sorted({*(arrival.domain for arrival in pending.hopeless),
+                        *(pending.due.domains if pending.due.run else ()),
                         *(interrupted.before if interrupted else ())})
         if not names or time.time() < _not_before(workspace):
             return []
-        what, at = self._asked
-        if what == signature and time.monotonic() - at < AGAIN:
+        asked_signature, asked_at = self._asked
+        if asked_signature == signature and time.monotonic() - asked_at < AGAIN:
             return []
         if self.ask([printable(name) for name in names]):
             self._asked = (signature, time.monotonic())
@@ -87,23 +97,24 @@ class Sensor:
         return []
 
     def run(self) -> None:
-        """Look every `adapt.poll` seconds. A look that fails sets `trouble`, and the next one is tried all the same."""
+        """Look every `adapt.poll` seconds until `stop`. A look that fails sets `trouble` and does not end the loop."""
         poll = 2.0
         while not self._ended.wait(poll):
             try:
                 poll = load(self.workspace.params).adapt.poll
                 self.look()
                 self.trouble, self.looked = None, True
-            except Exception as error:   # whatever a file holds: the rows of other files must be learned
+            except Exception as error:   # one unreadable file must not keep the rows of others from being learned
                 self.trouble = f"data/incoming could not be looked at: {in_words(error)}"
 
     def stop(self) -> None:
+        """End `run`, from another thread."""
         self._ended.set()
 
 
 def _not_before(workspace: Workspace) -> float:
-    """When a run may be asked for again after those that failed, in seconds since 1970."""
-    failed: list[dict[str, Any]] = []
+    """The time (seconds since 1970) from which an event may be sent again, after the runs that failed in a row."""
+    failed: list[dict[str, Any]] = []   # newest first
     for entry in reversed(event_log.read(workspace, last=50, kinds=["failed", "finished"])):
         if entry["kind"] == "finished":
             break

@@ -1,4 +1,4 @@
-"""`moa status`: what runs, what is scheduled, what waits, what happened last. Changes nothing."""
+"""`moa status`: stages, champion, services, schedules, waiting rows and last events. Changes nothing."""
 
 import time
 from contextlib import suppress
@@ -16,34 +16,35 @@ from moa.core.paths import Workspace
 from moa.core.project import deployment_name
 from moa.workspace.lock import LockHolder
 
-LAST = 5   # lines of the ledger
+LAST = 5   # entries of the event log
 
 
 def status(workspace: Workspace, config: Config) -> dict[str, Any]:
+    """The facts of `moa status`, as its JSON has them; `text` shows them."""
     from moa.release.registry import Registry
     from moa.workspace.pipeline import Pipeline
 
     snapshot, champion = Pipeline(workspace).snapshot(), Registry(workspace, config).champion()
-    owner, found, interrupted = LockHolder.of(workspace), pending_rows(workspace,
-                                                                       config), AdaptationState.load(workspace)
+    holder, pending = LockHolder.of(workspace), pending_rows(workspace, config)
+    interrupted = AdaptationState.load(workspace)
     api, up = prefect_api.workspace_api(workspace), _up(workspace)
     answering = bool(api and api.answers())
     return {"workspace": str(workspace.root), "domains": list(config.domains),
             "champion": f"{champion.name} version {champion.version}" if champion else None,
             "stale": sorted(snapshot.stale), "pending": sorted(snapshot.affected),
             "up": up, "troubles": _troubles(workspace, up),
-            "prefect": {"url": api.url if api else None, "answers": answering, "password": _password(workspace)},
-            "working": owner.read() if owner.at_work() else None,
-            "interrupted": sorted(interrupted.before) if interrupted and not owner.at_work() else None,
-            "arrived": [{"domain": printable(each.domain), "file": printable(each.path.name), "size": each.size}
-                        for each in found.arrivals],
-            "due": {"run": found.due.run, "reason": found.due.reason, "wait": found.due.wait},
+            "prefect": {"url": api.url if api else None, "answers": answering, "password": _password_file(workspace)},
+            "working": holder.read() if holder.at_work() else None,
+            "interrupted": sorted(interrupted.before) if interrupted and not holder.at_work() else None,
+            "arrived": [{"domain": printable(arrival.domain), "file": printable(arrival.path.name),
+                         "size": arrival.size} for arrival in pending.arrivals],
+            "due": {"run": pending.due.run, "reason": pending.due.reason, "wait": pending.due.wait},
             "scheduled": _scheduled(api, workspace, config) if api and answering else [],
             "ledger": event_log.read(workspace, last=LAST)}
 
 
 def _up(workspace: Workspace) -> dict[str, Any] | None:
-    """What `moa up` wrote, if it runs."""
+    """The facts and service states that a running `moa up` wrote; None when none runs."""
     from filelock import FileLock, Timeout
 
     try:
@@ -52,19 +53,19 @@ def _up(workspace: Workspace) -> dict[str, Any] | None:
         return None
     try:
         with FileLock(workspace.local / "up.lock", timeout=0):
-            return None   # it was killed
+            return None   # the lock is free, so `moa up` was killed
     except Timeout:
         return facts
 
 
-def _password(workspace: Workspace) -> str | None:
-    """The file with the password of `moa up`'s own server, if there is one."""
+def _password_file(workspace: Workspace) -> str | None:
+    """The file with the password of `moa up`'s own Prefect server, relative to the workspace, if it exists."""
     path = workspace.prefect_password
     return workspace.relative(path) if path.exists() else None
 
 
 def _troubles(workspace: Workspace, up: dict[str, Any] | None) -> list[str]:
-    """What `moa up` should keep alive and is down, or looks in vain; that it was killed itself."""
+    """A sentence for each service of `moa up` that is down, or one for a `moa up` that was killed."""
     if up is None:
         return ["moa up was killed: start it again"] if workspace.up.exists() else []
     return [f"{name} is down since {part['since']}: {part['why']}" for name, part in up.get("parts", {}).items()
@@ -72,24 +73,27 @@ def _troubles(workspace: Workspace, up: dict[str, Any] | None) -> list[str]:
 
 
 def _scheduled(api: prefect_api.Api, workspace: Workspace, config: Config) -> list[dict[str, str]]:
-    """The next runs of this workspace's deployments, by Prefect's account."""
+    """The next scheduled run of each of this workspace's flows, as Prefect has it; empty when Prefect does not say."""
     with suppress(OSError, ValueError, KeyError):
         mine = {"name": {"any_": [deployment_name(workspace, config)]}}
-        known = api.ask("deployments/filter", {"deployments": mine})
-        ours = {each["id"]: each for each in known if each["parameters"].get("root") == str(workspace.root)}
-        if not ours:
+        deployments = {deployment["id"]: deployment
+                       for deployment in api.ask("deployments/filter", {"deployments": mine})
+                       if deployment["parameters"].get("root") == str(workspace.root)}
+        if not deployments:
             return []
         runs = api.ask("flow_runs/filter", {
-            "sort": "EXPECTED_START_TIME_ASC", "limit": 50, "deployments": {"id": {"any_": list(ours)}},
+            "sort": "EXPECTED_START_TIME_ASC", "limit": 50, "deployments": {"id": {"any_": list(deployments)}},
             "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}})
-        first: dict[str, str] = {}
+        next_runs: dict[str, str] = {}   # by flow; the answer has the earliest run first
         for run in runs:
-            first.setdefault(ours[run["deployment_id"]]["entrypoint"].rsplit(".", 1)[-1], run["expected_start_time"])
-        return [{"flow": flow, "at": at} for flow, at in first.items()]
+            flow = deployments[run["deployment_id"]]["entrypoint"].rsplit(".", 1)[-1]
+            next_runs.setdefault(flow, run["expected_start_time"])
+        return [{"flow": flow, "at": at} for flow, at in next_runs.items()]
     return []
 
 
 def text(facts: dict[str, Any]) -> str:
+    """The facts of `status` as lines for a person."""
     up, working, prefect = facts["up"], facts["working"], facts["prefect"]
     lines = [("workspace", facts["workspace"]), ("domains", _listed(facts["domains"])),
              ("champion", facts["champion"] or "none"), ("stale", _listed(facts["stale"])),
@@ -97,22 +101,23 @@ def text(facts: dict[str, Any]) -> str:
              *(("", f"{each['domain']}/{each['file']}, {each['size']:,} bytes") for each in facts["arrived"]),
              ("at work", f"pid {working['pid']} since {working['since']}" if working else "no run")]
     if facts["interrupted"]:
-        lines.append(("", f"an adaptation of {_listed(facts['interrupted'])} was interrupted; the next run ends it"))
+        lines.append(("", f"an adaptation of {_listed(facts['interrupted'])} was interrupted; "
+                          "the next run finishes it"))
     lines.append(("moa up", f"since {up['since']} (pid {up['pid']})" if up else "does not run"))
     lines += [("trouble", each) for each in facts["troubles"]]
     if prefect["url"]:
         lines.append(("prefect", prefect["url"].removesuffix("/api") + ("" if prefect["answers"] else ", no answer")))
         if prefect["password"]:
             lines.append(("", f"password: in {prefect['password']}"))
-    lines += [(name, up[name] + _so_far(up, name)) for name in ("mlflow", "serve") if up and name in up]
-    lines += [(f"next {each['flow']}", _near(each["at"])) for each in facts["scheduled"]]
+    lines += [(name, up[name] + _state_suffix(up, name)) for name in ("mlflow", "serve") if up and name in up]
+    lines += [(f"next {each['flow']}", _time_left(each["at"])) for each in facts["scheduled"]]
     width = max(len(key) for key, _ in lines)
     shown = [f"{key:<{width}}  {value}" for key, value in lines]
     return "\n".join([*shown, *(["", event_log.text(facts["ledger"])] if facts["ledger"] else [])])
 
 
-def _so_far(up: dict[str, Any], name: str) -> str:
-    """Of a part that is not up: how it is."""
+def _state_suffix(up: dict[str, Any], name: str) -> str:
+    """`, STATE` for a service that is not up."""
     state = up.get("parts", {}).get(name, {"state": "up"})["state"]
     return "" if state == "up" else f", {state}"
 
@@ -121,7 +126,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _near(at: str) -> str:
+def _time_left(at: str) -> str:
+    """An ISO 8601 time, with the minutes or hours until then."""
     when = datetime.fromisoformat(at)
     minutes = (when.timestamp() - time.time()) / 60
     left = f"{minutes / 60:.0f} h" if minutes > 90 else f"{minutes:.0f} min"

@@ -1,7 +1,7 @@
-"""`moa up`: everything that keeps a workspace current, in one process group that ends as one.
+"""`moa up`: the services that keep a workspace current, in one process group that ends as a whole.
 
-A Prefect server (the configured one, or our own), the served flows with their schedules and triggers, the sensor, and
-if asked the pages of MLflow and `moa serve`. Nothing in here is needed for a result: it only asks for runs.
+They are a Prefect server (the configured one, or moa's own), the flows with their schedules and triggers, the sensor,
+and on request MLflow's pages and `moa serve`. They only start runs, which give the same results without them.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from moa.core.supervisor import stop_all
 from moa.release import mlflow_client
 
 Say = Callable[[str], None]
-MOST_ENDS = 5   # of the Prefect server in a row, before `moa up` ends: a service manager can start it afresh
-WAITS = {NothingReleased.exit_code: "nothing has been released yet"}
+MOST_ENDS = 5   # ends of the Prefect server in a row; after one more `moa up` ends, for a service manager to restart
+WAITS = {NothingReleased.exit_code: "nothing has been released yet"}   # exit codes of `moa serve`
 
 
 def _print(line: str) -> None:
@@ -39,43 +39,49 @@ def _print(line: str) -> None:
 
 @dataclass(frozen=True)
 class ExtraServices:
-    """What else is started."""
+    """Services that `moa up` starts on request."""
 
     mlflow: int | None = None   # port of MLflow's pages; 0 = a free one, None = none
     serve: int | None = None    # port of `moa serve`; 0 = a free one, None = none
     ui: bool = True             # Prefect's pages
 
 
-def up(workspace: Workspace, also: ExtraServices, say: Say = _print, *, verbose: bool = False) -> None:
-    """Keep the workspace current until Ctrl-C or SIGTERM.
+def up(workspace: Workspace, extra: ExtraServices, say: Say = _print, *, verbose: bool = False) -> None:
+    """Run the services that keep the workspace current, until Ctrl-C or SIGTERM.
 
-    Raises PipelineError when it already is, and when the Prefect server ends again and again.
+    Args:
+        say: gets each line for the user.
+        verbose: let Prefect print its log lines.
+
+    Raises:
+        PipelineError: `moa up` runs here already, or the Prefect server did not start, or ended again and again.
     """
     config = load(workspace.params)
     os.environ["PREFECT_RUNNER_POLL_FREQUENCY"] = os.environ.get("PREFECT_RUNNER_POLL_FREQUENCY", "2")
-    with _alone(workspace), contextlib.ExitStack() as stack:
-        prefect = stack.enter_context(prefect_server.running(workspace, verbose=verbose, ui=also.ui))
+    with _locked(workspace), contextlib.ExitStack() as stack:
+        prefect = stack.enter_context(prefect_server.running(workspace, verbose=verbose, ui=extra.ui))
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
         facts = {"pid": os.getpid(), "api": prefect.ready(), "since": _now()}
         if prefect.own:
             from flows.build import close_abandoned
 
             close_abandoned()
-        say(f"Prefect   {prefect.url.removesuffix('/api')}   {stack.enter_context(_password(workspace, prefect))}")
-        hopeless: list[str] = []   # why nothing here can go on
+        note = stack.enter_context(_stored_password(workspace, prefect))
+        say(f"Prefect   {prefect.url.removesuffix('/api')}   {note}")
+        failures: list[str] = []   # why `moa up` cannot go on
 
         def give_up(why: str) -> None:
-            hopeless.append(why)
+            failures.append(why)
             os.kill(os.getpid(), signal.SIGTERM)
 
         keeper = ServiceKeeper(workspace.up, facts, say, give_up)
         stack.callback(keeper.stop)
-        keeper.keep(_Prefect(prefect), most=MOST_ENDS)
-        for name, port, command, extra in _others(workspace, also):
-            keeper.keep(CommandService(workspace, name, command, port, extra, WAITS))
+        keeper.keep(_PrefectService(prefect), most=MOST_ENDS)
+        for name, port, command, env in _extra_commands(workspace, extra):
+            keeper.keep(CommandService(workspace, name, command, port, env, WAITS))
             facts[name] = f"http://127.0.0.1:{port}"
             say(f"{name:<9} {facts[name]}")
-        keeper.keep(_Watch(Sensor(workspace, lambda names: send_arrival_event(workspace, names, prefect.api))))
+        keeper.keep(_SensorService(Sensor(workspace, lambda names: send_arrival_event(workspace, names, prefect.api))))
         event_log.append(workspace, "up", pid=os.getpid(), url=prefect.url)
         stack.callback(event_log.append, workspace, "down", pid=os.getpid())
         keeper.start()
@@ -85,51 +91,52 @@ def up(workspace: Workspace, also: ExtraServices, say: Say = _print, *, verbose:
         with contextlib.suppress(KeyboardInterrupt):
             _serve(workspace, config, prefect, keeper)
         stop_all()
-        if hopeless:
-            raise PipelineError(f"`moa up` gave up: {hopeless[0]} What waits in data/incoming stays there.")
+        if failures:
+            raise PipelineError(f"`moa up` gave up: {failures[0]} What waits in data/incoming stays there.")
 
 
 @contextlib.contextmanager
-def _password(workspace: Workspace, prefect: prefect_server.Server) -> Iterator[str]:
-    """Keep our own server's password where the owner and `moa ingest` find it; yields what is said of it.
+def _stored_password(workspace: Workspace, prefect: prefect_server.Server) -> Iterator[str]:
+    """Write the password of moa's own server to a file for its owner and `moa ingest`; yields a note for the user.
 
-    Only the file's name is printed: what `moa up` prints may end in a log that other users can read.
+    The note names only the file: what `moa up` prints may end in a log that other users can read.
     """
     path = workspace.prefect_password
     if prefect.own and prefect.api.password:
         write_private(path, f"{prefect.api.password}\n")
-        said = f"(password: in {workspace.relative(path)})"
+        note = f"(password: in {workspace.relative(path)})"
     else:
-        path.unlink(missing_ok=True)   # of a `moa up` that was killed
-        said = "(already running)"
+        path.unlink(missing_ok=True)   # a `moa up` that was killed may have left it
+        note = "(already running)"
     try:
-        yield said
+        yield note
     finally:
         path.unlink(missing_ok=True)
 
 
 def _serve(workspace: Workspace, config: Any, prefect: prefect_server.Server, keeper: ServiceKeeper) -> None:
-    """Serve the flows until a signal. Prefect ends the runs that are under way, and their steps end with them.
+    """Serve the flows until a signal, on which Prefect ends the runs under way, and their steps with them.
 
-    Prefect's runner ends by itself when its server does not answer for some seconds: it begins again when it does.
+    Prefect's runner ends by itself when the server does not answer for some seconds; it is started again as soon as the
+    server answers.
     """
     from prefect import serve
 
     from flows.deployments import delete_former, deployments
 
     delete_former(workspace, config)
-    warnings.filterwarnings("ignore", message="coroutine 'Runner.astop' was never awaited")   # its way of stopping
+    warnings.filterwarnings("ignore", message="coroutine 'Runner.astop' was never awaited")   # harmless, as it stops
     ends = 0
     while True:
         began = time.monotonic()
         keeper.tell("flows", "up", restarted=ends > 0)
         try:
-            with terminated_as_interrupted():   # until Prefect has a handler of its own
+            with terminated_as_interrupted():   # until Prefect has set its own signal handler
                 serve(*deployments(workspace, config), print_starting_message=False, pause_on_shutdown=False)
             return
         except SystemExit:   # Prefect's answer to SIGTERM
             return
-        except Exception as error:   # of Prefect, of its HTTP client, or a group of these
+        except Exception as error:   # Prefect's, its HTTP client's, or an exception group of these
             ends = 1 if time.monotonic() - began > CALM else ends + 1
             pause = min(PAUSES[0] * 2 ** (ends - 1), PAUSES[1])
             keeper.tell("flows", "down", f"no longer served ({in_words(error)}); again when Prefect answers")
@@ -139,14 +146,14 @@ def _serve(workspace: Workspace, config: Any, prefect: prefect_server.Server, ke
                 time.sleep(1.0)
 
 
-class _Prefect:
-    """The Prefect server as a part: our own is started again, another's is only looked at."""
+class _PrefectService:
+    """The Prefect server as a service: moa's own is started again, the configured one is only watched."""
 
     name = "prefect"
 
     def __init__(self, prefect: prefect_server.Server) -> None:
         self.prefect = prefect
-        self._answered = True   # it was ready before
+        self._answered = True   # `Server.ready` has returned before
 
     def state(self) -> State:
         if self.prefect.ended:
@@ -161,11 +168,11 @@ class _Prefect:
         self.prefect.restart()
 
     def stop(self) -> None:
-        """`server.running` ends it, when the last lines of its history have arrived."""
+        """Nothing: `prefect_server.running` ends the server, after the last events have reached it."""
 
 
-class _Watch:
-    """The sensor as a part, in a thread."""
+class _SensorService:
+    """The sensor as a service, in a thread."""
 
     name = "sensor"
 
@@ -189,19 +196,21 @@ class _Watch:
         self._thread.join(10)
 
 
-def _others(workspace: Workspace, also: ExtraServices) -> Iterator[tuple[str, int, list[str], dict[str, str]]]:
-    """Name, port, command and environment of what else is asked for."""
-    if also.mlflow is not None:
-        port = also.mlflow or prefect_server.free_port()
-        if found := mlflow_client.pages(workspace, port):
-            yield "mlflow", port, *found
-    if also.serve is not None:
-        port = also.serve or prefect_server.free_port()
+def _extra_commands(workspace: Workspace, extra: ExtraServices
+                    ) -> Iterator[tuple[str, int, list[str], dict[str, str]]]:
+    """Name, port, command and environment of each extra service that is asked for."""
+    if extra.mlflow is not None:
+        port = extra.mlflow or prefect_server.free_port()
+        if pages := mlflow_client.pages(workspace, port):
+            yield "mlflow", port, *pages
+    if extra.serve is not None:
+        port = extra.serve or prefect_server.free_port()
         yield "serve", port, [sys.executable, "-P", "-m", "moa", "serve", "--port", str(port)], {}
 
 
 @contextlib.contextmanager
-def _alone(workspace: Workspace) -> Iterator[None]:
+def _locked(workspace: Workspace) -> Iterator[None]:
+    """Hold the lock of `moa up`. Raises PipelineError when another one holds it."""
     from filelock import FileLock, Timeout
 
     path = workspace.local / "up.lock"

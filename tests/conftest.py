@@ -1,15 +1,22 @@
-"""What every test runs under: no network but the base, no telemetry, toy models on one thread; and what is shared."""
+"""Settings of every test (no network but for the base, no telemetry, toy models on one thread), and shared fixtures."""
 
 import contextlib
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", DO_NOT_TRACK="1", DVC_NO_ANALYTICS="1", MLFLOW_DISABLE_TELEMETRY="true",
                   PREFECT_SERVER_ANALYTICS_ENABLED="false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # tests run side by side: a second thread of any process only waits
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # tests run side by side, so further threads would only wait
+
+# A shell that starts the suite in the background makes it ignore SIGINT. Its children would inherit that, and a test
+# that interrupts one would wait for ever.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,24 +24,24 @@ from wrapt import when_imported
 
 from moa.core.paths import Workspace
 
-# Machines are shared and slow by turns: only what a test asserts decides. Folders are made anew for every example.
+# No deadline: machines are shared and slow at times. Tests make a folder for every example, so a fixture may be shared.
 settings.register_profile("moa", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
                                                                        HealthCheck.too_slow])
 settings.load_profile("moa")
 
-# Importing torch takes seconds, so a run of tests that need none of it does not.
+# Set when a test imports torch: importing it here would take seconds, and most tests do not need it.
 when_imported("torch")(lambda torch: torch.set_num_threads(1))
 
 TESTS = Path(__file__).parent
 
-# Every Python that a test starts imports `sitecustomize` from there. This one may have started without it.
+# Every Python process that a test starts imports `sitecustomize` from this folder; this process may not have.
 CHILDREN = str(TESTS / "children")
 before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 os.environ["PYTHONPATH"] = os.pathsep.join([CHILDREN, *(folder for folder in before if folder not in ("", CHILDREN))])
 sys.path.insert(0, CHILDREN)
 importlib.import_module("moa_test_slow")
 
-# Modules that take minutes, longest first: they begin first, so that no worker is left with one at the end.
+# Modules that take minutes, longest first: they run first, so that no worker begins one when the others have ended.
 LONG = ("integration/flows/test_adapt.py", "integration/flows/test_up.py", "integration/flows/test_keep_alive.py",
         "integration/product/test_two_projects.py", "integration/product/test_readme.py",
         "integration/flows/steps/test_release_faults.py", "integration/core/test_names.py",
@@ -47,13 +54,14 @@ LONG = ("integration/flows/test_adapt.py", "integration/flows/test_up.py", "inte
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the modules of `LONG` first."""
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.relative_to(TESTS).as_posix(), len(LONG)))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_database_of_another_module() -> Iterator[None]:
-    """MLflow remembers its addresses, also in the environment, where the next workspace's commands would find them."""
+    """Reset MLflow's addresses after each module: MLflow keeps them, also in the environment."""
     yield
     if (mlflow := sys.modules.get("mlflow")) is not None:
         mlflow.set_tracking_uri(None)
@@ -64,13 +72,13 @@ def no_database_of_another_module() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server started as `moa run` starts one. One for the whole process: Prefect reads its settings once."""
+    """The URL of a Prefect server started as `moa run` does. One for the whole process: Prefect reads settings once."""
     from flows import prefect_server
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME",
                      "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
-            patch.setenv(name, "")   # so that what the server sets is taken back
+            patch.setenv(name, "")   # so that `patch` removes what the server sets
             os.environ.pop(name)
         patch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "site"))
         patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("home")))
@@ -79,12 +87,12 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert started.own
             yield started.ready()
         assert not started.api.answers()
-        assert (home.prefect / "prefect.db").exists()   # history stays
+        assert (home.prefect / "prefect.db").exists()   # the history outlives the server
 
 
 @pytest.fixture(scope="session")
 def real_base() -> Workspace:
-    """A workspace with the default base: this repository's own where it was built, else one kept under .moa/."""
+    """A workspace with the default base: this repository if its base was fetched, else one under .moa/."""
     from filelock import FileLock
 
     from moa.base import pin
@@ -99,7 +107,7 @@ def real_base() -> Workspace:
             pin.verify(workspace, real)
             return workspace
     workspace.local.mkdir(parents=True, exist_ok=True)
-    with FileLock(workspace.lock):   # two test runs side by side fetch it once
+    with FileLock(workspace.lock):   # only one of two test runs side by side fetches the base
         try:
             pin.verify(workspace, real)
         except BaseModelError:

@@ -1,4 +1,4 @@
-"""A random base of a few thousand parameters and a workspace around it: everything real but the size. No network."""
+"""A random base of a few thousand parameters, and a workspace with it: real but for the size, and without network."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from moa.core.paths import Workspace
 
 REPOSITORY = Path(__file__).parents[1]
 MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# SmolLM2's manner: a system message of its own when the conversation brings none.
+# A chat template like SmolLM2's, which adds a system message to a conversation without one.
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\nBe tiny.<|im_end|>\n' }}{% endif %}"
@@ -28,7 +28,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 @cache
 def tokenizer() -> Any:
-    """One id a byte, and the three markers."""
+    """A tokenizer with an id for each byte and each of the three markers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -45,26 +45,26 @@ def base(directory: Path, *, architecture: str = "llama", layers: int = 2, hidde
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    words = tokenizer()
+    tokens = tokenizer()
     config = AutoConfig.for_model(
-        architecture, vocab_size=len(words), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, max_position_embeddings=2048, bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id, **ARCHITECTURES[architecture])
+        architecture, vocab_size=len(tokens), hidden_size=hidden, intermediate_size=2 * hidden,
+        num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=2048, bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id, **ARCHITECTURES[architecture])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    words.save_pretrained(directory)
+    tokens.save_pretrained(directory)
     return directory
 
 
 def row(domain: str, number: int) -> dict[str, str]:
-    """A row that nobody mistakes for another domain's or another number's."""
+    """A row with texts that differ from those of every other domain and number."""
     return {"instruction": f"{domain}: what is {domain} {number} of {number * 7919 % 997}?",
             "output": f"{domain} says {number + 1}"}
 
 
 def workspace(root: Path, domains: tuple[str, ...] = ("alpha", "beta"), rows: int = 40, **params: Any) -> Workspace:
-    """A folder with params.yaml, dvc.yaml, a tiny base beside it and raw rows: neither git nor DVC knows it yet.
+    """A folder with params.yaml, dvc.yaml, a tiny base and raw rows, without git and DVC.
 
     `params` replaces whole groups of params.yaml.
     """
@@ -93,7 +93,7 @@ def workspace(root: Path, domains: tuple[str, ...] = ("alpha", "beta"), rows: in
 
 
 def build(workspace: Workspace, settings: Any) -> None:
-    """Every step of the pipeline, without DVC. The current folder must be the workspace's."""
+    """Run every step of the pipeline without DVC. The current folder must be the workspace's."""
     from moa.base import pin
     from moa.data import prepare
     from moa.evaluation.evaluate import evaluate

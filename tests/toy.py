@@ -1,7 +1,7 @@
 """A workspace with real git and DVC whose stages have moa's names and take milliseconds.
 
-`control.json` tells the toy steps what to do wrong, and which of them wait until it says otherwise; `runs.log` is what
-they did. Neither is a dependency.
+`control.json` names the steps that fail (`fail`), and those that wait until it no longer names them (`hold`);
+`runs.log` has a line for each step that ran. Neither is a dependency of a stage.
 """
 
 import json
@@ -124,24 +124,27 @@ def make(root: Path) -> Workspace:
 
 
 def add_rows(workspace: Workspace, domain: str, text: str) -> None:
+    """Write `text` as the raw rows of a domain."""
     workspace.raw(domain).mkdir(parents=True, exist_ok=True)
     (workspace.raw(domain) / "rows.txt").write_text(text + "\n")
 
 
 def add_domain(workspace: Workspace, domain: str) -> None:
+    """Add a domain with rows to params.yaml."""
     add_rows(workspace, domain, domain)
     text = workspace.params.read_text()
     workspace.params.write_text(text.replace("domains:\n", f"domains:\n  {domain}: {{metric: exact}}\n"))
 
 
 def control(workspace: Workspace, **orders: object) -> None:
-    new = workspace.root / "control.json.tmp"   # a step that waits reads it all the time
+    """Replace control.json: `fail` and `hold` are lists of stages."""
+    new = workspace.root / "control.json.tmp"   # renamed, because a step that waits reads the file all the time
     new.write_text(json.dumps(orders))
     new.replace(workspace.root / "control.json")
 
 
 def runs(workspace: Workspace) -> list[str]:
-    """What ran since the last call, such as "train math,sql"."""
+    """The steps that ran since the last call, sorted, such as "train math,sql"."""
     log = workspace.root / "runs.log"
     lines = log.read_text().splitlines() if log.exists() else []
     log.unlink(missing_ok=True)
@@ -149,11 +152,12 @@ def runs(workspace: Workspace) -> list[str]:
 
 
 def finished(workspace: Workspace, config: object, domain: str) -> bool:
-    """Stands in for moa.experts.finished."""
+    """Stands in for `moa.experts.train.finished`."""
     expert, corpus = (json.loads((folder / "manifest.json").read_text())["value"]
                       for folder in (workspace.expert(domain), workspace.corpus(domain)))
     return bool(expert == corpus.upper())
 
 
 def value(folder: Path) -> object:
+    """The value in the manifest of a toy artifact."""
     return json.loads((folder / "manifest.json").read_text())["value"]

@@ -1,6 +1,6 @@
-"""How tests wait: for what happens, not for a time. A slow machine only takes longer.
+"""How tests wait: for a condition, not for a time, so that a slow machine only takes longer.
 
-No test has a deadline of its own: pytest's `timeout` (pyproject.toml) ends one that hangs, and names it.
+No test has a deadline of its own: pytest's `timeout` (pyproject.toml) ends a test that hangs, and names it.
 """
 
 import time
@@ -13,29 +13,28 @@ Found = TypeVar("Found")
 
 
 def until(seen: Callable[[], Found], process: "Popen[Any] | None" = None) -> Found:
-    """Ask `seen` again and again until it finds something, and return that.
+    """Call `seen` again and again until its value is true, and return that value.
 
     Args:
-        process: what is expected to bring it about. Once it has ended, and `seen` still finds nothing, waiting is in
-            vain.
+        process: the process that is expected to make it true; without one, there is no end but pytest's timeout.
 
     Raises:
-        AssertionError: `process` ended before.
+        AssertionError: `process` ended, and the value is still false.
     """
     while True:
-        ended = process is not None and process.poll() is not None   # before the look: what it did last counts
+        ended = process is not None and process.poll() is not None   # before `seen`: the process may make it true last
         if found := seen():
             return found
         if ended:
-            said = [stream.read() for stream in (process.stdout, process.stderr) if stream is not None]
-            raise AssertionError(f"the process ended before, with status {process.returncode}: {said}")
+            output = [stream.read() for stream in (process.stdout, process.stderr) if stream is not None]
+            raise AssertionError(f"the process ended before, with status {process.returncode}: {output}")
         time.sleep(0.02)
 
 
 class Gate:
-    """A function at which processes wait until the gate is opened: they are then surely in the middle of their work.
+    """Holds processes in the middle of their work: they wait before a function until the gate is opened.
 
-    A process is held if it was started with `environment`, directly or by another one.
+    A process is held if it, or a process that started it, has `environment` in its environment variables.
     """
 
     def __init__(self, folder: Path, function: str) -> None:
@@ -45,14 +44,16 @@ class Gate:
         self.close()
 
     def reached(self) -> set[int]:
-        """The pids of all processes that waited here, or still do."""
+        """The pids of all processes that waited at the gate, or still do."""
         try:
             return {int(line) for line in self._path.with_suffix(".reached").read_text().split()}
         except FileNotFoundError:
             return set()
 
     def open(self) -> None:
+        """Let the processes that wait, and later ones, go on."""
         self._path.unlink(missing_ok=True)
 
     def close(self) -> None:
+        """Hold processes from now on."""
         self._path.touch()

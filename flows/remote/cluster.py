@@ -1,7 +1,7 @@
-"""Where experts can be trained besides here: what a cluster must do for us, whichever it is. Knows no ML.
+"""The interface of a cluster that trains experts, and checks before one is used. Knows no ML.
 
-`flows.remote.train` holds order and policy; `flows.remote.ray_cluster` and `flows.remote.dask_cluster` are the
-clusters.
+`flows.remote.train` holds order and policy; `flows.remote.ray_cluster` and `flows.remote.dask_cluster` implement the
+interface.
 """
 
 import math
@@ -16,47 +16,47 @@ from flows.remote.payload import Files
 from moa.core.config import ExecutionParams
 from moa.core.errors import ConfigError
 
-PACKAGES = {"ray": "ray", "dask": "distributed"}   # of each engine
-STARTS = {"ray": "ray start --head", "dask": "dask scheduler` and `dask worker"}
-REACH_SECONDS = 5.0
+PACKAGES = {"ray": "ray", "dask": "distributed"}   # Python package of each engine
+STARTS = {"ray": "ray start --head", "dask": "dask scheduler` and `dask worker"}   # commands that start a cluster
+REACH_SECONDS = 5.0   # timeout of a connection
 
 
 class WorkerLost(Exception):
-    """The worker is gone, not the work: it may be tried elsewhere."""
+    """A worker was lost while it worked on a payload; another worker may still do the work."""
 
 
 class Engine(Protocol):
-    """A cluster. A ticket stands for one payload that is being worked on."""
+    """A cluster. It has places, each of which works on one payload at a time; a ticket is the handle of such a task."""
 
     def places(self) -> int:
-        """Parcels that can be worked on at the same time now: one for each device."""
+        """How many payloads can be worked on at the same time now: one for each device."""
         ...
 
     def submit(self, files: Files) -> Any:
-        """Hand a payload to a free place; its ticket. Only while there are more places than open tickets."""
+        """Hand a payload to a free place; its ticket. Call it only while there are fewer open tickets than places."""
         ...
 
     def ready(self, tickets: Sequence[Any], seconds: float) -> Sequence[Any]:
-        """Those of `tickets` that have ended, however they did; waits for the first one, but no longer than that."""
+        """The `tickets` that have ended, in success or not. Waits for the first one, for `seconds` at most."""
         ...
 
     def result(self, ticket: Any) -> Files:
-        """The answer. Raises WorkerLost when the worker is gone, PipelineError when it could not do the work at all."""
+        """The answer to an ended ticket. Raises WorkerLost, or PipelineError when the worker could not begin."""
         ...
 
     def close(self) -> None:
-        """End what is being worked on, and the cluster if it is ours."""
+        """Cancel every open ticket, and end the cluster if this engine started it."""
         ...
 
 
 def split_evenly(domains: Sequence[str], places: int, most: int | None) -> list[list[str]]:
-    """Groups of nearly equal size: one for each place, or more where they would have more than `most` members."""
+    """Split `domains` into groups of nearly equal size: one for each place, or more so that none exceeds `most`."""
     count = max(min(places, len(domains)), math.ceil(len(domains) / most) if most else 1)
     return [list(domains[number::count]) for number in range(count)]
 
 
 def cores_per_worker(workers: int) -> int:
-    """Of this machine, for each of so many workers."""
+    """CPU cores of this machine for each of so many workers, at least 1."""
     return max(1, (os.cpu_count() or 1) // workers)
 
 
@@ -69,10 +69,10 @@ def require_engine(execution: ExecutionParams) -> None:
 
 
 def check_reachable(runner: str, address: str) -> None:
-    """Raise ConfigError where nothing listens at `address`: Ray's and Dask's own attempts take up to a minute."""
-    found = urlsplit(address if "://" in address else f"//{address}")
+    """Raise ConfigError when nothing listens at `address`: Ray and Dask themselves try for up to a minute."""
+    url = urlsplit(address if "://" in address else f"//{address}")
     try:
-        host, port = found.hostname, found.port
+        host, port = url.hostname, url.port
     except ValueError:
         host = port = None
     if not host or not port:
@@ -85,5 +85,6 @@ def check_reachable(runner: str, address: str) -> None:
 
 
 def refused(runner: str, address: str, why: str) -> ConfigError:
+    """The error for a cluster that does not answer, for the caller to raise."""
     return ConfigError(f"No {runner.capitalize()} cluster answers at execution.address {address} ({why}): start one "
                        f"with `{STARTS[runner]}`, or set execution.address to null for one on this machine.")

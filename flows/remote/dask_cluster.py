@@ -1,7 +1,7 @@
-"""Payloads on Dask. Knows no order, no policy and no ML; Dask is imported when a cluster is asked for.
+"""The engine of payloads on Dask. Knows no order, no policy and no ML; imports Dask when an engine is made.
 
-Dask would hand a lost worker's tasks to the next one by itself, and a task to a busy worker that has threads left. So
-each payload is bound to one worker here, and is lost with it.
+Dask would itself give a lost worker's tasks to another one, and a task to a busy worker that has threads left. So each
+payload is bound to one worker here, and is lost with it.
 """
 
 import contextlib
@@ -18,45 +18,50 @@ from moa.core.text import sentence
 
 
 def _work(files: Files, base: Files | None) -> Files:
+    """The task of a worker: `flows.remote.worker.work`, ended early if the driver has cancelled it."""
     from distributed import get_worker
-    from distributed import print as tell  # at the driver, too
+    from distributed import print as print_at_driver
 
     worker = get_worker()
     key = worker.get_current_task()
 
-    def given_up() -> bool:   # Dask cannot end a running task, but forgets it
+    def given_up() -> bool:   # Dask cannot end a task that runs, but removes a cancelled one from its state
         task = worker.state.tasks.get(key)
         return task is None or task.state not in ("executing", "long-running")
 
-    return work(files, base, tell, given_up, worker.state.nthreads)   # Dask tells its workers' libraries: one
+    # Dask sets OMP_NUM_THREADS to 1 for its workers.
+    return work(files, base, print_at_driver, given_up, worker.state.nthreads)
 
 
 class DaskEngine:
-    """A place is a worker, of which there is one for each GPU where `dask-cuda` starts them."""
+    """Dask as an `Engine`. A place is a worker; `dask-cuda` starts one for each GPU."""
 
     def __init__(self, address: str | None, workers: int, base: Files | None) -> None:
+        """Connect to the scheduler at `address`, or start `workers` on loopback. `base` is sent to each worker once.
+
+        Raises ConfigError when no scheduler answers.
+        """
         import dask
         from distributed import Client, LocalCluster
 
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)   # lost workers are our news
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)   # `flows.remote.train` reports lost workers
         dask.config.set({"distributed.scheduler.allowed-failures": 0})
         self._cluster = None
         if address is None:
             self._cluster = LocalCluster(n_workers=workers, threads_per_worker=cores_per_worker(workers),
-                                         host="127.0.0.1",
-                                         dashboard_address=None)
+                                         host="127.0.0.1", dashboard_address=None)
         try:
             self._client = Client(self._cluster or address, timeout=60)
         except OSError as error:
             raise refused("dask", str(address), sentence(str(error))[:200]) from None
-        self._base, self._bases = base, dict[str, Any]()   # as scattered to each worker
-        self._busy: dict[Any, str] = {}
+        self._base, self._bases = base, dict[str, Any]()   # by worker: its copy of the base, as a future
+        self._busy: dict[Any, str] = {}   # by ticket: its worker
 
     def _workers(self) -> list[str]:
         try:
             return sorted(self._client.nthreads())
         except OSError:
-            return []   # the scheduler is gone
+            return []   # the scheduler does not answer
 
     def places(self) -> int:
         return len(self._workers())
@@ -71,22 +76,22 @@ class DaskEngine:
         return ticket
 
     def _send(self, files: Files, place: str) -> Any:
-        found, = self._client.scatter([files], workers=[place], hash=False)   # a dict would be sent piece by piece
-        return found
+        future, = self._client.scatter([files], workers=[place], hash=False)   # a dict alone is sent item by item
+        return future
 
     def ready(self, tickets: Sequence[Any], seconds: float) -> Sequence[Any]:
         from distributed import wait
 
-        with contextlib.suppress(OSError, CancelledError):   # a timeout, or what was sent went with its worker
+        with contextlib.suppress(OSError, CancelledError):   # a timeout, or a payload lost with its worker
             wait(list(tickets), timeout=seconds, return_when="FIRST_COMPLETED")
-        there = self._workers()
-        return [ticket for ticket in tickets if ticket.done() or self._busy[ticket] not in there]
+        workers = self._workers()
+        return [ticket for ticket in tickets if ticket.done() or self._busy[ticket] not in workers]
 
     def result(self, ticket: Any) -> Files:
         from distributed import KilledWorker
 
         place = self._busy.pop(ticket)
-        if ticket.status == "pending":   # waits for a worker that is gone
+        if ticket.status == "pending":   # bound to a worker that is gone
             ticket.cancel()
             raise WorkerLost(f"{place} is gone.")
         try:

@@ -1,10 +1,11 @@
-"""What a training needs, and what it made, as named bytes: for a worker with no disk in common with us.
+"""Payloads: the inputs of a training, and its experts, as named bytes for a worker that shares no disk with the driver.
 
-A payload is a plain dict, path to bytes, which any engine can carry; its header says what it is for, and holds a digest
-of everything else. Knows no engine, and not how to train.
+A payload is a dict of paths to bytes, which any engine can carry; its header names the task and holds a digest of every
+other file. Knows no engine, and not how to train.
 
-    there   parcel.json params.yaml dvc.yaml data/base/manifest.json data/corpora/NAME/ data/starts.json data/parents/
-    back    parcel.json data/experts/NAME/
+    to the worker   parcel.json params.yaml dvc.yaml data/base/manifest.json data/corpora/NAME/ data/starts.json
+                    data/parents/
+    its answer      parcel.json data/experts/NAME/
 """
 
 import io
@@ -26,16 +27,18 @@ from moa.experts.train import fingerprint
 Files = dict[str, bytes]
 
 HEADER = "parcel.json"
-LEARNED_FROM = ("train.parquet", "validation.parquet", MANIFEST)   # of a corpus: test rows stay at home
+LEARNED_FROM = ("train.parquet", "validation.parquet", MANIFEST)   # files of a corpus; its test rows are not sent
 LARGEST_BASE = 4 << 30   # bytes of a `path:` base that are sent; a larger one must lie on the workers
 
 
-# There.
+# Packed by the driver.
 
 def pack(workspace: Workspace, config: Config, domains: Sequence[str], command: str) -> Files:
-    """Everything that `command --domain NAME ...` needs but the base, of which only the pin goes along.
+    """The payload of `command --domain NAME ...`: every input but the base, of which it holds only the pin.
 
-    Raises ArtifactError when a parent's files are missing, TrainingError when a corpus is.
+    Raises:
+        ArtifactError: files of a parent expert are missing.
+        TrainingError: a corpus is missing.
     """
     files = {"params.yaml": _params(workspace, config, domains), "dvc.yaml": b"stages: {}\n"}
     _add(files, workspace, [workspace.base_manifest])
@@ -53,7 +56,7 @@ def pack(workspace: Workspace, config: Config, domains: Sequence[str], command: 
 
 
 def pack_base(workspace: Workspace, config: Config) -> Files | None:
-    """The files of a `path:` base, which no worker can fetch; None of other bases, and of one that is too large."""
+    """The files of a `path:` base, which no worker can fetch, by name; None for other bases and for too large ones."""
     paths = _base_files(workspace, config)
     return {path.name: path.read_bytes() for path in paths} if paths and _size(paths) <= LARGEST_BASE else None
 
@@ -77,24 +80,24 @@ def _size(paths: Iterable[Path]) -> int:
 
 
 def _reference(workspace: Workspace, config: Config) -> str:
-    """The base's source: the commit that was fetched here, not what a branch means by now; a folder by the name that
-    manifests give it."""
+    """The base's source: of a hub's the commit that was fetched here, which its branch may have left since; of a folder
+    the name that manifests give it."""
     source = sources.parse(config.base.source)
     return pin.pin(workspace).source if source.kind == "hub" else str(source)
 
 
 def _params(workspace: Workspace, config: Config, domains: Sequence[str]) -> bytes:
-    """params.yaml for the worker: as here in what decides about an expert, and without what is this machine's own."""
+    """params.yaml for the worker: the driver's keys that decide about an expert, and no settings of its machine."""
     from ruamel.yaml import YAML
 
     params = config.model_dump()
-    ours = config.execution.devices
-    kept = {**{group: params[group] for group in (*WATCHED, "base")}, "domains": {
+    sent = {**{group: params[group] for group in (*WATCHED, "base")}, "domains": {
         domain: params["domains"][domain] for domain in domains}}
-    kept["base"]["source"] = _reference(workspace, config)
-    kept["execution"] = {"devices": ["cpu"] if "cpu" in ours else "auto"}   # a GPU's number is its own machine's
+    sent["base"]["source"] = _reference(workspace, config)
+    on_cpu = "cpu" in config.execution.devices
+    sent["execution"] = {"devices": ["cpu"] if on_cpu else "auto"}   # a GPU's number means nothing on another machine
     text = io.StringIO()
-    YAML(typ="safe").dump(kept, text)
+    YAML(typ="safe").dump(sent, text)
     return text.getvalue().encode()
 
 
@@ -104,36 +107,42 @@ def _add(files: Files, workspace: Workspace, paths: Iterable[Path]) -> None:
 
 
 def _sealed(files: Files, header: dict[str, Any]) -> Files:
+    """`files` with a header that also holds their digests."""
     seal = {path: digests.of_bytes(data) for path, data in files.items()}
     return {**files, HEADER: json.dumps({**header, "files": seal}).encode()}
 
 
-# Opened.
+# Checked and opened at either end.
 
 def header(files: Files) -> dict[str, Any]:
-    """What a payload says of itself, once everything in it was found to be what was sent. Raises ArtifactError."""
-    found: dict[str, Any] = json.loads(files[HEADER])
-    rest = {path: digests.of_bytes(data) for path, data in files.items() if path != HEADER}
-    if rest != found["files"]:
+    """The header of a payload, after its digests were checked. Raises ArtifactError when a file differs."""
+    contents: dict[str, Any] = json.loads(files[HEADER])
+    arrived = {path: digests.of_bytes(data) for path, data in files.items() if path != HEADER}
+    if arrived != contents["files"]:
         raise ArtifactError("A payload arrived otherwise than it was sent: run again.")
-    return found
+    return contents
 
 
 def write(files: Files, root: Path) -> None:
     """Write the files of a payload under `root`. Raises ArtifactError when a name leads out of it."""
     for name, data in files.items():
-        place = PurePosixPath(name)
-        if place.is_absolute() or ".." in place.parts:
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts:
             raise ArtifactError(f"A payload holds a file called {name!r}, which was not written.")
-        path = root / place
+        path = root / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
 
-# Back.
+# The answer.
 
 def pack_answer(workspace: Workspace, domains: Sequence[str], error: str | None, where: str) -> Files:
-    """The experts that are complete, and why the others are not."""
+    """A worker's answer: the experts that are complete, and why others are not.
+
+    Args:
+        error: a sentence for the user; None when all are complete.
+        where: the worker's host, for messages.
+    """
     files: Files = {}
     for domain in domains:
         if (workspace.expert(domain) / MANIFEST).is_file():
@@ -142,25 +151,25 @@ def pack_answer(workspace: Workspace, domains: Sequence[str], error: str | None,
 
 
 def install_answer(workspace: Workspace, config: Config, files: Files) -> str | None:
-    """Put the experts of an answer into their places; why some are missing, or None.
+    """Write the experts of an answer to data/experts; the answer's error, or None.
 
-    Raises ArtifactError, before anything is replaced, when one is not what its manifest says, or was trained from other
-    inputs than those of now.
+    Raises ArtifactError, before that expert's directory is replaced, when an expert is not what its manifest says, or
+    was trained from other inputs than the present ones.
     """
-    found = header(files)
-    for domain in found["domains"]:
+    contents = header(files)
+    for domain in contents["domains"]:
         prefix = f"{workspace.relative(workspace.expert(domain))}/"
-        parts = {name.removeprefix(prefix): data for name, data in files.items() if name.startswith(prefix)}
-        if not parts:
+        expert = {name.removeprefix(prefix): data for name, data in files.items() if name.startswith(prefix)}
+        if not expert:
             continue
         with replace_directory(workspace.expert(domain)) as folder:
-            write(parts, folder)
+            write(expert, folder)
             manifest = read_json(folder / MANIFEST)
             if manifest["digest"] != digests.of_expert(folder):
-                raise ArtifactError(f"The expert of {domain!r} that {found['where']} sent is not what its manifest "
+                raise ArtifactError(f"The expert of {domain!r} that {contents['where']} sent is not what its manifest "
                                     "says: run again.")
             if manifest["fingerprint"] != fingerprint(workspace, config, domain):
-                raise ArtifactError(f"The expert of {domain!r} that {found['where']} sent was trained from other "
+                raise ArtifactError(f"The expert of {domain!r} that {contents['where']} sent was trained from other "
                                     "inputs than those of now: run again.")
-    error: str | None = found["error"]
+    error: str | None = contents["error"]
     return error

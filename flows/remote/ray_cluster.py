@@ -1,6 +1,6 @@
-"""Payloads on Ray. Knows no order, no policy and no ML; Ray is imported when a cluster is asked for.
+"""The engine of payloads on Ray. Knows no order, no policy and no ML; imports Ray when an engine is made.
 
-Ray itself retries nothing here: whether a lost payload is tried again is for `flows.remote.train` to say.
+Ray's own retries are off: `flows.remote.train` decides whether a lost payload is tried again.
 """
 
 import os
@@ -15,21 +15,25 @@ from flows.remote.worker import work
 from moa.core.errors import PipelineError
 from moa.core.text import sentence
 
-# Read when ray is imported: no usage statistics; each line of a worker is passed on unchanged.
+# Ray reads these when it is imported: no usage statistics, and each line of a worker is passed on unchanged.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"}
-# What Ray does on machines other than Linux: everything listens on loopback alone.
+# With this all of Ray listens on loopback alone, as it does on other systems than Linux.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-CLOSE_SECONDS = 4.0   # for the workers to end what they do; `moa.core.supervisor` gives us five
+CLOSE_SECONDS = 4.0   # for the workers to end their tasks; `moa.core.supervisor` kills this process after five
 
 
 def _work(files: Files, base: Files | None) -> Files:
-    return work(files, base)   # what it prints, Ray shows where the driver runs
+    return work(files, base)   # Ray passes what it prints on to the driver's output
 
 
 class RayEngine:
-    """A place is a GPU; where there is none, a node of a cluster, or one of `workers` on this machine."""
+    """Ray as an `Engine`. A place is a GPU; without GPUs a node of the cluster, or one of `workers` on this machine."""
 
     def __init__(self, address: str | None, workers: int, base: Files | None) -> None:
+        """Connect to the cluster at `address`, or start one on loopback. `base` is put into Ray's object store once.
+
+        Raises ConfigError when no cluster answers.
+        """
         os.environ.update(QUIET if address else {**QUIET, **LOOPBACK})
         import ray
 
@@ -47,7 +51,7 @@ class RayEngine:
             raise refused("ray", address or "null", sentence(str(error))[:200]) from None
         cpus = [node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         self._on_gpus = bool(ray.cluster_resources().get("GPU"))
-        share = cores_per_worker(workers) if address is None else min(cpus, default=1)   # Ray makes it OMP_NUM_THREADS
+        share = cores_per_worker(workers) if address is None else min(cpus, default=1)   # becomes OMP_NUM_THREADS
         needs = {"num_gpus": 1} if self._on_gpus else {"num_cpus": share}
         self._per_node = workers if address is None else 1
         self._task = ray.remote(max_retries=0, scheduling_strategy="SPREAD", **needs)(_work)
@@ -64,14 +68,14 @@ class RayEngine:
         return ticket
 
     def ready(self, tickets: Sequence[Any], seconds: float) -> Sequence[Any]:
-        found: Sequence[Any] = self._ray.wait(list(tickets), num_returns=1, timeout=seconds)[0]
-        return found
+        ended: Sequence[Any] = self._ray.wait(list(tickets), num_returns=1, timeout=seconds)[0]
+        return ended
 
     def result(self, ticket: Any) -> Files:
         self._open.discard(ticket)
         try:
             files: Files = self._ray.get(ticket)
-        except self._ray.exceptions.RayTaskError as error:   # an exception of ours, or of the worker's surroundings
+        except self._ray.exceptions.RayTaskError as error:   # raised by `work`, or by the worker's environment
             raise PipelineError(f"A Ray worker could not begin: {sentence(repr(error.cause))}") from error
         except self._ray.exceptions.RayError as error:
             raise WorkerLost(sentence(str(error).splitlines()[0])) from error

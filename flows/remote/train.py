@@ -1,13 +1,12 @@
-"""Training sent away, as a command that leaves what `moa train` leaves: order and policy. Knows no ML, and neither Ray
-nor Dask.
+"""The training of experts on a cluster, as a command with the results of `moa train`: order and policy. Knows no ML.
 
     experts that are missing -> groups, one for each place -> payloads -> answers -> data/experts
     a lost worker            -> its group goes to the next free place, `TRIES` times in all
-    an error of the training -> that group fails with its sentence; the others go on
-    no worker for `PATIENCE` -> everything that waits fails
+    an error of the training -> its group fails with the error's sentence; the others go on
+    no worker for `PATIENCE` -> every group that waits fails
 
-A process of its own, which ends with the run that started it: neither engine's threads and servers get into a flow.
-Only the driver of the run writes dvc.lock, when this has ended.
+The command is a process of its own, which ends with the run that started it, so that no thread or server of Ray or Dask
+runs in a flow's process. Only the driver of the run writes dvc.lock, after this command has ended.
 """
 
 import argparse
@@ -27,14 +26,14 @@ from moa.core.errors import MoaError, PipelineError
 from moa.core.paths import Workspace
 from moa.experts.train import finished
 
-TRIES = 3
-PATIENCE = 300.0   # seconds; on a slow machine, or one that has yet to be had, a worker takes minutes to begin
-TICK = 1.0         # seconds
+TRIES = 3          # of a group whose worker was lost
+PATIENCE = 300.0   # seconds without a worker; one takes minutes to begin on a slow machine, or one yet to be allocated
+TICK = 1.0         # seconds between two checks of the cluster
 
 
 @dataclass
 class Group:
-    """Experts that are trained in one process, and how often that was begun."""
+    """Domains whose experts are trained in one process, and how often that was begun."""
 
     domains: list[str]
     tries: int = 0
@@ -45,8 +44,16 @@ class Group:
 
 def train(workspace: Workspace, config: Config, domains: Sequence[str], command: str, engine: Engine,
           say: Callable[[str], object]) -> None:
-    """Have `command` train the experts of `domains` on an engine's workers. Experts that are there for the inputs of
-    now are left alone. Raises PipelineError naming those that failed, after the others have been put into place."""
+    """Train the experts of `domains` on the workers of a cluster; those that fit the present inputs are left alone.
+
+    Args:
+        command: what a worker runs, with `--domain NAME` for each domain behind it.
+        say: gets each line for the user.
+
+    Raises:
+        ConfigError: params.yaml lacks a domain.
+        PipelineError: some experts failed; the others are in data/experts.
+    """
     for domain in domains:
         config.require_domain(domain)
     todo = [domain for domain in domains if not finished(workspace, config, domain)]
@@ -54,42 +61,39 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], command:
         return
     waiting = deque(map(Group, split_evenly(todo, _first_places(engine), config.execution.group)))
     running: dict[Any, Group] = {}
-    failed: dict[str, str] = {}   # groups by their reasons
-    alone = 0.0                   # seconds without any worker
+    failed: dict[str, str] = {}   # by reason: the groups that failed for it
+    idle = 0.0                    # seconds without a worker
     while waiting or running:
         while waiting and len(running) < engine.places():
             group = waiting.popleft()
             group.tries += 1
             running[engine.submit(payload.pack(workspace, config, group.domains, command))] = group
-        alone = 0.0 if running else alone + TICK
-        if alone > PATIENCE:
+        idle = 0.0 if running else idle + TICK
+        if idle > PATIENCE:
             raise _failure({**failed, "no worker is left": ", ".join(map(str, waiting))})
-        for ticket in engine.ready(list(running), TICK) if running else _nobody():
+        if not running:
+            time.sleep(TICK)
+        for ticket in engine.ready(list(running), TICK) if running else ():
             group = running.pop(ticket)
-            if reason := _outcome(workspace, config, engine, ticket, group, waiting, say):
+            if reason := _receive(workspace, config, engine, ticket, group, waiting, say):
                 failed[reason] = f"{failed[reason]}, {group}" if reason in failed else str(group)
     if failed:
         raise _failure(failed)
 
 
 def _first_places(engine: Engine) -> int:
-    """Workers may need a moment to find their cluster."""
+    """Wait until the cluster has a place; how many it has. Raises PipelineError after `PATIENCE`."""
     began = time.monotonic()
     while not (places := engine.places()):
         if time.monotonic() - began > PATIENCE:
             raise PipelineError("The cluster has no worker: start some, or set execution.address to null.")
-        _nobody()
+        time.sleep(TICK)
     return places
 
 
-def _nobody() -> Sequence[Any]:
-    time.sleep(TICK)
-    return ()
-
-
-def _outcome(workspace: Workspace, config: Config, engine: Engine, ticket: Any, group: Group, waiting: deque[Group],
+def _receive(workspace: Workspace, config: Config, engine: Engine, ticket: Any, group: Group, waiting: deque[Group],
              say: Callable[[str], object]) -> str | None:
-    """Put what a worker made into place, or let the group wait again; why experts are missing, or None."""
+    """Install a worker's experts, or queue the group again if the worker was lost; why experts are missing, or None."""
     try:
         return payload.install_answer(workspace, config, engine.result(ticket))
     except WorkerLost as lost:
@@ -103,13 +107,19 @@ def _outcome(workspace: Workspace, config: Config, engine: Engine, ticket: Any, 
 
 
 def _failure(failed: dict[str, str]) -> PipelineError:
-    said = "; ".join(f"{groups}: {reason}" for reason, groups in failed.items())
-    return PipelineError(f"No expert from a worker ({said.rstrip('.')}).")
+    reasons = "; ".join(f"{groups}: {reason}" for reason, groups in failed.items())
+    return PipelineError(f"No expert from a worker ({reasons.rstrip('.')}).")
 
 
 def connect(execution: ExecutionParams, base: Files | None) -> Engine:
-    """The engine that params.yaml names, at its address or as a cluster of this machine. `base` is what its workers
-    cannot fetch. Raises ConfigError when it is not installed or does not answer."""
+    """The engine that `execution` names, connected to its address or to a cluster that it starts on this machine.
+
+    Args:
+        base: files of a base that workers cannot fetch, as of `payload.pack_base`.
+
+    Raises:
+        ConfigError: the engine is not installed, or its cluster does not answer.
+    """
     require_engine(execution)
     if execution.address is not None and execution.address != "auto":
         check_reachable(execution.runner, execution.address)
@@ -123,6 +133,7 @@ def connect(execution: ExecutionParams, base: Files | None) -> Engine:
 
 
 def main() -> None:
+    """Run the command line, in the workspace of the current folder."""
     parser = argparse.ArgumentParser(prog="python -m flows.remote.train", description="Train experts on a cluster.")
     parser.add_argument("--command", default="moa train", help="what a worker runs, with --domain NAME behind it")
     parser.add_argument("--domain", action="append", required=True, metavar="NAME")

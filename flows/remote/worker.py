@@ -1,7 +1,7 @@
-"""The far end of a training that is sent away: a payload in, experts out. Knows no engine, and needs no disk of ours.
+"""The worker's end of a training on a cluster: a payload in, experts out. Knows no engine, and shares no disk.
 
-A temporary workspace is made of the payload, the base is fetched by its own reference, and the stage's own command runs
-there, supervised, so that it ends when the worker does. Bases stay in a folder of the worker, by digest:
+A temporary workspace is made from the payload, the base is fetched by its reference, and the stage's own command runs
+there under a supervisor, so that it ends when the worker does. Bases stay in the worker's cache, by digest:
 MOA_WORKER_CACHE, or .cache/moa in its home.
 """
 
@@ -29,24 +29,34 @@ from moa.core.progress import MARKER
 from moa.core.subprocesses import environment, last_error
 from moa.core.supervisor import SupervisedProcess
 
-RECORD_SECONDS = 1.0   # between two progress records that are sent home
+RECORD_SECONDS = 1.0   # between two progress records that are sent to the driver
 LOOK_SECONDS = 1.0     # between two checks whether the driver still wants the result
-SENT = "sent"          # where the files of a `path:` base lie, in its folder of the cache
+SENT = "sent"          # folder of a cached base with the files of a `path:` base as sent
 
 Say = Callable[[str], object]
 
 
 def work(files: Files, base: Files | None, say: Say = print, given_up: Callable[[], bool] = lambda: False,
          threads: int | None = None) -> Files:
-    """Train what a payload asks for; its answer holds the experts, or a sentence that says why there are none.
+    """Train the experts that a payload names; the answer holds them, or the error of those that are missing.
 
-    `base`: files of a base that no worker can fetch. `given_up` says that the driver wants the result no more.
-    `threads` of the training on a CPU; None = as the environment says.
+    Args:
+        files: the payload.
+        base: files of a base that no worker can fetch.
+        say: gets the lines and progress records of the training.
+        given_up: whether the driver no longer wants the result; the training is then ended.
+        threads: of the training on a CPU; None = as the environment says.
+
+    Returns:
+        A payload for `flows.remote.payload.install_answer`.
+
+    Raises:
+        ArtifactError: the payload is damaged.
     """
     header, where = payload.header(files), platform.node()
     with tempfile.TemporaryDirectory(prefix="moa-worker-") as folder:
         source = sources.parse(header["source"])
-        root = Path(folder, "w", *["w"] * source.name.count(".."))   # as deep as `path:../..` reaches up
+        root = Path(folder, "w", *["w"] * source.name.count(".."))   # so deep that `path:../..` stays within the folder
         root.mkdir(parents=True)
         workspace, error = Workspace(root), None
         try:
@@ -54,7 +64,7 @@ def work(files: Files, base: Files | None, say: Say = print, given_up: Callable[
                 raise PipelineError(f"The worker on {where} has another version of moa than the one that sent the "
                                     "work: install the same on both.")
             payload.write({name: data for name, data in files.items() if name != payload.HEADER}, root)
-            _bring_base(workspace, source, header, base, say)
+            _link_base(workspace, source, header, base, say)
             command = f"{header['command']} {' '.join(f'--domain {domain}' for domain in header['domains'])}"
             say(f"{where}, in {folder}: {command}")
             _run(root, command, where, say, given_up, {"OMP_NUM_THREADS": str(threads)} if threads else {})
@@ -63,86 +73,87 @@ def work(files: Files, base: Files | None, say: Say = print, given_up: Callable[
         return payload.pack_answer(workspace, header["domains"], error, where)
 
 
-# The base, fetched once for each worker's cache.
+# The base, fetched once into each worker's cache.
 
-def _bring_base(workspace: Workspace, source: sources.Source, header: dict[str, Any], base: Files | None,
-                say: Say) -> None:
-    """Put the base into `workspace`, in which its manifest lies already; training holds it against that."""
+def _link_base(workspace: Workspace, source: sources.Source, header: dict[str, Any], base: Files | None,
+               say: Say) -> None:
+    """Link `workspace` to the cached base, fetched if it is new; training verifies it by the payload's manifest."""
     from filelock import FileLock
 
-    place = cache() / "bases" / header["base"]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.parent / f".{place.name}.lock"):
-        if not place.exists():
-            with tempfile.TemporaryDirectory(dir=place.parent, prefix=".") as folder:
-                made = Workspace(Path(folder) / "base")
-                _fetch(workspace, made, source, header, base, say)
-                made.root.replace(place)
-    kept = Workspace(place)
-    workspace.base.symlink_to(kept.base)
+    root = cache() / "bases" / header["base"]
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.parent / f".{root.name}.lock"):
+        if not root.exists():
+            with tempfile.TemporaryDirectory(dir=root.parent, prefix=".") as folder:
+                fetched = Workspace(Path(folder) / "base")
+                _fetch(workspace, fetched, source, header, base, say)
+                fetched.root.replace(root)
+    cached = Workspace(root)
+    workspace.base.symlink_to(cached.base)
     workspace.local.mkdir()
-    kept.cache.mkdir(parents=True, exist_ok=True)
-    workspace.cache.symlink_to(kept.cache)   # with the digests of large files, which are not read twice
+    cached.cache.mkdir(parents=True, exist_ok=True)
+    workspace.cache.symlink_to(cached.cache)   # it holds the digests of large files, which are then not read again
     if source.kind == "path":
         named = workspace.root / source.name
         named.parent.mkdir(parents=True, exist_ok=True)
-        named.symlink_to(place / SENT)
+        named.symlink_to(root / SENT)
 
 
 def cache() -> Path:
-    """This worker's own folder."""
+    """The folder of this worker's cache."""
     return Path(os.environ.get("MOA_WORKER_CACHE") or Path.home() / ".cache" / "moa")
 
 
-def _fetch(workspace: Workspace, made: Workspace, source: sources.Source, header: dict[str, Any],
+def _fetch(workspace: Workspace, target: Workspace, source: sources.Source, header: dict[str, Any],
            base: Files | None, say: Say) -> None:
-    """Stage `base` in a workspace of its own. Raises BaseModelError unless it is the very base of the payload."""
+    """Run stage `base` in `target`, a new workspace. Raises BaseModelError when its digest is not the payload's."""
     from ruamel.yaml import YAML
 
-    made.root.mkdir()
+    target.root.mkdir()
     for path in (workspace.params, workspace.root / "dvc.yaml"):
-        shutil.copyfile(path, made.root / path.name)
+        shutil.copyfile(path, target.root / path.name)
     if source.kind == "path":
         yaml = YAML(typ="safe")
-        params = yaml.load(made.params)
+        params = yaml.load(target.params)
         params["base"]["source"] = f"path:{SENT}"
-        yaml.dump(params, made.params)
+        yaml.dump(params, target.params)
         if base is not None:
-            payload.write(base, made.root / SENT)
+            payload.write(base, target.root / SENT)
         elif Path(header["folder"]).is_dir():
-            (made.root / SENT).symlink_to(header["folder"])
+            (target.root / SENT).symlink_to(header["folder"])
         else:
             raise BaseModelError(f"The base's folder {header['folder']} is too large to be sent, and is not on "
                                  f"{platform.node()}: put it there, or use a hub: base.")
-    _run(made.root, "moa base", platform.node(), say, lambda: False, {})
-    if read_json(made.base_manifest)["digest"] != header["base"]:
+    _run(target.root, "moa base", platform.node(), say, lambda: False, {})
+    if read_json(target.base_manifest)["digest"] != header["base"]:
         raise BaseModelError(f"The base {source} as fetched on {platform.node()} is not the one that was pinned: its "
                              "content differs.")
 
 
-# A command of the stage.
+# A stage's command.
 
 def _run(root: Path, command: str, where: str, say: Say, given_up: Callable[[], bool],
          extra: Mapping[str, str]) -> None:
-    """Run a command in `root` and pass on what it says. Raises PipelineError with the reason that it gives."""
-    tail: list[str] = []
-    told = 0.0
+    """Run a command in `root` and pass on what it prints. Raises PipelineError with its last error."""
+    tail: list[str] = []   # the last lines, for the error
+    sent_at = 0.0          # when the last progress record was sent
 
-    def keep(line: str) -> None:
-        nonlocal told
+    def pass_on(line: str) -> None:
+        nonlocal sent_at
         _, record, text = line.partition(MARKER)
         if not record:
             tail.append(line)
             del tail[:-200]
             say(line)
-        elif time.monotonic() - told >= RECORD_SECONDS:
-            told = time.monotonic()
-            said = json.loads(text)
-            say(f"{MARKER}{json.dumps({**said, 'label': f'{where}: ' + said['label']})}")
+        elif time.monotonic() - sent_at >= RECORD_SECONDS:
+            sent_at = time.monotonic()
+            progress = json.loads(text)
+            say(f"{MARKER}{json.dumps({**progress, 'label': f'{where}: ' + progress['label']})}")
 
     process = SupervisedProcess(["/bin/sh", "-c", command], cwd=root,
                                 env=environment({"MOA_PROGRESS": "json", **extra}), step=False)
-    # Engines interrupt this thread, and nothing interrupts one that waits for a line; but they hear this one alone.
+    # A second thread reads: engines interrupt this thread to cancel the task, and a blocked read cannot be interrupted.
+    # `say` is called here, because engines pass on only what this thread prints.
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:
@@ -155,7 +166,7 @@ def _run(root: Path, command: str, where: str, say: Say, given_up: Callable[[], 
             with contextlib.suppress(queue.Empty):
                 if (line := lines.get(timeout=LOOK_SECONDS)) is None:
                     break
-                keep(line)
+                pass_on(line)
     finally:
         process.stop()
     status = process.wait()

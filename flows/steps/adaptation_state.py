@@ -1,11 +1,12 @@
-"""An adaptation that is under way, on disk: what it took in and what was there before, until it is released or undone.
+"""The state of an adaptation under way, on disk: how the domains that it changes were before, for an undo.
 
-Whatever ends the process, the next run finds the attempt and brings it to an end.
+However the process ends, the next run loads the state and finishes the adaptation.
 """
 
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from pathlib import Path
+from typing import Self
 
 from moa.core.files import read_json, write_json
 from moa.core.paths import Workspace
@@ -16,83 +17,93 @@ from moa.workspace.warm_starts import InitialExpert
 
 @dataclass
 class DomainBefore:
-    """A domain as it was. `tracked` is the text of data/raw/NAME.dvc; empty = it had no rows, None = it was none."""
+    """A domain as it was before the adaptation."""
 
-    known: bool
-    tracked: str | None
-    files: list[str]
-    start: dict[str, str] | None
+    known: bool                    # whether params.yaml had the domain
+    tracked: str | None            # text of data/raw/NAME.dvc; empty = it had no rows, None = there was no such domain
+    files: list[str]               # names of its files in data/raw
+    start: dict[str, str] | None   # its entry in data/starts.json
 
 
 @dataclass
 class AdaptationState:
-    """`before` by domain. `started`: whose expert's start is decided. `refused`: why these domains are being undone."""
+    """An adaptation under way, as .moa/attempt.json holds it from `note` until `end`."""
 
-    began: float
-    trigger: str
-    before: dict[str, DomainBefore] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    started: list[str] = field(default_factory=list)
+    began: float                                                    # seconds since 1970
+    trigger: str                                                    # what started it
+    before: dict[str, DomainBefore] = field(default_factory=dict)   # by domain
+    refused: dict[str, str] = field(default_factory=dict)           # by domain: why it has to be undone
+    started: list[str] = field(default_factory=list)                # domains where training begins is decided
 
     @classmethod
     def load(cls, workspace: Workspace) -> Self | None:
-        """The one that did not come to an end, if there is one."""
+        """The state of the adaptation that has not ended; None if there is none."""
         try:
-            found = read_json(workspace.adaptation_state)
+            state = read_json(workspace.adaptation_state)
         except FileNotFoundError:
             return None
-        return cls(**{**found, "before": {name: DomainBefore(**each) for name, each in found["before"].items()}})
+        return cls(**{**state, "before": {name: DomainBefore(**before) for name, before in state["before"].items()}})
 
     @classmethod
     def begin(cls, trigger: str) -> Self:
+        """The state of a new adaptation. `note` writes it to disk."""
         return cls(time.time(), trigger)
 
     def note(self, workspace: Workspace, names: dict[str, bool]) -> None:
-        """Remember how these domains are, before anything happens to them; `names` says which are known already."""
-        known = warm_starts.read(workspace)
-        for name, is_known in names.items():
-            start = known.get(name)
-            self.before.setdefault(name, DomainBefore(is_known, _tracked(workspace, name) or ("" if is_known else None),
+        """Record how these domains are, before their rows change, and save. `names`: whether params.yaml has each."""
+        starts = warm_starts.read(workspace)
+        for name, known in names.items():
+            start = starts.get(name)
+            self.before.setdefault(name, DomainBefore(known, _tracked(workspace, name) or ("" if known else None),
                                                       [path.name for path in _paths(workspace, name)],
                                                       asdict(start) if start else None))
         self.save(workspace)
 
     def touched(self, workspace: Workspace) -> list[str]:
-        """The domains whose rows are other ones than before."""
+        """The domains whose rows differ from before, and so have to be learned."""
         return [name for name, before in self.before.items() if _tracked(workspace, name) != (before.tracked or "")]
 
     def refuse(self, workspace: Workspace, names: list[str], reason: str) -> None:
+        """Mark these domains to be undone, and save."""
         self.refused.update(dict.fromkeys(names, reason))
         self.save(workspace)
 
     def undo(self, versions: DataVersions) -> dict[str, list[str]]:
-        """Bring the refused domains back to what they were; their new files, by domain, lie among the rejected."""
+        """Restore the refused domains as they were, move their new files to data/incoming/.rejected, and save.
+
+        Returns:
+            By domain, the names of the files that were moved.
+        """
         workspace = versions.workspace
-        gone: dict[str, list[str]] = {}
+        moved: dict[str, list[str]] = {}
         for name, reason in sorted(self.refused.items()):
             before = self.before[name]
             new = [path for path in _paths(workspace, name) if path.name not in before.files]
             incoming.reject(workspace, name, new, reason)
             domains.revert_rows(versions, name, before.tracked)
-            wanted = {**warm_starts.read(workspace), name: InitialExpert(**before.start) if before.start else None}
-            warm_starts.restore(versions, {each: start for each, start in wanted.items() if start is not None})
-            gone[name] = [path.name for path in new]
+            starts = {**warm_starts.read(workspace), name: InitialExpert(**before.start) if before.start else None}
+            warm_starts.restore(versions, {domain: start for domain, start in starts.items() if start is not None})
+            moved[name] = [path.name for path in new]
             del self.before[name]
         self.refused.clear()
         self.save(workspace)
-        return gone
+        return moved
 
     def save(self, workspace: Workspace) -> None:
+        """Write the state to disk."""
         write_json(workspace.adaptation_state, asdict(self))
 
     def end(self, workspace: Workspace) -> None:
+        """Delete the state: the adaptation is released or undone."""
         workspace.adaptation_state.unlink(missing_ok=True)
 
 
 def _tracked(workspace: Workspace, name: str) -> str:
+    """The text of data/raw/NAME.dvc; empty when there is none."""
     path = workspace.tracked(name)
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def _paths(workspace: Workspace, name: str) -> list[Any]:
+def _paths(workspace: Workspace, name: str) -> list[Path]:
+    """The files of a domain in data/raw."""
     return sorted(path for path in workspace.raw(name).rglob("*") if path.is_file())

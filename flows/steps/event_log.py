@@ -1,7 +1,7 @@
-"""The event log, `.moa/ledger.jsonl`: one line for each thing that happened or was decided, only ever added to.
+"""The event log, `.moa/ledger.jsonl`: one line of JSON for each event or decision; lines are only ever appended.
 
-Any process may append at any time. A line that a killed process left unfinished stays where it is, closed by the next
-append, and is passed over.
+Any process may append at any time. A killed process may leave a line unfinished: the next append ends that line, and
+readers skip it.
 """
 
 import json
@@ -14,11 +14,12 @@ from typing import Any
 from moa.core.errors import ArtifactError
 from moa.core.paths import Workspace
 
-PATIENCE = 30.0   # seconds for another process to finish its line
+PATIENCE = 30.0   # seconds to wait for another process that appends
 
+# The kinds of entries, and what each means.
 KINDS = {
     "arrived": "files were found in data/incoming and taken into data/raw",
-    "rejected": "a file could not be used, or was refused, and lies in data/incoming/.rejected now",
+    "rejected": "a file was unusable or refused, and was moved to data/incoming/.rejected",
     "skipped": "a trigger came and no run began, with the reason",
     "started": "a run began, with what set it off",
     "start-chosen": "where a domain's expert begins its training: which parent, or none",
@@ -26,16 +27,17 @@ KINDS = {
     "gate": "the gate's verdict on a challenger",
     "released": "a release became champion",
     "forgetting": "what the new champion kept of the one before: experts by digest, golden answers word for word",
-    "undone": "a domain was put back to what it was before",
+    "undone": "a domain was restored as it was before",
     "failed": "a run ended with an error",
     "taken-over": "a run found that the one before it was killed, and went on in its place",
-    "drift": "the check of the prompts that `moa serve` kept",
+    "drift": "the drift check of the prompts that `moa serve` logged",
     "up": "`moa up` began",
     "down": "`moa up` ended",
     "finished": "a run ended",
 }
 
-# A part in [brackets] is left out where one of its facts is missing. Facts that no part names follow in parentheses.
+# The sentence that shows an entry of each kind. A part in [brackets] is left out when one of its facts is missing.
+# Facts that the sentence does not name follow in parentheses.
 SENTENCES = {
     "arrived": "[{rows} rows of ]{domain}[ in {files}]",
     "rejected": "[{file} of ]{domain}[: {reason}]",
@@ -57,13 +59,14 @@ SENTENCES = {
 
 
 def append(workspace: Workspace, kind: str, **facts: Any) -> dict[str, Any]:
-    """Add one entry, with its number and time, and return it. On disk when this returns.
+    """Append one entry with its number `n`, time `at` (UTC, ISO 8601) and `kind`, and return it.
 
-    Raises ArtifactError when it cannot be written; then nothing of it is in the ledger.
+    The entry is on disk (fsync) when this returns. Raises ArtifactError when it cannot be written; the log is then as
+    it was before.
     """
     from filelock import FileLock, Timeout
 
-    assert not {"n", "at", "kind"} & facts.keys(), "the ledger's own keys"
+    assert not {"n", "at", "kind"} & facts.keys(), "the event log's own keys"
     path = workspace.event_log
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +87,7 @@ def append(workspace: Workspace, kind: str, **facts: Any) -> dict[str, Any]:
 
 
 def _add(workspace: Workspace, data: bytes, size: int) -> None:
+    """Append `data` to the log of `size` bytes, or leave the log as it was."""
     descriptor = os.open(workspace.event_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         try:
@@ -92,7 +96,7 @@ def _add(workspace: Workspace, data: bytes, size: int) -> None:
                 written += os.write(descriptor, data[written:])
             os.fsync(descriptor)
         except OSError:
-            os.ftruncate(descriptor, size)   # the disk is full: no half a line
+            os.ftruncate(descriptor, size)   # for example a full disk: leave no part of a line
             raise
     finally:
         os.close(descriptor)
@@ -103,25 +107,25 @@ def _last_number(data: bytes) -> int:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The entry in one line; None for what was torn."""
+    """The entry in one line; None for an unfinished line."""
     try:
         entry = json.loads(line)
     except ValueError:
         return None
-    whole = (isinstance(entry, dict) and isinstance(entry.get("n"), int) and isinstance(entry.get("kind"), str)
-             and isinstance(entry.get("at"), str))
-    return entry if whole else None
+    complete = (isinstance(entry, dict) and isinstance(entry.get("n"), int) and isinstance(entry.get("kind"), str)
+                and isinstance(entry.get("at"), str))
+    return entry if complete else None
 
 
 def read(workspace: Workspace, last: int | None = None, kinds: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """The entries, oldest first: the `last` of these `kinds`, None = all."""
+    """The entries of these `kinds`, oldest first, of which only the `last` newest; None = all, for either."""
     try:
         lines = workspace.event_log.read_bytes().splitlines()
     except FileNotFoundError:
         return []
     wanted = None if kinds is None else set(kinds)
-    found = [entry for entry in map(_parsed, lines) if entry and (wanted is None or entry["kind"] in wanted)]
-    return found if last is None else found[max(0, len(found) - last):]
+    entries = [entry for entry in map(_parsed, lines) if entry and (wanted is None or entry["kind"] in wanted)]
+    return entries if last is None else entries[max(0, len(entries) - last):]
 
 
 # As text.
@@ -130,55 +134,58 @@ def text(entries: Sequence[Mapping[str, Any]]) -> str:
     """A line for each entry: number, time (UTC), kind, sentence."""
     if not entries:
         return "Nothing has happened yet."
-    wide, kinds = len(str(entries[-1]["n"])), max(len(entry["kind"]) for entry in entries)
-    return "\n".join(f"{entry['n']:>{wide}}  {_time(entry['at'])}  {entry['kind']:<{kinds}}  {sentence(entry)}"
+    digits, width = len(str(entries[-1]["n"])), max(len(entry["kind"]) for entry in entries)
+    return "\n".join(f"{entry['n']:>{digits}}  {_time(entry['at'])}  {entry['kind']:<{width}}  {sentence(entry)}"
                      for entry in entries)
 
 
 def sentence(entry: Mapping[str, Any]) -> str:
-    """What an entry says, in one line, without its tables. A kind of a later moa is shown by its facts alone."""
+    """An entry's facts in one line, without its tables. Of a kind that a later version wrote, the facts alone."""
     facts = {key: value for key, value in entry.items() if key not in ("n", "at", "kind")}
     template = SENTENCES.get(entry["kind"], "")
 
     def fill(part: str) -> str:
         return re.sub(r"{(\w+)}", lambda name: _words(facts.get(name[1], "unknown")), part)
 
-    def piece(found: re.Match[str]) -> str:
-        if found[1] is None:
-            return fill(found[0])
-        return fill(found[1]) if all(map(_says_something, map(facts.get, _names(found[1])))) else ""
+    def fill_match(match: re.Match[str]) -> str:
+        if match[1] is None:   # outside of brackets
+            return fill(match[0])
+        return fill(match[1]) if all(map(_is_given, map(facts.get, _names(match[1])))) else ""
 
-    said = re.sub(r"\[([^\]]*)\]|{\w+}", piece, template)
+    filled = re.sub(r"\[([^\]]*)\]|{\w+}", fill_match, template)
     rest = "; ".join(f"{key}: {_words(value)}" for key, value in facts.items()
-                     if key not in _names(template) and _says_something(value) and not _is_table(value))
-    return " ".join((f"{said} ({rest})" if said and rest else said or rest).split())
+                     if key not in _names(template) and _is_given(value) and not _is_table(value))
+    return " ".join((f"{filled} ({rest})" if filled and rest else filled or rest).split())
 
 
 def _names(template: str) -> list[str]:
+    """The facts that a template names."""
     return re.findall(r"{(\w+)}", template)
 
 
-def _says_something(value: Any) -> bool:
+def _is_given(value: Any) -> bool:
+    """Whether a fact is worth showing: neither missing, nor false, nor empty. A zero is."""
     return value is not None and value is not False and value not in ("", [], {}, ())
 
 
 def _is_table(value: Any) -> bool:
-    """Too much for a line; `moa log --json` has it."""
+    """Whether a fact is too long for one line: a mapping, or a list of mappings. `moa log --json` has it."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return any(map(_is_table, value))
     return isinstance(value, Mapping)
 
 
 def _words(value: Any) -> str:
+    """A fact's value as text."""
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-    if isinstance(value, Mapping):   # of files, a reader needs the names alone
-        return str(value["name"]) if "name" in value else ", ".join(f"{key} {_words(each)}"
-                                                                    for key, each in value.items())
+    if isinstance(value, Mapping):   # of a file the name is enough
+        return str(value["name"]) if "name" in value else ", ".join(f"{key} {_words(item)}"
+                                                                    for key, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(_words, value))
     return str(value)

@@ -1,6 +1,6 @@
-"""The order and policy of retraining: whatever is stale by data, parameters, code or base, or every expert afresh.
+"""The order and policy of retraining: what is stale by data, parameters, code or base, or every expert afresh.
 
-Knows no ML, and not whether Prefect watches. Each decision is a line of the ledger.
+Knows no ML, and not which runner runs it. Each decision is an entry of the event log.
 """
 
 import time
@@ -29,10 +29,22 @@ WAIT = 3600.0   # seconds for another run to end
 
 def retrain(workspace: Workspace, runner: Runner, trigger: str, *, from_scratch: bool | None = None,
             verbose: bool = False, after: After = do_nothing) -> Facts:
-    """Train again what is stale, or everything afresh; the gate compares it with the champion. What was done.
+    """Train again what is stale, or every expert afresh, and release the result if the gate passes it.
 
-    Waits for a run that is at work. A training from scratch that is refused or interrupted is undone: the experts stay
-    the continued ones.
+    Waits for another run to end, and finishes an interrupted adaptation first. A training from scratch that is refused
+    or interrupted is undone: the experts are then again the continued ones.
+
+    Args:
+        trigger: what started the run, for the event log.
+        from_scratch: whether every expert begins afresh; None = as `retrain.from_scratch` of params.yaml says.
+        after: called with the session and the result of each build that releases.
+
+    Returns:
+        Facts of the run: `state` (skipped, released, waiting, kept or refused), `reason`, and `version` of a release.
+
+    Raises:
+        Busy: another run works longer than `WAIT`.
+        PipelineError: the build failed.
     """
     began = time.monotonic()
     with run_context(workspace, runner, verbose, after, wait=WAIT) as work:

@@ -1,6 +1,6 @@
-"""What a run that learns works with, under the workspace's lock, and the lines of the event log that every run writes.
+"""What adaptation and retraining share: their context under the workspace's lock, and their entries of the event log.
 
-Used by adaptation and retraining. Written once for every runner; knows no ML, and not whether Prefect watches.
+Knows no ML, and not which runner runs it.
 """
 
 import contextlib
@@ -27,31 +27,33 @@ After = Callable[[Session, Result], None]
 
 
 def do_nothing(_: Session, __: Result) -> None:
-    pass
+    """The default of `after`."""
 
 
 @dataclass
 class RunContext:
-    """What an adaptation or retraining works with, under the workspace's lock."""
+    """What an adaptation or retraining works with while it holds the workspace's lock, from `run_context`."""
 
     workspace: Workspace
     versions: DataVersions
     runner: Runner
     verbose: bool = False
-    after: After = do_nothing   # told of each build that releases
+    after: After = do_nothing   # called after each build that releases
 
     @property
-    def config(self) -> Config:   # taking a domain in changes params.yaml
+    def config(self) -> Config:
+        """params.yaml, read anew: taking in a new domain changes it."""
         return load(self.workspace.params)
 
     def one(self, name: str, work: Callable[[], Any]) -> Any:
-        """Run one step of our own; its value. Raises what it raises."""
+        """Run `work` as one call of the runner, named `name`, and return its value. Raises what `work` raises."""
         outcome, = self.runner.run_all([Call(name, work)])
         if outcome.error is not None:
             raise outcome.error
         return outcome.value
 
     def build(self, *, release: bool = True) -> Result:
+        """Build every stale stage and, if `release`, run the release steps. Failures are in the result, not raised."""
         with open_session(self.workspace, BuildOptions(), verbose=self.verbose, held=self.versions) as session:
             if not release:
                 session.hooks = ()
@@ -63,15 +65,20 @@ class RunContext:
             return result
 
     def say(self, kind: str, **facts: Any) -> None:
+        """Append an entry to the event log."""
         event_log.append(self.workspace, kind, **facts)
 
 
 class Busy(PipelineError):
-    """Another run is at work."""
+    """Another run holds the workspace's lock."""
 
 
 @contextlib.contextmanager
 def run_context(workspace: Workspace, runner: Runner, verbose: bool, after: After, wait: float) -> Iterator[RunContext]:
+    """Hold the workspace's lock for a run, after undoing a training from scratch that was interrupted.
+
+    Raises Busy when another run still holds the lock after `wait` seconds.
+    """
     versions = DataVersions(workspace)
     with contextlib.ExitStack() as stack:
         try:
@@ -81,28 +88,29 @@ def run_context(workspace: Workspace, runner: Runner, verbose: bool, after: Afte
         if abandoned is not None:
             event_log.append(workspace, "taken-over", pid=abandoned["pid"], since=abandoned["since"])
         work = RunContext(workspace, versions, runner, verbose, after)
-        if left := restore_starts(work):
-            work.say("undone", domains=left, reason="the training from scratch was interrupted")
+        if undone := restore_starts(work):
+            work.say("undone", domains=undone, reason="the training from scratch was interrupted")
         yield work
 
 
 @contextlib.contextmanager
-def log_failures(work: RunContext, what: str, began: float) -> Iterator[None]:
+def log_failures(work: RunContext, step: str, began: float) -> Iterator[None]:
+    """Log an exception of the block as an event `failed` of `step`, and raise it again. `began`: `time.monotonic`."""
     try:
         yield
-    except Exception as error:   # any library's: the sensor waits longer after each failure that the ledger tells
-        with contextlib.suppress(OSError, MoaError):   # a full disk takes no more lines
-            work.say("failed", step=what, reason=in_words(error), seconds=round(time.monotonic() - began, 1))
+    except Exception as error:   # any: the sensor's pause depends on how many failures the event log has
+        with contextlib.suppress(OSError, MoaError):   # the disk may be full
+            work.say("failed", step=step, reason=in_words(error), seconds=round(time.monotonic() - began, 1))
         raise
     except KeyboardInterrupt:
-        work.say("failed", step=what, reason="interrupted; the next run continues")
+        work.say("failed", step=step, reason="interrupted; the next run continues")
         raise
 
 
-# A retraining from scratch forgets where experts begin; what it forgot is kept until its end.
+# A retraining from scratch removes the starts of all experts, and keeps them in a file until its end, for an undo.
 
 def forget_starts(work: RunContext) -> None:
-    """Let every expert begin afresh, until `restore_starts` or `keep_fresh`, whatever ends this process."""
+    """Let every training begin afresh. The file with the starts stays until `restore_starts` or `keep_fresh`."""
     continued = warm_starts.read(work.workspace)
     if continued:
         write_json(work.workspace.retraining, {name: asdict(start) for name, start in continued.items()})
@@ -110,9 +118,13 @@ def forget_starts(work: RunContext) -> None:
 
 
 def restore_starts(work: RunContext) -> list[str]:
-    """Put back what was forgotten, and everything made from it, out of DVC's cache; the domains, none = nothing was."""
+    """Undo `forget_starts`: restore the starts, and from DVC's cache what was made from them.
+
+    Returns:
+        The domains whose starts were restored; empty when no retraining from scratch was under way.
+    """
     try:
-        continued = {name: InitialExpert(**each) for name, each in read_json(work.workspace.retraining).items()}
+        continued = {name: InitialExpert(**start) for name, start in read_json(work.workspace.retraining).items()}
     except FileNotFoundError:
         return []
     work.one("restore starts", lambda: warm_starts.restore(work.versions, continued))
@@ -122,47 +134,65 @@ def restore_starts(work: RunContext) -> list[str]:
 
 
 def keep_fresh(work: RunContext) -> None:
+    """Delete the file of `forget_starts`: the experts that began afresh stay."""
     work.workspace.retraining.unlink(missing_ok=True)
 
 
-# What every run says.
+# Entries of the event log that every run writes.
 
-def log_finished(work: RunContext, what: str, facts: Facts, began: float) -> Facts:
+def log_finished(work: RunContext, step: str, facts: Facts, began: float) -> Facts:
+    """Log the end of a run, and return `facts` with its seconds. `began`: `time.monotonic`."""
     seconds = round(time.monotonic() - began, 1)
-    work.say("finished", result=f"{what} {facts['state']}", seconds=seconds)
+    work.say("finished", result=f"{step} {facts['state']}", seconds=seconds)
     return {**facts, "seconds": seconds}
 
 
 def require_success(result: Result) -> None:
+    """Raise PipelineError when a stage or release step of a build failed."""
     if failure := result.failure():
         raise failure
 
 
 def log_trained(work: RunContext, result: Result) -> None:
+    """Log which experts a build trained, if any."""
     if trained := [name.partition("@")[2] for name in result.named("done") if name.startswith("train@")]:
-        seconds = max(result.outcomes[f"train@{name}"].seconds for name in trained)   # those of a group share theirs
+        seconds = max(result.outcomes[f"train@{name}"].seconds for name in trained)   # a group has one time
         work.say("trained", domains=trained, seconds=round(seconds, 1))
 
 
 def _forgetting(work: RunContext, old: int | None, new: int) -> Facts | None:
-    """What the new champion kept of the old one. Rolls back when an expert that did not change answers otherwise."""
+    """Log and return what champion `new` kept of champion `old`; None without an old one or without golden prompts.
+
+    Rolls back to `old` and raises PipelineError when an expert that did not change answers otherwise.
+    """
     if old in (None, new) or not work.config.adapt.golden:
         return None
-    found: Facts = work.one("forgetting", lambda: releasing.forgetting(work.workspace, old, new))
-    experts = {change: sorted(name for name, each in found["experts"].items() if each["change"] == change)
+    report: Facts = work.one("forgetting", lambda: releasing.forgetting(work.workspace, old, new))
+    experts = {change: sorted(name for name, expert in report["experts"].items() if expert["change"] == change)
                for change in ("same", "changed", "new")}
-    work.say("forgetting", verdict="nothing was forgotten" if found["equal"] else "experts that are the same answer "
+    work.say("forgetting", verdict="nothing was forgotten" if report["equal"] else "experts that are the same answer "
              "otherwise", version=new, against=old, **experts)
-    if not found["equal"]:
+    if not report["equal"]:
         reason = f"version {new} answers golden prompts otherwise than version {old} with the same experts"
         work.one("roll back", lambda: releasing.roll_back(work.workspace, work.config, old, reason))
         raise PipelineError(f"{reason[0].upper()}{reason[1:]}; version {old} is champion again. See `moa release "
                             f"forgetting {new} --against {old}`.")
-    return found
+    return report
 
 
 def log_released(work: RunContext, release: Facts) -> Facts:
-    """The outcome of the release steps, for display and for the policy: released, waiting, kept or refused."""
+    """Log the outcome of the release steps, and return it as facts for display and for the policy.
+
+    Args:
+        release: the value of the last release step.
+
+    Returns:
+        `state` (released, waiting, kept or refused), `version`, `champion`, `reason`, and `worse`: the domains that
+        would get worse.
+
+    Raises:
+        PipelineError: the new champion was rolled back, because an expert that did not change answers otherwise.
+    """
     decision, version = release["decision"], release["version"]
     facts: Facts = {"version": version, "reason": decision["reason"], "champion": release["champion"],
                     "worse": decision.get("worse", [])}
@@ -171,8 +201,8 @@ def log_released(work: RunContext, release: Facts) -> Facts:
     if release["waiting"]:
         return {**facts, "state": "waiting"}
     if decision["promote"] or release["champion"] == version:
-        told = event_log.read(work.workspace, last=1, kinds=["released"])
-        if not told or told[0]["version"] != version:   # a run that was killed may have said it
+        logged = event_log.read(work.workspace, last=1, kinds=["released"])
+        if not logged or logged[0]["version"] != version:   # a run that was killed may have logged it
             work.say("released", version=version, instead_of=decision.get("against"))
         return {**facts, "state": "released", "instead_of": decision.get("against"),
                 "forgetting": _forgetting(work, decision.get("against"), version)}

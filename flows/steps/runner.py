@@ -1,7 +1,7 @@
-"""Run independent calls side by side and say how each ended.
+"""Runs independent calls side by side, with an outcome for each.
 
 `LocalRunner` uses threads alone; `flows.build` has the runner that makes each call a Prefect task. Both take the
-same calls and give the same outcomes, so order and policy are written once, in `flows.steps.stage_order`.
+same calls and give the same outcomes, so `flows.steps` does not depend on which one runs.
 """
 
 import threading
@@ -17,7 +17,7 @@ from moa.core.supervisor import stop_all
 
 
 class Mark(Enum):
-    """What a call returns when it did not do any work."""
+    """What the work of a call returns when there was nothing to do; its value is the state of the outcome."""
 
     CACHED = "cached"
     SKIPPED = "skipped"
@@ -25,12 +25,16 @@ class Mark(Enum):
 
 @dataclass(frozen=True)
 class Call:
+    """A piece of work and its name, which users see."""
+
     name: str
     work: Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """How a call ended: the value that its work returned, or the error that it raised."""
+
     name: str
     state: str   # done, cached, skipped or failed
     value: Any = None
@@ -39,13 +43,15 @@ class Outcome:
 
 
 class Runner(Protocol):
+    """Runs calls; how is up to the implementation."""
+
     def run_all(self, calls: Sequence[Call]) -> list[Outcome]:
         """Run every call, even when others fail; outcomes in the order of the calls."""
         ...
 
 
 def run_call(call: Call, interrupted: threading.Event) -> Outcome:
-    """Run one call; its failure is an outcome. Calls that had to wait do not begin after an interruption."""
+    """Run one call in this thread; an exception becomes a failed outcome, and so does a call after `interrupted`."""
     began = time.monotonic()
     try:
         if interrupted.is_set():
@@ -58,19 +64,21 @@ def run_call(call: Call, interrupted: threading.Event) -> Outcome:
 
 
 class LocalRunner:
-    """Threads, no server."""
+    """Runs calls on threads of this process, without Prefect."""
 
     def __init__(self, workers: int) -> None:
+        """`workers`: most calls side by side."""
         self.workers = workers
         self.interrupted = threading.Event()
 
     def run_all(self, calls: Sequence[Call]) -> list[Outcome]:
+        """Run every call, even when others fail; outcomes in the order of the calls."""
         if not calls:
             return []
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 return list(pool.map(lambda call: run_call(call, self.interrupted), calls))
-            except BaseException:   # Ctrl-C: without this the pool would wait for its steps to end by themselves
+            except BaseException:   # Ctrl-C: end the steps, or leaving the pool would wait for them
                 self.interrupted.set()
                 stop_all()
                 raise

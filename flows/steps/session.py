@@ -1,4 +1,4 @@
-"""What a build works with and what it leaves: options, an open workspace, results. No order and no policy in here."""
+"""The session of a build: options, the workspace under its lock, the result. No order and no policy in here."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,40 +17,42 @@ from moa.evaluation import metrics
 from moa.workspace.pipeline import Pipeline
 from moa.workspace.stage_graph import FORCED, Snapshot, Stage
 
-Hook = tuple[str, Callable[[], Any]]
+Hook = tuple[str, Callable[[], Any]]   # name and work of a release step
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the caller of a build may choose."""
+    """Options of a build."""
 
-    domains: tuple[str, ...] | None = None   # None = all
+    domains: tuple[str, ...] | None = None   # build only these domains' own stages; None = all
     force: tuple[str, ...] = ()              # stages or steps to run although they are fresh
-    promote: bool = True
+    promote: bool = True                     # whether a release that passes the gate becomes champion
 
 
 @dataclass
 class Result:
-    """How a build ended, stage by stage."""
+    """How a build ended: an outcome by name of stage or release step, and what the last release step returned."""
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     release: Any = None
 
     def named(self, state: str) -> list[str]:
+        """The stages that ended in this state: done, cached, skipped or failed."""
         return sorted(name for name, outcome in self.outcomes.items() if outcome.state == state)
 
     def failure(self) -> PipelineError | None:
-        """The sentence that names every failed stage, or None."""
+        """An error whose message names every failed stage and why; None when none failed."""
         failed = self.named("failed")
         if not failed:
             return None
-        reasons = dict.fromkeys(str(self.outcomes[name].error) for name in failed)   # those of one group share theirs
+        reasons = dict.fromkeys(str(self.outcomes[name].error) for name in failed)   # a group has one error
         text = f"Failed: {', '.join(failed)}. {' '.join(reasons)}"
         if skipped := self.named("skipped"):
             text += f" Not run: {', '.join(skipped)}."
         return PipelineError(f"{text} What had finished is recorded; `moa run` continues from there.")
 
     def as_dict(self) -> dict[str, Any]:
+        """The result as JSON: stages by state, errors, seconds, release."""
         return {**{state: self.named(state) for state in ("done", "cached", "skipped")},
                 "failed": {name: str(self.outcomes[name].error) for name in self.named("failed")},
                 "seconds": {name: round(self.outcomes[name].seconds, 2) for name in self.named("done")},
@@ -67,19 +69,21 @@ class Session:
     options: BuildOptions
     screen: Screen
     snapshot: Snapshot
-    finished: Callable[[str], bool]   # whether a domain's expert is complete for the inputs of now
-    hooks: Sequence[Hook] = ()        # what follows the last stage
-    result: Result | None = None      # of the build that ran in it
+    finished: Callable[[str], bool]   # whether a domain's expert is complete for its present inputs
+    hooks: Sequence[Hook] = ()        # release steps, which follow the last stage
+    result: Result | None = None      # once a build has begun
 
     def stage(self, name: str) -> Stage:
+        """The stage of this name."""
         return self.snapshot.graph.stages[name]
 
     def forced(self, name: str) -> bool:
+        """Whether the options force this stage to run."""
         return any(reason.kind == FORCED for reason in self.snapshot.stale.get(name, ()))
 
 
 def load_configuration(workspace: Workspace) -> Config:
-    """What params.yaml says. Raises ConfigError when it is wrong, or has no domain to build."""
+    """params.yaml, read and checked. Raises ConfigError when it is wrong, or has no domain to build."""
     config = load(workspace.params)
     if not config.domains:
         raise ConfigError(NO_DOMAIN)
@@ -92,7 +96,15 @@ _ambient: ContextVar[Session | None] = ContextVar("session", default=None)
 @contextmanager
 def open_session(workspace: Workspace, options: BuildOptions, *, verbose: bool = False,
                  held: Pipeline | None = None) -> Iterator[Session]:
-    """A session; the one that is already open in this context, if there is one. `held`: whose lock the caller has."""
+    """Open a session for the block, under the workspace's lock; a session that is open in this context is used again.
+
+    Args:
+        held: the pipeline whose lock the caller holds already.
+
+    Raises:
+        ConfigError: params.yaml is wrong, or an engine or metric that it names cannot be used.
+        PipelineError: another run holds the lock.
+    """
     if (ambient := _ambient.get()) is not None:
         yield ambient
         return
@@ -101,8 +113,8 @@ def open_session(workspace: Workspace, options: BuildOptions, *, verbose: bool =
     config = load_configuration(workspace)
     for domain in options.domains or ():
         config.require_domain(domain)
-    for each in config.domains.values():
-        metrics.resolve(each.metric)   # the last stage needs it: say so before the first one runs
+    for domain_params in config.domains.values():
+        metrics.resolve(domain_params.metric)   # only the last stage uses it: fail before the first stage runs
     cluster.require_engine(config.execution)
     pipeline = held or Pipeline(workspace)
     with nullcontext() if held else pipeline.lock(), Screen(verbose=verbose) as screen:

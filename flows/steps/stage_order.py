@@ -1,12 +1,12 @@
-"""The build's order and policy: which stages run when, side by side with what, and what a failure means.
+"""The build's order and policy: which stages run when and side by side, and what a failure means.
 
-Written once for both runners. It knows neither what a stage computes nor whether Prefect watches.
+Knows neither what a stage computes nor which runner runs it.
 
-    every generation of the stale part of the graph, in topological order:
-        ask DVC again which are really stale     an upstream stage may have run without changing its output
-        stale `train` stages                     one process per device, or on a cluster; recorded together
-        all other stale stages                   a process each, side by side, or back from DVC's cache
-        below a failed stage                     skipped; everything else goes on, and the run fails at its end
+    every generation of the graph's affected stages, in topological order:
+        ask DVC again which are stale     an upstream stage may have run without changing its output
+        stale `train` stages              one process per device, or on a cluster; recorded together
+        all other stale stages            a process each, side by side, or restored from DVC's cache
+        stages below a failed one         skipped; all others go on, and the run fails at its end
 """
 
 import os
@@ -27,7 +27,7 @@ from moa.core.subprocesses import execute
 
 
 def build(session: Session, runner: Runner) -> Result:
-    """Bring every stage up to date, then release. Failures are in the result, not raised."""
+    """Bring every stage up to date, then run the session's release steps. Failures are in the result, not raised."""
     result = session.result = Result()
     _stages(session, runner, result)
     if not result.named("failed"):
@@ -46,7 +46,8 @@ def _stages(session: Session, runner: Runner, result: Result) -> None:
     _finish(session, result, runner.run_all(
         [Call(name, lambda: Mark.CACHED) for names in graph.generations() for name in names
          if graph.stages[name].command and name not in affected | snapshot.left_out]))
-    # Generations of the whole graph: those of the stale part alone would tear trainings apart that can share a process.
+    # Generations of the whole graph: in those of the affected part alone, trainings that could share a process may lie
+    # in different generations.
     for generation in graph.generations():
         todo = [name for name in generation if name in affected]
         if not todo:
@@ -64,13 +65,13 @@ def _stages(session: Session, runner: Runner, result: Result) -> None:
         for (_, names), outcome in zip(groups, outcomes, strict=False):
             errors = outcome.value or {}
             fallback = outcome.error
-            recorded = runner.run_all([Call(name, _reported(errors.get(name, fallback))) for name in names])
-            _finish(session, result, [Outcome(each.name, each.state, None, each.error, outcome.seconds)
-                                      for each in recorded], quiet=True)
+            members = runner.run_all([Call(name, _reported(errors.get(name, fallback))) for name in names])
+            _finish(session, result, [Outcome(member.name, member.state, None, member.error, outcome.seconds)
+                                      for member in members], quiet=True)
 
 
 def _finish(session: Session, result: Result, outcomes: Sequence[Outcome], *, quiet: bool = False) -> None:
-    """Keep the outcomes and print a line for each that is news."""
+    """Record the outcomes, and print a line for each that the screen has not shown yet."""
     for outcome in outcomes:
         result.outcomes[outcome.name] = outcome
         if outcome.state == "skipped":
@@ -82,7 +83,7 @@ def _finish(session: Session, result: Result, outcomes: Sequence[Outcome], *, qu
 
 
 def _work(session: Session, name: str) -> Callable[[], None]:
-    """One stage through DVC."""
+    """The work of a stage that runs alone: DVC runs its command, or restores its outputs."""
     def work() -> None:
         if name == "assemble":
             _require_experts(session)
@@ -93,6 +94,7 @@ def _work(session: Session, name: str) -> Callable[[], None]:
 
 
 def _require_experts(session: Session) -> None:
+    """Raise DataError when a domain has no expert, as after a first run with --domain."""
     missing = [domain for domain in session.config.domains if not session.workspace.expert(domain).exists()]
     if missing:
         raise DataError(f"assemble needs an expert of every domain, and {', '.join(missing)} "
@@ -101,6 +103,7 @@ def _require_experts(session: Session) -> None:
 
 @contextmanager
 def _shown(session: Session, name: str) -> Iterator[None]:
+    """Show the begin and the end of a stage on the screen."""
     session.screen.start(name)
     try:
         yield
@@ -111,14 +114,14 @@ def _shown(session: Session, name: str) -> Iterator[None]:
 
 
 def _grouped(session: Session, stale: Sequence[str]) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """Stale stages as (device, trainings that share it) and the stages that run alone.
+    """Split stale stages into groups of trainings, each with its device, and the stages that run alone.
 
-    A training that DVC can restore from its cache runs alone: nothing will be trained.
+    A training that DVC can restore from its cache runs alone, because it needs no device.
     """
     stages = session.snapshot.graph.stages
     trainings = [name for name in stale if stages[name].step == "train" and _prefix(session, name) is not None]
     restored = session.pipeline.restorable([name for name in trainings if not session.forced(name)])
-    together: dict[str, list[str]] = {}
+    together: dict[str, list[str]] = {}   # by command without its --domain
     for name in trainings:
         if name not in restored:
             together.setdefault(_prefix(session, name) or "", []).append(name)
@@ -130,20 +133,20 @@ def _grouped(session: Session, stale: Sequence[str]) -> tuple[list[tuple[str, li
 
 
 def _prefix(session: Session, name: str) -> str | None:
-    """`moa train` of `moa train --domain math`; None when a stage's command is of another kind."""
+    """The command of a stage without its domain, `moa train` of `moa train --domain math`; None for other commands."""
     stage = session.snapshot.graph.stages[name]
     suffix = f" --domain {stage.domain}"
     return stage.command.removesuffix(suffix) if stage.command and stage.command.endswith(suffix) else None
 
 
 def _devices(config: Config) -> list[str]:
-    """One entry for each process that may train at the same time. Asks the driver's tools, not torch."""
+    """One device for each process that may train at the same time. nvidia-smi counts GPUs: torch loads slowly."""
     if config.execution.runner != "threads":
-        return [config.execution.runner]   # flows.remote.train finds out how many places a cluster has
+        return [config.execution.runner]   # one process, in which flows.remote.train uses every place of the cluster
     if config.execution.devices != "auto":
         return list(config.execution.devices) or ["cpu"]
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        count = len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
+        count = len([number for number in visible.split(",") if number.strip() not in ("", "-1")])
     elif tool := shutil.which("nvidia-smi"):
         listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False)
         count = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
@@ -153,14 +156,14 @@ def _devices(config: Config) -> list[str]:
 
 
 def _training(session: Session, device: str, names: Sequence[str]) -> Callable[[], dict[str, Exception]]:
-    """Train a group in one process and record every expert that is complete; errors of the others by stage."""
+    """The work of a group: train it in one process and record every complete expert; it returns errors by stage."""
     def work() -> dict[str, Exception]:
         pipeline, stages = session.pipeline, session.snapshot.graph.stages
         domains = [stages[name].domain or "" for name in names]
         title = _title(domains)
         command, extra = _command(session.config.execution, device, _prefix(session, names[0]) or "", domains)
         for name in names:
-            if session.forced(name):   # DVC, too, removes the outputs of what it runs
+            if session.forced(name):   # remove the outputs, as DVC does before it runs a stage
                 for output in stages[name].outputs:
                     shutil.rmtree(session.workspace.root / output, ignore_errors=True)
         before = pipeline.inputs(names)
@@ -182,8 +185,10 @@ def _training(session: Session, device: str, names: Sequence[str]) -> Callable[[
 
 def _command(execution: ExecutionParams, device: str, prefix: str, domains: Sequence[str]
              ) -> tuple[str, dict[str, str]]:
-    """What trains `domains` on a device, or on the workers of a cluster, and its environment. No more than
-    `execution.group` of them share a process: the others follow in another one, whatever became of the first."""
+    """The shell command that trains `domains` on a device or a cluster, and environment variables for it.
+
+    At most `execution.group` domains share a process; the others follow in further ones, even if an earlier one fails.
+    """
     if device == execution.runner:
         prefix = shlex.join([sys.executable, "-P", "-m", "flows.remote.train", "--command", prefix])
         turns = [list(domains)]
@@ -197,16 +202,17 @@ def _command(execution: ExecutionParams, device: str, prefix: str, domains: Sequ
 
 
 def _title(domains: Sequence[str]) -> str:
-    """What a group is called, in a line and as a file."""
+    """The name of a group, on the screen and of its log file."""
     return f"train@{','.join(domains[:4])}{f'+{len(domains) - 4}' if len(domains) > 4 else ''}"
 
 
 def _complete(session: Session, domain: str) -> bool:
+    """Whether the expert of `domain` is on disk and was trained from its present inputs."""
     return (session.workspace.expert(domain) / MANIFEST).is_file() and session.finished(domain)
 
 
 def _reported(error: Exception | None) -> Callable[[], None]:
-    """A call that ends as a stage did that ran as part of a group."""
+    """Work that ends as a member of a group did: it raises `error`, if any."""
     def work() -> None:
         if error is not None:
             raise error

@@ -38,18 +38,21 @@ NAMED = {"plain": PLAIN}
 
 
 def template(folder: Path, source: object) -> str:
-    """Text of the chat template beside the tokenizer in `folder`. Raises BaseModelError when there is none."""
+    """Read the chat template of the tokenizer in `folder`, whose base messages call `source`.
+
+    Raises BaseModelError where there is none.
+    """
     file = folder / FILE
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    found = read_json_object(folder / CONFIG).get("chat_template")
-    if isinstance(found, list):   # several named ones: transformers uses the one called default
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    if not isinstance(found, str):
+    text = read_json_object(folder / CONFIG).get("chat_template")
+    if isinstance(text, list):   # a list of named templates: transformers uses the one called default
+        text = {entry["name"]: entry["template"] for entry in text}.get("default")
+    if not isinstance(text, str):
         raise BaseModelError(f"{source} has no chat template, so conversations cannot be rendered for it: set "
                              "`base.template: plain` in params.yaml, use an instruction-tuned model, or add a "
                              f"{FILE} to a path: base.")
-    return found
+    return text
 
 
 def set_template(folder: Path, name: str, source: object) -> None:

@@ -1,4 +1,4 @@
-"""Conversations to token ids and target masks, in one way for training, routing, evaluation and serving."""
+"""Encodes conversations to token ids and target masks, one way for training, routing, evaluation and serving."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,9 +59,9 @@ class ChatEncoder:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
 
     def _pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """The rendered conversation up to the last answer, as (text, is an answer)."""
+        """The rendered conversation up to its last answer, cut into (text, is an answer)."""
         pieces: list[tuple[str, bool]] = []
-        done = ""
+        done = ""   # the text of all pieces so far
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -78,15 +78,16 @@ class ChatEncoder:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation up to the answer that a model shall write."""
+        """Token ids of a conversation, with the beginning of the answer that a model shall write."""
         pieces = self._pieces(messages)
         rendered = self._render(messages, generate=True)
         rest = rendered[sum(len(text) for text, _ in pieces):]
         return [token for text in (*(text for text, _ in pieces), rest) for token in self._ids(text)]
 
     def row(self, messages: Sequence[Message]) -> Encoded:
-        """Ids and target mask of a finished conversation: every assistant turn, its end marker included, is a target.
+        """Token ids and target mask of a finished conversation: each assistant turn, with its end marker, is a target.
 
+        Raises DataError where the last message is not the assistant's, or the base's template is not supported.
         White space that the template writes after the last end marker is dropped: decoding stops at the marker.
         """
         ids: list[int] = []
@@ -98,7 +99,7 @@ class ChatEncoder:
         return Encoded(ids, targets)
 
     def pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """The text of a finished conversation as `row` encodes it, in pieces: (text, is a target)."""
+        """The text of a finished conversation as `row` encodes it, in pieces: (text, is a target). Raises as `row`."""
         if not messages or messages[-1]["role"] != "assistant":
             raise DataError("A row's last message must be the assistant's answer.")
         pieces = self._pieces(messages)
@@ -108,7 +109,7 @@ class ChatEncoder:
     def lengths(self, conversations: Sequence[Sequence[tuple[str, bool]]]) -> list[tuple[int, int]]:
         """(prompt tokens, completion tokens) of each conversation, given in pieces.
 
-        All of them are one call of the tokenizer, which uses all cores.
+        They are encoded in one call of the tokenizer, which uses all cores.
         """
         texts = [text for pieces in conversations for text, _ in pieces]
         ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())

@@ -1,4 +1,4 @@
-"""The pinned base in memory: device and dtype chosen, content verified, model and tokenizer opened."""
+"""Loads the pinned base: chooses device and dtype, verifies the content, and opens model and tokenizer."""
 
 import os
 from dataclasses import dataclass

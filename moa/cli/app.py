@@ -1,6 +1,6 @@
-"""What the commands share: the workspace they work in, how they print, the --workspace option.
+"""What all commands share: the workspace of the invocation, printing, shared options, --workspace.
 
-It imports nothing heavy, because `moa --help` loads it.
+This module imports nothing heavy, because `moa --help` loads it.
 """
 
 import inspect
@@ -23,45 +23,44 @@ Folder = Annotated[Path | None, typer.Option(
     "--workspace", help="Folder with params.yaml and dvc.yaml; the nearest one from here upwards by default.",
     metavar="DIR", exists=True, file_okay=False)]
 
-
-# Of a hub's data set, among the sources of rows.
+# Options of a hub's data set among the sources of rows.
 Revision = Annotated[str | None, typer.Option(help="Of a hub's data set: branch, tag or commit.", metavar="REV")]
 Split = Annotated[str | None, typer.Option(help="Of a hub's data set; train by default.", metavar="NAME")]
 Subset = Annotated[str | None, typer.Option(help="Of a hub's data set that has several.", metavar="NAME")]
 
 
 class Interrupted(MoaError):
-    """Ctrl-C, with the exit code that shells give it."""
+    """Ctrl-C, with the exit code that shells use for it."""
 
     exit_code = 130
 
 
 class Place:
-    """The workspace of this invocation, which is found when a command first needs it."""
+    """Where this invocation works: the folder of --workspace, or the current one. There is one instance, `place`."""
 
-    directory: Path | None = None   # as --workspace names it; None = from the current folder upwards
+    directory: Path | None = None   # absolute path of --workspace; None = the current folder or a parent of it
 
     def workspace(self) -> Workspace:
-        """The workspace, after recovery from interrupted changes. Raises MoaError where there is none.
+        """Find the workspace, and undo changes that a killed process left half done. Raises MoaError without one.
 
-        With --workspace its folder becomes the current one, so a command resolves paths of its arguments before.
+        With --workspace its folder becomes the current one, so commands make paths of their arguments absolute before.
         """
         from moa.core import transaction
         from moa.workspace import origins
 
         if self.directory is not None:
             os.chdir(self.directory)   # for relative paths in params.yaml and in DVC's messages
-        found = Workspace.find()
-        for line in [*transaction.recover(found), *origins.recover(found)]:
+        workspace = Workspace.find()
+        for line in [*transaction.recover(workspace), *origins.recover(workspace)]:
             print(f"moa: {line}", file=sys.stderr)
-        return found
+        return workspace
 
 
 place = Place()
 
 
 def opened() -> tuple[Workspace, Any]:
-    """The workspace and its params.yaml."""
+    """The workspace of this invocation and its params.yaml, a `moa.core.config.Config`."""
     from moa.core import config
 
     workspace = place.workspace()
@@ -85,6 +84,7 @@ class Group(typer.core.TyperGroup):
     """A group of commands that turns Ctrl-C into `Interrupted`; Typer would print "Aborted!" and exit with 1."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command of `ctx`."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -92,7 +92,7 @@ class Group(typer.core.TyperGroup):
 
 
 def _with_workspace(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with the option --workspace added."""
+    """Wrap a command so that it takes the option --workspace, which sets `place.directory`."""
     @wraps(function)
     def command(*words: Any, workspace: Path | None = None, **named: Any) -> Any:
         if workspace is not None:
@@ -111,11 +111,13 @@ class App(typer.Typer):
     """A Typer application whose commands take --workspace, before their name and after it."""
 
     def __init__(self, *, name: str, help: str, callback: Callable[..., Any] = lambda: None) -> None:
+        """`callback` runs before every command; its parameters are options before the command's name."""
         super().__init__(name=name, cls=Group, help=help, callback=_with_workspace(callback), no_args_is_help=True,
                          rich_markup_mode="rich", pretty_exceptions_enable=False,
                          context_settings={"help_option_names": ["-h", "--help"]})
 
     def command(self, name: str | None = None, **named: Any) -> Callable[[Any], Any]:
+        """Register a command, with --workspace added; `named` goes to Typer."""
         register = super().command(name, **named)
 
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,5 +126,5 @@ class App(typer.Typer):
         return decorate
 
     def command_without_workspace(self, name: str | None = None, **named: Any) -> Callable[[Any], Any]:
-        """Register a command without --workspace: `moa init`, which makes one."""
+        """Register a command without --workspace: `moa init`, which makes a workspace."""
         return super().command(name, **named)

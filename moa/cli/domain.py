@@ -28,7 +28,7 @@ def add(
         help="How answers are scored: a name of moa/evaluation/metrics.py, or module:function. rouge_l by default.",
         metavar="NAME")] = None,
     map_: Annotated[str | None, typer.Option(
-        "--map", help="Columns that are called otherwise, such as instruction=question,output=answer.",
+        "--map", help="Columns that have other names than their keys, such as instruction=question,output=answer.",
         metavar="KEY=COLUMN,...")] = None,
     template: Annotated[str | None, typer.Option(
         help="The instruction, made of columns: \"{question} Context: {context}\".", metavar="TEXT")] = None,
@@ -46,15 +46,15 @@ def add(
 
     here = Path.cwd()
     reading = {"metric": metric, "map": _mapping(map_), "template": template, "group_by": group_by}
-    done = add_rows(place.workspace(), name, sources or [], here,
-                    {key: value for key, value in reading.items() if value is not None},
-                    HubDataset(revision, split, subset))
-    print_result(done, added_text(done), as_json)
+    facts = add_rows(place.workspace(), name, sources or [], here,
+                     {key: value for key, value in reading.items() if value is not None},
+                     HubDataset(revision, split, subset))
+    print_result(facts, added_text(facts), as_json)
 
 
 @domain_app.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """Every domain with its rows, its expert, and whether both are up to date."""
+    """List every domain with its rows, its expert, and whether both are up to date."""
     from moa.reports.domains import listed, listed_text
 
     domains = listed(*opened())
@@ -63,7 +63,7 @@ def list_(as_json: AsJson = False) -> None:
 
 @domain_app.command()
 def show(name: Name, as_json: AsJson = False) -> None:
-    """One domain: its files and where they came from, how they are read, its corpus, expert and release."""
+    """Show one domain: its files and where they came from, how they are read, its corpus, expert and release."""
     from moa.reports.domains import shown, shown_text
 
     facts = shown(*opened(), name)
@@ -90,8 +90,8 @@ def remove(
                              "--yes`.")
         if not typer.confirm(f"Remove {name} with its rows, corpus and expert?", err=True):
             raise UsageError("Nothing was removed.")
-    done = remove_domain(workspace, name, purge=purge)
-    print_result(done, removed_text(done), as_json)
+    facts = remove_domain(workspace, name, purge=purge)
+    print_result(facts, removed_text(facts), as_json)
 
 
 @domain_app.command()
@@ -101,7 +101,7 @@ def check(
                                               metavar="FILE", dir_okay=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Report on the quality of a domain's rows before any training: what is lost, repeated, or looks misplaced."""
+    """Report on the quality of a domain's rows before any training: which are lost, repeated, or look misplaced."""
     from moa.reports import quality
     from moa.workspace.domains import check as check_domain
 
@@ -121,9 +121,9 @@ def which(
     """Find a row: its domain, file, split, and the releases that learned from it. Exit code 1 when it is not found."""
     from moa.reports import row_lookup
 
-    found = row_lookup.which(*opened(), row)
-    print_result(found, row_lookup.text(found), as_json)
-    if not found["found"]:
+    facts = row_lookup.which(*opened(), row)
+    print_result(facts, row_lookup.text(facts), as_json)
+    if not facts["found"]:
         raise typer.Exit(1)
 
 
@@ -131,28 +131,28 @@ def which(
 def import_(
     directory: Annotated[Path, typer.Argument(help="A LoRA adapter as PEFT saves it: adapter_config.json and "
                                                    "adapter_model.safetensors.", metavar="DIR")],
-    domain: Annotated[str, typer.Option("--domain", help="The domain it answers for.", metavar="NAME")],
+    domain: Annotated[str, typer.Option("--domain", help="The domain that the adapter answers for.", metavar="NAME")],
     as_json: AsJson = False,
 ) -> None:
     """Use an adapter that was trained with plain PEFT as a domain's expert. Nothing changes unless all checks pass."""
     from moa.workspace import import_expert
 
     source = directory.absolute()
-    done = import_expert.import_adapter(place.workspace(), source, domain)
-    print_result(done, import_expert.text(done), as_json)
+    facts = import_expert.import_adapter(place.workspace(), source, domain)
+    print_result(facts, import_expert.text(facts), as_json)
 
 
 def _mapping(text: str | None) -> dict[str, str] | None:
-    """`instruction=question,output=answer` as a mapping. Raises UsageError for anything else."""
+    """The value of --map, such as `instruction=question,output=answer`, as a dict. Raises UsageError if malformed."""
     if text is None:
         return None
-    found: dict[str, str] = {}
+    columns: dict[str, str] = {}
     for part in text.split(","):
         key, equals, column = (piece.strip() for piece in part.partition("="))
         if not (key and equals and column):
             raise UsageError(f"--map {text} is not understood; write KEY=COLUMN,..., such as "
                              "instruction=question,output=answer.")
-        if key in found:
+        if key in columns:
             raise UsageError(f"--map names {key} twice; a key has one column.")
-        found[key] = column
-    return found
+        columns[key] = column
+    return columns

@@ -23,6 +23,7 @@ from moa.core.errors import ConfigError, MoaError, RegistryError
 from moa.core.loopback import bypass_proxies
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}   # errors of a full or broken disk
+# Headings of groups of commands in `moa --help`.
 RUN, DATA, USE, STEPS = "Build", "Workspace and domains", "Use", "Single steps (what the stages of dvc.yaml run)"
 
 Domains = Annotated[list[str] | None, typer.Option(
@@ -95,8 +96,8 @@ def init(
     from moa.workspace.init import text
 
     here = Path.cwd()
-    done = make(place.directory / directory if place.directory else directory, base, here)
-    print_result(done, text(done, here), as_json)
+    facts = make(place.directory / directory if place.directory else directory, base, here)
+    print_result(facts, text(facts, here), as_json)
 
 
 @app.command(rich_help_panel=DATA)
@@ -107,8 +108,8 @@ def upgrade(
     """Bring the files of a workspace that an older moa made to the layout of this one. Makes no stage stale."""
     from moa.workspace import upgrade as upgrading
 
-    made = upgrading.upgrade(place.workspace(), dry_run=dry_run)
-    print_result(made.as_dict(dry_run=dry_run), made.text(dry_run=dry_run), as_json)
+    changes = upgrading.upgrade(place.workspace(), dry_run=dry_run)
+    print_result(changes.as_dict(dry_run=dry_run), changes.text(dry_run=dry_run), as_json)
 
 
 @app.command(rich_help_panel=RUN)
@@ -124,14 +125,14 @@ def plan(domain: Domains = None, force: Force = None, as_json: AsJson = False) -
         raise ConfigError(NO_DOMAIN)
     for name in domain or ():
         config.require_domain(name)
-    for each in config.domains.values():
-        metrics.resolve(each.metric)
+    for domain_params in config.domains.values():
+        metrics.resolve(domain_params.metric)
     snapshot = Pipeline(workspace).snapshot().limited(domain or None).forced(force or ())
-    made = planning.make_plan(snapshot, config, planning.Statistics.read(workspace, config))
+    steps = planning.make_plan(snapshot, config, planning.Statistics.read(workspace, config))
     if as_json:
-        print_json(made.as_dict())
+        print_json(steps.as_dict())
     else:
-        print(made.text())
+        print(steps.text())
 
 
 for command in (status, up, adapt, retrain, log):
@@ -226,8 +227,8 @@ def parent(domain: OneDomain, as_json: AsJson = False) -> None:
     from moa.mixture.parent_selection import candidates, text
 
     workspace, config = opened()
-    found = candidates(workspace, config, config.require_domain(domain))
-    print_result(found, text(found), as_json)
+    facts = candidates(workspace, config, config.require_domain(domain))
+    print_result(facts, text(facts), as_json)
 
 
 @app.command(rich_help_panel=STEPS)
@@ -266,10 +267,10 @@ def evaluate() -> None:
 
 
 def main() -> None:
-    """Run the command line. Errors that the user can correct are one sentence; all others keep their traceback."""
+    """Run the command line and exit. Errors that the user can correct print one sentence, all others a traceback."""
     bypass_proxies()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):   # escape characters that the terminal's encoding lacks
+        if isinstance(stream, TextIOWrapper):   # print characters that the terminal's encoding lacks as escapes
             stream.reconfigure(errors="backslashreplace")
     git.forget_ties()
     try:
@@ -277,9 +278,9 @@ def main() -> None:
     except MoaError as error:
         print(f"moa: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except (OSError, sqlite3.OperationalError) as error:   # DVC, MLflow and Prefect keep databases
-        refused = (error.errno in FULL if isinstance(error, OSError) else "disk" in str(error))
-        if not refused:
+    except (OSError, sqlite3.OperationalError) as error:   # SQLite's, from databases of DVC, MLflow or Prefect
+        disk_failed = error.errno in FULL if isinstance(error, OSError) else "disk" in str(error)
+        if not disk_failed:
             raise
         print(f"moa: The disk cannot be written to ({error}): free some space and run the command again.",
               file=sys.stderr)

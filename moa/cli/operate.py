@@ -1,6 +1,7 @@
 """Commands that keep a workspace current and show it: `moa up`, `moa adapt`, `moa status`, `moa ingest` and so on.
 
-Each command parses its arguments and calls the package that does the work. Heavy modules are imported inside.
+Each command parses its arguments and calls the package that does the work. Heavy modules are imported inside the
+commands.
 """
 
 import sys
@@ -49,8 +50,8 @@ def status(as_json: AsJson = False) -> None:
 
 
 def adapt(local: Local = False, as_json: AsJson = False, verbose: Verbose = False) -> None:
-    """Learn what waits in data/incoming now, without the delays of `adapt` in params.yaml. Exit code 1 when the gate
-    refuses it."""
+    """Learn now what waits in data/incoming, without the delays of `adapt` in params.yaml. Exit code 1 when the gate
+    refuses the result."""
     from flows.launch import learn
 
     _print_outcome(learn(place.workspace(), "adapt", local=local, verbose=verbose, now=True), as_json)
@@ -64,29 +65,30 @@ def retrain(
     verbose: Verbose = False,
 ) -> None:
     """Train again what is stale by data, parameters, code or base, and release it if the gate lets it. Exit code 1 when
-    the gate refuses it."""
+    the gate refuses the result."""
     from flows.launch import learn
 
-    how = {"from_scratch": True} if from_scratch else {}
-    _print_outcome(learn(place.workspace(), "retrain", local=local, verbose=verbose, **how), as_json)
+    options = {"from_scratch": True} if from_scratch else {}   # without it params.yaml decides
+    _print_outcome(learn(place.workspace(), "retrain", local=local, verbose=verbose, **options), as_json)
 
 
-SENTENCES = {
+SENTENCES = {   # by `state` of an adaptation or retraining
     "released": "Version {version} is champion now: {reason}",
     "waiting": "Version {version} passed the gate and waits for `moa release promote {version}`: {reason}",
-    "kept": "Version {version} was not promoted: {reason} What arrived stays, and is learned with what comes next.",
-    "refused": "Nothing was released: the gate refused it. See `moa log`; its files lie in data/incoming/.rejected",
+    "kept": "Version {version} was not promoted: {reason} New rows stay, and are learned with the next ones.",
+    "refused": "Nothing was released: the gate refused it. See `moa log`; refused files lie in data/incoming/.rejected",
     "skipped": "Nothing was done: {reason}",
 }
 
 
 def _print_outcome(facts: dict[str, Any], as_json: bool) -> None:
+    """Print the facts of an adaptation or retraining. Raises typer.Exit with code 1 when the gate refused it."""
     if as_json:
         print_json(facts)
     else:
         print(SENTENCES[facts["state"]].format_map({"reason": "", **facts}))
         for name, files in facts.get("undone", {}).items():
-            print(f"moa: {name} is as it was before; {', '.join(files)} did not get in.", file=sys.stderr)
+            print(f"moa: {name} was restored as it was before, without {', '.join(files)}.", file=sys.stderr)
     if facts["state"] == "refused":
         raise typer.Exit(1)
 
@@ -107,24 +109,24 @@ def ingest(
 
     here = Path.cwd()
     workspace = place.workspace()
-    done = queue(workspace, name, sources, here, HubDataset(revision, split, subset))
+    facts = queue(workspace, name, sources, here, HubDataset(revision, split, subset))
     watched = _watched(workspace)
-    if done["files"]:
-        with suppress(Exception):   # the event only speeds things up: `moa up` finds the file without it
+    if facts["files"]:
+        with suppress(Exception):   # the event only starts a run sooner: `moa up` finds the files without it
             from flows.sensor import send_arrival_event
 
             send_arrival_event(workspace, [name])
     if as_json:
-        print_json({**done, "watched": watched})
+        print_json({**facts, "watched": watched})
         return
-    print(queued_text(done))
-    if done["files"] or done["already_waiting"]:
+    print(queued_text(facts))
+    if facts["files"] or facts["already_waiting"]:
         print("`moa up` runs here and will learn it." if watched else
               "`moa up` does not run: run `moa up`, or `moa adapt` once, to learn it.")
 
 
 def _watched(workspace: Workspace) -> bool:
-    """Whether `moa up` runs here."""
+    """Whether `moa up` runs in this workspace."""
     from moa.core.files import read_json
     from moa.workspace.row_sources import process_is_alive
 

@@ -13,7 +13,7 @@ from moa.cli.app import App, AsJson, opened, print_json, print_result
 
 release_app = App(name="release", help="Show releases, approve one, roll back; the history of champions.")
 
-# Every command names two releases the same way: VERSION is compared with --against.
+# Every command that compares two releases names them alike: VERSION is compared with --against.
 Version = Annotated[int, typer.Argument(help="A version of the registered mixture.", metavar="VERSION", min=1)]
 Against = Annotated[int | None, typer.Option(help="The release it is compared with; the champion by default.",
                                              metavar="VERSION", min=1)]
@@ -21,11 +21,11 @@ Against = Annotated[int | None, typer.Option(help="The release it is compared wi
 
 def gate(
     version: Version,
-    against: Annotated[int | None, typer.Option(help="Another release than the champion; it decides nothing then.",
+    against: Annotated[int | None, typer.Option(help="A release instead of the champion; it then decides nothing.",
                                                 metavar="VERSION", min=1)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let the gate compare a release with the champion. Exit code 0 when it passes, 1 when not."""
+    """Let the gate compare a release with the champion. Exit code 0 when the release passes, 1 when not."""
     from flows.steps.release import examine
     from moa.reports.releases import gate_text
 
@@ -47,7 +47,7 @@ def compare(version: Version, against: Against = None, as_json: AsJson = False) 
 
 @release_app.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """Every release, newest first: champion, was champion, waiting, refused, or not gated."""
+    """List every release, newest first: champion, was champion, waiting, refused, or not gated."""
     from moa.reports.releases import listed, listed_text
 
     facts = listed(*opened())
@@ -56,7 +56,7 @@ def list_(as_json: AsJson = False) -> None:
 
 @release_app.command()
 def show(version: Version, as_json: AsJson = False) -> None:
-    """One release: what it pins, what the gate said, when it was champion."""
+    """Show one release: what it pins, what the gate said, when it was champion."""
     from moa.reports.releases import shown, shown_text
 
     facts = shown(*opened(), version)
@@ -66,15 +66,15 @@ def show(version: Version, as_json: AsJson = False) -> None:
 @release_app.command()
 def promote(
     version: Version,
-    force: Annotated[bool, typer.Option("--force", help="Even if the gate refuses it; needs --reason.")] = False,
+    force: Annotated[bool, typer.Option(
+        "--force", help="Promote it even if the gate refuses it; needs --reason.")] = False,
     reason: Annotated[str | None, typer.Option(help="Why; kept in the history.", metavar="TEXT")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a release champion if it passes the gate. This approves a release that waits."""
     from flows.steps.release import approve
 
-    done = approve(*opened(), version, force=force, note=reason)
-    _moved(done, as_json)
+    _print_promotion(approve(*opened(), version, force=force, note=reason), as_json)
 
 
 @release_app.command()
@@ -87,8 +87,7 @@ def rollback(
     """Make the previous champion the champion again."""
     from flows.steps.release import roll_back
 
-    done = roll_back(*opened(), to, reason)
-    _moved(done, as_json)
+    _print_promotion(roll_back(*opened(), to, reason), as_json)
 
 
 @release_app.command()
@@ -102,7 +101,7 @@ def history(as_json: AsJson = False) -> None:
 
 @release_app.command()
 def diff(version: Version, against: Against = None, as_json: AsJson = False) -> None:
-    """What differs between two releases: experts, router, base, corpora, parameters, figures, gates."""
+    """Show what differs between two releases: experts, router, base, corpora, parameters, figures, gates."""
     from moa.release.champion import other_version
     from moa.reports import releases
 
@@ -144,17 +143,18 @@ def export(
     from moa.release import export as exporting
 
     target = directory.absolute()
-    done = exporting.export(*opened(), target, form, version)
+    facts = exporting.export(*opened(), target, form, version)
     if as_json:
-        print_json(done)
+        print_json(facts)
         return
-    print(exporting.text(done), file=sys.stderr)
-    if done["command"]:
-        print(done["command"])
+    print(exporting.text(facts), file=sys.stderr)
+    if facts["command"]:
+        print(facts["command"])
 
 
-def _moved(done: dict[str, Any], as_json: bool) -> None:
-    version, before = done["version"], done["previous"]
-    text = (f"version {version} is champion" + (f" instead of version {before}" if before else "")
-            + f" ({done['reason'].rstrip('.')}).") if done["changed"] else f"version {version} is champion already."
-    print_result(done, text, as_json)
+def _print_promotion(facts: dict[str, Any], as_json: bool) -> None:
+    """Print which release is champion after a promotion or rollback, and instead of which."""
+    version, previous = facts["version"], facts["previous"]
+    text = (f"version {version} is champion" + (f" instead of version {previous}" if previous else "")
+            + f" ({facts['reason'].rstrip('.')}).") if facts["changed"] else f"version {version} is champion already."
+    print_result(facts, text, as_json)

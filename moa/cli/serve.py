@@ -42,7 +42,7 @@ def serve(
     """Serve the champion as an OpenAI server, and every champion after it, until Ctrl-C."""
     if backend is None and (backend_key_file or backend_base):
         raise UsageError("--backend-key-file and --backend-base need --backend: give its URL, too.")
-    key = _key(key_file)   # relative paths: before the workspace's folder becomes the current one
+    key = _key(key_file)   # before `opened` changes the current folder: the paths may be relative
     backend_key = _key(backend_key_file) if backend_key_file else None
     workspace, config = opened()
     from moa.core.config import NO_DOMAIN
@@ -65,7 +65,7 @@ def serve(
 
 
 def _key(file: Path | None) -> str | None:
-    """The key of the file, else of MOA_API_KEY, else None. Raises UsageError for an empty or malformed one."""
+    """The key in `file`, or without a file that of MOA_API_KEY, if it is set. Raises UsageError for a malformed key."""
     name = "MOA_API_KEY" if file is None else str(file)
     try:
         key = os.environ.get("MOA_API_KEY") if file is None else file.read_text(encoding="utf-8").strip()

@@ -1,13 +1,13 @@
 """Code digests: one for each stage, over the modules of `moa` that the stage's result depends on.
 
 dvc.yaml names these digests as parameters of its stages. So an upgrade of `moa` makes only those stages stale whose
-code changed, and `moa plan` shows them before anything runs.
+code changed, and `moa plan` lists these stages before anything runs.
 
 A stage's code is its module in `STAGES` and every module of `moa` that this one imports, directly or not, at the top or
 inside a function, with their data files (`FILES`). `moa.core` is left out, because it decides how files are written and
-not what is in them, and so are the modules in `WORDING`. The digest of a module covers its syntax tree without comments
-and docstrings, and of its imports the names but not the modules they come from: a reworded comment or a moved module
-makes nothing stale, and a changed constant does.
+not what is in them, and so are the modules in `WORDING`. The digest of a module covers its syntax tree without
+comments, docstrings and the names of the modules that it imports from. So a reworded comment or a moved module makes no
+stage stale, and a changed constant does.
 """
 
 import ast
@@ -25,111 +25,112 @@ from moa.core.paths import Workspace, user_cache
 STAGES = {"base": "moa.base.pin", "quickstart": "moa.data.quickstart.generate", "prepare": "moa.data.prepare",
           "train": "moa.experts.train", "assemble": "moa.mixture.assemble", "evaluate": "moa.evaluation.evaluate"}
 WORDING = ("moa.evaluation.summary",)   # modules that only word what a stage reports
-# Modules with files that are no Python, as patterns relative to the module's folder: a stage that imports the module
-# depends on them.
+# Data files of a module, as a pattern relative to the module's folder: a stage that imports the module depends on them.
 FILES = {"moa.base.kernels.build": "csrc/*.[ch]", "moa.data.quickstart.bank": "*.yaml"}
 PACKAGE = Path(__file__).parents[1]
 COMMENTS = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)   # no string in the C sources contains these
 
 
 def write(workspace: Workspace) -> None:
-    """Bring `.moa/code.json` up to date, from which DVC reads the digests when it decides what is stale."""
+    """Update `.moa/code.json`, where DVC reads the code digest of each stage when it decides which stages are stale."""
     write_json_if_changed(workspace.code, _digests())
 
 
 def digest(stage: str) -> str:
-    """Digest of the code behind `stage`, as it is installed here: 32 hexadecimal digits."""
+    """Digest of the installed code that `stage`, a key of `STAGES`, depends on: 32 hexadecimal digits."""
     return _digests()[stage]
 
 
 def of_modules(*names: str) -> str:
-    """Digest of the code of these modules alone, counted as in `digest`: a key for what they computed."""
-    return digests.of_bytes("".join(map(_content, names)).encode())[:32]
+    """Digest of the code of these modules without their imports, computed as in `digest`: a cache key for results."""
+    return digests.of_bytes("".join(map(_content_digest, names)).encode())[:32]
 
 
 @cache
 def _digests() -> dict[str, str]:
-    """`digest` by stage. Parsing takes half a second, so the result is cached under the digest of all source files."""
+    """Code digest by stage. Parsing takes half a second, so a file named by the digest of all sources caches them."""
     sources = [path for kind in ("*.py", "*.c", "*.h", "*.yaml") for path in PACKAGE.rglob(kind)]
     name = f"code-{digests.of_files(sources, PACKAGE)[:32]}.json"
-    with suppress(OSError, RuntimeError, ValueError):   # not there yet, damaged, or no home folder
+    with suppress(OSError, RuntimeError, ValueError):   # no such file yet, a damaged file, or no home folder
         return dict(read_json(user_cache() / name))
-    found = {stage: digests.of_bytes("".join(sorted(map(_content, modules(stage)))).encode())[:32] for stage in STAGES}
+    by_stage = {stage: digests.of_bytes("".join(sorted(map(_content_digest, modules(stage)))).encode())[:32]
+                for stage in STAGES}
     with suppress(OSError, RuntimeError):
-        write_json(user_cache() / name, found)
-    return found
+        write_json(user_cache() / name, by_stage)
+    return by_stage
 
 
 @cache
 def modules(stage: str) -> frozenset[str]:
-    """Names of the modules whose code `stage` depends on."""
-    found: set[str] = set()
-    new = {STAGES[stage]}
-    while new:
-        found |= new
-        new = {name for module in new for name in _imports(module)} - found
-    return frozenset(found)
+    """Names of the modules whose code `stage`, a key of `STAGES`, depends on, its own module included."""
+    reached: set[str] = set()
+    frontier = {STAGES[stage]}
+    while frontier:
+        reached |= frontier
+        frontier = {name for module in frontier for name in _imports(module)} - reached
+    return frozenset(reached)
 
 
-def _file(module: str) -> Path | None:
-    """The source file of `module`, None where there is no such module."""
+def _source_file(module: str) -> Path | None:
+    """The source file of `module`; None when there is no such module."""
     path = PACKAGE.parent / Path(*module.split("."))
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
 @cache
-def _tree(module: str) -> ast.Module:
-    file = _file(module)
+def _syntax_tree(module: str) -> ast.Module:
+    file = _source_file(module)
     assert file is not None, module
     return ast.parse(file.read_bytes())
 
 
 @cache
 def _imports(module: str) -> frozenset[str]:
-    """The modules of `moa` that `module` imports when it runs; what it imports for its types alone is left out."""
+    """The modules of `moa` that `module` imports at run time: imports under `if TYPE_CHECKING:` do not count."""
     names: set[str] = set()
-    for node in _running(_tree(module)):
+    for node in _runtime_nodes(_syntax_tree(module)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {inner if _file(inner := f"{node.module}.{alias.name}") else node.module for alias in node.names}
+            names |= {inner if _source_file(inner := f"{node.module}.{alias.name}") else node.module
+                      for alias in node.names}
     return frozenset(name for name in names if name.startswith("moa.") and not name.startswith("moa.core.")
                      and name not in WORDING)
 
 
-def _running(node: ast.AST) -> Iterator[ast.AST]:
-    """`node` and all below it, but for what stands under `if TYPE_CHECKING:`."""
+def _runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """`node` and its descendants, except the bodies of `if TYPE_CHECKING:`."""
     yield node
     children = ast.iter_child_nodes(node)
     if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
         children = iter(node.orelse)
     for child in children:
-        yield from _running(child)
+        yield from _runtime_nodes(child)
 
 
 @cache
-def _content(module: str) -> str:
-    """Digest of what counts of a module, and of its `FILES`."""
-    found = hashlib.sha256(repr(_canonical(_tree(module))).encode())
+def _content_digest(module: str) -> str:
+    """Digest of a module's canonical syntax tree and of its `FILES`, C sources without comments and white space."""
+    hasher = hashlib.sha256(repr(_canonical(_syntax_tree(module))).encode())
     if module in FILES:
         for file in sorted((PACKAGE.parent / Path(*module.split("."))).parent.glob(FILES[module])):
             text = file.read_text(encoding="utf-8")
-            found.update(" ".join(COMMENTS.sub(" ", text).split()).encode() if file.suffix in (".c", ".h")
-                         else text.encode())
-    return found.hexdigest()
+            hasher.update(" ".join(COMMENTS.sub(" ", text).split()).encode() if file.suffix in (".c", ".h")
+                          else text.encode())
+    return hasher.hexdigest()
 
 
 def _canonical(node: object) -> object:
-    """A syntax tree as plain tuples: no positions, no docstrings, no empty fields, no modules in imports.
+    """A syntax tree as plain tuples, without positions, docstrings, empty fields and the modules that imports name.
 
-    Python versions differ in which empty fields a node has, so these must not count.
+    Empty fields are left out because Python versions differ in which ones a node has.
     """
     if isinstance(node, list):
-        return [_canonical(each) for each in node]
+        return [_canonical(item) for item in node]
     if not isinstance(node, ast.AST):
         return node
     fields = dict(ast.iter_fields(node))
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and _documented(node):
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and _has_docstring(node):
         fields["body"] = node.body[1:]
     if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moa"):
         del fields["module"]
@@ -137,6 +138,6 @@ def _canonical(node: object) -> object:
                                  if value is not None and value != []]
 
 
-def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+def _has_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     first = node.body[0] if node.body else None
     return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)

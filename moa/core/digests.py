@@ -13,12 +13,12 @@ _canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",
 
 
 def of_bytes(data: bytes) -> str:
-    """Digest of these bytes."""
+    """SHA-256 of `data`, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def of_file(path: Path) -> str:
-    """Digest of a file's bytes, which are read in chunks."""
+    """SHA-256 of the bytes of a file of any size: it is read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -27,18 +27,18 @@ def of_file(path: Path) -> str:
 
 
 def of_files(files: Iterable[Path], root: Path) -> str:
-    """One digest over names (relative to `root`) and contents of the files, independent of their order."""
+    """One digest over the names (relative to `root`) and contents of `files`, independent of their order."""
     lines = sorted(f"{path.relative_to(root).as_posix()} {of_file(path)}" for path in files)
     return of_bytes("\n".join(lines).encode())
 
 
 def of_expert(folder: Path) -> str:
-    """One digest over names and contents of an expert's files, but for its manifest, which holds this digest."""
+    """Digest of an expert: names and contents of the files in its folder, without the manifest, which records it."""
     return of_files([path for path in folder.iterdir() if path.name != MANIFEST], folder)
 
 
 def by_name(folder: Path) -> dict[str, str]:
-    """Digest of every file under `folder`, by its name relative to it."""
+    """Digest of every file under `folder`, keyed by the file's path relative to `folder`."""
     return {path.relative_to(folder).as_posix(): of_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 

@@ -1,12 +1,12 @@
-"""A small tree of errors a user can act on.
+"""The errors that a user can act on, all derived from `MoaError`.
 
-Each message is one sentence or two: what is wrong, where, what is allowed, what to run next.
-The command line prints it without a traceback and exits with `exit_code`.
+Each message is one sentence or two: what is wrong, where, what is allowed, what to run next. The command line prints
+the message without a traceback and exits with `exit_code`.
 """
 
 import errno
 
-# Error numbers of a full disk and of too many open files: the machine is the cause, not the file being read.
+# A full disk or quota, a file size limit, too many open files: the machine is the cause, not the file that is read.
 OF_MACHINE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE})
 
 
@@ -47,7 +47,7 @@ class PipelineError(MoaError):
 
 
 class RegistryError(MoaError):
-    """MLflow cannot be reached, or lacks the version asked for."""
+    """MLflow cannot be reached, or lacks the requested version."""
 
 
 class NothingReleased(RegistryError):
@@ -57,12 +57,15 @@ class NothingReleased(RegistryError):
 
 
 def of_machine(error: BaseException) -> bool:
-    """Whether the cause of `error` is the machine, by its error number, and not the file that was being read."""
+    """Whether the error number says that the machine, and not the file that was being read, caused `error`."""
     return isinstance(error, OSError) and error.errno in OF_MACHINE
 
 
 def in_words(error: BaseException) -> str:
-    """Another library's error on one line, without paths of this machine, with its class where that adds something."""
+    """`error` on one line of some 200 characters, with its class unless it is an OSError or a MoaError.
+
+    An OSError gives its reason alone, so that no path of this machine gets into the text.
+    """
     text = (error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split()))[:200]
     if not text:
         return type(error).__name__

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: JSON, bytes and folders, written beside their place and renamed into it."""
+"""Atomic writes of JSON, bytes and folders: each is written beside its place and then renamed into it."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that a reader sees the whole file or the old one: temporary name, flush, rename."""
+    """Write `value` as indented JSON atomically: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -22,17 +22,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write what only the owner's own processes may read; a reader sees the whole file or the old one."""
+    """Write a secret atomically, with permissions (0600) for the user alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)   # its permissions would stay
+    temporary.unlink(missing_ok=True)   # a file that an interrupted call left would keep its own permissions
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
     temporary.replace(path)
 
 
 def write_json_if_changed(path: Path, value: Any) -> None:
-    """`write_json` unless the file holds this value already."""
+    """Write `value` as JSON, as `write_json` does, unless the file at `path` holds this value already."""
     try:
         unchanged = read_json(path) == value
     except (OSError, ValueError):
@@ -42,7 +42,7 @@ def write_json_if_changed(path: Path, value: Any) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that users or git also write: a reader sees the old or the new one, and its permissions stay."""
+    """Write bytes atomically into a file that users or git also write: an existing file keeps its permissions."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temp_path(path).open("wb") as file:
@@ -57,16 +57,17 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def temp_path(path: Path) -> Path:
-    """Where `write_atomic` writes first."""
+    """The temporary file, beside `path`, that `write_atomic` writes and then renames."""
     return path.with_name(f".{path.name}.part.tmp")
 
 
 def read_json(path: Path) -> Any:
+    """The JSON value in file `path`. Raises OSError where it cannot be read, and ValueError where it is no JSON."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in file `path`; an empty one where there is none or it cannot be read."""
+    """The JSON object in file `path`; an empty one where the file is missing or holds something else."""
     try:
         value = read_json(path)
     except (FileNotFoundError, ValueError):
@@ -76,9 +77,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def replace_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes `target`'s place when the block ends well, and vanishes when it does not.
+    """Yield an empty folder that replaces `target` when the block ends; an exception in the block deletes it instead.
 
-    The manifest should be the last thing written into it.
+    The block should write the manifest last, because an artifact counts as complete once it has one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -1,17 +1,17 @@
-"""Fork a step from a process that has its libraries imported already.
+"""Fork steps from a process that has already imported their libraries.
 
-Importing torch and transformers takes a step three seconds or more, which is most of what a small step takes. Here one
-process (this same file, run as a script) imports them once, and forks a step when it is asked to. It does nothing else:
-it never runs a step itself, starts no thread, touches no GPU, and imports no module of moa that a step uses, so that a
-step runs the code that is on the disk when it starts.
+Importing torch and transformers takes a step three seconds or more, which is most of the time of a small step. Here one
+process, the fork server (this same file, run as a script), imports them once and forks a step for each request. It does
+nothing else: it runs no step itself, starts no thread, uses no GPU, and imports no module of moa that a step uses, so
+that a step runs the code that is on the disk when the step starts.
 
     the caller --- control: a request for each step, with its descriptors ---> the fork server
                                                                                 | fork
     the caller <-- channel of one step: its process group, its status ------ supervisor, leader of a process group
-                   its end is the end of the group (moa.core.supervisor)        | fork
+                   closing it ends the group (moa.core.supervisor)              | fork
     the caller <-- output ---------------------------------------------------- the step
 
-The fork server ends when its control socket does, so neither it nor a step outlives the caller.
+The fork server ends when its control socket is closed, so neither it nor a step outlives the caller.
 """
 
 import atexit
@@ -35,63 +35,75 @@ from moa.core import supervisor
 
 READY = b"r"
 NUMBER = struct.Struct("!i")
-# What these variables say is read when a step runs. Any other may have been read when a library was imported.
+# Variables with these prefixes are read while a step runs. Libraries may have read any other variable when they were
+# imported, so a step is forked only where its other variables equal the fork server's.
 READ_LATE = ("MOA_", "DVC_", "MLFLOW_", "PREFECT_")
 
 
 class ForkServer:
-    """The process that forks steps, as its caller sees it. The libraries are imported while the caller goes on."""
+    """The caller's handle of a fork server. It imports the libraries while the caller goes on."""
 
     def __init__(self, libraries: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> None:
-        """Start it. A library that cannot be imported is left to the step that needs it."""
+        """Start the process.
+
+        Args:
+            libraries: names of the modules to import; one that cannot be imported is left to the step that needs it.
+            cwd: folder in which the libraries are imported.
+            env: environment in which the libraries are imported.
+        """
         self.stopped = False
         self._imported: bool | None = None
         self._guard = threading.Lock()
-        self._environment = _read_early(env)
-        self._control, theirs = socket.socketpair()
-        with theirs:
+        self._environment = _import_environment(env)
+        self._control, server_end = socket.socketpair()
+        with server_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", __file__, *libraries], cwd=cwd, env=dict(env), stdin=theirs.fileno(),
+                [sys.executable, "-P", __file__, *libraries], cwd=cwd, env=dict(env), stdin=server_end.fileno(),
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         supervisor.register(self)
 
     def ready(self, env: Mapping[str, str]) -> bool:
-        """Whether it can fork a step with this environment, once the libraries are imported."""
+        """Wait until the libraries are imported. Whether a step with the environment `env` can be forked then."""
         with self._guard:
             if self._imported is None:
                 with suppress(OSError):
                     self._imported = self._control.recv(1) == READY
-        return bool(self._imported) and self._process.poll() is None and _read_early(env) == self._environment
+        running = bool(self._imported) and self._process.poll() is None
+        return running and _import_environment(env) == self._environment
 
     def fork(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str],
              stderr: int | IO[str] = subprocess.STDOUT) -> "Forked":
-        """Start a step.
+        """Start a step that calls an entry point. Where the fork server is gone, the step ends at once as if killed.
 
         Args:
-            command: an entry point, such as `moa.cli.main:main`, and what it finds in `sys.argv`.
+            command: an entry point, such as `moa.cli.main:main`, followed by the step's `sys.argv`.
+            cwd: the step's working folder.
+            env: the step's whole environment, which `ready` has accepted.
             stderr: subprocess.STDOUT, or a file.
         """
         read, write = os.pipe()
-        channel, theirs = socket.socketpair()
-        with theirs:
+        channel, supervisor_end = socket.socketpair()
+        with supervisor_end:
             request = json.dumps([list(command), str(cwd), dict(env)]).encode()
             err = write if isinstance(stderr, int) else stderr.fileno()
             try:
                 with self._guard:
-                    socket.send_fds(self._control, [NUMBER.pack(len(request))], [theirs.fileno(), write, err])
+                    socket.send_fds(self._control, [NUMBER.pack(len(request))],
+                                    [supervisor_end.fileno(), write, err])
                     self._control.sendall(request)
             except OSError:
-                pass   # it is gone, and what comes through the channel says so: nothing
+                pass   # The fork server is gone: `Forked` finds the channel closed without an exit status.
             finally:
                 os.close(write)
         return Forked(channel, read)
 
     def release(self) -> None:
-        """End it, without waiting for it. Steps that it forked have supervisors of their own."""
+        """Kill the fork server, without waiting for its end. The steps that it forked go on under their supervisors."""
         self.stopped = True
         self._process.kill()
 
     def stop(self) -> None:
+        """Kill the fork server, wait for its end and close its descriptors."""
         self.release()
         self._process.wait()
         self._control.close()
@@ -101,38 +113,39 @@ class ForkServer:
 
 
 class Forked:
-    """A step of a fork server, with what a supervisor uses of `subprocess.Popen`."""
+    """A forked step, with the part of the interface of `subprocess.Popen` that `SupervisedProcess` uses."""
 
     def __init__(self, channel: socket.socket, output: int) -> None:
-        self.stdin = _Lead(channel)
+        self.stdin = _ChannelInput(channel)
         self.stdout = open(output, errors="replace", buffering=1)   # noqa: SIM115
         self.returncode: int | None = None
         self._channel = channel
-        self._guard = threading.Lock()   # one thread reads the channel, others wait for what it reads
+        self._guard = threading.Lock()   # one thread reads the channel, and the others wait for its result
         self._group: int | None = None
 
     @property
     def pid(self) -> int:
-        """Its process group. Raises ProcessLookupError where the server was gone before it began."""
+        """The step's process group, known after `poll` or `wait`. Raises ProcessLookupError while it is not known."""
         if self._group is None:
             raise ProcessLookupError
         return self._group
 
     def poll(self) -> int | None:
+        """The step's exit status; None while it runs."""
         with suppress(subprocess.TimeoutExpired):
             self.wait(0)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit status; -SIGKILL where its supervisor was killed. Raises subprocess.TimeoutExpired."""
+        """The step's exit status; -SIGKILL where its supervisor was killed. Raises subprocess.TimeoutExpired."""
         if not self._guard.acquire(timeout=-1 if timeout is None else timeout):
             raise subprocess.TimeoutExpired("a step", timeout or 0)
         try:
             self._channel.settimeout(timeout)
             if self.returncode is None and self._group is None:
-                self._group = self._number()
+                self._group = self._receive_number()
             if self.returncode is None:
-                status = self._number()
+                status = self._receive_number()
                 self.returncode = -signal.SIGKILL if status is None else status
         except (TimeoutError, BlockingIOError):
             raise subprocess.TimeoutExpired("a step", timeout or 0) from None
@@ -140,38 +153,42 @@ class Forked:
             self._guard.release()
         return self.returncode
 
-    def _number(self) -> int | None:
-        """The next number from the supervisor, None once it is gone. It writes each in one piece."""
+    def _receive_number(self) -> int | None:
+        """The supervisor's next number, which arrives in one piece; None once the supervisor is gone."""
         try:
-            said = self._channel.recv(NUMBER.size)
+            message = self._channel.recv(NUMBER.size)
         except ConnectionError:
             return None
-        return NUMBER.unpack(said)[0] if said else None
+        return NUMBER.unpack(message)[0] if message else None
 
 
-class _Lead:
-    """The end of a channel that keeps a step alive, as the pipe to a supervisor's standard input does."""
+class _ChannelInput:
+    """Stands in for the pipe to a supervisor's standard input: closing it ends the step."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
 
     def close(self) -> None:
-        self._channel.shutdown(socket.SHUT_WR)   # what the supervisor says last can still be read
+        self._channel.shutdown(socket.SHUT_WR)   # the exit status can still be received
 
 
-def _read_early(env: Mapping[str, str]) -> dict[str, str]:
+def _import_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables of `env` that a library may read when it is imported."""
     return {name: value for name, value in env.items() if not name.startswith(READ_LATE)}
 
 
-# The script's part.
+# What the script runs: the fork server, a step's supervisor, and the step.
 
 def _serve(control: socket.socket, libraries: Sequence[str]) -> Callable[[], Any] | None:
-    """Fork until the caller is gone, which gives None. Also returns in each step, with what it has to call."""
+    """Fork a step for each request, until the caller is gone.
+
+    Returns None in the fork server, and in each step the function that the step calls.
+    """
     for name in libraries:
-        with suppress(Exception):   # the step that needs it will say so
+        with suppress(Exception):   # the step that needs the library reports the error
             importlib.import_module(name)
     gc.collect()
-    gc.freeze()   # a collection in a step would write to every object, and so copy all of this memory
+    gc.freeze()   # a collection in a step would write to every object, and so copy these pages of memory
     control.sendall(READY)
     while True:
         size, descriptors, _, _ = socket.recv_fds(control, NUMBER.size, 3)
@@ -193,7 +210,7 @@ def _serve(control: socket.socket, libraries: Sequence[str]) -> Callable[[], Any
 
 
 def _step(command: list[str], cwd: str, env: dict[str, str], channel: int, out: int, err: int) -> Callable[[], Any]:
-    """Lead a process group and supervise a step in it. Returns in the step alone, with what it has to call."""
+    """Lead a process group and supervise a step in it. Returns in the step alone: the function that it calls."""
     supervisor.unmoved_by_signals()
     os.setsid()
     os.write(channel, NUMBER.pack(os.getpid()))
@@ -217,7 +234,7 @@ def _step(command: list[str], cwd: str, env: dict[str, str], channel: int, out: 
 
 
 def _status(run: Callable[[], Any]) -> int:
-    """Call `run`; the exit status that the interpreter would end with."""
+    """Call `run` and return the exit status that the interpreter would end with."""
     try:
         code = run()
     except SystemExit as end:
@@ -232,9 +249,10 @@ def _status(run: Callable[[], Any]) -> int:
 
 
 def _leave(status: list[int]) -> None:
-    """End a step once its threads and all exit handlers have ended, without taking its modules apart.
+    """Exit handler, called after all others, that ends a step without finalizing the interpreter.
 
-    That would write to every object of the libraries, and so copy their memory: it took a small step a second.
+    Finalizing writes to every object of the libraries, and so copies their pages of memory: it took a small step a
+    second.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
@@ -243,11 +261,11 @@ def _leave(status: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    _statuses = [1]   # of what ends before it has begun
-    atexit.register(_leave, _statuses)   # before any library's, and so after it
+    _statuses = [1]   # the status of a process that ends before its step is called
+    atexit.register(_leave, _statuses)   # registered before any library's exit handler, and so called after it
     _control = socket.socket(fileno=os.dup(0))
     _null = os.open(os.devnull, os.O_RDWR)
-    for _stream in (0, 1, 2):   # Python has opened them by now, and takes both outputs for pipes, as a step's are
+    for _stream in (0, 1, 2):   # sys.stdout and sys.stderr keep the buffering for pipes, which a step's outputs are
         os.dup2(_null, _stream)
     os.close(_null)
     if (_run := _serve(_control, sys.argv[1:])) is not None:

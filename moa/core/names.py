@@ -1,17 +1,17 @@
-"""Names from outside (of files, folders, columns, data sets) as text that can be printed and kept. Finds nothing by it.
+"""Escapes users' names of files, folders, columns and data sets, so that they can be printed and stored as text.
 
-A file's name is bytes: Python gives those that are no UTF-8 as lone surrogates, which neither a terminal, nor YAML, nor
-a database takes. A name may also hold line ends, and characters that change what stands beside them. Whatever is shown
-or written into a file goes through here; whatever opens a file uses the name as it is.
+A file's name is bytes. Python decodes a byte that is no UTF-8 to a lone surrogate, which terminals, YAML and databases
+refuse. A name may also hold line ends and marks of writing direction, which garble the text around it. Code that shows
+a name or writes it into a file escapes it first; code that opens the file uses the original name.
 """
 
 import os
 
-LONGEST = 500   # characters of a name that are shown
+LONGEST = 500   # characters; a longer name is shown without its middle
 
 
 def printable(name: str | os.PathLike[str]) -> str:
-    """`name` on one line, of printable characters, and shortened in its middle when it is very long."""
+    """`name` escaped to one line of printable characters; of a name longer than LONGEST, both ends."""
     text = escaped(os.fspath(name))
     if len(text) <= LONGEST:
         return text
@@ -21,13 +21,13 @@ def printable(name: str | os.PathLike[str]) -> str:
 def escaped(text: str) -> str:
     r"""`text` with \xNN for a byte that is no UTF-8, and Python's escape for any other character that is not printable.
 
-    Printable is what `str.isprintable` says: no control characters, line ends, surrogates or marks of direction.
+    `str.isprintable` decides: control characters, line ends, surrogates and marks of direction are not printable.
     """
     return text if text.isprintable() else "".join(map(_escape, text))
 
 
 def is_valid_unicode(text: str) -> bool:
-    """Whether UTF-8, and so every file format here, can hold `text` as it is."""
+    """Whether `text` can be encoded in UTF-8: it has no lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -38,6 +38,6 @@ def is_valid_unicode(text: str) -> bool:
 def _escape(character: str) -> str:
     if character.isprintable():
         return character
-    if "\udc80" <= character <= "\udcff":   # as os.fsdecode gives a byte
+    if "\udc80" <= character <= "\udcff":   # os.fsdecode maps byte b to U+DC00 + b
         return f"\\x{ord(character) - 0xdc00:02x}"
     return character.encode("unicode_escape").decode("ascii")

@@ -1,7 +1,7 @@
-"""Progress of long steps, on both sides of a process boundary.
+"""Progress bars of long steps, on both sides of a process boundary.
 
-A step counts with `track`. Alone at a terminal it draws a bar; under a driver (MOA_PROGRESS=json) it prints records,
-which the driver's `Screen` turns into one bar for each running stage.
+A step counts with `track`. Run by itself it draws a bar. Run by a driver, which sets MOA_PROGRESS=json, it prints
+records, which the driver's `Screen` turns into one bar for each running stage.
 """
 
 import json
@@ -12,14 +12,20 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-MARKER = "::moa-progress::"
-RECORD_SECONDS = 0.2    # between two records of one step
-PLAIN_SECONDS = 15.0    # between two plain lines of one step ...
-PLAIN_SHARE = 0.1       # ... unless this much more is done
+MARKER = "::moa-progress::"   # begins a record in a step's output
+RECORD_SECONDS = 0.2    # least time between two records of one step
+PLAIN_SECONDS = 15.0    # without a terminal: time between two lines of one step,
+PLAIN_SHARE = 0.1       # unless the share that is done has grown by this much
 
 
-class track:   # a verb, as it reads where it is used
-    """Count to `total` on standard error; `total=None` when the end is not known."""
+class track:   # a verb in lower case, because it is used like a function: `with track(...)`
+    """Show the progress of the block's work, which `advance` counts, on standard error.
+
+    Args:
+        label: name of the work.
+        total: the count at the end; None = not known.
+        unit: name of what is counted.
+    """
 
     def __init__(self, label: str, total: int | None = None, unit: str = "") -> None:
         self.label, self.total, self.unit = label, total, unit
@@ -43,6 +49,7 @@ class track:   # a verb, as it reads where it is used
             self._screen.__exit__(kind, error, trace)
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Count `count` more; `note` replaces the text behind the count."""
         self.done += count
         if note is not None:
             self.note = note
@@ -58,13 +65,16 @@ class track:   # a verb, as it reads where it is used
 
 
 class Screen:
-    """One bar for each running stage on a terminal, sparse lines elsewhere, and a last line for each that ended."""
+    """Shows the progress of stages on standard error: bars on a terminal, a few lines elsewhere.
+
+    Each stage that ends leaves one line. `verbose` also shows the stages' output.
+    """
 
     def __init__(self, *, verbose: bool = False) -> None:
         self._verbose = verbose
         self._guard = threading.Lock()
         self._started: dict[str, float] = {}
-        self._shown: dict[str, tuple[float, float]] = {}   # plain lines: when, and the share done then
+        self._shown: dict[str, tuple[float, float]] = {}   # of the last plain line: its time, and the share done then
         self._bars: dict[str, Any] = {}
         self._progress: Any = None
 
@@ -84,44 +94,46 @@ class Screen:
             self._progress.stop()
 
     def start(self, name: str) -> None:
+        """Begin to measure the time of stage `name`, and show its bar."""
         with self._guard:
             self._started[name] = time.monotonic()
             if self._progress is not None:
                 self._bars[name] = self._progress.add_task(name, total=None, count="", note="")
 
     def line(self, name: str, line: str) -> None:
-        """Take one line of a stage's output: a progress record, or words, which only --verbose shows."""
-        _, found, text = line.partition(MARKER)
-        if not found:
+        """Take one line of a stage's output: a progress record, or other text, which only `verbose` shows."""
+        _, marker, text = line.partition(MARKER)
+        if not marker:
             if self._verbose:
                 self.say(f"{name}: {line}")
             return
         try:
             record = json.loads(text)
         except ValueError:
-            return   # two processes' lines ran into each other; the next record will do
+            return   # two processes wrote into one line; the next record brings the count
         self.update(name, record)
 
     def update(self, name: str, record: dict[str, Any]) -> None:
+        """Show a progress record (label, done, total, unit, note) of stage `name`."""
         done, total, note = record["done"], record["total"], record["note"]
         count = f"{done}/{total} {record['unit']}" if total else f"{done} {record['unit']}" if done else ""
         if self._progress is not None:
-            own = record["label"].split(" ")[0] == name.split("@")[0].split(" ")[0]
-            label = name if own else f"{name} · {record['label']}"
+            named_like_stage = record["label"].split(" ")[0] == name.split("@")[0].split(" ")[0]
+            label = name if named_like_stage else f"{name} · {record['label']}"
             if name in self._bars:
                 self._progress.update(self._bars[name], description=label, completed=done, total=total,
                                       count=count, note=note)
             return
         share, now = (done / total if total else 0.0), time.monotonic()
-        since, before = self._shown.get(name, (self._started.get(name, now), 0.0))
-        if 0 < share < before:
-            before = 0.0   # the stage counts something new
-        if (share - before >= PLAIN_SHARE and share < 1) or now - since >= PLAIN_SECONDS:
+        shown_at, shown_share = self._shown.get(name, (self._started.get(name, now), 0.0))
+        if 0 < share < shown_share:
+            shown_share = 0.0   # the stage has begun another count
+        if (share - shown_share >= PLAIN_SHARE and share < 1) or now - shown_at >= PLAIN_SECONDS:
             self._shown[name] = (now, share)
             self.say("  ".join(part for part in (f"{name}: {record['label']}", count, note) if part))
 
     def finish(self, name: str, state: str, detail: str = "") -> None:
-        """The last line of a stage: how it ended, and after how long."""
+        """Remove the bar of stage `name`, and print its last line: `state`, its duration and `detail`."""
         with self._guard:
             seconds = time.monotonic() - self._started.pop(name, time.monotonic())
             self._shown.pop(name, None)
@@ -132,6 +144,7 @@ class Screen:
                  f"{f'  {detail}' if detail else ''}")
 
     def say(self, text: str) -> None:
+        """Print a line above the bars."""
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
@@ -139,7 +152,7 @@ class Screen:
 
 
 def duration(seconds: float) -> str:
-    """0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    """A duration in words: 0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:

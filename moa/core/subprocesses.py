@@ -1,7 +1,7 @@
-"""Run a step's command: output to a log file of its own, its last words into the error.
+"""Run a step's command as a child process: its output goes to a log file, and its last error into the exception.
 
-While a workspace is held, commands that are moa's own are forked from a process that has imported what they need (see
-moa.core.fork_server); all others are started by a shell.
+Within `steps_forked`, moa's own commands are forked from a process that has imported their libraries already
+(moa.core.fork_server). All other commands are started as programs.
 """
 
 import json
@@ -30,18 +30,18 @@ from moa.core.text import sentence
 
 QUIET = {
     "DVC_NO_ANALYTICS": "1",
-    "DVC_TEST": "1",   # the only way, but for the workspace's own config, to keep `dvc` from asking for newer versions
+    "DVC_TEST": "1",   # keeps `dvc` from looking for newer versions; the only other way is the workspace's DVC config
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
-FAILED_STAGE = re.compile(r"^ERROR: failed to reproduce '[^']*'(: )?")   # DVC; its reason, if any, stands behind
+FAILED_STAGE = re.compile(r"^ERROR: failed to reproduce '[^']*'(: )?")   # printed by DVC; its reason, if any, follows
 OnLine = Callable[[str], None]
 SHELL = ("/bin/sh", "-c")
 MODULE = (sys.executable, "-P", "-m", "moa")
-KEYS_NAMED = "MOA_QUIET"   # 1 tells a child that its parent has named the removed keys of params.yaml
-ENTRY = "moa.cli.main:main"   # what both `moa` and `python -m moa` call
-# What two steps or more import, and what takes them longest. A step imports what is missing here by itself.
+KEYS_NAMED = "MOA_QUIET"   # 1 tells a child that its parent has warned of the removed keys of params.yaml
+ENTRY = "moa.cli.main:main"   # the function that `moa` and `python -m moa` call
+# The slowest imports that two or more steps share. A step imports all other modules by itself.
 LIBRARIES = ("typer.rich_utils", "pydantic.main", "pydantic.fields", "ruamel.yaml", "rich.progress", "sqlite3",
              "numpy", "torch", "safetensors.torch", "transformers.models.auto.tokenization_auto",
              "transformers.models.auto.modeling_auto", "transformers.modeling_utils",
@@ -51,8 +51,11 @@ LIBRARIES = ("typer.rich_utils", "pydantic.main", "pydantic.fields", "ruamel.yam
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Environment of our children: this interpreter's scripts first on PATH, no telemetry, no proxy before loopback,
-    no variable that ties git to another repository than theirs, nothing about keys that we name ourselves."""
+    """The environment of moa's child processes: that of this process, with `extra` and these changes.
+
+    This interpreter's scripts are first on PATH, telemetry is off, loopback addresses are asked without a proxy, no
+    variable binds git to one repository, and moa does not warn of removed keys again.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return {**git.environment(), **without_proxy(os.environ), **QUIET, KEYS_NAMED: "1", "PATH": path,
             "PYTHONUNBUFFERED": "1", **(extra or {})}
@@ -60,9 +63,17 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: OnLine,
             extra: Mapping[str, str] | None = None) -> None:
-    """Run a command in the workspace; `name` is what log file and error call it.
+    """Run a command in the workspace's root, and wait until it ends.
 
-    Every line of output goes to `on_line`. Raises PipelineError with the reason that the command gives.
+    Args:
+        workspace: its `logs` folder gets the output, without progress records.
+        name: names the log file, and the command in errors.
+        command: the program and its arguments.
+        on_line: is called with every line of output, progress records included.
+        extra: variables that are added to `environment`.
+
+    Raises:
+        PipelineError: the command failed, with the reason that it printed, or was interrupted.
     """
     log = workspace.logs / re.sub(r"[^\w@.,+-]", "_", f"{name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -70,15 +81,15 @@ def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: On
     with log.open("w", encoding="utf-8") as file:
         print(f"$ {shlex.join(command)}", file=file, flush=True)
 
-        def keep(line: str) -> None:
-            if MARKER not in line:   # progress has no place in a log
+        def record(line: str) -> None:
+            if MARKER not in line:   # progress records do not belong in a log
                 print(line, file=file, flush=True)
                 tail.append(line)
                 del tail[:-200]
             on_line(line)
 
-        process = _begun(command, name, workspace, environment({"MOA_PROGRESS": "json", **(extra or {})}))
-        status = process.follow(keep)
+        process = _start(command, name, workspace, environment({"MOA_PROGRESS": "json", **(extra or {})}))
+        status = process.follow(record)
     if process.stopped:
         raise PipelineError(f"{name} was interrupted.")
     if status:
@@ -86,34 +97,44 @@ def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: On
 
 
 def moa_json(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], str | None]:
-    """What `moa WORDS --json` prints, in a process of its own, empty where that is no JSON; and why it failed, or None.
+    """Run `moa WORDS --json` in a child process, which ends with this one.
 
-    It ends when we do. Raises PipelineError when it was interrupted.
+    Returns:
+        The JSON object that the command printed, empty where it printed none; and why the command failed, or None.
+
+    Raises:
+        PipelineError: the command was interrupted.
     """
     command = [*MODULE, *map(str, words), "--json"]
+    shown = " ".join(command[2:])
     out: list[str] = []
-    # A process has one pipe: what is no JSON goes to a file.
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
-        process = _begun(command, " ".join(command[2:]), workspace, environment(), said)
+    # `follow` reads one pipe, that of the standard output: standard error goes to a file.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
+        process = _start(command, shown, workspace, environment(), stderr)
         status = process.follow(out.append)
-        said.seek(0)
-        words_of_error = said.read().splitlines()
+        stderr.seek(0)
+        error_lines = stderr.read().splitlines()
     if process.stopped:
-        raise PipelineError(f"`{' '.join(command[2:])}` was interrupted.")
+        raise PipelineError(f"`{shown}` was interrupted.")
     try:
-        found: dict[str, Any] = json.loads("\n".join(out))
+        result: dict[str, Any] = json.loads("\n".join(out))
     except json.JSONDecodeError:
-        found = {}
+        result = {}
     if not status:
-        return found, None if found else f"`{' '.join(command[2:])}` did not print JSON."
-    return found, last_error(words_of_error if found else out + words_of_error, status)
+        return result, None if result else f"`{shown}` did not print JSON."
+    return result, last_error(error_lines if result else out + error_lines, status)
 
 
 def last_error(lines: Sequence[str], status: int) -> str:
-    """The sentence in which a failed step says why, out of the end of its output."""
-    own = [line for line in lines if line.startswith("moa: ")]
-    if own:
-        return own[-1].removeprefix("moa: ").strip()
+    """The reason that a failed command printed, as a sentence: its last error of moa, else its last line of output.
+
+    Args:
+        lines: the end of the command's output.
+        status: its exit status, which is the reason where there is no output.
+    """
+    moa_errors = [line for line in lines if line.startswith("moa: ")]
+    if moa_errors:
+        return moa_errors[-1].removeprefix("moa: ").strip()
     for line in reversed(lines):
         text = FAILED_STAGE.sub("", line.strip()).removeprefix("ERROR: ")
         if text:
@@ -121,14 +142,14 @@ def last_error(lines: Sequence[str], status: int) -> str:
     return f"it ended with status {status} and said nothing."
 
 
-# Commands that are moa's own, forked.
+# Forked commands.
 
-class _Forking:
-    """The fork server of this process, which begins with the first step that can use it."""
+class _SharedForkServer:
+    """The fork server that all threads of this process share. The first step that can be forked starts it."""
 
     def __init__(self) -> None:
         self.guard = threading.Lock()
-        self.users = 0
+        self.users = 0   # `steps_forked` blocks that are open
         self.server: ForkServer | None = None
 
     def ready(self, root: Path, env: Mapping[str, str]) -> ForkServer | None:
@@ -141,31 +162,31 @@ class _Forking:
         return server if server.ready(env) or server.stopped else None
 
 
-_forking = _Forking()
+_shared = _SharedForkServer()
 
 
 @contextmanager
 def steps_forked() -> Iterator[None]:
-    """Within the block, fork what can be forked; the libraries are imported once, if at all, and not kept beyond it."""
-    with _forking.guard:
-        _forking.users += 1
+    """Within the block, fork moa's own commands. The first one starts the fork server, which ends with the block."""
+    with _shared.guard:
+        _shared.users += 1
     try:
         yield
     finally:
-        with _forking.guard:
-            _forking.users -= 1
-            server = _forking.server if not _forking.users else None
+        with _shared.guard:
+            _shared.users -= 1
+            server = _shared.server if not _shared.users else None
             if server is not None:
-                _forking.server = None
+                _shared.server = None
         if server is not None:
             server.stop()
 
 
-def _begun(command: Sequence[str], name: str, workspace: Workspace, env: Mapping[str, str],
+def _start(command: Sequence[str], name: str, workspace: Workspace, env: Mapping[str, str],
            stderr: int | IO[str] = subprocess.STDOUT) -> SupervisedProcess:
-    """Start a command: forked if it is moa's own, else as it is. Raises PipelineError after an interruption."""
+    """Start a command: forked if it is moa's own, else as a program. Raises PipelineError after an interruption."""
     words = own(command, env["PATH"])
-    server = _forking.ready(workspace.root, env) if words is not None else None
+    server = _shared.ready(workspace.root, env) if words is not None else None
     if words is None or server is None:
         return SupervisedProcess(command, cwd=workspace.root, env=env, stderr=stderr)
     if server.stopped:
@@ -174,15 +195,17 @@ def _begun(command: Sequence[str], name: str, workspace: Workspace, env: Mapping
 
 
 def own(command: Sequence[str], path: str) -> list[str] | None:
-    """The words of a command of moa that this interpreter runs, `moa` first; None for every other command.
+    """The arguments of a command of moa that this interpreter would run, from `moa` on; None for any other command.
 
-    Of a shell's command only a list of plain words counts, in which no character means anything to a shell.
+    Args:
+        command: `python -m moa ...`, or `/bin/sh -c "moa ..."` with plain words that a shell would not change.
+        path: PATH of the child process, where a shell looks for `moa`.
     """
     if tuple(command[:len(MODULE)]) == MODULE:
         return ["moa", *command[len(MODULE):]]
     if len(command) != 3 or tuple(command[:2]) != SHELL:
         return None
-    with suppress(ValueError):   # a quotation that does not end
+    with suppress(ValueError):   # a quotation mark without its counterpart
         words = shlex.split(command[2])
         if words and shlex.join(words) == command[2] and words[0] == "moa" and _is_ours(shutil.which("moa", path=path)):
             return words
@@ -191,13 +214,13 @@ def own(command: Sequence[str], path: str) -> list[str] | None:
 
 @cache
 def _is_ours(script: str | None) -> bool:
-    """Whether a program `moa` is this interpreter's and calls the entry point, as pip writes it."""
+    """Whether `script`, a program `moa`, is one that pip wrote for this interpreter and this entry point."""
     if script is None:
         return False
     with suppress(OSError, UnicodeDecodeError):
         text = Path(script).read_text(encoding="utf-8")
         module, _, function = ENTRY.partition(":")
-        interpreter = Path(text.partition("\n")[0].removeprefix("#!"))   # python, python3 or python3.11 of one folder
+        interpreter = Path(text.partition("\n")[0].removeprefix("#!"))   # python, python3 or python3.11
         return (interpreter.parent == Path(sys.executable).parent and interpreter.samefile(sys.executable)
                 and f"from {module} import {function}\n" in text)
     return False

@@ -1,16 +1,16 @@
-"""Text for terminals and messages: tables, shortened values, and sentences that several commands print."""
+"""Text for terminals and messages: tables, shortened values, lists of names and sentences."""
 
 from collections.abc import Sequence
 
 from moa.core.names import printable
 
-SHORT_DIGEST = 12   # characters of a digest that a person is shown
-NAMES_SHOWN = 12    # names in a sentence
+SHORT_DIGEST = 12   # characters of a digest in tables and messages
+NAMES_SHOWN = 12    # most names that a sentence lists
 NOTHING_RELEASED = "Nothing has been released yet: run `moa run`."
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] | range = ()) -> str:
-    """`rows` of cells as columns of equal width, one line each; the columns numbered in `right` end at the right."""
+    """A plain-text table: one line per row of cells, in aligned columns. `right` lists the right-aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) if column in right else cell.ljust(width)
                                for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
@@ -24,12 +24,12 @@ def shorten(text: str, width: int) -> str:
 
 
 def name_list(names: Sequence[str]) -> str:
-    """The names with commas between them; of more than `NAMES_SHOWN` the first ones, and how many more there are."""
+    """The names, escaped and separated by commas; beyond `NAMES_SHOWN` names only their number."""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return ", ".join(map(printable, names[:NAMES_SHOWN])) + more
 
 
 def sentence(text: str) -> str:
-    """`text` on one line, with a full stop."""
+    """`text` on one line, with a full stop unless it ends with `.`, `!` or `?`."""
     text = " ".join(text.split())
     return text if text.endswith((".", "!", "?")) else f"{text}."

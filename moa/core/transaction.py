@@ -1,11 +1,12 @@
-"""A change of several paths that happens as a whole or not at all, whatever ends the process.
+"""Transactions: a change of several paths that happens as a whole or not at all, even if the process is killed.
 
-    .moa/change.json    the journal: which paths may change. It is written before any is touched; saying `committed` in
-                        it is the commit, and it is deleted when nothing of the old state is left to clean up
-    .NAME.old.tmp       beside a path: what was there before
-    .NAME.new.tmp       beside a folder: what will be there, built aside and swapped in by rename
+    .moa/change.json    the journal: the paths that may change. It is written before any of them changes. Writing
+                        `committed` into it is the commit. It is deleted after the backups.
+    .NAME.old.tmp       beside a path: the backup of its old content
+    .NAME.new.tmp       beside a folder: its new content, which a rename puts into place
 
-A process that changes paths holds the workspace's lock. The next one that gets the lock undoes an abandoned change.
+A process that changes paths holds the workspace's lock. The next process that gets the lock undoes an unfinished
+change.
 """
 
 import contextlib
@@ -21,38 +22,38 @@ from moa.core.paths import Workspace
 
 
 class Change:
-    """One change while it is made: what `transaction` yields."""
+    """A change that is being made; `transaction` yields it."""
 
     def __init__(self, workspace: Workspace, what: str, files: Iterable[Path], folders: Iterable[Path]) -> None:
         self.workspace = workspace
         self.journal: dict[str, Any] = {"what": what, "committed": False, "paths": {}}
         for kind, paths in (("file", files), ("folder", folders)):
             for path in paths:
-                self.journal["paths"][workspace.relative(path)] = {"kind": kind, "existed": _there(path)}
+                self.journal["paths"][workspace.relative(path)] = {"kind": kind, "existed": _exists(path)}
 
     def write(self, path: Path, text: str) -> None:
-        """Give a file new text, line ends as they stand in it."""
+        """Replace the content of a file by `text`, in UTF-8 and with its line ends unchanged."""
         data = text.encode("utf-8")
-        self._note(path, "new", digests.of_bytes(data))
+        self._record(path, "new", digests.of_bytes(data))
         write_atomic(path, data)
 
     @contextlib.contextmanager
     def replace(self, folder: Path) -> Iterator[Path]:
-        """Yield an empty folder to fill, which takes the place of `folder` when the block ends well."""
-        new = _new(folder)
+        """Yield an empty folder for the new content. It replaces `folder` when the block ends without an exception."""
+        new = _new_path(folder)
         _delete(new)
         new.mkdir(parents=True)
         yield new
-        self._note(folder, "new", _sizes(new))
+        self._record(folder, "new", _sizes(new))
         self.take_out(folder)
         new.rename(folder)
 
     def take_out(self, folder: Path) -> None:
-        """Leave nothing where `folder` is."""
-        if _there(folder):
-            folder.rename(_old(folder))
+        """Remove `folder`, which stays as a backup until the commit."""
+        if _exists(folder):
+            folder.rename(_backup_path(folder))
 
-    def _note(self, path: Path, key: str, value: Any) -> None:
+    def _record(self, path: Path, key: str, value: Any) -> None:
         self.journal["paths"][self.workspace.relative(path)][key] = value
         self._save()
 
@@ -60,16 +61,18 @@ class Change:
         write_json(self.workspace.journal, self.journal)
 
     def begin(self) -> None:
-        places = {self.workspace.root / name: entry for name, entry in self.journal["paths"].items()}
-        for path in places:
-            _delete(_old(path))
+        """Write the journal, and then the backups of the files."""
+        entries = {self.workspace.root / name: entry for name, entry in self.journal["paths"].items()}
+        for path in entries:
+            _delete(_backup_path(path))
         self._save()
-        for path, entry in places.items():
+        for path, entry in entries.items():
             if entry["kind"] == "file" and entry["existed"]:   # a copy, because DVC writes its files in place
-                write_atomic(_old(path), path.read_bytes())
-                shutil.copymode(path, _old(path))
+                write_atomic(_backup_path(path), path.read_bytes())
+                shutil.copymode(path, _backup_path(path))
 
     def commit(self) -> None:
+        """Make the change final, and delete the backups and the journal."""
         self.journal["committed"] = True
         self._save()
         _clean(self.workspace, self.journal)
@@ -78,9 +81,18 @@ class Change:
 @contextlib.contextmanager
 def transaction(workspace: Workspace, what: str, *, files: Iterable[Path] = (),
                 folders: Iterable[Path] = ()) -> Iterator[Change]:
-    """Everything that happens to `files` and `folders` in the block, or nothing. The caller holds the workspace's lock.
+    """Make all changes of `files` and `folders` in the block, or none of them. The caller holds the workspace's lock.
 
-    `what` names the command in messages. The block itself undoes its changes to other paths.
+    Args:
+        workspace: all paths are below its root.
+        what: the command, for messages.
+        files: files that the block may write, create or delete.
+        folders: folders that the block may replace or take out, through the `Change` that it gets.
+
+    Raises:
+        ArtifactError: an operating system error in the block, or in undoing it. Other exceptions of the block go on.
+
+    The block itself must undo its changes to other paths.
     """
     change = Change(workspace, what, files, folders)
     try:
@@ -90,16 +102,19 @@ def transaction(workspace: Workspace, what: str, *, files: Iterable[Path] = (),
     except BaseException as error:
         try:
             undo(workspace)
-        except OSError as second:
-            raise ArtifactError(f"`{what}` failed ({_words(error)}), and the old state could not be put back "
-                                f"({_words(second)}); the next moa command tries again.") from error
+        except OSError as undo_error:
+            raise ArtifactError(f"`{what}` failed ({_reason(error)}), and the old state could not be put back "
+                                f"({_reason(undo_error)}); the next moa command tries again.") from error
         if isinstance(error, OSError):
-            raise ArtifactError(f"`{what}` failed ({_words(error)}); nothing was changed.") from error
+            raise ArtifactError(f"`{what}` failed ({_reason(error)}); nothing was changed.") from error
         raise
 
 
 def recover(workspace: Workspace) -> list[str]:
-    """Undo an abandoned change, unless another process holds the lock. Returns a sentence for each thing to know."""
+    """Undo an unfinished change, unless another process holds the workspace's lock.
+
+    Returns sentences for the user, as `undo` does. Raises ArtifactError where the old state cannot be put back.
+    """
     if not workspace.journal.exists():
         return []
     from filelock import FileLock, Timeout
@@ -110,80 +125,90 @@ def recover(workspace: Workspace) -> list[str]:
     except Timeout:
         return []   # the change is still being made
     except OSError as error:
-        raise ArtifactError(f"An interrupted change could not be undone ({_words(error)}); mend that and run the "
+        raise ArtifactError(f"An interrupted change could not be undone ({_reason(error)}); mend that and run the "
                             "command again.") from None
 
 
 def undo(workspace: Workspace) -> list[str]:
-    """Put back what the journal names, or finish cleaning up behind a commit. May itself be interrupted."""
+    """Put the paths of the journal back into their old state, or, after a commit, delete its backups.
+
+    It may be interrupted and called again. Returns sentences for the user: what was undone, and where files that were
+    edited since the interruption are kept. The caller holds the workspace's lock.
+    """
     try:
         journal = read_json(workspace.journal)
     except FileNotFoundError:
         return []
-    said = []
+    sentences = []
     if not journal["committed"]:
-        said.append(f"an interrupted `{journal['what']}` was undone.")
+        sentences.append(f"an interrupted `{journal['what']}` was undone.")
         for name, entry in journal["paths"].items():
             path = workspace.root / name
             restore = _restore_file if entry["kind"] == "file" else _restore_folder
-            said += [f"{name} had been edited since: that is kept as {workspace.relative(kept)}."
-                     for kept in restore(path, entry, workspace.prompt_log / name)]
+            sentences += [f"{name} had been edited since: that is kept as {workspace.relative(edited)}."
+                          for edited in restore(path, entry, workspace.displaced / name)]
     _clean(workspace, journal)
-    return said
+    return sentences
 
 
-def _restore_file(path: Path, entry: dict[str, Any], kept: Path) -> Iterator[Path]:
-    old = _old(path)
+def _restore_file(path: Path, entry: dict[str, Any], aside: Path) -> Iterator[Path]:
+    """Put the backup of a file back. Copies a file that was edited since to `aside`, and yields that path."""
+    old = _backup_path(path)
     if entry["existed"] and not old.exists():
-        return   # not yet touched, or back already
+        return   # not changed yet, or restored already
     known = {entry.get("new"), digests.of_file(old) if entry["existed"] else None}
     if "new" in entry and path.is_file() and digests.of_file(path) not in known:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, kept)   # it was edited after the interruption
-        yield kept
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, aside)
+        yield aside
     if entry["existed"]:
         old.replace(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _restore_folder(path: Path, entry: dict[str, Any], kept: Path) -> Iterator[Path]:
-    old = _old(path)
-    touched = _there(old) or (not entry["existed"] and "new" in entry)
-    if touched and _there(path):
-        ours = entry.get("new", {})
+def _restore_folder(path: Path, entry: dict[str, Any], aside: Path) -> Iterator[Path]:
+    """Put the backup of a folder back. Moves files that were edited since below `aside`, and yields their paths there.
+
+    A file counts as edited unless the change wrote one of the same name and size.
+    """
+    old = _backup_path(path)
+    changed = _exists(old) or (not entry["existed"] and "new" in entry)
+    if changed and _exists(path):
+        written = entry.get("new", {})
         for name, size in _sizes(path).items():
-            if ours.get(name) != size:
-                (kept / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(path / name, kept / name)
-                yield kept / name
+            if written.get(name) != size:
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(path / name, aside / name)
+                yield aside / name
         _delete(path)
-    if _there(old):
+    if _exists(old):
         old.rename(path)
 
 
 def _clean(workspace: Workspace, journal: dict[str, Any]) -> None:
+    """Delete the backups and temporary files of a change, and then its journal."""
     for name in journal["paths"]:
         path = workspace.root / name
-        for leftover in (_old(path), _new(path), temp_path(path), temp_path(_old(path))):
+        for leftover in (_backup_path(path), _new_path(path), temp_path(path), temp_path(_backup_path(path))):
             _delete(leftover)
     workspace.journal.unlink(missing_ok=True)
 
 
-def _old(path: Path) -> Path:
+def _backup_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.old.tmp")
 
 
-def _new(path: Path) -> Path:
+def _new_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.new.tmp")
 
 
-def _there(path: Path) -> bool:
+def _exists(path: Path) -> bool:   # also as a link to a missing file
     return path.exists() or path.is_symlink()
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Every file below `folder`; a link to a folder has none."""
+    """Size in bytes of every file below `folder`, by relative path; none for a link to a folder."""
     if folder.is_symlink():
         return {}
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*"))
@@ -197,7 +222,7 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _words(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, MoaError):
         return str(error).rstrip(".")
     if isinstance(error, OSError) and error.strerror:

@@ -1,4 +1,4 @@
-"""A corpus on disk: stage `prepare` writes it, and every later stage reads it."""
+"""Rows of a corpus and their Parquet files: stage `prepare` writes them, and all later stages read them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +17,9 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One supervised conversation; its last message is the assistant's.
+    """One supervised conversation; its last message is the assistant's."""
 
-    `id` is the digest of the content: equal rows have equal ids in every corpus.
-    """
-
-    id: str
+    id: str   # from `row_id`: equal rows have equal ids in every corpus
     messages: tuple[Message, ...]
     prompt_tokens: int
     completion_tokens: int
@@ -39,12 +36,13 @@ class Row:
 
     @property
     def reference(self) -> str:
-        """The answer a model is trained towards and scored against."""
+        """The last message's text: the answer that a model is trained on and scored against."""
         return self.messages[-1]["content"]
 
 
 def row_id(messages: Sequence[Message]) -> str:
-    """The id of a row: a digest of its roles and texts, which hold no control characters."""
+    """The id of a row: 32 hexadecimal digits of a digest of its roles and texts."""
+    # The separator is a control character, which texts do not contain.
     return digests.of_bytes("\x1e".join([part for message in messages for part in message.values()]).encode())[:32]
 
 
@@ -58,22 +56,22 @@ def schema() -> Any:
 
 
 def table(rows: Sequence[Row]) -> Any:
-    """Rows as an Arrow table."""
+    """Rows of a split as an Arrow table with the columns of `schema`."""
     import pyarrow as pa
 
     columns = schema()
     messages = [message for row in rows for message in row.messages]
-    places = np.cumsum([0, *(len(row.messages) for row in rows)]).astype(np.int32)
+    offsets = np.cumsum([0, *(len(row.messages) for row in rows)]).astype(np.int32)
     turns = pa.StructArray.from_arrays([pa.array([message[part] for message in messages], pa.string())
                                         for part in ("role", "content")], ["role", "content"])
     return pa.Table.from_arrays(
-        [pa.array([row.id for row in rows], pa.string()), pa.ListArray.from_arrays(pa.array(places), turns),
+        [pa.array([row.id for row in rows], pa.string()), pa.ListArray.from_arrays(pa.array(offsets), turns),
          pa.array([row.prompt_tokens for row in rows], pa.int32()),
          pa.array([row.completion_tokens for row in rows], pa.int32())], schema=columns)
 
 
 def read(corpus: Path, split: Split) -> list[Row]:
-    """Rows of one split of the corpus in folder `corpus`. Raises ArtifactError when it is not prepared."""
+    """Read all rows of one split of the corpus in folder `corpus`. Raises ArtifactError where it is not prepared."""
     import pyarrow.parquet as pq
 
     path = corpus / f"{split}.parquet"

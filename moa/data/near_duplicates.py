@@ -1,9 +1,10 @@
-"""Near-duplicate texts among millions: MinHash finds candidates, the shingles themselves decide.
+"""Near-duplicate texts among millions: MinHash finds candidate pairs, and the texts' shingles decide.
 
-A text is the set of its shingles, five words in a row. Two texts are near-duplicates when the Jaccard similarity of
-their sets reaches a threshold (Broder 1997). Candidates agree on all values of one band of their sketches, and a
-band is as narrow as needed for finding 98.5 % of the pairs right at the threshold. Whether a pair is found depends on
-these two texts alone, except in bands with many texts (see WINDOW).
+A text is the set of its shingles, runs of five words. Two texts are near-duplicates when the Jaccard similarity of
+their sets reaches a threshold (Broder 1997, "On the resemblance and containment of documents"). Each text has a sketch
+of PERMUTATIONS MinHash values, cut into bands. Two texts are candidates when their sketches agree on a whole band, and
+bands are so narrow that 98.5 % of the pairs whose similarity equals the threshold become candidates. Whether a pair is
+found depends on these two texts alone, except where many texts agree on a band (see WINDOW).
 """
 
 import zlib
@@ -16,8 +17,8 @@ import numpy as np
 
 SHINGLE = 5          # words
 PERMUTATIONS = 64    # values of a sketch
-RECALL = 0.985       # of pairs right at the threshold
-WINDOW = 5           # texts that agree on a band are compared with this many neighbours on either side
+RECALL = 0.985       # share of the pairs at the threshold that are found
+WINDOW = 5           # texts that agree on a band are sorted, and each is compared with so many on either side
 BATCH = 1 << 14      # pairs compared at a time
 
 _WEIGHTS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93,
@@ -25,7 +26,7 @@ _WEIGHTS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9,
 
 
 def band_width(threshold: float) -> int:
-    """Values in a band: the most that still find RECALL of the pairs whose similarity is `threshold`."""
+    """MinHash values in a band: the most that still find RECALL of the pairs whose similarity is `threshold`."""
     for width in range(PERMUTATIONS, 1, -1):
         if 1 - (1 - threshold**width) ** (PERMUTATIONS // width) >= RECALL:
             return width
@@ -33,25 +34,27 @@ def band_width(threshold: float) -> int:
 
 
 def shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all shingles of all texts, and where each text's begin: uint64 [S], int64 [N + 1].
+    """Hash every shingle of N texts, S shingles in all. Case and white space do not count.
 
-    A text of fewer words is one shingle. Case and white space do not count.
+    Returns:
+        uint64 [S], the hashes; and int64 [N + 1], where each text's hashes begin. A text of fewer than SHINGLE words is
+        one shingle.
     """
     words: list[int] = []
     lengths = np.empty(len(texts), np.int64)
     for number, text in enumerate(texts):
-        found = [zlib.crc32(word) for word in text.lower().encode("utf-8", "replace").split()]
-        found += [0] * (SHINGLE - len(found))
-        words += found
-        lengths[number] = len(found)
+        hashes = [zlib.crc32(word) for word in text.lower().encode("utf-8", "replace").split()]
+        hashes += [0] * (SHINGLE - len(hashes))
+        words += hashes
+        lengths[number] = len(hashes)
     starts = np.concatenate(([0], np.cumsum(lengths)))
     hashed = np.array(words, np.uint64)
     hashed = (hashed + np.uint64(1)) * np.uint64(0xFF51AFD7ED558CCD)
     hashed ^= hashed >> np.uint64(33)
     size = max(0, len(hashed) - SHINGLE + 1)
     rolled = np.zeros(size, np.uint64)
-    for place, weight in enumerate(_WEIGHTS):
-        rolled += hashed[place : place + size] * weight
+    for offset, weight in enumerate(_WEIGHTS):
+        rolled += hashed[offset : offset + size] * weight
     rolled ^= rolled >> np.uint64(29)
     inside = np.ones(size, bool)   # shingles that do not cross the end of a text
     for back in range(1, SHINGLE):
@@ -60,7 +63,12 @@ def shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Sketches:
-    """Sketches of many texts, in the order in which they were added. Shingles lie in a file, bands in memory."""
+    """Sketches of N texts, numbered in the order in which they were added.
+
+    Args:
+        file: is written with the hashes of all shingles; hashes of bands are in memory.
+        threshold: least Jaccard similarity of near-duplicates.
+    """
 
     def __init__(self, file: Path, threshold: float) -> None:
         self.threshold = threshold
@@ -82,63 +90,68 @@ class Sketches:
         values = np.fromiter(chain.from_iterable(matrix.to_rows()), np.uint32, len(texts) * PERMUTATIONS)
         values = values.reshape(-1, PERMUTATIONS).astype(np.uint64)
         bands = np.zeros((len(texts), PERMUTATIONS // self.width), np.uint64)
-        for place in range(self.width):   # hash of the band's values
-            bands = (bands ^ values[:, place :: self.width][:, : bands.shape[1]]) * np.uint64(0x9FB21C651E98DF25)
+        for offset in range(self.width):   # hash of the band's values
+            bands = (bands ^ values[:, offset :: self.width][:, : bands.shape[1]]) * np.uint64(0x9FB21C651E98DF25)
             bands ^= bands >> np.uint64(31)
         self._bands.append(bands)
         self._counts.append(np.diff(starts).astype(np.int64))
         hashes.astype(np.uint32).tofile(self._file)
 
     def survivors(self, priority: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Keep of near-duplicates only the first in `priority`.
+        """Decide which texts stay, so that of two near-duplicates only the one with the lower rank does.
 
         Args:
-            priority: int64 [N], different ranks; a text with a negative one is left out altogether.
+            priority: int64 [N], a different rank for each text; a text with a negative one is removed and not compared.
 
         Returns:
-            bool [N], whether each text stays; and int64 [N], the text whose near-duplicate each other text is, or -1.
-            No two texts that stay were found to be near-duplicates.
+            bool [N], whether each text stays; and int64 [N], for each removed text the staying text that it is a
+            near-duplicate of, and -1 for all others. No two texts that stay were found to be near-duplicates.
         """
         stays, double_of = priority >= 0, np.full(len(priority), -1, np.int64)
         for first, second in self._pairs(priority, stays):
-            order = np.argsort(priority[second], kind="stable")   # texts of higher priority are decided first
-            for one, other in zip(first[order].tolist(), second[order].tolist(), strict=True):
-                if stays[one] and stays[other]:
-                    stays[other], double_of[other] = False, one
-        while (chained := (double_of >= 0) & (double_of[double_of] >= 0)).any():   # removed later
+            order = np.argsort(priority[second], kind="stable")   # texts of lower rank are decided first
+            for preferred, other in zip(first[order].tolist(), second[order].tolist(), strict=True):
+                if stays[preferred] and stays[other]:
+                    stays[other], double_of[other] = False, preferred
+        # Where the preferred text of a pair was removed later, follow the chain to the text that stays.
+        while (chained := (double_of >= 0) & (double_of[double_of] >= 0)).any():
             double_of[chained] = double_of[double_of[chained]]
         return stays, double_of
 
     def pairs(self) -> Iterator[tuple[int, int, float]]:
-        """Every pair found, once: (i, j, similarity), i < j."""
+        """Yield every pair of near-duplicates that is found, once and in order: (i, j, similarity), i < j."""
         count = sum(map(len, self._counts))
-        found: dict[tuple[int, int], float] = {}
+        similarities: dict[tuple[int, int], float] = {}
         for first, second in self._pairs(np.arange(count), np.ones(count, bool)):
-            alike = self._similarity(first, second)
-            found.update(zip(zip(first.tolist(), second.tolist(), strict=True), alike.tolist(), strict=True))
-        for (i, j), value in sorted(found.items()):
+            values = self._similarity(first, second).tolist()
+            similarities.update(zip(zip(first.tolist(), second.tolist(), strict=True), values, strict=True))
+        for (i, j), value in sorted(similarities.items()):
             yield i, j, value
 
     def _pairs(self, priority: np.ndarray, stays: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Near-duplicates band by band, the one with priority first, among texts that stay when the band begins."""
+        """Pairs of near-duplicates, band by band, the text of lower rank first.
+
+        Only texts that `stays` marks are compared; the caller may unmark some of them between two yields.
+        """
         self._file.close()
         bands = np.concatenate(self._bands) if self._bands else np.zeros((0, 1), np.uint64)
         for band in range(bands.shape[1]):
-            alive = np.flatnonzero(stays)
-            here, beside = bands[alive, band], bands[alive, (band + 1) % bands.shape[1]]
-            order = np.lexsort((priority[alive], beside, here))   # sorts similar texts of a band side by side
-            rows, here = alive[order], here[order]
+            staying = np.flatnonzero(stays)
+            values, next_values = bands[staying, band], bands[staying, (band + 1) % bands.shape[1]]
+            # Of texts that agree on this band, those that also agree on the next one are sorted side by side.
+            order = np.lexsort((priority[staying], next_values, values))
+            rows, values = staying[order], values[order]
             for step in range(1, WINDOW + 1):
-                agree = np.flatnonzero(here[step:] == here[:-step])
+                agree = np.flatnonzero(values[step:] == values[:-step])
                 if not len(agree):
                     break
                 for begin in range(0, len(agree), BATCH):
-                    some = agree[begin : begin + BATCH]
-                    yield self._alike(rows[some], rows[some + step], priority, stays)
+                    batch = agree[begin : begin + BATCH]
+                    yield self._near_duplicates(rows[batch], rows[batch + step], priority, stays)
 
-    def _alike(self, first: np.ndarray, second: np.ndarray, priority: np.ndarray, stays: np.ndarray
-               ) -> tuple[np.ndarray, np.ndarray]:
-        """Of these pairs, those of near-duplicates that both still stay, the one with priority first."""
+    def _near_duplicates(self, first: np.ndarray, second: np.ndarray, priority: np.ndarray,
+                         stays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the pairs (first[i], second[i]), those of near-duplicates that both stay, the text of lower rank first."""
         both = stays[first] & stays[second]
         first, second = first[both], second[both]
         alike = self._similarity(first, second) >= self.threshold - 1e-9
@@ -156,9 +169,9 @@ class Sketches:
         for rows in (first, second):
             sizes = counts[rows]
             ends = np.cumsum(sizes)
-            within = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
+            within = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)   # number of a shingle in its text
             pair = np.repeat(np.arange(len(rows), dtype=np.uint64) << np.uint64(32), sizes)
-            # Not np.unique, which hashes and takes four times as long.
+            # np.unique is not used, because it hashes the keys and takes four times as long.
             key = np.sort(pair | hashes[np.repeat(starts[rows], sizes) + within])
             keys.append(key[np.concatenate(([True], key[1:] != key[:-1]))])
         sizes_of = [np.bincount((key >> np.uint64(32)).astype(np.int64), minlength=len(first)) for key in keys]
@@ -168,7 +181,7 @@ class Sketches:
         return common / (sizes_of[0] + sizes_of[1] - common)
 
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        """How many shingles each text has, and where they begin in the file."""
+        """int64 [N] each: number of shingles of each text, and where its hashes begin in the file."""
         if self._starts is None:
             self._counts = [np.concatenate(self._counts)]
             self._starts = np.cumsum(self._counts[0]) - self._counts[0]
@@ -176,7 +189,7 @@ class Sketches:
 
 
 def pairs(texts: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
-    """Near-duplicates among `texts`: (i, j, Jaccard similarity), i < j."""
+    """Find the near-duplicates among `texts`: (i, j, Jaccard similarity), i < j, of at least `threshold`."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:

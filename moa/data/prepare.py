@@ -1,8 +1,8 @@
-"""Stage `prepare`: raw rows to a corpus. Every row read is kept, rejected with a reason, or a duplicate.
+"""Stage `prepare`: raw rows to a corpus. Every row that is read is kept, rejected with a reason, or a duplicate.
 
-Rows pass through in batches, so that memory does not grow with their text. A row's side is a function of its own group
-(moa.data.splits), so that rows that arrive later never move the ones that are there; and of near-duplicates on two
-sides only the one that is not for training stays.
+Rows are processed in batches, so that memory does not grow with their text. A row's split depends on its own group
+alone (moa.data.splits), so that new rows never move old ones. Of near-duplicates in two splits, the one that is not
+for training stays.
 
     data/corpora/NAME/    train.parquet, validation.parquet, test.parquet, rejected.jsonl, near_duplicates.jsonl,
                           quality.json, manifest.json (last)
@@ -37,13 +37,25 @@ from moa.data.row_store import RowFates, RowStore
 
 BATCH = 2048          # rows processed together
 SHOWN = 500           # characters of a rejected row that are recorded
-CHARACTERS = 200      # per token; a longer row is rejected without encoding it
+CHARACTERS = 200      # per token of `prompt.max_tokens`; a longer row is rejected without encoding it
 
 
 def prepare(workspace: Workspace, config: Config, domain: str, encoder: ChatEncoder | None = None) -> dict[str, Any]:
-    """Write `data/corpora/NAME` from `data/raw/NAME` and return its manifest. `encoder`: None = the base's.
+    """Stage `prepare` of one domain: write `data/corpora/NAME` from `data/raw/NAME`.
 
-    Raises DataError when there is nothing to read, too little is usable, or more than `prepare.max_rejected` is not.
+    Args:
+        workspace: holds the raw rows and the fetched base.
+        config: `prepare`, `prompt` and the domain are used.
+        domain: name of the domain.
+        encoder: encodes the rows; None = with the tokenizer of the fetched base.
+
+    Returns:
+        The manifest of the corpus.
+
+    Raises:
+        DataError: there are no files, a file cannot be read, too few rows are usable, a split is empty, or the share of
+            rejected rows is above `prepare.max_rejected`.
+        BaseModelError: the base was not fetched, or its tokenizer has changed.
     """
     from moa.core.progress import track
     from moa.data.quality import quality_report
@@ -52,27 +64,27 @@ def prepare(workspace: Workspace, config: Config, domain: str, encoder: ChatEnco
         encoder = ChatEncoder(load_tokenizer(workspace), config.prompt.system, config.prompt.max_tokens)
     params = config.prepare
     with _scratch(workspace, domain) as scratch, replace_directory(workspace.corpus(domain)) as folder:
-        staging = RowStore(scratch, params.near_duplicate)
-        intake = RowFilter(config, domain, encoder, staging)
-        with (_acyclic(), (folder / "rejected.jsonl").open("wb") as file,
+        store = RowStore(scratch, params.near_duplicate)
+        row_filter = RowFilter(config, domain, encoder, store)
+        with (_rare_garbage_collection(), (folder / "rejected.jsonl").open("wb") as file,
               track(f"prepare {domain}", unit="rows") as bar):
             for batch in _batches(read(workspace.raw(domain), domain)):
-                intake.take(batch, file)
+                row_filter.take(batch, file)
                 bar.advance(len(batch))
-        _refuse_if_unusable(workspace, domain, params, intake, folder / "rejected.jsonl")
-        settled = staging.settle(splits.split_bounds(params))
-        written = staging.write(folder, settled)
-        counts = intake.counts(settled) | {split: count for split, (count, _) in written.items()}
-        _refuse_if_lopsided(domain, params, counts)
+        _require_usable_rows(workspace, domain, params, row_filter, folder / "rejected.jsonl")
+        settled = store.settle(splits.split_bounds(params))
+        written = store.write(folder, settled)
+        counts = row_filter.counts(settled) | {split: count for split, (count, _) in written.items()}
+        _require_rows_in_each_split(domain, params, counts)
         base = pin(workspace)
         manifest = {
             "kind": "corpus", "domain": domain,
             "digest": digests.of_json({"rows": {split: digest for split, (_, digest) in written.items()},
                                        "tokenizer": base.tokenizer, "template": base.template,
                                        "prompt": config.prompt.model_dump()}),
-            "rows": counts, "reasons": dict(intake.reasons.most_common()),
-            "redacted": dict(sorted(intake.redacted.items())),
-            "tokens": {part: _summary(staging.tokens(part, settled)) for part in ("prompt", "completion")},
+            "rows": counts, "reasons": dict(row_filter.reasons.most_common()),
+            "redacted": dict(sorted(row_filter.redacted.items())),
+            "tokens": {part: _summary(store.tokens(part, settled)) for part in ("prompt", "completion")},
             "base": {"tokenizer": base.tokenizer, "template": base.template}}
         write_json(folder / "quality.json", quality_report(folder, manifest))
         write_json(folder / MANIFEST, manifest)
@@ -80,47 +92,57 @@ def prepare(workspace: Workspace, config: Config, domain: str, encoder: ChatEnco
 
 
 class RowFilter:
-    """Passes usable rows on to a RowStore, in batches, and counts the outcome of each raw row."""
+    """Passes the usable rows of a domain on to a RowStore, in batches, and counts the outcome of each raw row.
 
-    def __init__(self, config: Config, name: str, encoder: ChatEncoder, staging: RowStore) -> None:
-        self.domain, self.encoder, self.staging = config.domains[name], encoder, staging
+    Args:
+        config: `prepare.redact` and the domain are used.
+        name: name of the domain.
+        encoder: counts the tokens of rows, and knows the longest that is allowed.
+        store: gets the usable rows.
+    """
+
+    def __init__(self, config: Config, name: str, encoder: ChatEncoder, store: RowStore) -> None:
+        self.domain, self.encoder, self.store = config.domains[name], encoder, store
         self.read = self.rejected = self.grouped = 0
         self.reasons: Counter[str] = Counter()
-        self.first: dict[str, str] = {}   # by class of reason: its first row's place and whole reason
+        self.first: dict[str, str] = {}   # by class of reason: whole reason, file and line of its first row
         self.redact: Any = None
-        self.conceal: Any = str   # the same for rows that are rejected, whose texts are kept and not counted
+        self.redact_rejected: Any = str   # redacts the texts of rejected rows, whose replacements are not counted
         if config.prepare.redact:
             from moa.data.redaction import Redactor
 
-            self.redact, self.conceal = Redactor(config.prepare.redact), Redactor(config.prepare.redact)
-        markers = encoder.tokenizer.all_special_tokens   # read as the marker itself, one would end or begin a turn
+            self.redact, self.redact_rejected = Redactor(config.prepare.redact), Redactor(config.prepare.redact)
+        markers = encoder.tokenizer.all_special_tokens   # in a row's text, one of them could end or begin a turn
         self.marker = re.compile("|".join(map(re.escape, sorted(markers, key=len, reverse=True))) or r"(?!)")
 
     @property
     def redacted(self) -> Counter[str]:
-        """Replacements by kind of personal data."""
+        """Number of replacements in usable rows, by kind of personal data."""
         return Counter() if self.redact is None else self.redact.counts
 
     def counts(self, settled: RowFates) -> dict[str, int]:
-        """read = kept + rejected + duplicates; near-duplicates are among the duplicates, straddling among the near."""
+        """Numbers of rows by outcome: read = kept + rejected + duplicates.
+
+        `near_duplicates` is a part of `duplicates`, and `straddling` a part of `near_duplicates`.
+        """
         kept = int(settled.stays.sum())
         return {"read": self.read, "kept": kept, "rejected": self.rejected,
                 "duplicates": settled.duplicates + settled.near_duplicates,
                 "near_duplicates": settled.near_duplicates, "straddling": settled.straddling}
 
     def take(self, batch: Sequence[RawRow], rejections: Any) -> None:
-        """Stage the usable rows of a batch, and write the others with their reasons."""
-        ready: list[tuple[RawRow, list[Message], Any]] = []
+        """Add the usable rows of a batch to the store, and write the others as JSON lines to the file `rejections`."""
+        readable: list[tuple[RawRow, list[Message], Any]] = []
         self.read += len(batch)
         for raw in batch:
             try:
                 messages = self._messages(raw.value)
-                ready.append((raw, messages, self._pieces(messages)))
+                readable.append((raw, messages, self._pieces(messages)))
             except RowRejected as reason:
                 self._reject(raw, str(reason), rejections)
-        rows, places = [], []
-        lengths = self.encoder.lengths([pieces for _, _, pieces in ready])
-        for (raw, messages, _), (prompt, completion) in zip(ready, lengths, strict=True):
+        rows, positions = [], []
+        lengths = self.encoder.lengths([pieces for _, _, pieces in readable])
+        for (raw, messages, _), (prompt, completion) in zip(readable, lengths, strict=True):
             if not completion:
                 self._reject(raw, "the answer has no tokens", rejections)
             elif prompt + completion > self.encoder.max_tokens:
@@ -131,19 +153,21 @@ class RowFilter:
                 self.grouped += group is not None
                 row = Row(row_id(messages), tuple(messages), prompt, completion)
                 rows.append(row)
-                places.append(splits.group_position(row.id, messages, group, self.domain))
-        self.staging.add(rows, places)
+                positions.append(splits.group_position(row.id, messages, group, self.domain))
+        self.store.add(rows, positions)
 
     def _messages(self, value: Any) -> list[Message]:
+        """The redacted messages of a raw row. Raises RowRejected."""
         messages = conversation(value, self.domain)
         if self.redact is not None:
             messages = [{**message, "content": self.redact(message["content"])} for message in messages]
         for message in messages:
-            if found := self.marker.search(message["content"]):
-                raise RowRejected(f"the text contains {found[0]}, a marker of the base's own")
+            if match := self.marker.search(message["content"]):
+                raise RowRejected(f"the text contains {match[0]}, a special token of the base")
         return messages
 
     def _pieces(self, messages: list[Message]) -> list[tuple[str, bool]]:
+        """The row as the encoder's pieces. Raises RowRejected where it is far too long or cannot be rendered."""
         from jinja2 import TemplateError
 
         if (size := sum(len(message["content"]) for message in messages)) > CHARACTERS * self.encoder.max_tokens:
@@ -158,7 +182,8 @@ class RowFilter:
         kind = reason.partition(":")[0]
         self.reasons[kind] += 1
         self.first.setdefault(kind, f"{reason} (first at {raw.file}:{raw.line})")
-        text = self.conceal(raw.text[:2 * SHOWN])[:SHOWN]   # personal data that is cut in two would not be recognised
+        # Redacted before it is cut to SHOWN characters: personal data that is cut in two is not recognised.
+        text = self.redact_rejected(raw.text[:2 * SHOWN])[:SHOWN]
         record = {"file": raw.file, "line": raw.line, "reason": reason, "text": text}
         rejections.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
@@ -170,8 +195,8 @@ def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
 
 
 @contextmanager
-def _acyclic() -> Iterator[None]:
-    """Pause the garbage collector: these millions of objects form no cycles, and it took a quarter of the time."""
+def _rare_garbage_collection() -> Iterator[None]:
+    """Collect garbage rarely in the block: rows form no reference cycles, and collecting took a quarter of the time."""
     before = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(50_000, 50, 50)
@@ -184,7 +209,7 @@ def _acyclic() -> Iterator[None]:
 
 @contextmanager
 def _scratch(workspace: Workspace, domain: str) -> Iterator[Path]:
-    """A temporary folder. The next run deletes that of a killed one."""
+    """Yield an empty temporary folder. One that a killed process left is deleted first."""
     folder = workspace.local / "preparing" / domain
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -194,26 +219,29 @@ def _scratch(workspace: Workspace, domain: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _refuse_if_unusable(workspace: Workspace, domain: str, params: PrepareParams, intake: RowFilter,
-                        rejections: Path) -> None:
-    if intake.rejected and intake.rejected > params.max_rejected * intake.read:
-        kind, count = intake.reasons.most_common(1)[0]
+def _require_usable_rows(workspace: Workspace, domain: str, params: PrepareParams, row_filter: RowFilter,
+                         rejections: Path) -> None:
+    """Raise DataError where too many rows were rejected, too few are usable, or none has the `group_by` column."""
+    if row_filter.rejected and row_filter.rejected > params.max_rejected * row_filter.read:
+        kind, count = row_filter.reasons.most_common(1)[0]
         path = workspace.local / "rejected" / f"{domain}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(rejections, path)
         raise DataError(
-            f"Domain {domain!r}: {intake.rejected} of {intake.read} rows cannot be used, most often ({count}) "
-            f"because of: {intake.first[kind]}. All are listed in {workspace.relative(path)}; mend them, or raise "
+            f"Domain {domain!r}: {row_filter.rejected} of {row_filter.read} rows cannot be used, most often ({count}) "
+            f"because of: {row_filter.first[kind]}. All are listed in {workspace.relative(path)}; mend them, or raise "
             f"prepare.max_rejected ({params.max_rejected}).")
-    usable = intake.staging.count
+    usable = row_filter.store.count
     if usable < params.min_rows:
         raise DataError(f"Domain {domain!r} has {usable} usable rows; prepare.min_rows asks for {params.min_rows}.")
-    if intake.domain.group_by not in (None, "none") and not intake.grouped:
-        raise DataError(f"Domain {domain!r}: no row has the column {intake.domain.group_by!r} that its group_by names; "
+    group_by = row_filter.domain.group_by
+    if group_by not in (None, "none") and not row_filter.grouped:
+        raise DataError(f"Domain {domain!r}: no row has the column {group_by!r} that its group_by names; "
                         "name another column in params.yaml, or none.")
 
 
-def _refuse_if_lopsided(domain: str, params: PrepareParams, counts: dict[str, int]) -> None:
+def _require_rows_in_each_split(domain: str, params: PrepareParams, counts: dict[str, int]) -> None:
+    """Raise DataError where too few rows were kept, or a split is empty."""
     if counts["kept"] < params.min_rows:
         raise DataError(f"Domain {domain!r} has {counts['kept']} usable rows, {counts['duplicates']} others are "
                         f"duplicates; prepare.min_rows asks for {params.min_rows}. If rows that differ in a few words "

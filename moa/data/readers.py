@@ -1,8 +1,8 @@
-"""Readers: files to raw rows, one at a time, without a check of their content.
+"""Readers of JSON, CSV, TSV and Parquet files: they yield raw rows, one at a time, without a check of their content.
 
-Text that cannot be read as a row is a raw row too, whose value is the reason. A file that cannot be read at all raises
-a DataError, whatever its library raises.
-Text is UTF-8, with or without a byte order mark, or UTF-16 with one; lines end with \\n, \\r\\n or \\r.
+Text that cannot be read as a row gives a raw row whose value is a RowRejected with the reason. A file that cannot be
+read at all raises DataError, whatever exception its library raises. Text is UTF-8, with or without a byte order mark,
+or UTF-16 with one; lines end with \\n, \\r\\n or \\r.
 """
 
 import codecs
@@ -17,31 +17,28 @@ from moa.core.errors import ArtifactError, DataError, MoaError, in_words, of_mac
 from moa.core.names import escaped, printable
 
 FORMATS = {".jsonl": "JSON lines", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
-LONGEST_LINE = 16 << 20    # characters; a longer one is rejected unread
-LARGEST_JSON = 256 << 20   # bytes of a .json file, which is read in one piece
-REREAD = 1 << 20           # characters of a broken CSV record whose lines are read again, each on its own
+LONGEST_LINE = 16 << 20    # characters; a longer line is rejected without parsing it
+LARGEST_JSON = 256 << 20   # bytes of a .json file, which is read into memory
+REREAD = 1 << 20           # characters of a malformed CSV record, up to which its lines are parsed again one by one
 BATCH = 1024               # rows of a Parquet file in memory
-DEEPEST = 100              # lists and objects in each other; Python's recursion limit allows about 900
+DEEPEST = 100              # levels of nested lists and objects; Python's recursion limit allows about 900
 
 
 class RowRejected(Exception):
-    """Why one row cannot be used."""
+    """One row cannot be used; the message is the reason."""
 
 
 class RawRow(NamedTuple):
-    """One row as found. `value` is what was read, or the reason why nothing could be; `line` counts from 1.
+    """One row as it was read from a file."""
 
-    In JSON lists and Parquet files, `line` is the row's number.
-    """
-
-    file: str
-    line: int
-    value: Any
-    source: str | None = None
+    file: str                   # name of the file
+    line: int                   # number of the row's first line, or of the row in a JSON list or Parquet file, from 1
+    value: Any                  # the row's object, or a RowRejected
+    source: str | None = None   # the row's text in the file; None where it has none of its own
 
     @property
     def text(self) -> str:
-        """The row as text."""
+        """The row's text in the file, or else its value as JSON."""
         if self.source is not None:
             return self.source
         return json.dumps(self.value, ensure_ascii=False, default=str)
@@ -56,20 +53,24 @@ def raw_files(folder: Path) -> list[Path]:
 
 
 def read(folder: Path, domain: str) -> Iterator[RawRow]:
-    """Every row of a domain's raw files. Raises DataError when there is no file, or one is not what its name says."""
-    found = raw_files(folder)
-    if not found:
+    """Yield every row of the raw files in `folder`, which belong to `domain`.
+
+    Raises DataError and ArtifactError as `read_file` does, and DataError where there is no file.
+    """
+    files = raw_files(folder)
+    if not files:
         raise DataError(f"Domain {domain!r} has no rows: run `moa domain add {domain} FILE`, or put "
                         f"{', '.join(FORMATS)} files into data/raw/{domain}/.")
-    for path in found:
+    for path in files:
         yield from read_file(path, path.relative_to(folder).as_posix())
 
 
 def read_file(path: Path, name: str) -> Iterator[RawRow]:
-    """Every row of one file, called `name` in messages.
+    """Yield every row of one file, which messages call `name`.
 
-    Raises DataError when the file cannot be read, with the row after which, whatever the reason; and ArtifactError when
-    the machine is to blame (`moa.core.errors.of_machine`).
+    Raises:
+        DataError: the file cannot be read; the message names the last row that was read.
+        ArtifactError: the file cannot be read because of the machine (`moa.core.errors.of_machine`).
     """
     name, row = printable(name), 0
     try:
@@ -78,7 +79,7 @@ def read_file(path: Path, name: str) -> Iterator[RawRow]:
             row = raw.line
     except MoaError:
         raise
-    except Exception as error:   # of pyarrow, of its time zones, of the disk: any library's
+    except Exception as error:   # pyarrow, its time zones, codecs and the disk raise many kinds of exceptions
         if of_machine(error):
             raise ArtifactError(f"{name} cannot be read now: {in_words(error)}; mend that and run the command again."
                                 ) from error
@@ -98,7 +99,7 @@ def _rows(path: Path, name: str) -> Iterator[RawRow]:
 
 
 def _too_deep(value: Any) -> bool:
-    """Whether `value` is nested deeper than DEEPEST. Goes level by level: a recursive walk might fail itself."""
+    """Whether `value` has more than DEEPEST levels. The walk goes by level, because recursion could be too deep."""
     level: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(DEEPEST):
         if not level:
@@ -112,10 +113,10 @@ def _too_deep(value: Any) -> bool:
 
 
 def _open(path: Path, newline: str | None) -> TextIO:
-    """Bytes that are no UTF-8 become lone surrogates, which no valid text holds."""
+    """Open a text file. A byte that is no UTF-8 becomes a lone surrogate, which `decoded` finds."""
     with path.open("rb") as file:
         head = file.read(4)
-    # A file in UTF-8 may begin with these bytes by accident, but then hardly goes on with a zero byte.
+    # Bytes of another encoding may equal UTF-16's byte order mark, but a zero byte hardly ever follows them.
     if (head.startswith(codecs.BOM_UTF16_LE) and head[3:] == b"\0") or (
             head.startswith(codecs.BOM_UTF16_BE) and head[2:3] == b"\0"):
         return path.open(encoding="utf-16", errors="replace", newline=newline)
@@ -123,7 +124,7 @@ def _open(path: Path, newline: str | None) -> TextIO:
 
 
 def _lines(file: TextIO) -> Iterator[tuple[int, str | RowRejected]]:
-    """Physical lines, numbered from 1, each with its end; one that is too long is a reason."""
+    """Physical lines with their line ends, numbered from 1; a line that is too long is a RowRejected."""
     number = 0
     while line := file.readline(LONGEST_LINE):
         number += 1
@@ -136,7 +137,7 @@ def _lines(file: TextIO) -> Iterator[tuple[int, str | RowRejected]]:
 
 
 def decoded(text: str) -> bool:
-    """Whether all bytes of `text` could be read."""
+    """Whether all bytes of a text that `_open` decoded were valid: it holds no lone surrogate."""
     if text.isascii():
         return True
     try:
@@ -150,18 +151,20 @@ def decoded(text: str) -> bool:
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict. Raises ValueError where a key is repeated."""
     value = dict(pairs)
     if len(value) != len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated[:80]!r} stands twice in one object")
     return value
 
 
 _decode = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
-def _parsed(line: str) -> Any:
+def _parse(line: str) -> Any:
+    """The JSON value of a text, or a RowRejected."""
     if not decoded(line):
         return RowRejected("not UTF-8")
     try:
@@ -180,17 +183,17 @@ def _json_lines(path: Path, name: str) -> Iterator[RawRow]:
             if isinstance(line, RowRejected):
                 yield RawRow(name, number, line, "")
             elif line.strip():
-                yield RawRow(name, number, _parsed(line), line.rstrip("\n"))
+                yield RawRow(name, number, _parse(line), line.rstrip("\n"))
 
 
 def _json(path: Path, name: str) -> Iterator[RawRow]:
-    """A list of rows; a file of one object a line is read as such, whatever it is called."""
+    """Rows of a .json file: a list, one object, or, against its name, one object a line."""
     if path.stat().st_size > LARGEST_JSON:
         raise DataError(f"{name} has more than {LARGEST_JSON >> 20} MiB: write one object a line into a .jsonl file, "
                         "which is read line by line.")
     with _open(path, newline=None) as file:
         text = file.read()
-    value = _parsed(text) if text.strip() else []
+    value = _parse(text) if text.strip() else []
     if isinstance(value, list):
         yield from (RawRow(name, number, item) for number, item in enumerate(value, 1))
     elif isinstance(value, RowRejected) and not text.lstrip().startswith("["):
@@ -206,15 +209,15 @@ def _json(path: Path, name: str) -> Iterator[RawRow]:
 # CSV and TSV.
 
 
-class _Feed:
-    """Lines for a csv reader, which may be given back, and those that it took for the present record."""
+class _LineFeed:
+    """Iterator over lines for a csv reader, which can be made to read lines of the current record again."""
 
     def __init__(self, file: TextIO) -> None:
         self.lines = _lines(file)
-        self.again: deque[tuple[int, str]] = deque()
-        self.taken: list[tuple[int, str]] = []
+        self.again: deque[tuple[int, str]] = deque()   # lines to read before those of the file
+        self.taken: list[tuple[int, str]] = []         # lines of the current record; the caller clears it
 
-    def __iter__(self) -> "_Feed":
+    def __iter__(self) -> "_LineFeed":
         return self
 
     def __next__(self) -> str:
@@ -226,14 +229,14 @@ class _Feed:
         return line
 
     def give_back(self) -> None:
-        """Read all but the first line of the current record again."""
+        """Queue all but the first line of the current record to be read again."""
         self.again.extendleft(reversed(self.taken[1:]))
 
 
 def _separated(path: Path, name: str, delimiter: str) -> Iterator[RawRow]:
     csv.field_size_limit(LONGEST_LINE)
     with _open(path, newline="") as file:
-        feed = _Feed(file)
+        feed = _LineFeed(file)
         reader = csv.reader(feed, delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
@@ -244,7 +247,7 @@ def _separated(path: Path, name: str, delimiter: str) -> Iterator[RawRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                # A stray quotation mark runs on through good rows: its own line is bad, the others are read again.
+                # A stray quotation mark makes one record of many lines: only its own line is rejected.
                 fields = RowRejected(f"malformed {path.suffix[1:].upper()}: {error}")
                 if len(feed.taken) > 1 and sum(len(line) for _, line in feed.taken) <= REREAD:
                     feed.give_back()
@@ -258,18 +261,19 @@ def _separated(path: Path, name: str, delimiter: str) -> Iterator[RawRow]:
 
 
 def _header(fields: list[str] | RowRejected, name: str) -> list[str] | None:
+    """The column names of a header line; None for an empty line. Raises DataError where the file cannot be used."""
     if isinstance(fields, RowRejected):
         raise DataError(f"{name} has no readable header line: {fields}.")
     if not fields:
-        return None   # an empty line before it
+        return None
     header = [field.strip() for field in fields]
-    if twice := next((field for field in header if field and header.count(field) > 1), None):
-        raise DataError(f"{name}: the column {twice[:80]!r} stands twice in its header; give each its own name.")
+    if repeated := next((field for field in header if field and header.count(field) > 1), None):
+        raise DataError(f"{name}: the column {repeated[:80]!r} stands twice in its header; give each its own name.")
     return header
 
 
 def _record(header: Sequence[str], fields: list[str] | RowRejected) -> Mapping[str, str] | RowRejected:
-    """A row by column name; empty fields are absent."""
+    """A row as a dict by column name, without empty fields; or a RowRejected."""
     if isinstance(fields, RowRejected):
         return fields
     if len(fields) > len(header) and any(fields[len(header):]):
@@ -288,8 +292,8 @@ def _parquet(path: Path, name: str) -> Iterator[RawRow]:
     number = 0
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
-        if twice := next((column for column in names if names.count(column) > 1), None):
-            raise DataError(f"{name}: the column {twice!r} stands twice; give each its own name.")
+        if repeated := next((column for column in names if names.count(column) > 1), None):
+            raise DataError(f"{name}: the column {repeated!r} stands twice; give each its own name.")
         for batch in file.iter_batches(BATCH):
             for value in _values(batch):
                 number += 1
@@ -297,8 +301,10 @@ def _parquet(path: Path, name: str) -> Iterator[RawRow]:
 
 
 def _values(batch: Any) -> list[Any]:
-    """The rows of a batch; one with a value that Python cannot have (an unknown time zone, bytes that are no text) is a
-    reason."""
+    """The rows of a batch. A row with a value that pyarrow cannot convert is a RowRejected.
+
+    Examples are an unknown time zone and bytes that are no text. The batch is halved until such a row is alone.
+    """
     try:
         return list(batch.to_pylist())
     except Exception as error:

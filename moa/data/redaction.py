@@ -1,7 +1,7 @@
-"""Personal data out of a text: e-mail addresses, phone, card and account numbers become placeholders.
+"""Replaces personal data in a text by placeholders: e-mail addresses, phone, card and account numbers.
 
-A candidate must also pass a check of its kind (numbering plan, check
-digits), because a quantity, a date or an order number that vanished from a row would teach a wrong answer:
+A match of a pattern must also pass a check of its kind (numbering plan, check digits), because a quantity, a date or an
+order number that was replaced in a row would teach a wrong answer:
 
     email     an address; not `a@b.mean()`, which is code
     phone     an international number (+49 ..., 0049 ...), a number in North American grouping, or digits after "tel:"
@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-PLACEHOLDERS = {"email": "[EMAIL]", "account": "[ACCOUNT]", "card": "[CARD]", "phone": "[PHONE]"}   # and their order
+PLACEHOLDERS = {"email": "[EMAIL]", "account": "[ACCOUNT]", "card": "[CARD]", "phone": "[PHONE]"}   # in this order
 
 EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+'-]{1,64}@(?:\w[\w-]{0,62}\.){1,8}[^\W\d_]{2,24}(?![\w(-])")
 ACCOUNT = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}[0-9]{2}(?: ?[A-Z0-9]){10,30}(?![A-Za-z0-9])", re.IGNORECASE | re.ASCII)
@@ -33,10 +33,16 @@ ISSUERS: tuple[tuple[int, int, tuple[int, ...]], ...] = (
 
 
 class Redactor:
-    """Replaces the chosen kinds of personal data in one text after the other, and counts what it replaced.
+    """Replaces the chosen kinds of personal data in texts, and counts the replacements by kind (`counts`).
 
-    Redacting a text twice gives what redacting it once does: a placeholder may part two numbers that hid each other, so
-    a text is read again until nothing is found.
+    Redaction is idempotent. A placeholder may separate two numbers that looked like one before, so a text is searched
+    again until nothing is found.
+
+    Args:
+        kinds: keys of PLACEHOLDERS.
+
+    Raises:
+        ValueError: a kind is unknown.
     """
 
     def __init__(self, kinds: Sequence[str]) -> None:
@@ -47,13 +53,14 @@ class Redactor:
         self._rules = [(kind, rules[kind]) for kind in PLACEHOLDERS if kind in kinds]
 
     def __call__(self, text: str) -> str:
+        """The redacted text."""
         before = None
         while before != text:
             before = text
             for kind, rule in self._rules:
-                text, found = rule(text)
-                if found:
-                    self.counts[kind] += found
+                text, replaced = rule(text)
+                if replaced:
+                    self.counts[kind] += replaced
         return text
 
 
@@ -66,7 +73,7 @@ def _accounts(text: str) -> tuple[str, int]:
 
 
 def _account_length(candidate: str) -> int:
-    """Letters of `candidate` that are an IBAN: words in capitals may follow one that is written in groups."""
+    """Length of the IBAN at the start of `candidate`, or 0: words in capitals may follow an IBAN written in groups."""
     from stdnum import iban
 
     words = candidate.split(" ")
@@ -99,16 +106,16 @@ def _phones(text: str) -> tuple[str, int]:
 
 
 def _international_length(candidate: str) -> int:
-    """Letters of `candidate` up to the end of the valid number it begins with."""
+    """Length of the valid phone number, with its prefix, at the start of `candidate`, or 0."""
     from phonenumbers import PhoneNumberMatcher
 
     bracket = candidate.startswith("(")
     match = INTERNATIONAL.match(candidate)
     assert match is not None
     end = match.end("prefix")
-    written = f"{' ' * (end - 1)}+{candidate[end:]}"
-    found = next(iter(PhoneNumberMatcher(written, None, max_tries=10)), None)
-    return found.end if found is not None and found.start <= end and not (bracket and ")" not in candidate) else 0
+    with_plus = f"{' ' * (end - 1)}+{candidate[end:]}"   # as long as `candidate`
+    number = next(iter(PhoneNumberMatcher(with_plus, None, max_tries=10)), None)
+    return number.end if number is not None and number.start <= end and not (bracket and ")" not in candidate) else 0
 
 
 def _national_length(candidate: str) -> int:
@@ -126,17 +133,26 @@ def _labelled_length(candidate: str) -> int:
 
 def _replace(text: str, pattern: re.Pattern[str], kind: str, length: Callable[[str], int],
              group: str | int = 0) -> tuple[str, int]:
-    """Put `kind`'s placeholder for the first `length(candidate)` letters of every candidate that has some.
+    """Replace matches of `pattern` by the placeholder of `kind`.
 
-    Behind a candidate that has none, the search goes on at its second letter: another may begin inside it.
+    Args:
+        text: the text to search.
+        pattern: finds candidates.
+        kind: a key of PLACEHOLDERS.
+        length: how many characters of a candidate are replaced. After 0, the search goes on at the candidate's second
+            character, because another one may begin inside it.
+        group: group of `pattern` that is the candidate.
+
+    Returns:
+        The new text, and the number of replacements.
     """
     parts: list[str] = []
     copied = position = 0
     while match := pattern.search(text, position):
         start = match.start(group)
-        if taken := length(match[group]):
+        if size := length(match[group]):
             parts += [text[copied:start], PLACEHOLDERS[kind]]
-            copied = position = start + taken
+            copied = position = start + size
         else:
             position = match.start() + 1
     return "".join([*parts, text[copied:]]), len(parts) // 2

@@ -1,7 +1,8 @@
-"""Rows between reading and writing: texts on disk, in buckets by id, and a hundred bytes a row in memory.
+"""The rows of a corpus between reading and writing: texts in files, and a hundred bytes a row in memory.
 
-What is decided over all rows at once, duplicates and sides, is decided on those numbers. Then the buckets are read one
-after the other, in the order of the ids, so that the same rows give the same files whatever order they came in.
+Each row goes to a bucket file by its id. Duplicates and splits are decided over all rows at once, on the numbers in
+memory. Then the buckets are read one after the other, in the order of the ids, so that the same rows give the same
+corpus in whatever order they arrived.
 """
 
 import hashlib
@@ -20,33 +21,39 @@ from moa.data.near_duplicates import Sketches
 from moa.data.splits import ORDER
 
 BUCKETS = 64             # by the first byte of the id
-FLUSH = 1 << 14          # rows kept before they go to their buckets
-ROW_GROUP = 1 << 14      # rows of a row group of the corpus: files must not depend on how rows came in
-SHOWN = 200              # characters of a near-duplicate that are kept
+FLUSH = 1 << 14          # rows in memory before they are written to their buckets
+ROW_GROUP = 1 << 14      # rows of a Parquet row group: a fixed size, so that files do not depend on how rows arrived
+SHOWN = 200              # characters of a near-duplicate's question in near_duplicates.jsonl
 
 
 @dataclass(frozen=True)
 class RowFates:
-    """Outcome of every staged row. Arrays are indexed by the order of arrival."""
+    """Outcome of all N rows of a RowStore. Arrays are indexed by the order of arrival."""
 
     stays: np.ndarray       # bool [N]
-    side: np.ndarray        # int8 [N], an index of splits.ORDER
-    double_of: np.ndarray   # int64 [N], the row whose near-duplicate it is, or -1
-    duplicates: int         # copies of another row
+    side: np.ndarray        # int8 [N], the row's split, as an index of splits.ORDER
+    double_of: np.ndarray   # int64 [N], the staying row that a removed row is a near-duplicate of, or -1
+    duplicates: int         # number of exact copies of another row
 
     @property
     def near_duplicates(self) -> int:
+        """Number of rows that were removed as near-duplicates."""
         return int((self.double_of >= 0).sum())
 
     @property
     def straddling(self) -> int:
-        """Near-duplicates of a row on another side, which would have leaked."""
-        left_out = np.flatnonzero(self.double_of >= 0)
-        return int((self.side[left_out] != self.side[self.double_of[left_out]]).sum())
+        """Number of removed near-duplicates of a row of another split: they would have leaked into it."""
+        removed = np.flatnonzero(self.double_of >= 0)
+        return int((self.side[removed] != self.side[self.double_of[removed]]).sum())
 
 
 class RowStore:
-    """Takes rows in any order, then settles and writes them. `threshold` 0 = no search for near-duplicates."""
+    """Takes the rows of a corpus in any order, decides with `settle` which stay, and writes the splits.
+
+    Args:
+        folder: an empty folder for temporary files.
+        threshold: least Jaccard similarity of near-duplicates; 0 = near-duplicates are not searched.
+    """
 
     def __init__(self, folder: Path, threshold: float) -> None:
         self.folder = folder
@@ -57,7 +64,7 @@ class RowStore:
         self._parts: dict[str, list[np.ndarray]] = {"ids": [], "places": [], "prompt": [], "completion": []}
 
     def add(self, rows: Sequence[Row], places: Sequence[float]) -> None:
-        """Stage rows; `places` are the places of their groups (`moa.data.splits.group_position`)."""
+        """Add rows; `places` are the positions of their groups (`moa.data.splits.group_position`)."""
         if not rows:
             return
         ids = np.frombuffer(bytes.fromhex("".join(row.id for row in rows)), ">u8").reshape(-1, 2).astype(np.uint64)
@@ -73,6 +80,7 @@ class RowStore:
             self._flush()
 
     def _flush(self) -> None:
+        """Write the rows in memory to their buckets."""
         import pyarrow as pa
 
         if not self._rows:
@@ -80,7 +88,7 @@ class RowStore:
         table = corpora.table(self._rows)
         numbers = np.arange(self.count - len(self._rows), self.count)
         table = table.append_column("number", pa.array(numbers, pa.int64()))
-        bucket = (self._parts_of("ids")[numbers, 0] >> np.uint64(58)).astype(np.int64)
+        bucket = (self._joined("ids")[numbers, 0] >> np.uint64(58)).astype(np.int64)
         order = np.argsort(bucket, kind="stable")
         table, bucket = table.take(pa.array(order)), bucket[order]
         edges = np.searchsorted(bucket, np.arange(BUCKETS + 1))
@@ -97,26 +105,31 @@ class RowStore:
             self._writers[bucket] = pa.ipc.new_file(str(self.folder / f"{bucket:02}.arrow"), schema)
         return self._writers[bucket]
 
-    def _parts_of(self, name: str) -> np.ndarray:
+    def _joined(self, name: str) -> np.ndarray:
+        """One array of the numbers `name` of all rows."""
         parts = self._parts[name]
         if len(parts) > 1:
             self._parts[name] = parts = [np.concatenate(parts)]
         return parts[0]
 
     def tokens(self, part: str, settled: RowFates) -> np.ndarray:
-        """`prompt` or `completion` tokens of the rows that stay."""
-        counts: np.ndarray = self._parts_of(part)[settled.stays]
+        """Token counts of the rows that stay, of their `prompt` or their `completion` (`part`): int32."""
+        counts: np.ndarray = self._joined(part)[settled.stays]
         return counts
 
     def settle(self, bounds: tuple[float, float]) -> RowFates:
-        """Decide what stays, and where. Of near-duplicates the one furthest ahead in splits.ORDER stays."""
-        ids, arrived = self._parts_of("ids"), np.arange(self.count)
-        side = np.searchsorted(np.array(bounds), self._parts_of("places"), side="right").astype(np.int8)
+        """Decide which rows stay, and in which split. `bounds` are those of `moa.data.splits.split_bounds`.
+
+        Of exact copies the first to arrive stays; of near-duplicates the one whose split is first in splits.ORDER.
+        """
+        ids, arrived = self._joined("ids"), np.arange(self.count)
+        side = np.searchsorted(np.array(bounds), self._joined("places"), side="right").astype(np.int8)
         order = np.lexsort((arrived, ids[:, 1], ids[:, 0]))
         ordered = ids[order]
         first = np.concatenate(([True], (ordered[1:] != ordered[:-1]).any(1)))
-        unique = order[first]   # the first of its copies, in the order of the ids
-        side[unique] = np.minimum.reduceat(side[order], np.flatnonzero(first))   # copies may name other groups
+        unique = order[first]   # of each id the first row to arrive, in the order of the ids
+        # Copies may be of several groups, and so of several splits: the first one in splits.ORDER counts.
+        side[unique] = np.minimum.reduceat(side[order], np.flatnonzero(first))
         stays, double_of = np.zeros(self.count, bool), np.full(self.count, -1)
         stays[unique] = True
         if self._sketches is not None:
@@ -126,35 +139,41 @@ class RowStore:
         return RowFates(stays, side, double_of, self.count - len(unique))
 
     def write(self, folder: Path, settled: RowFates) -> dict[Split, tuple[int, str]]:
-        """Write the splits and `near_duplicates.jsonl`. Returns each split's count and the digest of its ids."""
+        """Write the splits and `near_duplicates.jsonl` into `folder`. May be called once, after all rows are added.
+
+        Returns:
+            For each split, its number of rows and the digest of their ids.
+        """
         import pyarrow as pa
 
         self._flush()
         for writer in self._writers.values():
             writer.close()
-        with (_Splits(folder) as splits, (folder / "near_duplicates.jsonl").open("w", encoding="utf-8") as doubles):
+        near_duplicates = folder / "near_duplicates.jsonl"
+        with _SplitWriter(folder) as splits, near_duplicates.open("w", encoding="utf-8") as file:
             for bucket in sorted(self._writers):
-                with pa.memory_map(str(self.folder / f"{bucket:02}.arrow")) as file:
-                    table = pa.ipc.open_file(file).read_all().sort_by([("id", "ascending"), ("number", "ascending")])
+                with pa.memory_map(str(self.folder / f"{bucket:02}.arrow")) as buffer:
+                    table = pa.ipc.open_file(buffer).read_all().sort_by([("id", "ascending"), ("number", "ascending")])
                 numbers = table.column("number").to_numpy()
                 table = table.drop_columns("number")
                 for code, split in enumerate(ORDER):
-                    mine = settled.stays[numbers] & (settled.side[numbers] == code)
-                    splits.append(split, table.filter(pa.array(mine)))
-                for place in np.flatnonzero(settled.double_of[numbers] >= 0):
-                    double = self._double(table.slice(int(place), 1).to_pylist()[0], int(numbers[place]), settled)
-                    doubles.write(json.dumps(double, ensure_ascii=False) + "\n")
+                    in_split = settled.stays[numbers] & (settled.side[numbers] == code)
+                    splits.append(split, table.filter(pa.array(in_split)))
+                for index in np.flatnonzero(settled.double_of[numbers] >= 0):
+                    row = table.slice(int(index), 1).to_pylist()[0]
+                    record = self._near_duplicate_record(row, int(numbers[index]), settled)
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
             return splits.finish()
 
-    def _double(self, row: dict[str, Any], number: int, settled: RowFates) -> dict[str, str]:
+    def _near_duplicate_record(self, row: dict[str, Any], number: int, settled: RowFates) -> dict[str, str]:
         other = int(settled.double_of[number])
-        high, low = (int(half) for half in self._parts_of("ids")[other])
+        high, low = (int(half) for half in self._joined("ids")[other])
         return {"id": row["id"], "of": f"{high:016x}{low:016x}", "split": ORDER[settled.side[number]],
                 "of_split": ORDER[settled.side[other]], "text": row["messages"][-2]["content"][:SHOWN]}
 
 
-class _Splits:
-    """The Parquet files of a corpus, written side by side in row groups of one size."""
+class _SplitWriter:
+    """Writes the Parquet files of all splits of a corpus at the same time, in row groups of ROW_GROUP rows."""
 
     def __init__(self, folder: Path) -> None:
         import pyarrow.parquet as pq
@@ -174,6 +193,7 @@ class _Splits:
             file.close()
 
     def append(self, split: Split, table: Any) -> None:
+        """Add the rows of an Arrow table to a split."""
         import pyarrow as pa
 
         self._counts[split] += table.num_rows
@@ -185,6 +205,7 @@ class _Splits:
         self._waiting[split] = waiting
 
     def finish(self) -> dict[Split, tuple[int, str]]:
+        """Write the last row groups. Returns each split's number of rows and the digest of their ids."""
         for split, waiting in self._waiting.items():
             if waiting.num_rows:
                 self._files[split].write_table(waiting)

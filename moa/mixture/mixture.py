@@ -1,6 +1,6 @@
-"""A mixture at work: one base, stacked experts, a router; route, score and generate mixed batches.
+"""A loaded mixture: one base with stacked experts and their router. Routes prompts, measures losses, generates answers.
 
-Evaluation and serving both call `route`, so what is evaluated is what serves.
+Rows with different experts share a batch. Evaluation and serving both decide by `Mixture.route`.
 """
 
 import threading
@@ -26,38 +26,38 @@ from moa.mixture.generation.engine import Finish, GenerationBatch, GenerationCon
 from moa.mixture.layer_routing import layer_selector
 from moa.mixture.router import Choice, Decision, Router, features
 
-BASE = "base"               # forced in place of a domain: no expert
-SCORE_TOKENS = 2048         # padded tokens in one forward without gradients
-NAMED = 20                  # experts in a message
+BASE = "base"               # in place of a domain's name: the base without an expert
+SCORE_TOKENS = 2048         # most padded tokens in one forward of `Mixture.losses`
+LISTED_EXPERTS = 20         # most experts that an error message lists
 Conversation = Sequence[Message]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`domain` is the router's best guess or the caller's label; where the router abstained, the base answered."""
+    """The answer to one conversation, with the routing decision behind it."""
 
-    answer: str
-    domain: str
-    confidence: float | None   # None when the caller chose
-    abstained: bool
-    finish: Finish             # "length" when the limit or the base's context ended it
-    tokens: int                # written, the end marker included
+    answer: str                # the text, without white space at its ends
+    domain: str                # the caller's domain, or the router's most probable one, even where it abstained
+    confidence: float | None   # the router's; None where the caller gave the domain
+    abstained: bool            # True where the router abstained: the base answered without an expert
+    finish: Finish             # "length" where the limit or the base's context ended the answer, else "stop"
+    tokens: int                # of the answer, the end token included
     prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """Callbacks of one answer, called while it is written by the thread that decodes."""
+    """Callbacks of one answer, which the decoding thread calls during generation."""
 
-    begun: Tell | None = None                        # gets the expert's name, or base, once that is decided
-    piece: Tell | None = None                        # gets text as it becomes certain
-    ended: Callable[[Answer], None] | None = None    # gets the answer as soon as it ends
-    cancelled: threading.Event | None = None         # once set, the answer ends where it is
+    begun: Tell | None = None                        # called with the expert's name, or "base", after routing
+    piece: Tell | None = None                        # called with each piece of text, as soon as it is certain
+    ended: Callable[[Answer], None] | None = None    # called with the answer, as soon as it ends
+    cancelled: threading.Event | None = None         # once set, the answer ends after its current token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One conversation to answer. Its `domain` always wins over the router; "base" is the base alone."""
+    """One conversation to answer. A `domain` replaces the router's decision; "base" is the base without an expert."""
 
     messages: Conversation
     domain: str | None = None
@@ -66,24 +66,38 @@ class Request:
 
 
 class Mixture:
-    """A base with all experts of one mixture on it, and their router. Threads may share it: they take turns."""
+    """A base with the experts of one mixture and their router. Threads may share it: a lock lets one at a time in.
+
+    Args:
+        base: the base, with the layers of `stack` in it.
+        stack: the experts' slots on the base.
+        router: its labels are the experts' domains, in order.
+        encoder: renders conversations with the mixture's prompt.
+        experts: digest of each expert, by domain.
+        pages: decides which expert is in which slot. None if the stack holds every expert, in the router's order.
+    """
 
     def __init__(self, base: Base, stack: ExpertStack, router: Router, encoder: ChatEncoder,
                  experts: dict[str, str], pages: ExpertCache | None = None) -> None:
-        """Without `pages` the stack holds every expert, in the order of the router's labels."""
         self.base, self.stack, self.router, self.encoder = base, stack, router, encoder
         self.pages = pages or ExpertCache.resident(len(stack))
-        self.experts = {**experts, BASE: BASE}   # who may answer: the digest of each, for what depends on that alone
+        self.experts = {**experts, BASE: BASE}   # digests by domain; `moa.evaluation` keys its cached answers by these
         self.labels = router.labels
-        self._turn = threading.RLock()   # the choice of experts is the model's, not a call's
+        self._model_lock = threading.RLock()   # a selection of experts is state of the one model
 
     @classmethod
     def load(cls, directory: Path, base: Base, resident: int | None = None) -> Self:
-        """Put the mixture in `directory` onto `base`, with at most `resident` experts in memory at a time; None = all.
+        """Load the mixture in `directory` onto `base`.
 
-        Where it has more, an expert is checked and read when it is first asked for, and whatever is wrong with it is
-        raised there. Raises ArtifactError when content and manifest differ, or when the mixture was made for another
-        base, tokenizer or template; the message says which.
+        Args:
+            directory: the mixture, as `moa.mixture.artifact` describes it.
+            base: the base that the mixture was made for.
+            resident: most experts in memory at a time; None for all. Where the mixture has more, an expert's digest is
+                checked and its file read at its first use, which then raises the errors of the expert.
+
+        Raises:
+            ArtifactError: the files differ from the manifest, or the mixture was made for another base, tokenizer or
+                chat template; the message says which.
         """
         manifest, router, folders = artifact.read(directory, base.pin, check=False)
         levels, width = router.mean_LD.shape
@@ -91,14 +105,15 @@ class Mixture:
         if (levels, width) != (config.num_hidden_layers, config.hidden_size):
             raise ArtifactError(f"The router in {directory} reads {levels} levels of width {width}, and the base has "
                                 f"{config.num_hidden_layers} of {config.hidden_size}: run `moa assemble` again.")
-        # A router that chooses experts layer by layer may choose any of them.
-        most = resident if resident and router.stream == "base" else len(folders)
-        stack, pages = _stacked(base, artifact.VerifiedExperts(directory, manifest), folders, min(most, len(folders)))
+        # A router that selects experts layer by layer may select any of them in one forward: all must be resident.
+        slots = resident if resident and router.stream == "base" else len(folders)
+        stack, pages = _stack_experts(base, artifact.VerifiedExperts(directory, manifest), folders,
+                                      min(slots, len(folders)))
         return cls(base, stack, router, ChatEncoder(base.tokenizer, **manifest["prompt"]),
                    {label: expert["digest"] for label, expert in manifest["experts"].items()}, pages)
 
     def unload(self) -> Base:
-        """Take the experts off again; the base is as it was."""
+        """Remove the experts' layers and return the base as it was before `load`."""
         self.stack.remove()
         return self.base
 
@@ -107,8 +122,8 @@ class Mixture:
         if domain == BASE:
             return BASE_ONLY
         if domain not in self.labels:
-            more = [f"{len(self.labels) - NAMED} more"] if len(self.labels) > NAMED else []
-            known = ", ".join([*self.labels[:NAMED], *more])
+            more = [f"{len(self.labels) - LISTED_EXPERTS} more"] if len(self.labels) > LISTED_EXPERTS else []
+            known = ", ".join([*self.labels[:LISTED_EXPERTS], *more])
             raise UsageError(f"This mixture has no expert {domain!r}; it has {known}, and base.")
         return self.labels.index(domain)
 
@@ -118,7 +133,7 @@ class Mixture:
 
         Yields the experts' slots in the stack, (B,).
         """
-        with self._turn, self.pages.using(experts) as slots:
+        with self._model_lock, self.pages.using(experts) as slots:
             slots_B = torch.tensor(slots, dtype=torch.long, device=self.base.device.device)
             self.stack.select(slots_B)
             try:
@@ -129,12 +144,15 @@ class Mixture:
     # Route.
 
     def route(self, prompts: Sequence[Conversation]) -> list[Decision]:
-        """The router's decision on each prompt, which is read no deeper than the rule does: under the base without
-        experts, or, where the router was trained together with them, under those that it chooses layer by layer."""
+        """The router's decision on each prompt.
+
+        The base reads the prompts up to the deepest layer that the router's rule needs: without experts, or, after
+        joint training, with the experts that the router selects layer by layer.
+        """
         return self.router.decide(self._features(prompts, self.router.depth)) if prompts else []
 
     def trace(self, prompt: Conversation) -> list[Choice]:
-        """What every level's own head says of a prompt; the rule makes one decision of the levels it reads."""
+        """The choice of the head of each level for one prompt, also of levels that the router's rule does not read."""
         return self.router.trace(self._features([prompt], None))[0]
 
     def _features(self, prompts: Sequence[Conversation], depth: int | None) -> Tensor:
@@ -146,16 +164,20 @@ class Mixture:
 
     @torch.no_grad()
     def losses(self, conversations: Sequence[Conversation], domains: Sequence[str]) -> list[tuple[float, int]]:
-        """Mean loss in nats over the answer's tokens, and their number, of each conversation under its domain."""
+        """Mean loss in nats per target token, and the number of target tokens, of each conversation.
+
+        Conversation i is read with the expert of `domains[i]`; "base" is the base without an expert. Raises UsageError
+        for a domain that the mixture lacks.
+        """
         rows = [(self.expert_of(domain), self.encoder.row(messages))
                 for messages, domain in zip(conversations, domains, strict=True)]
         result = [(0.0, 0)] * len(rows)
         for part in self.pages.parts([expert for expert, _ in rows]):
             for group in microbatches([rows[index] for index in part], SCORE_TOKENS):
-                some = [rows[part[place]] for place in group]
-                with self._using([expert for expert, _ in some]):
-                    losses = row_losses(self.base.model, collate(some, self.base.device.device)).tolist()
-                for place, (_, row), loss in zip(group, some, losses, strict=True):
+                batch = [rows[part[place]] for place in group]
+                with self._using([expert for expert, _ in batch]):
+                    losses = row_losses(self.base.model, collate(batch, self.base.device.device)).tolist()
+                for place, (_, row), loss in zip(group, batch, losses, strict=True):
                     result[part[place]] = loss / row.completion_tokens, row.completion_tokens
         return result
 
@@ -163,21 +185,28 @@ class Mixture:
 
     def generate(self, prompts: Sequence[Conversation], domains: Sequence[str | None] | None = None,
                  **options: Any) -> list[Answer]:
-        """Answer a mixed batch, each row with its own expert; `options` are those of `GenerationConfig`.
+        """Answer conversations in one batch, each with its own expert.
 
-        `domains` has a name for each prompt; rows with None, or all without `domains`, are routed. Raises UsageError.
+        Args:
+            prompts: the conversations.
+            domains: the domain whose expert answers each prompt, "base" for the base without an expert, or None to
+                route the prompt. Without `domains` all prompts are routed.
+            **options: fields of `GenerationConfig`, the same for all prompts.
+
+        Raises:
+            UsageError: an option or a domain is wrong, or a prompt exceeds the base's context.
         """
-        chosen = GenerationConfig(**options)
+        config = GenerationConfig(**options)
         if domains is not None and len(domains) != len(prompts):
             raise UsageError(f"There are {len(prompts)} prompts and {len(domains)} domains.")
-        return self.answer([Request(messages=messages, domain=domain, options=chosen) for messages, domain
+        return self.answer([Request(messages=messages, domain=domain, options=config) for messages, domain
                             in zip(prompts, domains or [None] * len(prompts), strict=True)])
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer all side by side, each with its own expert and options, those without a domain routed in one pass.
+        """Answer requests in one batch, each with its own expert and options. Requests without a domain are routed.
 
-        Greedy answers are those of the requests alone, as far as rounding allows. Raises UsageError, before anything
-        is written, for a domain that the mixture lacks and for a prompt that the base's context does not hold.
+        A greedy answer does not depend on the other requests, up to rounding. Raises UsageError, before any answer
+        begins, for a domain that the mixture lacks and for a prompt that exceeds the base's context.
         """
         for domain in {request.domain for request in requests} - {None}:
             self.expert_of(str(domain))
@@ -186,82 +215,85 @@ class Mixture:
                                        [request.options.max_new_tokens for request in requests])
         routed = iter(self.route([request.messages for request in requests if request.domain is None]))
         decisions = [request.domain or next(routed) for request in requests]
-        orders = [_order(*row) for row in zip(requests, prompts, limits, decisions, strict=True)]
-        written = self._write(orders, decisions) if orders else []
-        return [_answer(*row) for row in zip(decisions, map(len, prompts), written, strict=True)]
+        rows = [_generation_request(*row) for row in zip(requests, prompts, limits, decisions, strict=True)]
+        generated = self._generate(rows, decisions) if rows else []
+        return [_answer(*row) for row in zip(decisions, map(len, prompts), generated, strict=True)]
 
     def stream(self, prompt: Conversation, domain: str | None = None, **options: Any) -> Iterator[str]:
-        """The answer to one conversation, in pieces of text as they become certain: whole characters, and nothing of
-        a stop text. Joined and stripped they are what `generate` answers.
+        """Answer one conversation as an iterator of texts, each yielded as soon as it is certain.
 
-        Decoding has a thread of its own, which ends with the iterator. Raises UsageError, at once.
+        The texts have whole characters only and nothing of a stop text; joined and stripped they are the answer of
+        `generate`, which also describes `options`. Decoding runs in a thread of its own, which ends with the iterator.
+        Raises UsageError when called, not when first iterated.
         """
-        chosen = GenerationConfig(**options)
+        config = GenerationConfig(**options)
         encoded = self.encoder.prompt(prompt)
-        limit, = engine.answer_budgets(self.base.model, [encoded], [chosen.max_new_tokens])
+        limit, = engine.answer_budgets(self.base.model, [encoded], [config.max_new_tokens])
         if domain is not None:
             self.expert_of(domain)
         decision = self.route([prompt])[0] if domain is None else domain
 
         def work(tell: Tell, cancelled: threading.Event) -> None:
-            self._write([GenerationRequest(prompt=encoded, limit=limit, options=chosen, tell=tell,
-                                           cancelled=cancelled)],
-                        [decision])
+            self._generate([GenerationRequest(prompt=encoded, limit=limit, options=config, tell=tell,
+                                              cancelled=cancelled)],
+                           [decision])
 
         return engine.stream_texts(work)
 
-    def _write(self, orders: Sequence[GenerationRequest], decisions: Sequence[Decision | str]) -> list[GenerationBatch]:
-        experts = [self.expert_of(_by(decision)) for decision in decisions]
-        written: dict[int, GenerationBatch] = {}
-        for part in self.pages.parts(experts):   # one, but for a batch of more experts than are held in memory
-            written |= zip(part, self._decode([orders[index] for index in part], [experts[index] for index in part]),
-                           strict=True)
-        return [written[index] for index in range(len(orders))]
+    def _generate(self, requests: Sequence[GenerationRequest],
+                  decisions: Sequence[Decision | str]) -> list[GenerationBatch]:
+        """Generate the answers, in several batches if the requests need more experts than the stack has slots."""
+        experts = [self.expert_of(_answering_name(decision)) for decision in decisions]
+        generated: dict[int, GenerationBatch] = {}
+        for part in self.pages.parts(experts):
+            generated |= zip(part, self._generate_batch([requests[index] for index in part],
+                                                        [experts[index] for index in part]), strict=True)
+        return [generated[index] for index in range(len(requests))]
 
-    def _decode(self, orders: Sequence[GenerationRequest], experts: Sequence[int]) -> list[GenerationBatch]:
+    def _generate_batch(self, requests: Sequence[GenerationRequest], experts: Sequence[int]) -> list[GenerationBatch]:
         with self._using(experts) as slots_B:
-            return engine.generate_batch(self.base.model, self.base.tokenizer, orders,
+            return engine.generate_batch(self.base.model, self.base.tokenizer, requests,
                                          lambda rows: self.stack.select(slots_B[rows]))
 
     def chat(self, messages: Conversation, domain: str | None = None, **options: Any) -> Answer:
-        """Answer one conversation. A caller's `domain` always wins over the router; "base" is the base alone."""
+        """Answer one conversation; `domain` and `options` are those of `generate`."""
         return self.generate([messages], [domain], **options)[0]
 
 
-def _stacked(base: Base, checked: artifact.VerifiedExperts, folders: dict[str, Path], slots: int) -> tuple[ExpertStack,
-                                                                                                           ExpertCache]:
-    """A stack of so many slots on the base, and the experts' pages: in their slots if there is one for each."""
+def _stack_experts(base: Base, verified: artifact.VerifiedExperts, folders: dict[str, Path],
+                   slots: int) -> tuple[ExpertStack, ExpertCache]:
+    """A stack with this number of slots on the base, and its cache, which holds all experts if each has a slot."""
     labels = list(folders)
-    everything = range(len(labels)) if slots == len(labels) else range(0)
-    for expert in everything:
-        checked.expert(labels[expert])
+    resident = range(len(labels)) if slots == len(labels) else range(0)
+    for expert in resident:
+        verified.expert(labels[expert])
     specs = []
     for label, folder in folders.items():
-        with artifact.artifact_errors(f"The expert {label!r} in {checked.mixture}"):
+        with artifact.artifact_errors(f"The expert {label!r} in {verified.mixture}"):
             specs.append(peft_format.read_spec(folder))
-    widest = max(specs, key=lambda spec: spec.rank)
-    stack = ExpertStack(base.model, specs if everything else [widest] * slots)
+    largest_rank = max(specs, key=lambda spec: spec.rank)
+    stack = ExpertStack(base.model, specs if resident else [largest_rank] * slots)
     loader = ExpertLoader(stack)
 
     def page_in(expert: int, slot: int) -> None:
-        folder = checked.expert(labels[expert])
-        with artifact.artifact_errors(f"The expert {labels[expert]!r} in {checked.mixture}"):
+        folder = verified.expert(labels[expert])
+        with artifact.artifact_errors(f"The expert {labels[expert]!r} in {verified.mixture}"):
             loader.load(slot, folder)
 
     pages = ExpertCache(slots, page_in)
     try:
-        pages.bring(everything)
+        pages.bring(resident)
     except BaseException:
-        stack.remove()   # the base is the caller's
+        stack.remove()   # the caller keeps the base, which must be as it was
         raise
     return stack, pages
 
 
-def _order(request: Request, prompt: list[int], limit: int, decision: Decision | str) -> GenerationRequest:
-    """The request in tokens. Tells its listener which expert answers."""
+def _generation_request(request: Request, prompt: list[int], limit: int, decision: Decision | str) -> GenerationRequest:
+    """The request in token ids. Calls the listener's `begun`."""
     listener, ended = request.listener, None
     if listener.begun is not None:
-        listener.begun(_by(decision))
+        listener.begun(_answering_name(decision))
     if (listener_ended := listener.ended) is not None:
         def ended(row: GenerationBatch) -> None:
             listener_ended(_answer(decision, len(prompt), row))
@@ -277,10 +309,10 @@ def _answer(decision: Decision | str, prompt_tokens: int, row: GenerationBatch) 
 
 
 def answering(decision: Decision) -> str:
-    """Name of the expert that answers after this decision, or base when the router abstained."""
+    """Name of the expert that answers after the router's decision; "base" if the router abstained."""
     return BASE if decision.abstained else decision.domain
 
 
-def _by(decision: Decision | str) -> str:
-    """Name of the expert that answers: the caller's choice, or the router's."""
+def _answering_name(decision: Decision | str) -> str:
+    """Name of the expert that answers: the caller's domain (a string), or by the router's decision."""
     return decision if isinstance(decision, str) else answering(decision)

@@ -1,4 +1,4 @@
-"""A release at work: ask the champion."""
+"""Loads released mixtures: opens the champion, asks it a question, and compares releases on the same test rows."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,10 @@ from moa.core.paths import Workspace
 
 
 def open_mixture(directory: Path, workspace: Workspace | None = None) -> Any:
-    """The mixture in `directory` on the base of `workspace` (default: the one around the current folder)."""
+    """Load the mixture in `directory` on the base of `workspace` (default: the workspace around the current folder).
+
+    The result is a `moa.mixture.mixture.Mixture` on the device that params.yaml names.
+    """
     from moa.mixture.mixture import Mixture
 
     workspace = workspace or Workspace.find()
@@ -22,29 +25,32 @@ def open_mixture(directory: Path, workspace: Workspace | None = None) -> Any:
 
 
 def champion(workspace: Workspace, config: Config) -> tuple[Any, Path]:
-    """The champion's version and the folder of its content. Raises NothingReleased when there is none."""
+    """The champion's `MixtureVersion` and the folder that its mixture was downloaded to, for `open_mixture`.
+
+    Raises NothingReleased when there is no champion, and ArtifactError when its files were altered.
+    """
     from moa.release.registry import Registry
 
     registry = Registry(workspace, config)
-    version = _required(registry)
+    version = _require_champion(registry)
     return version, registry.download(version.version)
 
 
 def other_version(workspace: Workspace, config: Config, version: int, against: int | None) -> int:
-    """The release that `version` is compared with: `against`, or the champion.
+    """The number of the release that `version` is compared with: `against`, or the champion.
 
     Raises NothingReleased when there is no champion, and UsageError when `version` would be compared with itself.
     """
     from moa.release.registry import Registry
 
-    other = _required(Registry(workspace, config)).version if against is None else against
+    other = _require_champion(Registry(workspace, config)).version if against is None else against
     if other == version:
         raise UsageError(f"Version {version} {'is the champion and ' if against is None else ''}cannot be compared "
                          "with itself: name another release with --against.")
     return other
 
 
-def _required(registry: Any) -> Any:
+def _require_champion(registry: Any) -> Any:
     """The champion of a registry. Raises NothingReleased when there is none."""
     version = registry.champion()
     if version is None:
@@ -53,7 +59,10 @@ def _required(registry: Any) -> Any:
 
 
 def compare_versions(workspace: Workspace, config: Config, incumbent: int, challenger: int) -> dict[str, Any]:
-    """Two releases on the same test rows: `moa.evaluation.comparison.compare` of what the registry holds of them."""
+    """Score two releases on the same test rows, with the mixtures as the registry holds them.
+
+    Returns what `moa.evaluation.comparison.compare` returns, with the version numbers `incumbent` and `challenger`.
+    """
     from moa.evaluation.comparison import compare
     from moa.release.registry import Registry
 
@@ -64,10 +73,15 @@ def compare_versions(workspace: Workspace, config: Config, incumbent: int, chall
 
 def ask(workspace: Workspace, config: Config, question: str, *, domain: str | None = None, trace: bool = False,
         **options: Any) -> dict[str, Any]:
-    """The champion's answer; `domain` overrules the router. `options` are those of `moa.mixture.generation.engine`.
+    """Answer `question` with the champion.
 
-    With `trace`, also what every level's head says of the question (`trace`) and what the rule makes of it
-    (`decision`), also where `domain` overrules it.
+    Args:
+        domain: the expert that answers, or "base"; None = the router decides.
+        trace: adds the keys of `routing_trace`, even where `domain` overrules the router.
+        options: fields of `moa.mixture.generation.engine.GenerationConfig`, such as `max_new_tokens`.
+
+    Returns:
+        The fields of `moa.mixture.mixture.Answer`, and `release`, the champion's version number.
     """
     version, folder = champion(workspace, config)
     mixture = open_mixture(folder, workspace)
@@ -77,7 +91,12 @@ def ask(workspace: Workspace, config: Config, question: str, *, domain: str | No
 
 
 def routing_trace(mixture: Any, messages: list[dict[str, str]]) -> dict[str, Any]:
-    """The router at work on one conversation; `levels` are those that its rule reads."""
+    """How the router decides on one conversation.
+
+    Returns:
+        `trace`: the choice of every level's head; `decision`: the outcome of the router's rule, with the rule, its
+        threshold and the `levels` that it reads.
+    """
     choices, (decision,) = mixture.trace(messages), mixture.route([messages])
     router = mixture.router
     levels = [choice.level for choice in choices] if router.rule == "vote" else [router.reads]

@@ -1,4 +1,7 @@
-"""Who was champion when, and why: entries that are only ever added. Pure; `moa.release.registry` stores them."""
+"""The append-only history of champions: which version, since when, by whom and why.
+
+The functions are pure; `moa.release.registry` stores the entries as tags of the registered model.
+"""
 
 import json
 import secrets
@@ -6,25 +9,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-HISTORY = "moa.champion."
-REASON_LENGTH = 2000
+HISTORY = "moa.champion."   # prefix of the tags that hold entries
+REASON_LENGTH = 2000     # characters of a reason that are stored
 
 
 @dataclass(frozen=True)
 class Entry:
     """One change of champion. `effective` is False for a change that was recorded and then interrupted."""
 
-    key: str
-    n: int
+    key: str         # of the tag
+    n: int           # number of the change, from 1
     version: int
-    digest: str
-    previous: int | None
+    digest: str      # of the version's content
+    previous: int | None   # version that was champion before
     at: str          # ISO 8601, UTC
     by: str
     reason: str
     effective: bool = True
 
     def as_json(self) -> str:
+        """The value of the entry's tag: all fields but the key, and `effective`, which `parse` derives."""
         return json.dumps({name: value for name, value in asdict(self).items() if name not in ("key", "effective")})
 
 
@@ -32,31 +36,34 @@ def next_entry(entries: Sequence[Entry], version: int, digest: str, current: int
                by: str) -> tuple[Entry, bool]:
     """The entry for making `version` champion after `current`, and whether it is new.
 
-    It is not when the last entry says just that: the champion already is, or the change was interrupted.
+    It is not new when the last entry records the same change: the change is complete, or it was interrupted after the
+    entry was stored.
     """
     last = entries[-1] if entries else None
     if last and last.version == version and current in (version, last.previous):
         return last, False
     n = last.n + 1 if last else 1
-    # The random end keeps two writers on two machines from overwriting one another.
+    # The random suffix keeps two processes on two machines from overwriting each other's entry.
     key = f"{HISTORY}{n:06d}-{secrets.token_hex(2)}"
     at = datetime.now(UTC).isoformat(timespec="seconds")
     return Entry(key, n, version, digest, current, at, by, reason[:REASON_LENGTH]), True
 
 
 def parse(tags: Mapping[str, str], champion: int | None) -> list[Entry]:
-    """Entries in order. One took effect if its successor found it in place; of the last, the alias tells.
+    """The entries in the tags of a registered model, oldest first.
 
-    Without an alias the last entry is believed: deleting the alias deletes no history.
+    An entry is `effective` if the next entry names its version as `previous`, or, for the last entry, if its version
+    is the present `champion`. With no alias (`champion` is None) the last entry counts as effective: deleting the alias
+    deletes no history.
     """
     entries = sorted((Entry(key=key, **json.loads(value)) for key, value in tags.items()),
                      key=lambda entry: (entry.n, entry.at, entry.key))
-    found: list[Entry] = []
-    for place, entry in enumerate(entries):
-        then = entries[place + 1].previous if place + 1 < len(entries) else champion
-        effective = then is None or then == entry.version
-        found.append(Entry(**{**asdict(entry), "effective": effective}))
-    return found
+    judged: list[Entry] = []
+    for index, entry in enumerate(entries):
+        champion_after = entries[index + 1].previous if index + 1 < len(entries) else champion
+        effective = champion_after is None or champion_after == entry.version
+        judged.append(Entry(**{**asdict(entry), "effective": effective}))
+    return judged
 
 
 def previous_champion(entries: Sequence[Entry]) -> Entry | None:
@@ -64,9 +71,9 @@ def previous_champion(entries: Sequence[Entry]) -> Entry | None:
 
     Going back to an old champion undoes what followed it: after 1, 2, 3 and back to 2, the one before is 1, not 3.
     """
-    line: list[Entry] = []
+    succession: list[Entry] = []
     for entry in entries:
         if entry.effective:
-            known = [place for place, one in enumerate(line) if one.version == entry.version]
-            line = [*line[:known[0]], entry] if known else [*line, entry]
-    return line[-2] if len(line) > 1 else None
+            earlier = [index for index, other in enumerate(succession) if other.version == entry.version]
+            succession = [*succession[:earlier[0]], entry] if earlier else [*succession, entry]
+    return succession[-2] if len(succession) > 1 else None

@@ -1,10 +1,10 @@
-"""A release for servers other than moa's: experts as plain PEFT directories, the router beside them, a manifest last.
+"""Exports a release for servers other than moa's: experts as PEFT directories, the router, and a manifest.
 
-    NAME-<12 hex of the digest>/    the expert as it was released: a new expert is a new name, so no server keeps an old
-                                    one under it
+    NAME-<12 hex of the digest>/    an expert as it was released; a changed expert gets another name, so that no server
+                                    goes on serving the old one under it
     router.safetensors, router.json the heads, and how they decide
     vllm.sh                         only for vLLM: the command that serves the experts by these names
-    manifest.json                   release, base, prompt, labels and every digest (last)
+    manifest.json                   release, base, prompt, labels and every digest; written last
 """
 
 import shlex
@@ -25,14 +25,22 @@ from moa.mixture import artifact
 FORMATS = ("peft", "vllm")
 SCRIPT, ROUTER_FACTS = "vllm.sh", "router.json"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)   # what every version takes as --max-lora-rank (vllm/config/lora.py)
-PREFIX = 12
+PREFIX = 12   # hexadecimal digits of an expert's digest in its name
 
 
 def export(workspace: Workspace, config: Config, target: Path, form: str, version: int | None = None) -> dict[str, Any]:
-    """Write the champion, or `version`, into the new or empty folder `target`; its manifest, and the vLLM command.
+    """Export the champion, or `version`, into the new or empty folder `target`.
 
-    Raises UsageError when `target` holds something, RegistryError when there is no such release, ArtifactError when
-    the release is for another base than the workspace's, or vLLM would not compute what moa does.
+    Args:
+        form: one of `FORMATS`.
+
+    Returns:
+        The written manifest, with `directory` and, for vLLM, the shell `command` that serves the export (else None).
+
+    Raises:
+        UsageError: `form` is unknown, or `target` holds something or cannot be written.
+        RegistryError: there is no such release.
+        ArtifactError: the release is for another base than the workspace's, or vLLM would compute other answers.
     """
     if form not in FORMATS:
         raise UsageError(f"--format {form} is not known; it is one of {', '.join(FORMATS)}.")
@@ -61,23 +69,24 @@ def export(workspace: Workspace, config: Config, target: Path, form: str, versio
     except OSError as error:
         raise UsageError(f"{target} cannot be written ({error.strerror}): name another folder.") from None
     return {"directory": str(target), **written,
-            "command": shlex.join(_placed(command, target.resolve())) if command else None}
+            "command": shlex.join(_with_absolute_paths(command, target.resolve())) if command else None}
 
 
 def adapter_name(label: str, digest: str) -> str:
-    """What other servers know an expert by."""
+    """The name of an exported expert: its label and the beginning of its digest, as other servers list it."""
     return f"{label}-{digest[:PREFIX]}"
 
 
 def text(done: Mapping[str, Any]) -> str:
-    """What the command says on standard error."""
+    """Describe the result of `export`, as `moa export` prints it to standard error."""
     lines = [f"Version {done['release']['version']} of {done['release']['name']} in {done['directory']}:"]
-    lines += [f"  {each['path']}  rank {each['rank']}" for each in done["experts"].values()]
+    lines += [f"  {expert['path']}  rank {expert['rank']}" for expert in done["experts"].values()]
     return "\n".join([*lines, f"  {artifact.ROUTER}, {ROUTER_FACTS}, {MANIFEST}"
                               + (f", {SCRIPT}" if done["format"] == "vllm" else "")])
 
 
 def _manifest(folder: Path, form: str, release: Any, manifest: Mapping[str, Any], names: Mapping[str, str]) -> Any:
+    """The export's own manifest, from the manifest of the mixture."""
     from moa.experts.peft_format import read_spec
 
     experts = {label: {"path": name, "digest": manifest["experts"][label]["digest"], **asdict(read_spec(folder / name))}
@@ -91,7 +100,7 @@ def _manifest(folder: Path, form: str, release: Any, manifest: Mapping[str, Any]
 
 
 def _router_facts(router: Any) -> dict[str, Any]:
-    """What decides, and how to come by its input; tensors' names and shapes are what `moa.mixture.router` reads."""
+    """The content of router.json: the router's parameters, its tensors' shapes, and how to compute its features."""
     return {"labels": list(router.labels), **router.facts(), "reads_level": router.reads,
             "tensors": {name: list(tensor.shape) for name, tensor in router.tensors().items()},
             "features": "level l = mean, over the prompt's tokens with generation prompt, of the hidden states that "
@@ -102,43 +111,43 @@ def _router_facts(router: Any) -> dict[str, Any]:
 # vLLM.
 
 def _command(workspace: Workspace, config: Config, folders: Mapping[str, Path], names: Mapping[str, str]) -> list[str]:
-    """`vllm serve`, its adapters relative to the export."""
+    """The `vllm serve` command, with adapters relative to the export. Raises ArtifactError for what vLLM lacks."""
     from moa.experts.peft_format import read_config, read_spec
 
     for label, folder in folders.items():
-        found = read_config(folder)
-        if uneven := [field for field in ("rank_pattern", "alpha_pattern") if found.get(field)]:
-            raise ArtifactError(f"The expert of {label!r} has {uneven[0]}, which vLLM ignores, so it would answer "
+        adapter_config = read_config(folder)
+        if ignored := [field for field in ("rank_pattern", "alpha_pattern") if adapter_config.get(field)]:
+            raise ArtifactError(f"The expert of {label!r} has {ignored[0]}, which vLLM ignores, so it would answer "
                                 "otherwise than here: export with --format peft.")
     ranks = {label: read_spec(folder).rank for label, folder in folders.items()}
     widest = max(ranks, key=lambda label: ranks[label])
-    room = next((rank for rank in VLLM_RANKS if rank >= ranks[widest]), None)
-    if room is None:
+    max_rank = next((rank for rank in VLLM_RANKS if rank >= ranks[widest]), None)
+    if max_rank is None:
         raise ArtifactError(f"The expert of {widest!r} has rank {ranks[widest]}, and vLLM takes at most "
                             f"{VLLM_RANKS[-1]}: export with --format peft.")
     return ["vllm", "serve", *_base(workspace, config), "--enable-lora", "--lora-modules",
-            *(f"{name}={name}" for name in names.values()), "--max-lora-rank", str(room)]
+            *(f"{name}={name}" for name in names.values()), "--max-lora-rank", str(max_rank)]
 
 
 def _base(workspace: Workspace, config: Config) -> list[str]:
-    """How vLLM finds the base: a hub's name and commit, or the folder here."""
+    """vLLM's arguments that name the base: a hub's name and commit, or a local folder."""
     kind, _, place = pin(workspace).source.partition(":")
     if kind == "hub":
         name, _, revision = place.partition("@")
         return [name, "--revision", revision] if revision else [name]
     folder = str(locate(workspace, config.base).resolve())
-    # The tokenizer kept here has the template that params.yaml gave it; the weights may lie beside another one.
+    # The workspace's tokenizer has the chat template of params.yaml; the one beside the weights may have another.
     return [folder, *(["--tokenizer", str(workspace.base.resolve())] if config.base.template else [])]
 
 
-def _placed(command: list[str], folder: Path) -> list[str]:
-    """The command with the adapters' whole paths, to be run from anywhere."""
+def _with_absolute_paths(command: list[str], folder: Path) -> list[str]:
+    """The command with absolute paths of the adapters in `folder`, so that it runs in any folder."""
     first = command.index("--lora-modules") + 1
     return [f"{word.partition('=')[0]}={folder / word.partition('=')[2]}"
-            if place >= first and "=" in word else word for place, word in enumerate(command)]
+            if index >= first and "=" in word else word for index, word in enumerate(command)]
 
 
 def _write_script(path: Path, command: list[str]) -> None:
-    """The command as a file that may move with its folder."""
+    """Write the command as a shell script that works wherever its folder is moved."""
     path.write_text("#!/bin/sh\n# Serves the experts by name on one base; arguments are passed on to vLLM.\n"
                     f'cd "$(dirname "$0")" && exec {shlex.join(command)} "$@"\n', encoding="utf-8")

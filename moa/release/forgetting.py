@@ -1,8 +1,9 @@
-"""What a release has not forgotten: unchanged experts, their answers, scores by release, and where prompts go now.
+"""`moa release forgetting`: shows that a newer release still answers the domains of an older one.
 
-An expert that did not change is the same bytes and answers the same words, so what a release forgets of an old domain
-can only be a question of routing. Digests and answers are looked at here and now; scores and routes are those that each
-release recorded when it was registered, routes of the rows that both were tested on. Decides nothing: the gate does.
+An expert that did not change has the same bytes and gives the same answers, so a release can forget an old domain only
+by routing its prompts elsewhere. The proof compares the experts' digests and generates golden answers anew. Scores and
+routes are those that each release recorded when it was registered; routes are compared on the rows that both releases
+were tested on. The proof decides nothing: the gate decides on promotion.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +24,16 @@ from moa.release.champion_history import previous_champion
 from moa.release.registry import MixtureVersion, Registry
 
 SYSTEMS = ("forced", "routed")
-COLUMNS = 5   # releases in the text; the facts have all
+COLUMNS = 5   # newest releases that the text shows; the facts have all
 WIDTH = 72    # characters of an answer in the text
 
 
 def versions_to_compare(workspace: Workspace, config: Config, old: int | None, new: int | None) -> tuple[int, int]:
-    """The versions to compare: by default the champion and the one before it; another release with the champion."""
+    """Versions (old, new) to compare: by default the previous champion and the champion.
+
+    Where only `new` is given, the old one is the champion, or its predecessor if `new` is the champion itself. Raises
+    RegistryError when there is no champion or predecessor to take, and UsageError when both are the same version.
+    """
     registry = Registry(workspace, config)
     champion = registry.champion() if registry.exists() else None
     if champion is None and (old is None or new is None):
@@ -52,27 +57,35 @@ def versions_to_compare(workspace: Workspace, config: Config, old: int | None, n
 
 
 def forgetting(workspace: Workspace, config: Config, old: int, new: int) -> dict[str, Any]:
-    """The proof, as facts. `equal` is whether every unchanged expert's golden answers are, word for word."""
+    """Compare two releases, as facts (JSON values) for `text` and `complaint`.
+
+    Returns:
+        `equal`: whether the golden answers of all unchanged experts are equal word for word; `experts`, `golden` and
+        `routing`: the comparison by domain; `table`: the recorded scores of both releases and of all champions.
+    """
     registry = Registry(workspace, config)
     releases = [registry.get(version) for version in (old, new)]
     folders = [registry.download(release.version) for release in releases]
-    experts = expert_changes(*({domain: each["digest"] for domain,
-                                each in read_json(folder / MANIFEST)["experts"].items()}
+    experts = expert_changes(*({domain: pin["digest"]
+                                for domain, pin in read_json(folder / MANIFEST)["experts"].items()}
                                for folder in folders))
     asked = {domain: read(workspace.corpus(domain), "test")[:config.adapt.golden]
-             for domain, each in experts.items() if each["change"] == "same" and domain in config.domains}
+             for domain, expert in experts.items() if expert["change"] == "same" and domain in config.domains}
     golden = _golden(workspace, config, folders, {domain: rows for domain, rows in asked.items() if rows})
     old_routes, new_routes = map(_routes, folders)
-    return {"old": old, "new": new, "equal": all(each["equal"] for each in golden.values()),
+    return {"old": old, "new": new, "equal": all(answers["equal"] for answers in golden.values()),
             "experts": experts, "golden": golden, "table": _table(registry, releases),
-            "routing": {found.domain: asdict(found) for found in paired(old_routes, new_routes)
-                        if experts.get(found.domain, {}).get("change") in ("same", "changed")}}
+            "routing": {changes.domain: asdict(changes) for changes in paired(old_routes, new_routes)
+                        if experts.get(changes.domain, {}).get("change") in ("same", "changed")}}
 
 
 # Pure parts.
 
 def expert_changes(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Each domain's expert, by its digest in either release: same, changed, new or removed."""
+    """How each domain's expert changed between two releases: `same`, `changed`, `new` or `removed`, with both digests.
+
+    `old` and `new` are the experts' digests by domain.
+    """
     def change(domain: str) -> str:
         if domain not in old:
             return "new"
@@ -85,37 +98,43 @@ def expert_changes(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, 
 
 
 def word_for_word(rows: Sequence[Row], old: Sequence[str], new: Sequence[str]) -> dict[str, Any]:
-    """Whether one expert's answers to the same prompts are equal in two releases, and those that are not."""
-    differing = [{"row": row.id, "prompt": row.question, "old": one, "new": other}
-                 for row, one, other in zip(rows, old, new, strict=True) if one != other]
+    """Compare one expert's answers to the same prompts in two releases: `prompts` (count), `equal`, `differing`."""
+    differing = [{"row": row.id, "prompt": row.question, "old": old_answer, "new": new_answer}
+                 for row, old_answer, new_answer in zip(rows, old, new, strict=True) if old_answer != new_answer]
     return {"prompts": len(rows), "equal": not differing, "differing": differing}
 
 
 def figures(metrics: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """Of a release's recorded metrics (`math/routed/loss`), each domain's test rows and, by system, loss and score."""
-    found: dict[str, dict[str, Any]] = {}
+    """Each domain's number of test rows and, by system, loss and score, from metrics named like `math/routed/loss`."""
+    by_domain: dict[str, dict[str, Any]] = {}
     for key, value in sorted(metrics.items()):
         domain, _, rest = key.partition("/")
         system, _, measure = rest.partition("/")
         if system in SYSTEMS and measure in ("loss", "score"):
-            found.setdefault(domain, {}).setdefault(system, {})[measure] = value
+            by_domain.setdefault(domain, {}).setdefault(system, {})[measure] = value
         elif (system, measure) == ("forced", "rows"):
-            found.setdefault(domain, {})["rows"] = int(value)
-    return found
+            by_domain.setdefault(domain, {})["rows"] = int(value)
+    return by_domain
 
 
 def paired(old: Mapping[tuple[str, str], str], new: Mapping[tuple[str, str], str]) -> list[RoutingChanges]:
-    """By domain, where the prompts went that both releases were tested on; keys are (domain, row)."""
-    both = sorted(old.keys() & new.keys())
-    return [routing_changes(domain, [(old[key], new[key]) for key in both if key[0] == domain])
-            for domain in sorted({domain for domain, _ in both})]
+    """How routing changed, by domain, on the rows that both releases were tested on.
+
+    `old` and `new` hold the router's best guess by (domain, id of the row).
+    """
+    common = sorted(old.keys() & new.keys())
+    return [routing_changes(domain, [(old[key], new[key]) for key in common if key[0] == domain])
+            for domain in sorted({domain for domain, _ in common})]
 
 
-# What the releases themselves say.
+# Facts from the releases themselves.
 
 def _golden(workspace: Workspace, config: Config, folders: Sequence[Path],
             asked: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
-    """Label-forced greedy answers of both releases, compared; the same batches, so that rounding is the same too."""
+    """Compare greedy answers of both releases, each prompt forced to its own expert.
+
+    Both releases get the same batches, because batch composition changes rounding.
+    """
     from moa.mixture.mixture import Mixture
 
     if not asked:
@@ -129,11 +148,12 @@ def _golden(workspace: Workspace, config: Config, folders: Sequence[Path],
         generated = generate_answers(mixture, workspace, config, content, pairs)
         answers.append({domain: [generated[pair] for pair in pairs if pair[1] == domain] for domain in asked})
         mixture.unload()
-    return {domain: word_for_word(rows, *(each[domain] for each in answers)) for domain, rows in asked.items()}
+    return {domain: word_for_word(rows, *(by_domain[domain] for by_domain in answers))
+            for domain, rows in asked.items()}
 
 
 def _routes(release: Path) -> dict[tuple[str, str], str]:
-    """The router's best guess for every test row that a downloaded release recorded; none where it recorded none."""
+    """The router's best guess by (domain, id of the row), as a downloaded release recorded it; may be empty."""
     import pyarrow.parquet as pq
 
     path = release.parent / "reports" / "rows.parquet"
@@ -144,10 +164,10 @@ def _routes(release: Path) -> dict[tuple[str, str], str]:
 
 
 def _table(registry: Registry, releases: Sequence[MixtureVersion]) -> list[dict[str, Any]]:
-    """What every release that was ever champion recorded, and these two, oldest first."""
+    """The recorded scores of `releases` and of every release that was champion, oldest first."""
     served = {entry.version for entry in registry.history() if entry.effective}
-    wanted = {each.version: each for each in releases} | {
-        version: registry.get(version) for version in served - {each.version for each in releases}}
+    wanted = {release.version: release for release in releases} | {
+        version: registry.get(version) for version in served - {release.version for release in releases}}
     return [{"version": version, "champion": version in served, "domains": figures(registry.metrics(wanted[version]))}
             for version in sorted(wanted)]
 
@@ -155,38 +175,41 @@ def _table(registry: Registry, releases: Sequence[MixtureVersion]) -> list[dict[
 # Text.
 
 def complaint(facts: Mapping[str, Any]) -> str:
-    """What is wrong where `equal` is False."""
-    names = ", ".join(domain for domain, each in facts["golden"].items() if not each["equal"])
+    """The error message for facts whose `equal` is False."""
+    names = ", ".join(domain for domain, answers in facts["golden"].items() if not answers["equal"])
     return (f"Between versions {facts['old']} and {facts['new']} an expert that is the same bytes answers otherwise: "
             f"{names}. See the answers above; `moa release rollback` goes back if version {facts['new']} serves.")
 
 
 def text(facts: Mapping[str, Any]) -> str:
-    """The proof as tables."""
+    """The facts of `forgetting` as tables for a terminal."""
     return "\n".join([f"version {facts['old']} -> version {facts['new']}", "", *_expert_lines(facts), "",
                       *_score_lines(facts["table"][-COLUMNS:]), *_route_lines(facts["routing"])])
 
 
 def _expert_lines(facts: Mapping[str, Any]) -> list[str]:
     lines = [("expert", "change", "digest", "golden answers")]
-    for domain, each in facts["experts"].items():
-        sides = [digest[:SHORT_DIGEST] if digest else "none" for digest in (each["old"], each["new"])]
-        found = facts["golden"].get(domain)
-        said = "-" if found is None else f"{found['prompts'] - len(found['differing'])} of {found['prompts']} equal"
-        lines.append((domain, each["change"], sides[0] if each["change"] == "same" else " -> ".join(sides), said))
-    shown = [table(lines)]
-    for domain, found in facts["golden"].items():
-        for one in found["differing"]:
-            shown += [f"{domain} answers otherwise: {shorten(one['prompt'], WIDTH)}",
-                      f"  old: {shorten(one['old'], WIDTH)}", f"  new: {shorten(one['new'], WIDTH)}"]
-    return shown
+    for domain, expert in facts["experts"].items():
+        sides = [digest[:SHORT_DIGEST] if digest else "none" for digest in (expert["old"], expert["new"])]
+        golden = facts["golden"].get(domain)
+        equal = ("-" if golden is None else
+                 f"{golden['prompts'] - len(golden['differing'])} of {golden['prompts']} equal")
+        change = expert["change"]
+        lines.append((domain, change, sides[0] if change == "same" else " -> ".join(sides), equal))
+    blocks = [table(lines)]
+    for domain, golden in facts["golden"].items():
+        for answer in golden["differing"]:
+            blocks += [f"{domain} answers otherwise: {shorten(answer['prompt'], WIDTH)}",
+                       f"  old: {shorten(answer['old'], WIDTH)}", f"  new: {shorten(answer['new'], WIDTH)}"]
+    return blocks
 
 
 def _score_lines(releases: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [("domain", "answered by", *(f"version {each['version']}" for each in releases))]
-    for domain in sorted({domain for each in releases for domain in each["domains"]}):
+    lines = [("domain", "answered by", *(f"version {release['version']}" for release in releases))]
+    for domain in sorted({domain for release in releases for domain in release["domains"]}):
         for system, name in zip(SYSTEMS, ("its own expert", "the router's choice"), strict=True):
-            lines.append((domain, name, *(_cell(each["domains"].get(domain, {}).get(system)) for each in releases)))
+            lines.append((domain, name, *(_cell(release["domains"].get(domain, {}).get(system))
+                                          for release in releases)))
     return ["loss in nats and score, on the test rows that each release had", table(lines)]
 
 
@@ -201,5 +224,5 @@ def _route_lines(routing: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not routing:
         return ["", "routing: the releases recorded no test row that both were tested on"]
     lines = [("domain", "rows", "routing accuracy, on the rows that both were tested on")]
-    lines += [(domain, str(each["rows"]), RoutingChanges(**each).text) for domain, each in routing.items()]
+    lines += [(domain, str(changes["rows"]), RoutingChanges(**changes).text) for domain, changes in routing.items()]
     return ["", table(lines)]

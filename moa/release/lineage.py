@@ -1,4 +1,4 @@
-"""What a version came from: git commit, dirty flag, `dvc.lock`, figures."""
+"""The lineage that a registered version records: git commit, dirty flag, `dvc.lock`, and measured metrics."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,9 +13,10 @@ Point = tuple[str, float, int]   # metric, value, step
 
 
 def of_workspace(workspace: Workspace) -> dict[str, str]:
-    """Tags that pin code and data; what does not exist (no repository, nothing built by DVC) has none.
+    """Tags that pin a version's code and data: `moa.git.commit`, `moa.git.dirty` and `moa.dvc.lock`.
 
-    Where git refuses to read the repository, `moa.git.refused` is its reason.
+    A tag is absent where its source does not exist (no commit, no dvc.lock). Where git refuses to read the repository,
+    `moa.git.refused` holds its reason.
     """
     tags = _git(workspace.root)
     lock = workspace.root / "dvc.lock"
@@ -25,7 +26,7 @@ def of_workspace(workspace: Workspace) -> dict[str, str]:
 
 
 def dvc_outputs(workspace: Workspace) -> dict[str, str]:
-    """MD5 by path of every output `dvc.lock` records; directories end in `.dir`, as DVC writes them."""
+    """DVC's MD5 of every output that dvc.lock records, by path; a directory's MD5 ends in `.dir`."""
     from ruamel.yaml import YAML
 
     lock = workspace.root / "dvc.lock"
@@ -37,19 +38,22 @@ def dvc_outputs(workspace: Workspace) -> dict[str, str]:
 
 
 def dvc_corpora(workspace: Workspace, wanted: Mapping[str, str]) -> dict[str, str]:
-    """DVC's MD5 by domain, of those corpora whose digest is still the one wanted: an expert may have learned from an
-    older corpus than `dvc.lock` records now."""
-    outputs, found = dvc_outputs(workspace), {}
+    """DVC's MD5, by domain, of the corpora whose digests are `wanted` (by domain).
+
+    A domain is left out when its corpus has another digest now: its expert learned from an older corpus than the one
+    that dvc.lock records.
+    """
+    outputs, md5s = dvc_outputs(workspace), {}
     for domain, digest in wanted.items():
         folder = workspace.corpus(domain)
         path, manifest = workspace.relative(folder), folder / MANIFEST
         if path in outputs and manifest.is_file() and read_json(manifest)["digest"] == digest:
-            found[domain] = outputs[path]
-    return found
+            md5s[domain] = outputs[path]
+    return md5s
 
 
 def learning_curve_metrics(epochs: Iterable[Mapping[str, float]]) -> Iterator[Point]:
-    """A learning curve as metrics; the optimizer step is MLflow's step."""
+    """The points of a learning curve, as MLflow metrics whose step is the optimizer step."""
     for epoch in epochs:
         for key, value in epoch.items():
             if key != "step" and value is not None:
@@ -57,7 +61,7 @@ def learning_curve_metrics(epochs: Iterable[Mapping[str, float]]) -> Iterator[Po
 
 
 def evaluation_metrics(summary: Path) -> Iterator[Point]:
-    """Metrics `math/routed/loss`, `routing/accuracy` and so on; none where nothing was evaluated."""
+    """The metrics in an evaluation's summary.json, such as `math/routed/loss`; none where the file does not exist."""
     if not summary.is_file():
         return
     content = read_json(summary)
@@ -75,7 +79,7 @@ def evaluation_metrics(summary: Path) -> Iterator[Point]:
 def _git(root: Path) -> dict[str, str]:
     try:
         if not git.has_commits(root):
-            return {}   # none, or one without a commit
+            return {}   # no repository, or one without a commit
         commit = git.run(root, "rev-parse", "HEAD").strip()
         # dvc.lock differs after every build and has a digest of its own: it does not make a commit dirty.
         changes = git.run(root, "status", "--porcelain", "--", ".", ":(exclude)dvc.lock")

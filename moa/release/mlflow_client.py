@@ -1,4 +1,4 @@
-"""How moa opens MLflow: quietly, once, and with an end to waiting."""
+"""Connects to MLflow without its log output, with time limits, and with its errors turned into RegistryError."""
 
 import importlib
 import logging
@@ -14,9 +14,9 @@ from moa.core.errors import RegistryError
 from moa.core.loopback import bypass_proxies
 from moa.core.paths import Workspace
 
-PROBE_SECONDS = 5
+PROBE_SECONDS = 5   # timeout of the first request, which shows whether a server answers
 
-# Read by MLflow when it is imported or at each call; what the user has set stays.
+# MLflow reads these when it is imported or at each call. Values that the user has set stay.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
@@ -24,12 +24,12 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",   # MLflow's own seven, each waiting longer, are minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",   # MLflow's default of 7, with growing pauses, takes minutes
 }
 
 
 def uri(workspace: Workspace) -> str:
-    """Where the versions are: MLFLOW_TRACKING_URI, or a SQLite database of this workspace."""
+    """The address of the MLflow registry: MLFLOW_TRACKING_URI, or else the workspace's own SQLite database."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.mlflow / 'mlflow.db'}"
 
 
@@ -39,15 +39,15 @@ def shown(address: str) -> str:
 
 
 def private(workspace: Workspace) -> bool:
-    """Whether the versions are in the workspace's own database, which no other project uses."""
+    """Whether the registry is the workspace's own SQLite database, which no other project uses."""
     kind, _, path = uri(workspace).partition(":///")
     return kind == "sqlite" and Path(path).resolve() == (workspace.mlflow / "mlflow.db").resolve()
 
 
 def connect(workspace: Workspace) -> Any:
-    """A client, ready for use. Raises RegistryError when no server answers.
+    """An `MlflowClient` that has reached its server. Raises RegistryError when no server answers.
 
-    A new database is made by one process while the others wait: MLflow's migrations do not survive company.
+    A lock lets one process at a time create the database: MLflow's migrations fail when two processes run them.
     """
     from filelock import FileLock
 
@@ -58,13 +58,13 @@ def connect(workspace: Workspace) -> Any:
         from mlflow.tracking import MlflowClient
 
         client = MlflowClient(tracking_uri=address, registry_uri=address)
-        with _short_of_patience():
+        with _short_timeout():
             client.search_experiments(max_results=1)
         return client
 
 
 def load() -> None:
-    """Import what `connect` needs, seconds of work, where there is time for it."""
+    """Import MLflow's modules ahead of `connect`: the import takes seconds, which a caller may spend while it waits."""
     quiet_mlflow()
     for name in ("mlflow.tracking", "mlflow.artifacts", "mlflow.store.tracking.sqlalchemy_store",
                  "mlflow.store.model_registry.sqlalchemy_store"):
@@ -72,26 +72,27 @@ def load() -> None:
 
 
 def experiment(workspace: Workspace, client: Any, name: str) -> str:
-    """The id of the experiment `name`, made if there is none. Raises RegistryError when it was deleted."""
+    """The id of the MLflow experiment `name`, which is created if it is missing. Raises RegistryError if deleted."""
     from filelock import FileLock
 
     address = uri(workspace)
     with mlflow_errors(address), FileLock(workspace.mlflow / "open.lock"):
-        if (found := client.get_experiment_by_name(name)) is None:
-            # A server chooses where its artifacts lie; in a database of ours they lie beside it.
-            place = (workspace.mlflow / "artifacts").as_uri() if private(workspace) else None
-            return str(client.create_experiment(name, artifact_location=place))
-        if found.lifecycle_stage == "deleted":
+        if (existing := client.get_experiment_by_name(name)) is None:
+            # A server chooses its artifact location; the workspace's own database keeps artifacts beside it.
+            location = (workspace.mlflow / "artifacts").as_uri() if private(workspace) else None
+            return str(client.create_experiment(name, artifact_location=location))
+        if existing.lifecycle_stage == "deleted":
             raise RegistryError(f"The MLflow experiment {name!r} at {shown(address)} was deleted: "
-                                f"run `mlflow experiments restore --experiment-id {found.experiment_id}`.")
-        return str(found.experiment_id)
+                                f"run `mlflow experiments restore --experiment-id {existing.experiment_id}`.")
+        return str(existing.experiment_id)
 
 
 def pages(workspace: Workspace, port: int) -> tuple[list[str], dict[str, str]] | None:
-    """The command that shows our database in a browser, and its environment; None when a server shows it already.
+    """The command of the MLflow server that shows the registry's pages at `port`, and its environment variables.
 
-    A SQLite database is there, with its tables, before this returns: the server makes them without asking for the lock
-    under which `connect` does. Raises RegistryError.
+    Returns None where the registry is a server, which has pages of its own. A SQLite database and its tables are
+    created before this returns, because the MLflow server would create them without the lock that `connect` takes.
+    Raises RegistryError.
     """
     address = uri(workspace)
     if address.startswith(("http:", "https:")):
@@ -100,16 +101,16 @@ def pages(workspace: Workspace, port: int) -> tuple[list[str], dict[str, str]] |
         connect(workspace)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--host", "127.0.0.1",
                "--port", str(port), "--workers", "1",
-               # For this machine's programs and the server's own pages: not for the local network, which MLflow lets in
-               # by default, nor for other sites' pages, whatever the user's environment says for some other server.
+               # Allow programs on this machine and the server's own pages only. By default MLflow also admits the local
+               # network, and the user's environment may admit other sites' pages, for another server.
                "--allowed-hosts", "localhost,127.0.0.1,localhost:*,127.0.0.1:*",
                "--cors-allowed-origins", f"http://127.0.0.1:{port}"]
-    return command, {**ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",   # else ten processes
+    return command, {**ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",   # it would start ten processes
                      "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false"}
 
 
 def quiet_mlflow() -> None:
-    """No telemetry, no advice, no progress: what matters comes back as a value or an error."""
+    """Switch off MLflow's telemetry, log output and progress bars for this process; set no variable that is set."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     bypass_proxies()
@@ -119,13 +120,13 @@ def quiet_mlflow() -> None:
 
 @contextmanager
 def mlflow_errors(address: str) -> Iterator[None]:
-    """Turn what MLflow, its database or the network raise inside into a RegistryError of one sentence."""
+    """Turn errors of MLflow, its database or the network within the block into a RegistryError of one sentence."""
     try:
         yield
     except RegistryError:
         raise
     except Exception as error:
-        if not _from_outside(error):
+        if not _is_mlflow_error(error):
             raise
         detail = " ".join(str(error).split())
         if "Max retries exceeded" in detail or "timed out" in detail or "Connection" in detail:
@@ -134,7 +135,8 @@ def mlflow_errors(address: str) -> Iterator[None]:
         raise RegistryError(f"MLflow at {shown(address)} refused: {shown(detail[:400])}") from error
 
 
-def _from_outside(error: Exception) -> bool:
+def _is_mlflow_error(error: Exception) -> bool:
+    """Whether MLflow, its HTTP client or its database raised `error`."""
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
@@ -143,8 +145,8 @@ def _from_outside(error: Exception) -> bool:
 
 
 @contextmanager
-def _short_of_patience() -> Iterator[None]:
-    """For the first request only: later ones may be uploads that take their time."""
+def _short_timeout() -> Iterator[None]:
+    """Shorten MLflow's timeout and retries within the block, for the first request: later ones may be long uploads."""
     wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(PROBE_SECONDS), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
@@ -160,9 +162,10 @@ def _short_of_patience() -> Iterator[None]:
 
 @contextmanager
 def default_uri(address: str) -> Iterator[None]:
-    """Make `address` MLflow's own default inside, for the calls that look there whatever their client says.
+    """Make `address` MLflow's global default within the block, for its functions that ignore the client's address.
 
-    Undone afterwards: MLflow writes the default into the environment, where `uri` would take it for the user's wish.
+    The default is reset afterwards: MLflow writes it into MLFLOW_TRACKING_URI, where `uri` would read it as set by the
+    user.
     """
     import mlflow
 
@@ -177,5 +180,5 @@ def default_uri(address: str) -> Iterator[None]:
 
 
 def missing(error: Exception) -> bool:
-    """Whether MLflow says that what was asked for is not there."""
+    """Whether an error of MLflow means that the requested entity does not exist."""
     return getattr(error, "error_code", "") in {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}

@@ -1,7 +1,7 @@
-"""Whether a registered model on a shared MLflow server is this project's: read, claimed, or refused.
+"""Decides whether a registered model on a shared MLflow server belongs to this project, and claims it with a tag.
 
-A model carries its project's id in a tag. Releases from before there were ids have no tag: the commits and digests in
-them tell whose they are. A database in this workspace belongs to it alone. Part of `moa.release.registry`.
+The tag `moa.project` holds the project's id. Older releases have no tag: their git commits and digests tell which
+project made them. The workspace's own database belongs to it alone. Part of `moa.release.registry`.
 """
 
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,9 +20,10 @@ TAG = "moa.project"
 
 
 def resolve(registry: "Registry") -> tuple[Names, bool]:
-    """The names of this project's things on the server, and whether its mixture is there.
+    """The names of this project's models on the server, and whether its mixture is registered there.
 
-    A project with releases under the old names keeps these. Raises RegistryError when the mixture is another project's.
+    A project with releases under the old names keeps the old names. Raises RegistryError when the mixture belongs to
+    another project.
     """
     wanted = Names.of(registry.config)
     if own(registry, wanted.mixture) is not None:
@@ -36,7 +37,7 @@ def resolve(registry: "Registry") -> tuple[Names, bool]:
 
 
 def own(registry: "Registry", name: str) -> Any:
-    """The registered model `name`, None where there is none. Raises RegistryError when it is another project's."""
+    """MLflow's registered model `name`; None where there is none. Raises RegistryError when it is another project's."""
     with mlflow_client.mlflow_errors(registry.address):
         model = _find(registry.client, name)
         if model is not None and not registry.private and _ours(registry, model) is False:
@@ -45,7 +46,10 @@ def own(registry: "Registry", name: str) -> Any:
 
 
 def claim(registry: "Registry", name: str) -> None:
-    """`own`, and if the model has no project yet, it has this one afterwards. Held under the registry's lock."""
+    """Tag the registered model `name` with this project, unless it has a project. The caller holds the registry's lock.
+
+    Raises RegistryError when it is another project's.
+    """
     model = own(registry, name)
     if model is not None and TAG not in model.tags:
         for key, value in tags(registry).items():
@@ -53,12 +57,13 @@ def claim(registry: "Registry", name: str) -> None:
 
 
 def tags(registry: "Registry") -> dict[str, str]:
-    """Of a new registered model."""
+    """The tags that a new registered model of this project gets; empty for a project without an id."""
     owner = project.project_id(registry.workspace, registry.config)
     return {} if owner is None else {TAG: owner}
 
 
 def _find(client: Any, name: str) -> Any:
+    """MLflow's registered model `name`, or None."""
     try:
         return client.get_registered_model(name)
     except Exception as error:
@@ -68,29 +73,30 @@ def _find(client: Any, name: str) -> Any:
 
 
 def _ours(registry: "Registry", model: Any) -> bool | None:
-    """Whether it is this project's; None where nothing tells."""
+    """Whether the registered model belongs to this project; None where neither tag, commits nor digests tell."""
     workspace = registry.workspace
     if (tag := model.tags.get(TAG)) is not None:
         return tag in project.all_project_ids(workspace, registry.config)
     versions = registry.client.search_model_versions(f"name='{model.name}'", max_results=10_000)
-    commits = [each.tags.get("moa.git.commit") for each in versions]
+    commits = [version.tags.get("moa.git.commit") for version in versions]
     if any(commit and git.has_commit(workspace.root, commit) for commit in commits):
         return True
     if commits and all(commits) and git.has_full_history(workspace.root) and git.has_commits(workspace.root):
         return False
-    if {each.tags.get("moa.digest") for each in versions} & _built(registry):
+    if {version.tags.get("moa.digest") for version in versions} & _local_digests(registry):
         return True
     return None
 
 
-def _built(registry: "Registry") -> set[str]:
-    """Digests of the mixture and the experts that lie in this workspace."""
+def _local_digests(registry: "Registry") -> set[str]:
+    """Digests of the mixture and the experts that this workspace holds."""
     workspace = registry.workspace
     folders = [workspace.mixture, *(workspace.expert(domain) for domain in registry.config.domains)]
     return {read_json(folder / MANIFEST)["digest"] for folder in folders if (folder / MANIFEST).is_file()}
 
 
 def _refuse(registry: "Registry", model: Any) -> NoReturn:
+    """Raise RegistryError saying how to give the project names of its own, or to share the model's project id."""
     config, tag = registry.config, model.tags.get(TAG)
     new = project.new_project_id(registry.workspace.root.name)
     change = (f"write `project: {new}` into params.yaml, so that this one's names are its own" if config.project is None

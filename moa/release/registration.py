@@ -1,9 +1,9 @@
-"""How an expert or a mixture becomes an MLflow version. Everything before the version itself may be done twice.
+"""Registers an expert or a mixture as an MLflow version, so that an interrupted registration can be continued.
 
     run, params, curves, inputs -> logged model -> its files -> version
 
-Runs and logged models carry the digest of what they are for. Where one is found, it is continued, so a crash between
-any two steps costs nothing and leaves nothing twice. Part of `moa.release.registry`, which holds the lock meanwhile.
+Runs and logged models carry the digest of their content. Each step looks for what an earlier attempt left and continues
+it, so a crash between any two steps leaves no duplicates. Part of `moa.release.registry`, which holds the lock.
 """
 
 import json
@@ -34,25 +34,25 @@ set_model(python_model())
 '''
 ABOUT = {"expert": "LoRA experts of one domain: a version for every content, without base weights.",
          "mixture": "Releases: each version is a base, its experts and a router, pinned. The one with the alias "
-                    "`champion` serves; tags `moa.champion.*` say who did, when and why."}
+                    "`champion` serves; tags `moa.champion.*` record who promoted which version, when and why."}
 RUNTIME = ("mlflow", "numpy", "pydantic", "ruamel.yaml", "safetensors", "torch", "transformers")
-VERSIONS = "mlflow.modelVersions"   # MLflow's own tag
+VERSIONS = "mlflow.modelVersions"   # MLflow's own tag of a logged model
 
 
 @dataclass
 class Entry:
-    """What one version will say of itself."""
+    """The metadata of one version that is being registered."""
 
     name: str                    # of the registered model
     run_name: str
     kind: str                    # expert or mixture
     digest: str
     tags: dict[str, str]         # of run, logged model and version
-    pins: dict[str, str]         # tags of the version alone, which may be longer than a run's
+    pins: dict[str, str]         # tags of the version alone, which may be longer than tags of a run
     params: dict[str, Any]
     points: list[lineage.Point]
     corpora: dict[str, str]      # digest by domain
-    sources: list[Any]           # versions that it is made of, or continues
+    sources: list[Any]           # MLflow's versions that this one was made from
     description: str = ""        # Markdown, for MLflow's pages
     page: str = ""               # HTML, kept with the run
     all_tags: dict[str, str] = field(init=False)
@@ -62,17 +62,20 @@ class Entry:
 
 
 def register_expert(registry: "Registry", domain: str) -> tuple[Any, bool]:
-    """MLflow's version of the expert of `domain`, and whether it is new."""
+    """Register the expert of `domain`, unless a version has its content: MLflow's version, and whether it is new.
+
+    Raises RegistryError when the domain has no expert, or the model belongs to another project.
+    """
     folder = registry.workspace.expert(domain)
     manifest = _manifest(folder, f"Domain {domain!r} has no expert: run `moa train --domain {domain}` first.")
     with mlflow_client.mlflow_errors(registry.address):
         name = registry.names.expert(domain)
         ownership.claim(registry, name)
-        if (found := _version(registry, name, manifest["digest"])) is not None:
-            return _linked(registry, found), False
+        if (existing := _version(registry, name, manifest["digest"])) is not None:
+            return _linked(registry, existing), False
         base, imported = manifest["base"], manifest.get("source") == "imported"
         parent = _digest(manifest["parent"]) if manifest.get("parent") else None
-        parents = _anywhere(registry, parent) if parent else []
+        parents = _expert_versions_of(registry, parent) if parent else []
         entry = Entry(
             name, f"expert {domain}", "expert", manifest["digest"],
             {"moa.domain": domain, "moa.corpus": manifest["corpus"], "moa.base": base["digest"],
@@ -91,15 +94,22 @@ def register_expert(registry: "Registry", domain: str) -> tuple[Any, bool]:
 
 def register_mixture(registry: "Registry", experts: Mapping[str, "ExpertVersion"],
                      page: Callable[[], str]) -> tuple[Any, bool]:
-    """MLflow's version of `data/mixture`, and whether it is new. `page` makes the HTML that a new one is shown by."""
+    """Register `data/mixture`, unless a version has its content: MLflow's version, and whether it is new.
+
+    Args:
+        experts: the registered versions of its experts, by domain.
+        page: makes the HTML report that the run of a new version keeps; it may return "".
+
+    Raises RegistryError when there is no mixture, or it was assembled from other experts.
+    """
     workspace, folder = registry.workspace, registry.workspace.mixture
     manifest = _manifest(folder, "There is no mixture: run `moa assemble` first.")
     _check_experts(manifest, experts)
     with mlflow_client.mlflow_errors(registry.address):
         name = registry.mixture_name
         ownership.claim(registry, name)
-        if (found := _version(registry, name, manifest["digest"])) is not None:
-            return _named(registry, _linked(registry, found)), False
+        if (existing := _version(registry, name, manifest["digest"])) is not None:
+            return _named(registry, _linked(registry, existing)), False
         router = manifest["router"]
         base = {"digest": _digest(manifest["base"]), "source": _source(manifest)}
         pins = {domain: {"name": each.name, "version": each.version, "digest": each.digest}
@@ -123,33 +133,36 @@ def register_mixture(registry: "Registry", experts: Mapping[str, "ExpertVersion"
             f"Mixture-of-LoRAs over {base['source']}.\n\n| domain | expert | corpus |\n|---|---|---|{table}",
             page())
         settings = {"base_source": base["source"], "base_digest": base["digest"], "workspace": str(workspace.root)}
-        made = _register(registry, entry, lambda temporary: _chat_model(workspace, settings, temporary))
-        return _named(registry, made), True
+        version = _register(registry, entry, lambda temporary: _chat_model(workspace, settings, temporary))
+        return _named(registry, version), True
 
 
-# The steps of a registration. Each finds what an interrupted one left.
+# The steps of a registration. Each continues what an interrupted registration left.
 
-def _anywhere(registry: "Registry", digest: str) -> list[Any]:
-    """The oldest of our experts' versions with this content, whatever its name; empty when there is none."""
-    found = [version for version in registry.client.search_model_versions(f"tags.`moa.digest`='{digest}'")
+def _expert_versions_of(registry: "Registry", digest: str) -> list[Any]:
+    """The oldest version of any of this project's experts with this content, as a list of at most one."""
+    versions = [version for version in registry.client.search_model_versions(f"tags.`moa.digest`='{digest}'")
              if version.name.startswith(registry.names.expert(""))]
-    return sorted(found, key=lambda version: int(version.creation_timestamp))[:1]
+    return sorted(versions, key=lambda version: int(version.creation_timestamp))[:1]
 
 
 def _version(registry: "Registry", name: str, digest: str) -> Any:
-    """The oldest version with this content, or None."""
-    found = registry.client.search_model_versions(f"name='{name}' and tags.`moa.digest`='{digest}'")
-    return min(found, key=lambda version: int(version.version), default=None)
+    """The oldest version of the model `name` with this content, or None."""
+    versions = registry.client.search_model_versions(f"name='{name}' and tags.`moa.digest`='{digest}'")
+    return min(versions, key=lambda version: int(version.version), default=None)
 
 
 def _register(registry: "Registry", entry: Entry, content: Any) -> Any:
-    """`content` makes the folder that holds the version's files, when they must be uploaded, out of an empty one."""
+    """Create the version that `entry` describes.
+
+    `content` is called with an empty folder where files must be uploaded, and returns the folder that holds them.
+    """
     client, experiment = registry.open()
     run = _run(client, experiment, entry)
     _describe(client, run, entry, registry.workspace)
     model = _model(client, experiment, run.info.run_id, entry, content)
     outputs = client.get_run(run.info.run_id).outputs
-    if model.model_id not in {each.model_id for each in (outputs.model_outputs if outputs else [])}:
+    if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
         from mlflow.entities import LoggedModelOutput
 
         client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
@@ -159,7 +172,7 @@ def _register(registry: "Registry", entry: Entry, content: Any) -> Any:
     except Exception as error:
         if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
             raise
-        ownership.claim(registry, entry.name)   # it may be new, and another project's
+        ownership.claim(registry, entry.name)   # another project may just have created it
     with mlflow_client.default_uri(registry.address):
         return _linked(registry, client.create_model_version(
             entry.name, f"models:/{model.model_id}", run.info.run_id, tags={**entry.all_tags, **entry.pins},
@@ -167,7 +180,7 @@ def _register(registry: "Registry", entry: Entry, content: Any) -> Any:
 
 
 def _linked(registry: "Registry", version: Any) -> Any:
-    """The version, its logged model naming it, which MLflow's pages want and nothing here reads."""
+    """Tag the version's logged model with the version, which MLflow's pages show; the version itself."""
     model = registry.client.get_logged_model(version.source.rpartition("/")[2])
     if VERSIONS not in model.tags:
         named = json.dumps([{"name": version.name, "version": int(version.version)}])
@@ -176,7 +189,7 @@ def _linked(registry: "Registry", version: Any) -> Any:
 
 
 def _named(registry: "Registry", mixture: Any) -> Any:
-    """The mixture, each of its experts' versions naming the newest mixture that pins it, also on MLflow's pages."""
+    """Tag each expert's version with the newest mixture that pins it, which MLflow's pages show; the mixture itself."""
     tag, client = f"moa.in.{mixture.name}", registry.client
     for pin in json.loads(mixture.tags["moa.experts"]).values():
         expert = client.get_model_version(pin["name"], str(pin["version"]))
@@ -186,17 +199,22 @@ def _named(registry: "Registry", mixture: Any) -> Any:
 
 
 def _run(client: Any, experiment: str, entry: Entry) -> Any:
-    mine = f"tags.`moa.digest`='{entry.digest}' and tags.`moa.model`='{entry.name}'"
-    if left := client.search_runs([experiment], mine, max_results=1):
-        return left[0]
-    shown = {"mlflow.source.name": "moa", "mlflow.source.type": "LOCAL", "mlflow.note.content": entry.description}
+    """The run of this content that an interrupted registration left, or a new one."""
+    same_content = f"tags.`moa.digest`='{entry.digest}' and tags.`moa.model`='{entry.name}'"
+    if existing := client.search_runs([experiment], same_content, max_results=1):
+        return existing[0]
+    mlflow_tags = {"mlflow.source.name": "moa", "mlflow.source.type": "LOCAL", "mlflow.note.content": entry.description}
     if "moa.git.commit" in entry.tags:
-        shown["mlflow.source.git.commit"] = entry.tags["moa.git.commit"]
-    return client.create_run(experiment, tags={**entry.all_tags, **shown}, run_name=entry.run_name)
+        mlflow_tags["mlflow.source.git.commit"] = entry.tags["moa.git.commit"]
+    return client.create_run(experiment, tags={**entry.all_tags, **mlflow_tags}, run_name=entry.run_name)
 
 
 def _describe(client: Any, run: Any, entry: Entry, workspace: Workspace) -> None:
-    """Params, metrics and inputs. MLflow keeps the same metric at the same time once: hence the run's own clock."""
+    """Log params, metrics and inputs of the run.
+
+    Times of metrics derive from the run's start, so that logging again stores no metric twice: MLflow drops a metric
+    with the same key, step and time.
+    """
     from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param
 
     params = [Param(key, str(value)) for key, value in entry.params.items() if key not in run.data.params]
@@ -209,11 +227,11 @@ def _describe(client: Any, run: Any, entry: Entry, workspace: Workspace) -> None
         tags = {"mlflow.data.context": "training", "moa.digest": digest}
         if domain in known:
             tags["dvc.md5"] = known[domain]
-        # MLflow's column holds 36 characters, as many as DVC's digest of a folder has; ours is whole in the tag.
+        # MLflow's column holds 36 characters, the length of DVC's digest of a folder; the tag holds moa's whole digest.
         source = json.dumps({"path": workspace.relative(workspace.corpus(domain))})
         inputs.append(DatasetInput(Dataset(domain, known.get(domain, digest)[:36], "dvc", source),
                                    [InputTag(key, value) for key, value in tags.items()]))
-    used = {each.model_id for each in client.get_run(run.info.run_id).inputs.model_inputs}   # a search leaves them out
+    used = {each.model_id for each in client.get_run(run.info.run_id).inputs.model_inputs}   # `run` may lack them
     made_of = {each.model_id for source in entry.sources
                for each in client.get_run(source.run_id).outputs.model_outputs}
     client.log_inputs(run.info.run_id, inputs, [LoggedModelInput(model) for model in sorted(made_of - used)])
@@ -222,10 +240,10 @@ def _describe(client: Any, run: Any, entry: Entry, workspace: Workspace) -> None
 
 
 def _model(client: Any, experiment: str, run_id: str, entry: Entry, content: Any) -> Any:
-    """The logged model with its files, ready."""
-    mine = f"tags.`moa.digest`='{entry.digest}' and tags.`moa.model`='{entry.name}'"
-    left = client.search_logged_models([experiment], mine, max_results=1)
-    model = left[0] if left else client.create_logged_model(
+    """The logged model with its files uploaded: the one that an interrupted registration left, or a new one."""
+    same_content = f"tags.`moa.digest`='{entry.digest}' and tags.`moa.model`='{entry.name}'"
+    existing = client.search_logged_models([experiment], same_content, max_results=1)
+    model = existing[0] if existing else client.create_logged_model(
         experiment, name=entry.name, source_run_id=run_id, tags=entry.all_tags, model_type=f"moa-{entry.kind}")
     if str(model.status) != "READY":
         with tempfile.TemporaryDirectory() as temporary:
@@ -247,7 +265,7 @@ def _chat_model(workspace: Workspace, settings: dict[str, str], temporary: Path)
 
 
 def _requirements() -> Iterator[str]:
-    """What the model runs on. Not `moa`, installed by hand: a package index may hold a stranger of that name."""
+    """The packages that the model needs, pinned. `moa` is left out: an index may have another package of that name."""
     for package in RUNTIME:
         try:
             yield f"{package}=={installed(package).split('+')[0]}"
@@ -255,29 +273,32 @@ def _requirements() -> Iterator[str]:
             continue
 
 
-# What manifests say.
+# Facts from manifests.
 
-def _manifest(folder: Path, otherwise: str) -> dict[str, Any]:
+def _manifest(folder: Path, message: str) -> dict[str, Any]:
+    """The manifest in `folder`. Raises RegistryError with `message` where there is none."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise RegistryError(otherwise)
+        raise RegistryError(message)
     manifest: dict[str, Any] = read_json(path)
     return manifest
 
 
 def _check_experts(manifest: Mapping[str, Any], experts: Mapping[str, "ExpertVersion"]) -> None:
-    # Joint training goes on from registered experts: those are what the mixture was assembled from.
+    """Raise RegistryError unless the mixture was assembled from `experts`."""
+    # Joint training changes the experts in the mixture; `parent` is the registered expert that it began with.
     pinned = {domain: pin.get("parent") or _digest(pin) if isinstance(pin, dict) else _digest(pin)
               for domain, pin in manifest["experts"].items()}
     for domain in sorted(pinned.keys() | experts.keys()):
-        given = experts[domain].digest if domain in experts else None
-        if pinned.get(domain) != given:
+        registered = experts[domain].digest if domain in experts else None
+        if pinned.get(domain) != registered:
             raise RegistryError(
                 f"The mixture was assembled from another expert of {domain!r} than the one registered "
-                f"({pinned.get(domain, 'none')[:12]} and {(given or 'none')[:12]}): run `moa assemble`.")
+                f"({pinned.get(domain, 'none')[:12]} and {(registered or 'none')[:12]}): run `moa assemble`.")
 
 
 def _corpora(mixture: Path, labels: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Domain and digest of the corpus that each expert in the mixture learned from."""
     for domain in labels:
         path = mixture / "experts" / domain / MANIFEST
         if path.is_file():
@@ -285,17 +306,18 @@ def _corpora(mixture: Path, labels: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _link(version: Any) -> str:
-    """To the page of a version, for a reader of MLflow's pages."""
+    """A Markdown link to the version's page in MLflow."""
     return f"[{version.name} version {version.version}](#/models/{version.name}/versions/{version.version})"
 
 
 def _digest(pin: Any) -> str:
-    """A pin is a digest, a record that holds one, or facts that are their own."""
+    """The digest of a manifest's pin, which is a digest, a record with a digest, or facts to compute a digest of."""
     if isinstance(pin, str):
         return pin
     return str(pin["digest"]) if "digest" in pin else digests.of_json(pin)
 
 
 def _source(manifest: Mapping[str, Any]) -> str:
+    """The source of the base, such as `hub:NAME@COMMIT`; old manifests have it at their top level."""
     base = manifest["base"]
     return str(base["source"] if isinstance(base, dict) else manifest.get("source", ""))

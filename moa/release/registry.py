@@ -1,14 +1,14 @@
-"""Experts and mixtures as MLflow versions, and who is champion.
+"""The registry of releases: experts and mixtures as MLflow versions, and which version is champion.
 
-A registration leaves a run (how it came about), a logged model (the files) and last of all a version, whose tags pin
-the content. A version's existence means that it is complete; what a crash leaves before that is found by its digest
-and continued. With `moa.release.mlflow_client` and `moa.serving.pyfunc`, the only modules that use MLflow.
+A registration creates a run (parameters, curves, inputs), a logged model (the files) and last a version, whose tags pin
+the content. A version that exists is complete; a later attempt finds by its digest what a crash left, and continues it.
+With `moa.release.mlflow_client` and `moa.serving.pyfunc`, the only modules that use MLflow.
 
     moa-PROJECT-expert-NAME    adapter and manifest of one expert, without base weights
     moa-PROJECT-mixture        the whole mixture and its reports, answering chat bodies; its tags hold the champion's
                                history
 
-What these are called, and whose they are, is decided by `moa.core.project` and `moa.release.ownership`.
+`moa.core.project` makes the models' names, and `moa.release.ownership` decides which project a model belongs to.
 """
 
 import json
@@ -30,28 +30,32 @@ from moa.release import mlflow_client
 from moa.release.champion_history import HISTORY, Entry, next_entry, parse
 
 CHAMPION = "champion"
-CURRENT_CHAMPION = -1         # whichever release is champion
-GATE = "moa.gate"   # tag of a version; with a number behind it, against that version
+CURRENT_CHAMPION = -1   # for `instead_of`: whichever release is champion now
+GATE = "moa.gate"       # tag of the decision against the champion; GATE.N = against version N
 
 
 @dataclass(frozen=True)
 class ExpertVersion:
-    name: str
+    """A registered version of one domain's expert."""
+
+    name: str               # of the registered model
     version: int
     digest: str
     run_id: str
-    created: bool = False   # by this call
+    created: bool = False   # whether this call registered it
 
 
 @dataclass(frozen=True)
 class MixtureVersion:
-    name: str
+    """A release: a registered version of the mixture."""
+
+    name: str               # of the registered model
     version: int
     digest: str
     run_id: str
     tags: dict[str, str]
     created_at: int         # milliseconds since 1970
-    created: bool = False   # by this call
+    created: bool = False   # whether this call registered it
 
     @property
     def experts(self) -> dict[str, dict[str, Any]]:
@@ -60,17 +64,20 @@ class MixtureVersion:
 
     @property
     def gate(self) -> dict[str, Any] | None:
-        """The decision whether it may follow the champion, if one was made."""
+        """The gate's decision whether this release may become champion; None where the gate has not run."""
         return json.loads(self.tags[GATE]) if GATE in self.tags else None
 
     def gate_against(self, version: int) -> dict[str, Any] | None:
-        """The decision against another release, which `moa gate --against` asked for."""
-        found = self.tags.get(f"{GATE}.{version}")
-        return json.loads(found) if found else None
+        """The gate's decision against the release `version`, from `moa gate --against`; None where there is none."""
+        decision = self.tags.get(f"{GATE}.{version}")
+        return json.loads(decision) if decision else None
 
 
 class Registry:
-    """Opens MLflow at the first call that needs it. Methods raise RegistryError when MLflow refuses or is gone."""
+    """The releases of one workspace in MLflow, which is opened at the first call that needs it.
+
+    Methods raise RegistryError when MLflow refuses a request or cannot be reached.
+    """
 
     def __init__(self, workspace: Workspace, config: Config) -> None:
         self.workspace = workspace
@@ -83,60 +90,63 @@ class Registry:
 
     @property
     def client(self) -> Any:
-        """MLflow's client."""
+        """The `MlflowClient`, connected at first use."""
         if self._client is None:
             self._client = mlflow_client.connect(self.workspace)
         return self._client
 
     def open(self) -> tuple[Any, str]:
-        """MLflow's client and the id of our experiment."""
+        """The `MlflowClient` and the id of this project's experiment, which is created at first use."""
         if self._experiment is None:
             self._experiment = mlflow_client.experiment(self.workspace, self.client, self.names.experiment)
         return self.client, self._experiment
 
     @property
     def names(self) -> Names:
-        """What this project's things are called here. Raises RegistryError when they are another project's."""
+        """The names of this project's models in the registry. Raises RegistryError when they are another project's."""
         if self._names is not None:
             return self._names
         from moa.release import ownership
 
         names, settled = ownership.resolve(self)
-        if settled:   # before the first release another process may still decide it
+        if settled:   # until the first release, another process may register under other names
             self._names = names
         return names
 
     @property
     def mixture_name(self) -> str:
+        """The name of the registered model of this project's releases."""
         return self.names.mixture
 
     # Registration.
 
     def register_expert(self, domain: str) -> ExpertVersion:
-        """The version that holds the expert of `domain`, made if its content has none yet."""
+        """Register the expert of `domain` and return its version; an existing one if its content was registered."""
         from moa.release.registration import register_expert
 
-        with self._alone():
+        with self._write_lock():
             return _expert(*register_expert(self, domain))
 
     def register_mixture(self, experts: dict[str, ExpertVersion], page: Callable[[], str] = str) -> MixtureVersion:
-        """The version that holds `data/mixture`, pinned to these versions of its experts.
+        """Register `data/mixture` as a release and return its version; an existing one if its content was registered.
 
-        `page` makes the HTML page that a new version's run keeps as report.html; an empty text is not kept.
+        Args:
+            experts: the versions of its experts, by domain, which the release pins.
+            page: makes the HTML page that a new version's run keeps as report.html; "" is not kept.
         """
         from moa.release.registration import register_mixture
 
-        with self._alone():
-            found, created = register_mixture(self, experts, page)
-            return replace(_mixture(found), created=created)
+        with self._write_lock():
+            version, created = register_mixture(self, experts, page)
+            return replace(_mixture(version), created=created)
 
     # Versions.
 
     def versions(self) -> list[MixtureVersion]:
         """Every release, oldest first."""
         with mlflow_client.mlflow_errors(self.address):
-            found = self.client.search_model_versions(f"name='{self.mixture_name}'", max_results=10_000)
-        return sorted((_mixture(each) for each in found), key=lambda version: version.version)
+            versions = self.client.search_model_versions(f"name='{self.mixture_name}'", max_results=10_000)
+        return sorted((_mixture(version) for version in versions), key=lambda release: release.version)
 
     def get(self, version: int | str) -> MixtureVersion:
         """A release by number, or by alias ("champion")."""
@@ -147,20 +157,20 @@ class Registry:
                 except Exception as error:
                     if not mlflow_client.missing(error):
                         raise
-        elif (found := self._by_alias(number)) is not None:
-            return found
+        elif (release := self._by_alias(number)) is not None:
+            return release
         known = ", ".join(str(each.version) for each in self.versions()) or "none yet: run `moa run`"
         raise RegistryError(f"{self.mixture_name} has no version {version}; its versions: {known}.")
 
     def exists(self) -> bool:
-        """Whether anything may have been registered; asking any other way makes a new database."""
+        """Whether anything may have been registered. Any other query would create a new database."""
         return self.workspace.mlflow.exists() or bool(os.environ.get("MLFLOW_TRACKING_URI"))
 
     def corpora(self, version: MixtureVersion) -> dict[str, dict[str, str]]:
-        """What each domain's expert of a release learned from: `moa.digest` and, if DVC knew it, `dvc.md5`."""
+        """The corpora that a release's experts learned from, by domain: `moa.digest` and, if DVC knew it, `dvc.md5`."""
         with mlflow_client.mlflow_errors(self.address):
             inputs = self.client.get_run(version.run_id).inputs.dataset_inputs
-        return {each.dataset.name: {tag.key: tag.value for tag in each.tags} for each in inputs}
+        return {corpus.dataset.name: {tag.key: tag.value for tag in corpus.tags} for corpus in inputs}
 
     def _by_alias(self, alias: str) -> MixtureVersion | None:
         with mlflow_client.mlflow_errors(self.address):
@@ -173,31 +183,35 @@ class Registry:
                 raise
 
     def record_gate(self, version: int, decision: dict[str, Any], against: int | None = None) -> None:
-        """Keep the decision with the version it is about; the newest one counts. `against` another release than the
-        champion it decides nothing, and is kept beside."""
+        """Store the gate's decision on `version` as a tag, in the place of an older one.
+
+        With `against`, the decision compares with that release instead of the champion: it is stored under a tag of
+        its own and does not decide on promotion.
+        """
         tag = GATE if against is None else f"{GATE}.{against}"
         with mlflow_client.mlflow_errors(self.address):
             self.client.set_model_version_tag(self.mixture_name, str(version), tag, json.dumps(decision))
 
     def params(self, version: MixtureVersion) -> dict[str, str]:
-        """Parameters of a release and of its experts' trainings; an expert's are named `DOMAIN.train.KEY`."""
+        """The parameters of a release and of its experts' training, the latter named `DOMAIN.train.KEY`."""
         with mlflow_client.mlflow_errors(self.address):
-            found = dict(self.client.get_run(version.run_id).data.params)
+            params = dict(self.client.get_run(version.run_id).data.params)
             for domain, pin in version.experts.items():
                 expert = self.client.get_model_version(pin["name"], str(pin["version"]))
                 trained = self.client.get_run(expert.run_id).data.params
-                found |= {f"{domain}.train.{key}": value for key, value in trained.items()}
-        return found
+                params |= {f"{domain}.train.{key}": value for key, value in trained.items()}
+        return params
 
     def metrics(self, version: MixtureVersion) -> dict[str, float]:
-        """What `moa evaluate` measured before it was registered, such as `math/routed/loss`."""
+        """The metrics that `moa evaluate` measured of a release before its registration, such as `math/routed/loss`."""
         with mlflow_client.mlflow_errors(self.address):
             return dict(self.client.get_run(version.run_id).data.metrics)
 
     def download(self, version: int | str) -> Path:
-        """The mixture's directory as it was released, `reports` beside it. Raises ArtifactError when it was altered.
+        """Download a release: the folder of its mixture, with the folder `reports` beside it.
 
-        Kept under the digest of its content, and put there whole.
+        The workspace's cache holds it under the digest of its content, and never in part. Raises RegistryError when
+        there is no such version, and ArtifactError when its files are not those that were registered.
         """
         from filelock import FileLock
 
@@ -215,13 +229,13 @@ class Registry:
         return target / "mixture"
 
     def check(self, version: MixtureVersion) -> None:
-        """Raise ArtifactError unless MLflow still has every file of a release; what this machine keeps is no proof."""
+        """Raise ArtifactError unless MLflow still has every file of a release unaltered. Does not read the cache."""
         self.workspace.cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.workspace.cache, prefix=".check-") as temporary:
             verify(self._fetch(version, Path(temporary)) / "mixture", version)
 
     def _fetch(self, version: MixtureVersion, folder: Path) -> Path:
-        self.open()   # quiet before the import
+        self.open()   # quiets MLflow before it is imported
         with mlflow_client.mlflow_errors(self.address), mlflow_client.default_uri(self.address):
             from mlflow.artifacts import download_artifacts
 
@@ -232,21 +246,27 @@ class Registry:
     # The champion.
 
     def champion(self) -> MixtureVersion | None:
-        """The release that serves; None before the first, or when the alias was deleted."""
+        """The release that has the alias `champion`; None before the first promotion, or when the alias was deleted."""
         return self._by_alias(CHAMPION)
 
     def set_champion(self, version: int, reason: str, by: str, *, instead_of: int | None = CURRENT_CHAMPION) -> Entry:
-        """Move the alias and record the move. Repeated after a crash, it completes what was begun.
+        """Make `version` champion: record the change, then move the alias. Returns the entry of the history.
 
-        Raises, before anything changes, ArtifactError when the version's files are no longer what was registered, and
-        RegistryError when the champion is no longer `instead_of`, which the gate compared it with.
+        Calling it again after a crash completes the change. The record is written first: an alias moved without a
+        record would hide who moved it and why, while a record whose alias did not move is recognised as not effective
+        (`moa.release.champion_history.parse`).
 
-        The record comes first: a move without a record would hide who did it and why, while a record without its move
-        shows as not effective, because its successor (or the alias) names another predecessor.
+        Args:
+            by: the user or program that makes the change.
+            instead_of: the champion that the gate compared `version` with; None = there was none.
+
+        Raises:
+            ArtifactError: the version's files are not those that were registered. Nothing has changed.
+            RegistryError: the champion is no longer `instead_of`, and nothing has changed; or MLflow refuses.
         """
         from moa.release.ownership import claim
 
-        with self._alone():
+        with self._write_lock():
             wanted, current = self.get(version), self.champion()
             if instead_of != CURRENT_CHAMPION and current is not None and current.version not in (instead_of,
                                                                                                   wanted.version):
@@ -264,7 +284,10 @@ class Registry:
         return entry
 
     def history(self) -> list[Entry]:
-        """Every change of champion, oldest first; kept in tags of the registered model, out of reach of the alias."""
+        """Every change of champion, oldest first.
+
+        Tags of the registered model hold the entries, so that deleting the alias deletes no history.
+        """
         with mlflow_client.mlflow_errors(self.address):
             try:
                 tags = self.client.get_registered_model(self.mixture_name).tags
@@ -276,8 +299,8 @@ class Registry:
         return parse({key: value for key, value in tags.items() if key.startswith(HISTORY)},
                      current.version if current else None)
 
-    def _alone(self) -> Any:
-        """One writer at a time on this machine: two that do not find a digest would both register it."""
+    def _write_lock(self) -> Any:
+        """The lock of processes on this machine that write: two that both miss a digest would register it twice."""
         from filelock import FileLock
 
         self.open()
@@ -287,17 +310,19 @@ class Registry:
 def verify(mixture: Path, version: MixtureVersion) -> None:
     """Raise ArtifactError unless `mixture` holds exactly the files that were registered as `version`."""
     recorded: dict[str, str] = json.loads(version.tags["moa.files"])
-    found = digests.by_name(mixture)
-    wrong = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+    present = digests.by_name(mixture)
+    wrong = sorted(name for name in recorded.keys() | present.keys() if recorded.get(name) != present.get(name))
     if wrong or read_json(mixture / MANIFEST)["digest"] != version.digest:
         raise ArtifactError(f"{version.name} version {version.version} is not what was registered: "
                             f"{', '.join(wrong) or MANIFEST} differs. Register it again with `moa run`.")
 
 
-def _expert(found: Any, created: bool) -> ExpertVersion:
-    return ExpertVersion(found.name, int(found.version), found.tags["moa.digest"], found.run_id or "", created)
+def _expert(version: Any, created: bool) -> ExpertVersion:
+    """MLflow's model version of an expert as an `ExpertVersion`."""
+    return ExpertVersion(version.name, int(version.version), version.tags["moa.digest"], version.run_id or "", created)
 
 
-def _mixture(found: Any) -> MixtureVersion:
-    return MixtureVersion(found.name, int(found.version), found.tags.get("moa.digest", ""), found.run_id or "",
-                          dict(found.tags), int(found.creation_timestamp))
+def _mixture(version: Any) -> MixtureVersion:
+    """MLflow's model version of a mixture as a `MixtureVersion`."""
+    return MixtureVersion(version.name, int(version.version), version.tags.get("moa.digest", ""), version.run_id or "",
+                          dict(version.tags), int(version.creation_timestamp))

@@ -1,6 +1,6 @@
-"""What the report page shows, gathered from manifests, reports and the registry into plain data. Writes nothing.
+"""Gathers the facts of the report page from manifests, reports and the registry, as JSON values. Writes nothing.
 
-What does not exist yet is left out, so a workspace that was only prepared has a report, too.
+What does not exist yet is left out, so the report also works in a workspace that was only prepared.
 """
 
 import math
@@ -20,13 +20,16 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.evaluation.statistics import interval, resampled
 
 SYSTEMS = ("base", "forced", "routed")
-RESAMPLES = 2_000   # of a bootstrap
-TAIL = 0.025        # outside each end of a 95 % interval
+RESAMPLES = 2_000   # of the bootstrap
+TAIL = 0.025        # share of samples outside each end of a 95 % interval
 Row = Mapping[str, Any]
 
 
 def gather(workspace: Workspace, config: Config) -> dict[str, Any]:
-    """Everything that `moa.reports.page` shows, as JSON values; an unreachable registry is `registry_trouble`."""
+    """Gather everything that `moa.reports.page` shows, as JSON values.
+
+    `registry_trouble` is the error of a registry that cannot be read, or None.
+    """
     mixture = _json(workspace.mixture / MANIFEST)
     release, own, trouble = _released(workspace, config, mixture.get("digest"))
     here = evaluation(workspace.reports)
@@ -47,7 +50,10 @@ def gather(workspace: Workspace, config: Config) -> dict[str, Any]:
 
 def _released(workspace: Workspace, config: Config, digest: str | None) -> tuple[
         dict[str, Any] | None, dict[str, Any], str | None]:
-    """The champion with its report; version and gate of the mixture with this `digest`; the error of the registry."""
+    """The champion with its evaluation; version and gate of the release with this `digest`; the registry's error.
+
+    Each is None, or empty, where it does not exist.
+    """
     from moa.release.registry import Registry
 
     registry = Registry(workspace, config)
@@ -60,7 +66,7 @@ def _released(workspace: Workspace, config: Config, digest: str | None) -> tuple
             return None, own, None
         folder = registry.download(version.version)
         last = next((entry for entry in reversed(registry.history()) if entry.version == version.version), None)
-    except (RegistryError, ArtifactError) as error:   # a server that does not answer, or an altered artifact
+    except (RegistryError, ArtifactError) as error:   # the server does not answer, or a file was altered
         return None, {}, str(error)
     manifest = _json(folder / MANIFEST)
     return {"name": version.name, "version": version.version, "digest": version.digest, "gate": version.gate,
@@ -70,6 +76,7 @@ def _released(workspace: Workspace, config: Config, digest: str | None) -> tuple
 
 
 def _domain(workspace: Workspace, name: str) -> dict[str, Any]:
+    """The facts of one domain: its corpus, its quality and its expert, each None where it does not exist."""
     corpus, expert = _json(workspace.corpus(name) / MANIFEST), _json(workspace.expert(name) / MANIFEST)
     quality = _json(workspace.corpus(name) / "quality.json")
     return {"corpus": {"digest": corpus["digest"], "rows": corpus.get("rows", {})} if "digest" in corpus else None,
@@ -81,7 +88,7 @@ def _domain(workspace: Workspace, name: str) -> dict[str, Any]:
 
 
 def _parent(expert: Mapping[str, Any]) -> dict[str, str] | None:
-    """Domain and digest of the expert that this one's training started from."""
+    """Domain and digest of the expert at which an expert's training began; None for a new one."""
     if not (parent := expert.get("parent")):
         return None
     return {"domain": str(parent.get("domain", "")) if isinstance(parent, Mapping) else "", "digest": _digest(parent)}
@@ -96,7 +103,7 @@ def _base(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
 # Scores.
 
 def evaluation(reports: Path) -> dict[str, Any] | None:
-    """Figures with intervals, routing tax and confusion of one evaluation; None where `reports` holds none.
+    """Read one evaluation: figures with intervals, routing tax and confusion; None where `reports` holds none.
 
     Args:
         reports: a folder with `summary.json` and `rows.parquet`, as stage `evaluate` writes them.
@@ -116,6 +123,7 @@ def evaluation(reports: Path) -> dict[str, Any] | None:
 
 
 def _rows(path: Path) -> list[Row]:
+    """The rows of an evaluation's rows.parquet, one for each test row and system."""
     if not path.is_file():
         return []
     import pyarrow.parquet as pq
@@ -125,7 +133,10 @@ def _rows(path: Path) -> list[Row]:
 
 
 def _figures(summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """Figures of one domain under one system. `loss` is per token, so its interval weighs rows by their tokens."""
+    """The figures of one domain under one system.
+
+    `loss` is a mean over tokens, so the bootstrap of its interval weights rows by their tokens.
+    """
     answered = [row for row in rows if row["score"] is not None]
     return {"loss": summary.get("loss"), "score": summary.get("score"), "rows": summary.get("rows"),
             "answered": summary.get("answered"),
@@ -134,7 +145,7 @@ def _figures(summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def tax(forced: Sequence[Row], routed: Sequence[Row]) -> dict[str, Any]:
-    """What routing costs against the true label, from the pairs of rows under both systems.
+    """Compute the routing tax, what routing costs against the true label, from pairs of rows under both systems.
 
     Args:
         forced: rows of one domain, answered by the domain's own expert.
@@ -144,24 +155,26 @@ def tax(forced: Sequence[Row], routed: Sequence[Row]) -> dict[str, Any]:
         `loss` is routed minus forced in nats per token, `score` forced minus routed, each with its interval: positive
         values are a cost of routing. `rows` and `answered` count the pairs.
     """
-    others = {row["row"]: row for row in routed}
-    pairs = [(row, others[row["row"]]) for row in forced if row["row"] in others]
-    losses = [(mine["loss"] - own["loss"], own["tokens"]) for own, mine in pairs]
-    scores = [(own["score"] - mine["score"], 1.0) for own, mine in pairs
-              if own["score"] is not None and mine["score"] is not None]
+    routed_by_id = {row["row"]: row for row in routed}
+    pairs = [(row, routed_by_id[row["row"]]) for row in forced if row["row"] in routed_by_id]
+    losses = [(by_router["loss"] - by_label["loss"], by_label["tokens"]) for by_label, by_router in pairs]
+    scores = [(by_label["score"] - by_router["score"], 1.0) for by_label, by_router in pairs
+              if by_label["score"] is not None and by_router["score"] is not None]
     return {"loss": _mean(losses), "loss_interval": weighted_interval(losses),
             "score": _mean(scores), "score_interval": weighted_interval(scores),
             "rows": len(pairs), "answered": len(scores)}
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Mean of (value, weight); None without any weight."""
+    """The weighted mean of (value, weight) pairs; None where the weights sum to zero."""
     total = sum(weight for _, weight in pairs)
     return sum(value * weight for value, weight in pairs) / total if total else None
 
 
 def weighted_interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
-    """95 % bootstrap interval of a weighted mean, as the gate computes its own; a sample draws rows with their weights.
+    """95 % bootstrap interval of a weighted mean, computed as the gate computes its intervals.
+
+    A bootstrap sample draws rows together with their weights.
 
     Args:
         pairs: (value, weight) of each row.
@@ -176,31 +189,33 @@ def weighted_interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, floa
 
 
 def verdicts(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the gate compared, a line for each domain and measure; empty for a release that had no incumbent.
+    """The gate's comparisons in a decision, one for each domain and measure; empty for a release without an incumbent.
 
-    Known rows are those that the incumbent was tested on; they have lines of their own where a domain has others, too.
+    Known rows are those that the incumbent was tested on, too. They have comparisons of their own in domains that also
+    have other rows.
     """
     lines = []
     for domain, verdict in decision.get("domains", {}).items():
         known = verdict.get("known") or {}
-        for measure, each in (("loss", verdict.get("loss", verdict)), ("metric", verdict.get("metric")),
+        for measure, comparison in (("loss", verdict.get("loss", verdict)), ("metric", verdict.get("metric")),
                               ("loss, known rows", known.get("loss")), ("metric, known rows", known.get("metric"))):
-            if each:
-                lines.append({"domain": domain, "measure": measure, "verdict": each["verdict"],
-                              "difference": each.get("point"), "interval": each.get("interval"),
-                              "rows": each.get("rows"), "better": bool(each.get("improved")),
-                              "reason": each.get("reason", "")})
+            if comparison:
+                lines.append({"domain": domain, "measure": measure, "verdict": comparison["verdict"],
+                              "difference": comparison.get("point"), "interval": comparison.get("interval"),
+                              "rows": comparison.get("rows"), "better": bool(comparison.get("improved")),
+                              "reason": comparison.get("reason", "")})
     return lines
 
 
 # Reading.
 
 def _digest(pin: Any) -> str:
+    """The digest of a manifest's pin, which is a digest or a mapping with one."""
     return str(pin.get("digest", "")) if isinstance(pin, Mapping) else str(pin)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none."""
+    """The JSON object in a file; empty where the file is missing or holds none."""
     with suppress(OSError, ValueError):
         content = read_json(path)
         if isinstance(content, dict):

@@ -37,12 +37,12 @@ svg text{font:11px system-ui,"DejaVu Sans",sans-serif;fill:var(--soft)}
 svg rect{fill:var(--fill)}
 @media(max-width:600px){main{padding:20px 12px 40px}section{padding:14px 14px}}
 """
-COLOURS = 5       # of plots: the classes s0 to s4
+COLOURS = 5       # colours of plots: the CSS classes s0 to s4
 ICON = "data:,"   # without an icon, a browser requests one from the server
 
 
 def frame(title: str, heading: str, below: str, body: str, style: str = "") -> str:
-    """A whole page. `body` is HTML and is not escaped; `style` is CSS after the common one."""
+    """Make a whole page. `body` is HTML and is not escaped; `style` is CSS that follows the common style."""
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
             f'<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="{ICON}">'
             f'<style>{STYLE}{style}</style></head><body><main><h1>{escape(heading)}</h1>'
@@ -50,7 +50,7 @@ def frame(title: str, heading: str, below: str, body: str, style: str = "") -> s
 
 
 def write(path: Path, page: str) -> None:
-    """Write `page` atomically, so that a reader sees all of it or the old one.
+    """Write `page` to `path` atomically, so that a reader sees the old page or all of the new one.
 
     Raises UsageError where it cannot be written.
     """
@@ -61,7 +61,7 @@ def write(path: Path, page: str) -> None:
 
 
 def tiles(items: Iterable[tuple[str, str, str]]) -> str:
-    """Large figures side by side: (name, value, remark)."""
+    """Large figures side by side, from (name, value, remark)."""
     return '<div class="tiles">' + "".join(
         f'<div class="tile"><small>{escape(name)}</small><b>{escape(value)}</b><small>{escape(remark)}</small></div>'
         for name, value, remark in items) + "</div>"
@@ -73,17 +73,17 @@ def section(title: str, *content: str) -> str:
 
 
 def warned(warnings: Sequence[str]) -> str:
-    """The section of warnings, which says so where there are none."""
+    """A section that lists warnings, or says that there are none."""
     if not warnings:
         return section("What deserves a look", '<p class="soft">Nothing stands out.</p>')
-    items = "".join(f"<li>{escape(each)}</li>" for each in warnings)
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
     return f'<section class="warn"><h2>What deserves a look</h2><ul>{items}</ul></section>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in a box that scrolls where the page is narrower. Columns of numbers are aligned to the right.
+    """A table in a box that scrolls where the page is narrower; "" without rows.
 
-    Cells are formatted by `shown` and escaped. Empty without rows.
+    Cells are formatted by `shown` and escaped. Columns of numbers are aligned to the right.
     """
     rows = [list(row) for row in rows]
     if not rows:
@@ -100,16 +100,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def bars(items: Sequence[tuple[str, int | float]], most: float = 0.0) -> str:
     """Horizontal bars as SVG, from (label, value); a bar of `most` has the full width, the largest value by default."""
-    width, row, label_width, value_width = 1000, 24, 340, 70
+    width, row_height, label_width, value_width = 1000, 24, 340, 70
     most = most or max((value for _, value in items), default=0) or 1
     shapes = []
-    for place, (label, value) in enumerate(items):
-        middle, long = place * row + row / 2, (width - label_width - value_width) * value / most
+    for index, (label, value) in enumerate(items):
+        middle, length = index * row_height + row_height / 2, (width - label_width - value_width) * value / most
         shapes.append(
             f'<text x="{label_width - 10}" y="{middle + 4:.0f}" text-anchor="end">{escape(shorten(label, 48))}</text>'
-            f'<rect x="{label_width}" y="{middle - 7:.0f}" width="{max(long, 1):.1f}" height="14" rx="2"></rect>'
-            f'<text x="{label_width + long + 8:.1f}" y="{middle + 4:.0f}">{escape(shown(value))}</text>')
-    return f'<svg viewBox="0 0 {width} {row * len(items)}" role="img">{"".join(shapes)}</svg>'
+            f'<rect x="{label_width}" y="{middle - 7:.0f}" width="{max(length, 1):.1f}" height="14" rx="2"></rect>'
+            f'<text x="{label_width + length + 8:.1f}" y="{middle + 4:.0f}">{escape(shown(value))}</text>')
+    return f'<svg viewBox="0 0 {width} {row_height * len(items)}" role="img">{"".join(shapes)}</svg>'
 
 
 def key(items: Sequence[tuple[int, str]]) -> str:

@@ -1,6 +1,6 @@
 """The workspace's report as one self-contained HTML file: scores, routing, curves, data, lineage.
 
-It shows the facts of `moa.reports.facts` and computes none. Text from the workspace's files is escaped.
+It shows the facts of `moa.reports.facts` and computes none itself. All text from the workspace's files is escaped.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from moa.reports.svg import Dot, Line, Node, curves, flow, whiskers
 
 Facts = Mapping[str, Any]
 COUNTS = ("read", "kept", "rejected", "duplicates", "train", "validation", "test")
-# Name, key, colour and whether it is broad: where heads are as good as the router, both curves coincide.
+# Name, key, colour and `broad` of the curves by level. One is broad, because the two may coincide.
 LEVELS = (("agreement with the router's choice", "agreement", 3, True), ("accuracy", "accuracy", 1, False))
 STYLE = """
 td,th{overflow-wrap:break-word}
@@ -43,7 +43,7 @@ td:first-child,th:first-child,td.n{white-space:nowrap}summary{cursor:pointer;col
 
 
 def render(facts: Facts) -> str:
-    """The report as one HTML page; `facts` are those of `moa.reports.facts.gather`."""
+    """Render the report as one HTML page; `facts` is the result of `moa.reports.facts.gather`."""
     body = "".join([_tiles(facts), _trouble(facts), _scores(facts), routing(_measured(facts), facts["mixture"]),
                     _gates(facts), _learning(facts), _quality(facts), _lineage(facts)])
     return html.frame(f"{facts['name']}: report", facts["name"], f"Mixture-of-LoRAs, {facts['made_at']}", body,
@@ -51,23 +51,24 @@ def render(facts: Facts) -> str:
 
 
 def write(path: Path, facts: Facts) -> None:
-    """Write the page to `path`, whole. Raises UsageError where it cannot be written."""
+    """Write the report page to `path` atomically. Raises UsageError where it cannot be written."""
     html.write(path, render(facts))
 
 
 def _measured(facts: Facts) -> list[tuple[str, str, Facts]]:
-    """(key, name, facts) of champion and challenger, where they were evaluated."""
+    """(key, name, facts) of the champion and the challenger, of each that was evaluated."""
     champion, challenger = facts["champion"], facts["challenger"]
-    found = []
+    measured = []
     if champion and "scores" in champion:
-        found.append(("champion", f"champion (version {champion['version']})", champion))
+        measured.append(("champion", f"champion (version {champion['version']})", champion))
     if challenger:
         known = f"version {challenger['version']}" if challenger.get("version") else "this workspace"
-        found.append(("challenger", f"challenger ({known})" if champion else known, challenger))
-    return found
+        measured.append(("challenger", f"challenger ({known})" if champion else known, challenger))
+    return measured
 
 
 def _tiles(facts: Facts) -> str:
+    """Large figures: champion, domains, routing of the newest mixture, size of the base."""
     champion, base = facts["champion"], facts["base"]
     experts = sum(each["expert"] is not None for each in facts["domains"].values())
     tiles = [("champion", f"version {champion['version']}" if champion else "none",
@@ -76,7 +77,7 @@ def _tiles(facts: Facts) -> str:
              ("domains", str(len(facts["domains"])), f"{experts} with an expert")]
     if measured := _measured(facts):
         _, name, last = measured[-1]
-        tiles += [(what, f"{last['routing'][key]:.1%}", name) for what, key in (
+        tiles += [(title, f"{last['routing'][key]:.1%}", name) for title, key in (
             ("routing accuracy", "accuracy"), ("abstention", "abstention")) if key in last["routing"]]
     if base:
         tiles.append(("base", f"{(base['parameters'] or 0) / 1e6:,.0f} M" if (base["parameters"] or 0) >= 1e6 else
@@ -85,7 +86,7 @@ def _tiles(facts: Facts) -> str:
 
 
 def _trouble(facts: Facts) -> str:
-    """A warning where the registry could not be read."""
+    """A warning where the registry could not be read; otherwise empty."""
     error = facts["registry_trouble"]
     return html.warned([f"The champion is unknown: {error}"]) if error else ""
 
@@ -93,16 +94,18 @@ def _trouble(facts: Facts) -> str:
 # Scores.
 
 def _scores(facts: Facts) -> str:
+    """The section of scores: plots and a table of loss and metric by domain and system."""
     measured = _measured(facts)
     if not measured:
         return html.section("Scores", '<p class="soft">Nothing was evaluated yet: run `moa run`.</p>')
-    systems = [(f"{key}/{system}", who, each["scores"], system) for key, who, each in measured
+    # The base is the same model for both mixtures, so it is shown once.
+    systems = [(f"{key}/{system}", mixture, each["scores"], system) for key, mixture, each in measured
                for system in ("base", "forced", "routed") if (key, system) != ("challenger", "base")
                or len(measured) == 1]
     colours = {key: number for number, (key, *_) in enumerate(systems)}
-    both = len(measured) > 1
-    legend = html.key([(colours[key], NAMES[system] if system == "base" or not both else f"{who}, {NAMES[system]}")
-                   for key, who, _, system in systems])
+    two_mixtures = len(measured) > 1
+    legend = html.key([(colours[key], NAMES[system] if system == "base" or not two_mixtures
+                        else f"{mixture}, {NAMES[system]}") for key, mixture, _, system in systems])
     plots = []
     for figure, title in (("loss", "Loss, nats per token (lower is better)"),
                           ("score", "The domain's own metric (higher is better)")):
@@ -114,27 +117,30 @@ def _scores(facts: Facts) -> str:
 
 
 def _domains(measured: Sequence[tuple[str, str, Facts]]) -> list[str]:
+    """The domains with scores in any of `_measured`, without repetition."""
     return list(dict.fromkeys(domain for _, _, each in measured for domain in each["scores"]))
 
 
 def _dots(systems: Sequence[tuple[str, str, Facts, str]], colours: Mapping[str, int], domain: str,
           figure: str) -> Iterator[Dot]:
+    """A dot for each system that has this figure (`loss` or `score`) of the domain."""
     for key, _, scores, system in systems:
-        found = scores.get(domain, {}).get(system)
-        if found and found[figure] is not None:
-            yield Dot(found[figure], found[f"{figure}_interval"], colours[key])
+        figures = scores.get(domain, {}).get(system)
+        if figures and figures[figure] is not None:
+            yield Dot(figures[figure], figures[f"{figure}_interval"], colours[key])
 
 
 def _score_table(systems: Sequence[tuple[str, str, Facts, str]], measured: Sequence[tuple[str, str, Facts]]) -> str:
+    """The figures of the plots as a table, with a column for the mixture where there are two."""
     rows: list[tuple[str, ...]] = []
     for domain in _domains(measured):
-        for place, (_, who, scores, system) in enumerate(systems):
-            if found := scores.get(domain, {}).get(system):
-                mixture = () if len(measured) == 1 else (who if system != "base" else "",)
-                rows.append(("" if place else domain, *mixture, NAMES[system],
-                             html.with_interval(found["loss"], found["loss_interval"]),
-                             html.with_interval(found["score"], found["score_interval"]),
-                             f"{found['rows']} / {found['answered']}"))
+        for index, (_, mixture, scores, system) in enumerate(systems):
+            if figures := scores.get(domain, {}).get(system):
+                mixture_cell = () if len(measured) == 1 else (mixture if system != "base" else "",)
+                rows.append(("" if index else domain, *mixture_cell, NAMES[system],
+                             html.with_interval(figures["loss"], figures["loss_interval"]),
+                             html.with_interval(figures["score"], figures["score_interval"]),
+                             f"{figures['rows']} / {figures['answered']}"))
     return html.table(("domain", *(() if len(measured) == 1 else ("mixture",)), "system", "loss", "metric",
                        "rows / answered"), rows)
 
@@ -150,15 +156,17 @@ def _gates(facts: Facts) -> str:
             verdict = "passed" if decision["promote"] else "refused"
             parts.append(f"<h3>{escape(f'{name}: {verdict}, {against}')}</h3><p>{escape(decision['reason'])}</p>")
             parts.append(html.table(("domain", "measure", "verdict", "difference", "pairs"), (
-                (one["domain"], one["measure"], one["verdict"] + (", better" if one["better"] else ""),
-                 html.with_interval(one["difference"], one["interval"], "+"), one["rows"])
-                for one in verdicts(decision))))
+                (comparison["domain"], comparison["measure"],
+                 comparison["verdict"] + (", better" if comparison["better"] else ""),
+                 html.with_interval(comparison["difference"], comparison["interval"], "+"), comparison["rows"])
+                for comparison in verdicts(decision))))
     return html.section("Gate", *parts) if parts else ""
 
 
 # Learning, data, lineage.
 
 def _learning(facts: Facts) -> str:
+    """The section of learning curves, one plot for each expert; empty without experts."""
     plots = []
     for domain, each in facts["domains"].items():
         if (expert := each["expert"]) is None:
@@ -182,10 +190,12 @@ def _learning(facts: Facts) -> str:
 
 
 def _expert_of(parent: Mapping[str, str]) -> str:
+    """A parent expert in words: its domain, where that is known, and its digest."""
     return f"the expert{' of ' + parent['domain'] if parent['domain'] else ''} {parent['digest'][:SHORT_DIGEST]}"
 
 
 def _quality(facts: Facts) -> str:
+    """The section of data: numbers of rows and warnings of each corpus; empty without corpora."""
     rows, warnings = [], []
     for domain, each in facts["domains"].items():
         if each["quality"]:
@@ -200,31 +210,35 @@ def _quality(facts: Facts) -> str:
 
 
 def _lineage(facts: Facts) -> str:
+    """The section of lineage: a graph from the base to the release."""
     nodes, edges = _graph(facts)
     note = "A dashed line: what it leads to was made from another version than the present one."
-    old = any(not now for *_, now in edges)
+    outdated = any(not current for *_, current in edges)
     drawn = flow(("base", "corpora", "experts", "mixture", "release"), nodes, edges)
     return html.section("What came from what", f'<div class="graph">{drawn}</div>',
-                        f'<p class="soft">{note}</p>' if old else "")
+                        f'<p class="soft">{note}</p>' if outdated else "")
 
 
 def _graph(facts: Facts) -> tuple[list[Node], list[tuple[str, str, bool]]]:
-    """Nodes by column, and edges: from, to, and whether the second was made from the first as it is now."""
+    """The nodes and edges of the lineage. An edge is (key of the source, key of the result, whether it is current).
+
+    An edge is current if the result was made from the source in its present version.
+    """
     nodes, edges = [], []
     mixture, champion, base = facts["mixture"], facts["champion"], facts["base"]
     if base:
         nodes.append(Node("base", 0, base["source"], base["digest"][:SHORT_DIGEST]))
-    for domain, each in facts["domains"].items():
-        corpus, expert = each["corpus"], each["expert"]
+    for domain, domain_facts in facts["domains"].items():
+        corpus, expert = domain_facts["corpus"], domain_facts["expert"]
         if corpus:
             nodes.append(Node(f"corpus {domain}", 1, domain, corpus["digest"][:SHORT_DIGEST]))
             edges.append(("base", f"corpus {domain}", True))
         if expert:
-            made = "imported" if expert["imported"] else f"rank {expert['rank']}"
-            began = f" from {expert['parent']['digest'][:SHORT_DIGEST]}" if expert["parent"] else ""
-            nodes.append(Node(f"expert {domain}", 2, f"{domain} ({made})", expert["digest"][:SHORT_DIGEST] + began))
-            learned = corpus is not None and corpus["digest"] == expert["corpus"]
-            edges.append((f"corpus {domain}", f"expert {domain}", learned))
+            origin = "imported" if expert["imported"] else f"rank {expert['rank']}"
+            parent = f" from {expert['parent']['digest'][:SHORT_DIGEST]}" if expert["parent"] else ""
+            nodes.append(Node(f"expert {domain}", 2, f"{domain} ({origin})", expert["digest"][:SHORT_DIGEST] + parent))
+            current = corpus is not None and corpus["digest"] == expert["corpus"]
+            edges.append((f"corpus {domain}", f"expert {domain}", current))
             used = {mixture["experts"].get(domain), mixture["parents"].get(domain)}
             if mixture["digest"]:
                 edges.append((f"expert {domain}", "mixture", expert["digest"] in used))
@@ -239,11 +253,14 @@ def _graph(facts: Facts) -> tuple[list[Node], list[tuple[str, str, bool]]]:
 
 
 def routing(measured: Sequence[tuple[str, str, Facts]], mixture: Facts) -> str:
-    """The section on routing, for each of `_measured`; empty without any."""
+    """Render the section of routing for each of `measured` (key, name, facts); empty without any.
+
+    `mixture` is the fact `mixture` of `moa.reports.facts.gather`, whose router stands in where facts have none.
+    """
     parts = []
     for _, name, each in measured:
         router, figures = each.get("router") or mixture["router"], each["routing"]
-        text = ", ".join(f"{what} {figures[key]:.1%}" for what, key in (
+        text = ", ".join(f"{title} {figures[key]:.1%}" for title, key in (
             ("accuracy", "accuracy"), ("abstention", "abstention"), ("calibration error", "ece")) if key in figures)
         rule = f"; rule {router['rule']}, reading {_read(router)}" if {"rule", "layer"} <= router.keys() else ""
         parts.append(f"<h3>{escape(name)}</h3><p>{escape(text + rule)}</p>"
@@ -253,23 +270,23 @@ def routing(measured: Sequence[tuple[str, str, Facts]], mixture: Facts) -> str:
 
 
 def _read(router: Facts) -> str:
-    """The levels that the rule reads, in words."""
+    """The levels that the router's rule reads, in words."""
     return {"early": f"level {router['layer']}", "last": "the last level"}.get(router["rule"], "every level")
 
 
 def _levels(router: Facts) -> str:
-    """Each layer's head alone on the validation prompts, as a plot and a table; empty where it was not measured."""
+    """The accuracy of each level's head alone, as a plot and a table; empty where it was not measured."""
     levels = router.get("levels") or []
     if not levels:
         return ""
     read = {"early": router.get("layer"), "last": levels[-1]["level"]}.get(router.get("rule", ""))
-    lines = [Line(name, [(each["level"], each[key]) for each in levels], colour, broad)
+    lines = [Line(name, [(level["level"], level[key]) for level in levels], colour, broad)
              for name, key, colour, broad in LEVELS]
     note = "Level n is what enters layer n. " + (
         f"The upright line is at the level that the rule reads: {read} of {len(levels)} layers are computed for it."
         if read is not None else "The rule reads every level.")
-    rows = ((f"{each['level']}{' (read)' if each['level'] == read else ''}", each["accuracy"], each["agreement"])
-            for each in levels)
+    rows = ((f"{level['level']}{' (read)' if level['level'] == read else ''}", level["accuracy"], level["agreement"])
+            for level in levels)
     table = html.table(("level", "accuracy", "agreement"), rows)
     count = router.get("validation_rows")
     prompts = f", on {count:,} validation prompts" if isinstance(count, int) else ""
@@ -280,7 +297,7 @@ def _levels(router: Facts) -> str:
 
 
 def _matrix(confusion: Mapping[str, Mapping[str, int]]) -> str:
-    """Rows by domain, columns by the router's best guess; shaded by the share of the row."""
+    """The confusion matrix: rows by domain, columns by the router's best guess, shaded by the share of the row."""
     if not confusion:
         return ""
     guesses = list(dict.fromkeys(guess for counts in confusion.values() for guess in counts))
@@ -299,9 +316,9 @@ def _matrix(confusion: Mapping[str, Mapping[str, int]]) -> str:
             f"<tbody>{''.join(lines)}</tbody></table></div>")
 
 
-def _tax(found: Mapping[str, Facts]) -> str:
-    """The cost of routing against the true label, by domain."""
+def _tax(by_domain: Mapping[str, Facts]) -> str:
+    """A table of the routing tax, by domain (`moa.reports.facts.tax`); empty without domains."""
     table = html.table(("routing tax", "loss, routed - forced", "metric, forced - routed"), (
         (domain, html.with_interval(each["loss"], each["loss_interval"], "+"),
-         html.with_interval(each["score"], each["score_interval"], "+")) for domain, each in found.items()))
+         html.with_interval(each["score"], each["score_interval"], "+")) for domain, each in by_domain.items()))
     return table and table + '<p class="soft">Above zero, the router&#x27;s choice costs something.</p>'

@@ -1,6 +1,6 @@
-"""A domain's quality report as text for a terminal and as one self-contained HTML file.
+"""A domain's quality report (`moa.workspace.domains.check`) as text for a terminal and as one self-contained HTML file.
 
-Rows may hold any text, so all of it is escaped; the page has no script and loads nothing.
+Rows may contain any text, so all text is escaped. The page has no script and loads nothing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,16 +12,18 @@ from typing import Any
 from moa.core.text import shorten, table
 from moa.reports import html
 
-BAR = 24       # widest bar of the text, in letters
-BLOCKS = " ▏▎▍▌▋▊▉█"
+BAR = 24       # characters of the widest bar in the text
+BLOCKS = " ▏▎▍▌▋▊▉█"   # eighths of a character
+# Key in `tokens`, and name.
 LENGTHS = (("prompt", "prompt"), ("completion", "answer"), ("row", "whole row"))
+# Names of the languages that are none.
 LANGUAGES = {"short": "too short to tell", "unsure": "no natural language, or unsure"}
 
 
-# What the text and the page share.
+# Parts of both the text and the page.
 
 def _counts(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    """(name, count, remark), one for everything that can become of a row."""
+    """(name, count, remark) for each outcome of the rows: read, kept, rejected and so on."""
     rows = report["rows"]
     near = rows.get("near_duplicates", 0)
     return [("read", rows["read"], ""), ("kept", rows["kept"], " · ".join(f"{split} {rows[split]:,}" for split in (
@@ -31,15 +33,15 @@ def _counts(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
 
 
 def _bins(tokens: Mapping[str, Any], part: str) -> list[tuple[str, int]]:
-    """The histogram's bins from the first to the last that holds rows."""
+    """(label, count) of a histogram's bins, from the first to the last one that is not empty."""
     edges, counts = tokens["edges"], tokens[part]["counts"]
-    filled = [place for place, count in enumerate(counts) if count] or [0]
-    return [(str(edges[place]) if edges[place] + 1 == edges[place + 1] else f"{edges[place]}-{edges[place + 1] - 1}",
-             counts[place]) for place in range(filled[0], filled[-1] + 1)]
+    filled = [index for index, count in enumerate(counts) if count] or [0]
+    return [(str(edges[index]) if edges[index] + 1 == edges[index + 1] else f"{edges[index]}-{edges[index + 1] - 1}",
+             counts[index]) for index in range(filled[0], filled[-1] + 1)]
 
 
 def _rejections(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    """(reason, rows, place of the first one)."""
+    """(reason, number of rows, file and line of the first one)."""
     rejections = []
     for each in report["rejected"]:
         example = each["example"]
@@ -48,25 +50,25 @@ def _rejections(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
 
 
 def _neighbours(report: Mapping[str, Any]) -> tuple[str, list[tuple[str, float]]]:
-    """A sentence on the rows that look like another domain's, and the accuracy of telling each domain apart."""
+    """A sentence on the rows that look like another domain's, and (domain, accuracy of telling the two apart)."""
     across = report["across"]
-    if (found := across["neighbours"]) is None:
+    if (neighbours := across["neighbours"]) is None:
         return "No other domain is prepared, so there is nothing to compare with.", []
     missing = f" Not prepared yet: {', '.join(across['not_prepared'])}." if across["not_prepared"] else ""
-    return (f"{found['count']:,} of {found['sampled']:,} sampled rows look like another domain's.{missing}",
-            list(found["told_apart"].items()))
+    return (f"{neighbours['count']:,} of {neighbours['sampled']:,} sampled rows look like another domain's.{missing}",
+            list(neighbours["told_apart"].items()))
 
 
 # Text.
 
 def text(report: Mapping[str, Any]) -> str:
-    """The report for a terminal; warnings come last, where a terminal shows them."""
+    """The quality report as text for a terminal. Warnings come last, because a terminal shows the end."""
     parts = [_table(((name, f"{count:,}", remark) for name, count, remark in _counts(report)), right=[1])]
     if report["redacted"]:
         parts.append("redacted: " + ", ".join(f"{count:,} {kind}" for kind, count in report["redacted"].items()))
-    if found := _rejections(report):
-        parts.append("Rejected\n" + _table(((each, f"{count:,}", f"first at {place}") for each, count, place in found),
-                                           right=[1]))
+    if rejections := _rejections(report):
+        parts.append("Rejected\n" + _table(((reason, f"{count:,}", f"first at {place}")
+                                            for reason, count, place in rejections), right=[1]))
     for part, name in LENGTHS:
         values = report["tokens"][part]
         if "mean" in values:
@@ -86,11 +88,12 @@ def text(report: Mapping[str, Any]) -> str:
                  ", ".join(f"{LANGUAGES.get(name, name)} {share:.0%}" for name, share in shares.items()))
     if "across" in report:
         parts.append(_across_text(report))
-    found_wrong = [f"! {each}" for each in report["warnings"]] or ["Nothing stands out."]
-    return "\n\n".join([f"Domain {report['domain']}", *parts, "\n".join(found_wrong)])
+    warnings = [f"! {warning}" for warning in report["warnings"]] or ["Nothing stands out."]
+    return "\n\n".join([f"Domain {report['domain']}", *parts, "\n".join(warnings)])
 
 
 def _across_text(report: Mapping[str, Any]) -> str:
+    """The comparison with other domains, as text."""
     across, (sentence, apart) = report["across"], _neighbours(report)
     near = across["near_duplicates"]
     lines = [f"Other domains: {across['duplicates']['count']:,} rows in common, "
@@ -114,6 +117,7 @@ def _histogram(bins: Sequence[tuple[str, int]]) -> str:
 
 
 def _bar(share: float) -> str:
+    """A bar of block characters; `share` of 1 has the full width."""
     eighths = max(round(share * BAR * 8), 1 if share else 0)
     return "█" * (eighths // 8) + (BLOCKS[eighths % 8] if eighths % 8 else "")
 
@@ -121,7 +125,7 @@ def _bar(share: float) -> str:
 # HTML.
 
 def render(report: Mapping[str, Any]) -> str:
-    """The report as one HTML page."""
+    """Render the quality report as one HTML page."""
     body = "".join([_tiles(report), html.warned(report["warnings"]), _length_section(report),
                     _rejection_section(report), _answer_section(report), _language_section(report),
                     _across_section(report)])
@@ -129,7 +133,7 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
-    """Write the report's page to `path`, whole. Raises UsageError where it cannot be written."""
+    """Write the page of the quality report to `path` atomically. Raises UsageError where it cannot be written."""
     html.write(path, render(report))
 
 
@@ -148,16 +152,16 @@ def _length_section(report: Mapping[str, Any]) -> str:
                          f'<p class="soft">median {values["p50"]:.0f}, 95% up to {values["p95"]:.0f}, longest '
                          f'{values["max"]:,} tokens</p></div>')
     turns = report["turns"]
-    said = (f"{turns['several']:.1%} of the conversations have several turns; {turns['system']:.1%} bring a system "
+    sentence = (f"{turns['several']:.1%} of the conversations have several turns; {turns['system']:.1%} bring a system "
             "message.")
-    return html.section("Lengths in tokens", f'<div class="three">{"".join(plots)}</div><p>{escape(said)}</p>')
+    return html.section("Lengths in tokens", f'<div class="three">{"".join(plots)}</div><p>{escape(sentence)}</p>')
 
 
 def _rejection_section(report: Mapping[str, Any]) -> str:
-    found, near = _rejections(report), report["near_duplicates"]["examples"]
+    rejections, near = _rejections(report), report["near_duplicates"]["examples"]
     examples = [(each["example"]["reason"], f"{each['example']['file']}:{each['example']['line']}",
                  shorten(each["example"]["text"], 100)) for each in report["rejected"] if each["example"]]
-    parts = [html.bars([(reason, count) for reason, count, _ in found]) if found
+    parts = [html.bars([(reason, count) for reason, count, _ in rejections]) if rejections
              else '<p class="soft">No row was rejected.</p>', html.table(("reason", "first at", "text"), examples)]
     if near:
         parts += ["<h3>Near-duplicates</h3>", html.table(("left out, from", "like a row of", "text"), (
@@ -167,9 +171,9 @@ def _rejection_section(report: Mapping[str, Any]) -> str:
 
 def _answer_section(report: Mapping[str, Any]) -> str:
     answers = report["answers"]
-    said = (f"{answers['different']:,} different answers; the most frequent stands in {answers['largest_group']:,} "
+    sentence = (f"{answers['different']:,} different answers; the most frequent stands in {answers['largest_group']:,} "
             f"rows; {answers['short']:,} have one token or none, {answers['blank']:,} say nothing.")
-    parts = [f"<p>{escape(said)}</p>"]
+    parts = [f"<p>{escape(sentence)}</p>"]
     for key, title in (("most_frequent", "Most frequent"), ("openings", "Beginning alike")):
         if answers[key]:
             bars = html.bars([(shorten(each["text"], 44), each["count"]) for each in answers[key]])
@@ -184,6 +188,7 @@ def _language_section(report: Mapping[str, Any]) -> str:
 
 
 def _across_section(report: Mapping[str, Any]) -> str:
+    """The section of the comparison with other domains; empty where the report has none."""
     if "across" not in report:
         return ""
     across, (sentence, apart) = report["across"], _neighbours(report)
@@ -209,15 +214,14 @@ def _columns(bins: Sequence[tuple[str, int]]) -> str:
     """A histogram as SVG: one column for each bin, with its label below where there is room."""
     width, height, foot = 320, 150, 18
     most, step = max(max(count for _, count in bins), 1), width / len(bins)
-    every = -(-len(bins) * 52 // width)
+    every = -(-len(bins) * 52 // width)   # bins for each label, which takes 52 units
     shapes = []
-    for place, (label, count) in enumerate(bins):
-        tall = max((height - foot - 14) * count / most, 1 if count else 0)
-        shapes.append(f'<rect x="{place * step + 1:.1f}" y="{height - foot - tall:.1f}" width="{max(step - 2, 1):.1f}" '
-                      f'height="{tall:.1f}" rx="2"><title>{escape(label)}: {count:,}</title></rect>')
-        if place % every == 0:
-            shapes.append(f'<text x="{(place + 0.5) * step:.1f}" y="{height - 4}" text-anchor="middle">'
+    for index, (label, count) in enumerate(bins):
+        column_height = max((height - foot - 14) * count / most, 1 if count else 0)
+        shapes.append(f'<rect x="{index * step + 1:.1f}" y="{height - foot - column_height:.1f}" '
+                      f'width="{max(step - 2, 1):.1f}" height="{column_height:.1f}" rx="2">'
+                      f'<title>{escape(label)}: {count:,}</title></rect>')
+        if index % every == 0:
+            shapes.append(f'<text x="{(index + 0.5) * step:.1f}" y="{height - 4}" text-anchor="middle">'
                           f'{escape(label)}</text>')
     return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}</svg>'
-
-

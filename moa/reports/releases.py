@@ -15,7 +15,11 @@ from moa.release.registry import MixtureVersion, Registry
 # Facts.
 
 def listed(workspace: Workspace, config: Config) -> dict[str, Any]:
-    """Every release, newest first: `name` of the registered model, `champion` (version or None) and `releases`."""
+    """All releases, for `listed_text`.
+
+    Returns:
+        `name` of the registered model, `champion` (its version, or None), and `releases`, newest first.
+    """
     registry = Registry(workspace, config)
     if not registry.exists():
         return {"name": Names.of(config).mixture, "champion": None, "releases": []}
@@ -32,6 +36,7 @@ def _facts(version: MixtureVersion, champion: MixtureVersion | None, served: Seq
 
 
 def _state(version: MixtureVersion, champion: MixtureVersion | None, served: Sequence[Entry]) -> str:
+    """The state of a release in words, such as `champion`; `waiting` = the gate passed it, but it was not promoted."""
     if champion is not None and champion.version == version.version:
         return "champion"
     if any(entry.version == version.version for entry in served):
@@ -42,6 +47,7 @@ def _state(version: MixtureVersion, champion: MixtureVersion | None, served: Seq
 
 
 def _served(entries: Sequence[Entry]) -> list[Entry]:
+    """The changes of champion that took effect."""
     return [entry for entry in entries if entry.effective]
 
 
@@ -50,20 +56,23 @@ def _time(milliseconds: int) -> str:
 
 
 def shown(workspace: Workspace, config: Config, version: int | str) -> dict[str, Any]:
-    """Everything that a release pins, its origin, and when it was champion. Raises RegistryError if it is unknown."""
+    """All facts of one release, for `shown_text`: what it pins, its lineage, metrics, gate, and when it was champion.
+
+    `version` is a number, or "champion". Raises RegistryError where there is no such release.
+    """
     registry = Registry(workspace, config)
-    found, history = registry.get(version), registry.history()
-    return {**_facts(found, registry.champion(), _served(history)), "name": found.name,
-            "base": {"digest": found.tags.get("moa.base"), "source": found.tags.get("moa.base.source")},
-            "router": found.tags.get("moa.router"), "experts": found.experts, "corpora": registry.corpora(found),
-            "code": {key.removeprefix("moa."): value for key, value in sorted(found.tags.items())
+    release, history = registry.get(version), registry.history()
+    return {**_facts(release, registry.champion(), _served(history)), "name": release.name,
+            "base": {"digest": release.tags.get("moa.base"), "source": release.tags.get("moa.base.source")},
+            "router": release.tags.get("moa.router"), "experts": release.experts, "corpora": registry.corpora(release),
+            "code": {key.removeprefix("moa."): value for key, value in sorted(release.tags.items())
                      if key.startswith(("moa.git.", "moa.dvc."))},
-            "run": found.run_id, "metrics": registry.metrics(found), "gate": found.gate,
-            "champion": [asdict(entry) for entry in _served(history) if entry.version == found.version]}
+            "run": release.run_id, "metrics": registry.metrics(release), "gate": release.gate,
+            "champion": [asdict(entry) for entry in _served(history) if entry.version == release.version]}
 
 
 def history(workspace: Workspace, config: Config) -> dict[str, Any]:
-    """Every change of champion, oldest first."""
+    """Every change of champion, oldest first, under `history`. For `history_text`."""
     registry = Registry(workspace, config)
     if not registry.exists():
         return {"name": Names.of(config).mixture, "history": []}
@@ -71,45 +80,47 @@ def history(workspace: Workspace, config: Config) -> dict[str, Any]:
 
 
 def diff(workspace: Workspace, config: Config, old: int, new: int) -> dict[str, Any]:
-    """What differs between two releases: parts by digest, parameters, figures of the evaluation, and both gates.
+    """The differences of two releases, for `diff_text`: experts, router, base, corpora, parameters, metrics and gates.
 
-    Raises RegistryError where there is no such version.
+    Parts are compared by digest. Raises RegistryError where one of the versions does not exist.
     """
     registry = Registry(workspace, config)
-    one, other = registry.get(old), registry.get(new)
-    # The versions of experts are listed under `experts`.
-    params = [{key: value for key, value in registry.params(each).items() if not key.startswith("expert.")}
-              for each in (one, other)]
-    return {"old": one.version, "new": other.version,
-            "experts": {domain: _pins(one.experts.get(domain), other.experts.get(domain))
-                        for domain in sorted(one.experts.keys() | other.experts.keys())},
-            "router": _router(one, other, _changed(*params)),
-            "base": _pair(one.tags.get("moa.base"), other.tags.get("moa.base")),
-            "corpora": _changed(*({domain: tags.get("moa.digest") for domain, tags in registry.corpora(each).items()}
-                                  for each in (one, other))),
+    old_release, new_release = registry.get(old), registry.get(new)
+    # `expert.DOMAIN` parameters are left out: `experts` lists the experts' versions.
+    params = [{key: value for key, value in registry.params(release).items() if not key.startswith("expert.")}
+              for release in (old_release, new_release)]
+    return {"old": old_release.version, "new": new_release.version,
+            "experts": {domain: _pins(old_release.experts.get(domain), new_release.experts.get(domain))
+                        for domain in sorted(old_release.experts.keys() | new_release.experts.keys())},
+            "router": _router(old_release, new_release, _changed(*params)),
+            "base": _pair(old_release.tags.get("moa.base"), new_release.tags.get("moa.base")),
+            "corpora": _changed(*({domain: tags.get("moa.digest") for domain, tags in registry.corpora(release).items()}
+                                  for release in (old_release, new_release))),
             "parameters": _changed(*params),
-            "metrics": _changed(registry.metrics(one), registry.metrics(other)),
-            "gate": {"old": one.gate, "new": other.gate}}
+            "metrics": _changed(registry.metrics(old_release), registry.metrics(new_release)),
+            "gate": {"old": old_release.gate, "new": new_release.gate}}
 
 
 def _pins(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How the pin of one domain's expert changed between two releases."""
     change = ("added" if old is None else "removed" if new is None
               else "same" if old["digest"] == new["digest"] else "changed")
     return {"change": change, "old": old, "new": new}
 
 
 def _pair(old: Any, new: Any) -> dict[str, Any]:
+    """Two values, and whether they are the same."""
     return {"change": "same" if old == new else "changed", "old": old, "new": new}
 
 
-def _router(one: MixtureVersion, other: MixtureVersion, params: Mapping[str, Any]) -> dict[str, Any]:
+def _router(old: MixtureVersion, new: MixtureVersion, params: Mapping[str, Any]) -> dict[str, Any]:
     """Whether the router changed: its digest covers the heads' tensors; its labels and thresholds are parameters."""
-    pair = _pair(one.tags.get("moa.router"), other.tags.get("moa.router"))
+    pair = _pair(old.tags.get("moa.router"), new.tags.get("moa.router"))
     return pair | ({"change": "changed"} if any(key == "labels" or key.startswith("router.") for key in params) else {})
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Old and new value of every key whose value is not the same in both; None where it lacks the key."""
+    """Old and new value of every key whose values differ; None for a key that one side lacks."""
     return {key: {"old": old.get(key), "new": new.get(key)} for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key)}
 
@@ -117,18 +128,20 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, dict[s
 # Text.
 
 def listed_text(facts: Mapping[str, Any]) -> str:
+    """The output of `moa release list`: a table of all releases."""
     if not facts["releases"]:
         return NOTHING_RELEASED
     lines = [("version", "created", "state", "gate")]
-    for each in facts["releases"]:
-        gate = each["gate"]
+    for release in facts["releases"]:
+        gate = release["gate"]
         against = f"against {gate['against']}: " if gate and gate["against"] else ""
-        lines.append((str(each["version"]), each["created"], each["state"],
+        lines.append((str(release["version"]), release["created"], release["state"],
                       f"{against}{shorten(gate['reason'], 100) if gate else '-'}"))
     return table(lines, right=[0])
 
 
 def shown_text(facts: Mapping[str, Any]) -> str:
+    """The output of `moa release show`: all facts of one release."""
     lines = [f"{facts['name']} version {facts['version']}: {facts['state']}", "",
              f"  created  {facts['created']}", f"  digest   {facts['digest']}",
              f"  base     {facts['base']['source']} ({_cut(facts['base']['digest'])})",
@@ -148,6 +161,7 @@ def shown_text(facts: Mapping[str, Any]) -> str:
 
 
 def history_text(facts: Mapping[str, Any]) -> str:
+    """The output of `moa release history`: a table of the changes of champion."""
     if not facts["history"]:
         return NOTHING_RELEASED
     lines = [("n", "at", "version", "instead of", "by", "reason")]
@@ -159,6 +173,7 @@ def history_text(facts: Mapping[str, Any]) -> str:
 
 
 def diff_text(facts: Mapping[str, Any]) -> str:
+    """The output of `moa release diff`: what differs between two releases."""
     lines = [f"version {facts['old']} -> {facts['new']}", ""]
     width = max([len("router"), *map(len, facts["experts"])])
     for domain, pin in facts["experts"].items():
@@ -181,7 +196,7 @@ def diff_text(facts: Mapping[str, Any]) -> str:
 
 
 def gate_text(decision: Mapping[str, Any]) -> str:
-    """A decision of the gate: a line for each domain and measure, then routing, then the reason."""
+    """A decision of the gate as text: a line for each domain and measure, then routing, then the reason."""
     against = decision.get("against")
     lines = [f"gate: version {decision['version']} against {f'version {against}' if against else 'no incumbent'}: "
              f"{'pass' if decision['promote'] else 'refused'}"]
@@ -200,16 +215,18 @@ def gate_text(decision: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"  {decision['reason']}"])
 
 
-def _measure(name: str, each: Mapping[str, Any]) -> str:
-    known = each["interval"] is not None
-    point = f"{each['point']:+.4f}" if known else "-"
-    interval = f"{each['interval'][0]:+.4f} to {each['interval'][1]:+.4f}" if known else "-"
-    remark = ("  better" if each["improved"] else
-              f"  {each['reason']}" if each["verdict"] == "not enough data" else "")
-    return f"{name:<13}  {each['verdict']:<15}  {point:>10}  {interval:>18}  {each['rows']:>5}{remark}"
+def _measure(name: str, comparison: Mapping[str, Any]) -> str:
+    """The line of one comparison of the gate."""
+    measured = comparison["interval"] is not None
+    point = f"{comparison['point']:+.4f}" if measured else "-"
+    interval = f"{comparison['interval'][0]:+.4f} to {comparison['interval'][1]:+.4f}" if measured else "-"
+    remark = ("  better" if comparison["improved"] else
+              f"  {comparison['reason']}" if comparison["verdict"] == "not enough data" else "")
+    return f"{name:<13}  {comparison['verdict']:<15}  {point:>10}  {interval:>18}  {comparison['rows']:>5}{remark}"
 
 
 def _arrow(change: str, old: str, new: str) -> str:
+    """`old -> new`, or one of them where they are the same."""
     return old if change == "same" else f"{old} -> {new}"
 
 
@@ -220,4 +237,5 @@ def _value(value: Any) -> str:
 
 
 def _cut(digest: str | None) -> str:
+    """The beginning of a digest; "-" for None."""
     return digest[:SHORT_DIGEST] if digest else "-"

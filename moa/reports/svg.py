@@ -11,21 +11,21 @@ from html import escape
 from moa.core.text import shorten
 from moa.reports.html import COLOURS
 
-ROOMY = 20   # letters of a box's title at full size
+ROOMY = 20   # longest title of a box, in letters, that is written at full size
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A value with its interval."""
+    """A value with its interval, in a plot of `whiskers`."""
 
     value: float
-    bounds: Sequence[float] | None
+    bounds: Sequence[float] | None   # ends of the interval
     colour: int
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve through (x, y) points."""
+    """A curve through (x, y) points, in a plot of `curves`."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -35,12 +35,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Node:
-    """A box in a column: a name over a digest."""
+    """A box in a graph of `flow`: a title over a second line."""
 
-    key: str
-    column: int
+    key: str      # by which edges name it
+    column: int   # from 0
     title: str
-    below: str
+    below: str    # the second line
 
 
 def _svg(width: float, height: float, shapes: Sequence[str]) -> str:
@@ -56,18 +56,18 @@ def _rule(x: float, to: float, y: float) -> str:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """The axis from below the lowest to above the highest value, never empty."""
+    """The ends of an axis that covers all values with a margin; never an empty range."""
     low, high = min(values), max(values)
     margin = (high - low) * 0.06 or abs(high) * 0.06 or 0.5
     return low - margin, high + margin
 
 
 def whiskers(groups: Sequence[tuple[str, Sequence[Dot]]]) -> str:
-    """A dot with its interval as a bar for each value, on one scale; groups are (name, dots)."""
-    spread = [value for _, dots in groups for dot in dots for value in (dot.value, *(dot.bounds or ()))]
-    if not spread:
+    """Draw values as dots with their intervals as bars, on one scale. `groups` are (name, dots)."""
+    scale = [value for _, dots in groups for dot in dots for value in (dot.value, *(dot.bounds or ()))]
+    if not scale:
         return '<p class="soft">Nothing was measured.</p>'
-    low, high = _range(spread)
+    low, high = _range(scale)
     width, left, right, step, gap = 480, 96, 52, 16, 12
     y, shapes = 8.0, []
 
@@ -93,13 +93,13 @@ def whiskers(groups: Sequence[tuple[str, Sequence[Dot]]]) -> str:
 
 def curves(lines: Sequence[Line], unit: str = "step", form: str = ".2f", width: int = 320,
            mark: float | None = None) -> str:
-    """Curves in one plot.
+    """Draw curves in one plot.
 
     Args:
         unit: name of the x axis, written at the first and last x.
         form: format of the lowest and highest value at the y axis.
-        width: of the view box.
-        mark: x of a dashed vertical line.
+        width: of the view box, in its units.
+        mark: x of a dashed vertical line; None = no line.
     """
     points = [point for line in lines for point in line.points]
     if not points:
@@ -134,7 +134,7 @@ def curves(lines: Sequence[Line], unit: str = "step", form: str = ".2f", width: 
 
 
 def flow(columns: Sequence[str], nodes: Sequence[Node], edges: Sequence[tuple[str, str, bool]]) -> str:
-    """A graph from left to right.
+    """Draw a graph whose nodes are in columns, from left to right.
 
     Args:
         columns: titles of the columns.
@@ -147,19 +147,19 @@ def flow(columns: Sequence[str], nodes: Sequence[Node], edges: Sequence[tuple[st
         by_column[node.column].append(node)
     most = max((len(each) for each in by_column.values()), default=1)
     height = head + most * (tall + gap)
-    step = (width - box - 2) / (len(columns) - 1)   # the outer boxes' strokes stay inside
+    step = (width - box - 2) / (len(columns) - 1)   # one unit at each side leaves room for the outer boxes' strokes
     places: dict[str, tuple[float, float]] = {}
     for column, each in by_column.items():
         start = head + (height - head - len(each) * (tall + gap)) / 2
         for number, node in enumerate(each):
             places[node.key] = 1 + column * step, start + number * (tall + gap)
     shapes = [_text(1 + column * step + box / 2, 12, name, "middle") for column, name in enumerate(columns)]
-    for first, last, now in edges:
+    for first, last, current in edges:
         x, y = places[first][0] + box, places[first][1] + tall / 2
         to_x, to_y = places[last][0], places[last][1] + tall / 2
         bend = (to_x - x) / 2
         shapes.append(f'<path d="M{x:.1f} {y:.1f} C{x + bend:.1f} {y:.1f} {to_x - bend:.1f} {to_y:.1f} {to_x:.1f} '
-                      f'{to_y:.1f}" class="edge{"" if now else " old"}"></path>')
+                      f'{to_y:.1f}" class="edge{"" if current else " old"}"></path>')
     for node in nodes:
         x, y = places[node.key]
         style = "node now" if node.column >= len(columns) - 2 else "node"

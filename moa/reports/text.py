@@ -1,4 +1,4 @@
-"""Figures as text, for terminals and for pages that show Markdown."""
+"""Figures of evaluations, comparisons and builds as text, for terminals and for pages that show Markdown."""
 
 import os
 import shlex
@@ -13,15 +13,17 @@ from moa.core.text import table
 from moa.data import corpus
 from moa.evaluation import summary
 
-COLUMNS = ("loss", "perplexity", "score")
+COLUMNS = ("loss", "perplexity", "score")   # figures of `champion_table`
 BAR = 20   # characters of a probability of 1
 
 
 def champion_table(workspace: Workspace, config: Config, *, rerun: bool = False) -> dict[str, Any]:
-    """The champion's figures: as measured when it was built, or with `rerun` again on the present test rows.
+    """The champion's figures: those measured when it was built, or with `rerun` new ones on the present test rows.
 
     Returns:
-        `release` (its version), `domains` and `routing`, as in `summary.json`. Raises RegistryError without a champion.
+        `release` (its version), and `domains` and `routing` as in `summary.json`.
+
+    Raises RegistryError without a champion.
     """
     from moa.release.champion import champion, open_mixture
 
@@ -41,7 +43,10 @@ def champion_table(workspace: Workspace, config: Config, *, rerun: bool = False)
 
 
 def comparison_text(compared: dict[str, Any]) -> str:
-    """Mean loss of two releases by domain; `compared` is of `moa.evaluation.comparison.compare`."""
+    """A table of the mean losses of two releases by domain.
+
+    `compared` is the result of `moa.evaluation.comparison.compare`.
+    """
     by_domain: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in compared["rows"]:
         by_domain[row["domain"]].append(row)
@@ -53,8 +58,11 @@ def comparison_text(compared: dict[str, Any]) -> str:
 
 
 def trace_text(trace: list[dict[str, Any]], decision: dict[str, Any]) -> str:
-    """A line for each level that the router can read: the domain that its head names, the probability, and a mark where
-    the rule reads; then the decision of the rule."""
+    """The result of `moa.release.champion.routing_trace` as text.
+
+    Each level has a line with its head's probability and domain, marked if the router's rule reads it. The rule's
+    decision comes last.
+    """
     lines = ["level                       probability  domain"]
     for choice in trace:
         bar = "█" * round(BAR * choice["probability"])
@@ -71,7 +79,10 @@ def _mean(losses: list[float | None]) -> str:
 
 
 def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
-    """The last lines of `moa run`: the table of figures, where the results are, and commands to try next."""
+    """The last lines of `moa run`: the table of figures, where the results are, and commands to try next.
+
+    `release` is the result of `flows.steps.release`; another value leaves its facts out.
+    """
     measured = read_json(workspace.reports / "summary.json")
     domain = next(iter(config.domains))
     question = shlex.quote(_question(workspace, domain))
@@ -96,7 +107,7 @@ def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
 
 
 def _question(workspace: Workspace, domain: str) -> str:
-    """The shortest question among the domain's test rows, which the expert has not learned."""
+    """The shortest question among the domain's test rows, which its expert was not trained on; "..." without rows."""
     questions = [" ".join(row.question.split()) for row in corpus.read(workspace.corpus(domain), "test")]
     return min(questions, key=len, default="...")
 
@@ -108,9 +119,9 @@ def build_markdown(evaluation: Mapping[str, Any] | None, router: Mapping[str, An
     """The result of a build as Markdown: the decision, scores with intervals, routing.
 
     Args:
-        evaluation: of `moa.reports.facts.evaluation`; None leaves scores and routing out.
-        router: `router` of a mixture's manifest.
-        release: of `flows.steps.release`; None leaves the decision out.
+        evaluation: result of `moa.reports.facts.evaluation`; None = scores and routing are left out.
+        router: `router` of the mixture's manifest.
+        release: result of `flows.steps.release`; None = the decision is left out.
     """
     parts = [f"**Release** {released_line(release)}"] if release else []
     if evaluation:
@@ -124,7 +135,7 @@ def build_markdown(evaluation: Mapping[str, Any] | None, router: Mapping[str, An
 
 
 def released_line(release: Mapping[str, Any]) -> str:
-    """Which version was registered, the gate's reason, and which version is champion."""
+    """One sentence on a release: which version was registered, the gate's reason, and which version is champion."""
     decision, champion = release.get("decision") or {}, release.get("champion")
     reason = str(decision.get("reason", "")).rstrip(".")
     serving = f"champion is version {champion}" if champion else "there is no champion yet"
@@ -134,8 +145,9 @@ def released_line(release: Mapping[str, Any]) -> str:
 
 
 def _routing(evaluation: Mapping[str, Any], router: Mapping[str, Any]) -> list[str]:
+    """The parts on routing: figures, confusion, routing tax and agreement of the levels."""
     routing = evaluation["routing"]
-    figures = ", ".join(f"{what} {routing[key]:.1%}" for what, key in (
+    figures = ", ".join(f"{title} {routing[key]:.1%}" for title, key in (
         ("accuracy", "accuracy"), ("abstention", "abstention"), ("calibration error", "ece")) if key in routing)
     parts = [f"### Routing\n\n{figures}"]
     if confusion := routing.get("confusion"):
@@ -153,13 +165,14 @@ def _routing(evaluation: Mapping[str, Any], router: Mapping[str, Any]) -> list[s
 
 
 def _bounded(value: float | None, bounds: Sequence[float] | None) -> str:
+    """A figure with its interval; "-" for None."""
     if value is None:
         return "-"
     return f"{value:.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
 
 
 def _grid(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table. Bars and line ends within cells are replaced, because they would end the cell."""
+    """A Markdown table. Vertical bars and line breaks within cells are replaced, because they would end the cell."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(' '.join(str(cell).replace('|', '/').split()) for cell in line)} |"
                      for line in lines)

@@ -1,6 +1,6 @@
-"""Releases that serve: the champion on its base, replaced when the champion changes, and the batches it answers.
+"""The release that a server answers with: loads the champion, replaces it when the champion changes, runs batches.
 
-A release that was replaced finishes the requests that it was given and is then freed.
+A replaced release finishes the requests that were submitted to it and is then freed.
 """
 
 import copy
@@ -30,8 +30,8 @@ from moa.serving.batcher import Job
 
 RETRY_SECONDS = 60   # before a release that could not be loaded is tried again
 
-
-Watch = Callable[[int, str, Conversation, Decision], None]   # version and digest of the release, prompt, decision
+# Called with the version and digest of a release, a prompt, and the router's decision on it.
+Watch = Callable[[int, str, Conversation, Decision], None]
 
 
 class ObservedMixture(Mixture):
@@ -40,6 +40,7 @@ class ObservedMixture(Mixture):
     tell: Callable[[Conversation, Decision], None] | None = None
 
     def route(self, prompts: Sequence[Conversation]) -> list[Decision]:
+        """The router's decision on each prompt."""
         decisions = super().route(prompts)
         if self.tell is not None:
             for prompt, decision in zip(prompts, decisions, strict=True):
@@ -49,17 +50,18 @@ class ObservedMixture(Mixture):
 
 @dataclass(frozen=True, eq=False)
 class Release:
-    """One loaded version."""
+    """One version of the mixture, loaded into memory."""
 
     name: str
     version: int
     digest: str
     mixture: Mixture
     created: int              # seconds since 1970
-    special: dict[int, str]   # the base's markers of turns and ends, by id
+    special: dict[int, str]   # the base's special tokens, such as markers of turns, by id
 
     @property
     def label(self) -> str:
+        """Name and version, as responses' X-Moa-Release has them."""
         return f"{self.name}/{self.version}"
 
     @property
@@ -69,11 +71,12 @@ class Release:
 
     @property
     def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint` of the release's answers."""
         return f"{self.name}-{self.version}-{self.digest[:12]}"
 
 
 class AnswerListener:
-    """Passes an answer on while it is generated: first the label that answers, then pieces of text.
+    """Passes an answer to callbacks while it is generated: first the label that answers, then pieces of text.
 
     A row that is generated again, because another row of its batch failed, repeats its text: the repetition is dropped.
     """
@@ -83,13 +86,15 @@ class AnswerListener:
         self._passed_on = -1   # characters that were passed on; -1 = not even the label
         self._generated = 0     # characters of this attempt
 
-    def begun(self, by: str) -> None:
+    def begun(self, label: str) -> None:
+        """Generation of the answer begins, or begins again; `label` names the expert, or "base"."""
         self._generated = 0
         if self._passed_on < 0:
             self._passed_on = 0
-            self._begun(by)
+            self._begun(label)
 
     def piece(self, text: str) -> None:
+        """The next piece of the answer's text was generated."""
         self._generated += len(text)
         if (new := self._generated - self._passed_on) > 0:
             self._passed_on = self._generated
@@ -98,11 +103,11 @@ class AnswerListener:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One conversation for one release, with checked options and a domain that the release has."""
+    """One conversation to be answered by one release, with valid options and a domain that the release has."""
 
     release: Release
     messages: Conversation
-    domain: str | None
+    domain: str | None   # named by the caller; None = the router decides
     options: GenerationConfig
     prompt_tokens: int
     listener: AnswerListener | None = None
@@ -111,8 +116,9 @@ class ChatRequest:
     @classmethod
     def of(cls, release: Release, messages: Conversation, domain: str | None, options: dict[str, Any],
            prompt_tokens: int, listener: AnswerListener | None = None) -> Self:
+        """The request with `options` as fields of GenerationConfig; sampling without a seed gets a random one."""
         chosen = GenerationConfig(**options)
-        if chosen.temperature > 0 and chosen.seed is None:   # a row that is generated again repeats its text
+        if chosen.temperature > 0 and chosen.seed is None:   # so that a row that is generated again repeats its text
             chosen = replace(chosen, seed=secrets.randbits(63))
         return cls(release, messages, domain, chosen, prompt_tokens, listener)
 
@@ -125,23 +131,24 @@ class ChatRequest:
         return Job(self.release, self.prompt_tokens, self)
 
     def request(self, ended: Callable[[Answer], None]) -> Request:
+        """The mixture's request for this conversation; `ended` is called with the complete answer."""
         callbacks = {} if self.listener is None else {"begun": self.listener.begun, "piece": self.listener.piece}
         return Request(messages=self.messages, domain=self.domain, options=self.options,
                        listener=Listener(**callbacks, ended=ended, cancelled=self.cancelled))
 
 
 def generate_answers(jobs: Sequence[Job]) -> list[Answer]:
-    """Generate the answers of one batch: `work` of a Batcher. Each job is done as soon as its own row is."""
+    """Generate the answers of one batch, as `work` of a Batcher. Each job gets its result when its row is complete."""
     return jobs[0].work.release.mixture.answer([job.work.request(job.done.set_result) for job in jobs])
 
 
 def route_requests(jobs: Sequence[Job]) -> list[Decision]:
-    """Route one batch: `work` of a Batcher where another server decodes."""
+    """Route the prompts of one batch, as `work` of a Batcher of a server whose backend decodes."""
     return jobs[0].work.release.mixture.route([job.work.messages for job in jobs])
 
 
 class ReleaseWatcher:
-    """The release that serves now, replaced when the champion changes."""
+    """Holds the release that serves (`now`) and replaces it when the champion changes."""
 
     def __init__(self, workspace: Workspace, config: Config, watch: Watch | None = None) -> None:
         """Load the champion. `watch` is called with every decision of every champion's router.
@@ -153,14 +160,14 @@ class ReleaseWatcher:
         self._base: Base | None = None
         version, folder = champion(workspace, config)
         self.now = self._load(version, folder)
-        self.failures = 0
+        self.failures = 0   # champions that could not be loaded
         self._refused: tuple[int, float] | None = None   # version that could not be loaded, and when
-        self._lost = False
+        self._unreachable = False   # whether the last look-up of the champion failed
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def follow(self, seconds: float) -> None:
-        """Look for another champion every `seconds` in a thread, until `close`."""
+        """Look the champion up every `seconds` in a background thread, until `close`."""
         def run() -> None:
             while not self._stop.wait(seconds):
                 self.look()
@@ -169,19 +176,20 @@ class ReleaseWatcher:
         self._thread.start()
 
     def close(self) -> None:
+        """End the thread that `follow` started."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(5)   # a load may take long, and its result is not needed
 
     def look(self) -> None:
-        """Serve the champion if it is another one. After any failure the present release goes on serving."""
+        """Look the champion up and load it if it has changed. After a failure the present release goes on serving."""
         try:
             version = self.registry.champion()
-            self._lost = False
+            self._unreachable = False
         except Exception as error:   # of any kind: the thread must go on looking
-            if not self._lost:   # once, not every few seconds
+            if not self._unreachable:   # logged once, not every few seconds
                 _log(f"the champion cannot be looked up, {self.now.label} goes on: {error}")
-            self._lost = True
+            self._unreachable = True
             return
         if version is None or version.version == self.now.version or self._refused_lately(version.version):
             return
@@ -190,8 +198,8 @@ class ReleaseWatcher:
         except Exception as error:   # of any kind: a broken release must not end the server
             self.failures += 1
             self._refused = version.version, time.monotonic()
-            what = error if isinstance(error, MoaError) else f"{type(error).__name__}: {error}"
-            _log(f"{version.name}/{version.version} cannot be loaded, {self.now.label} goes on: {what}")
+            detail = error if isinstance(error, MoaError) else f"{type(error).__name__}: {error}"
+            _log(f"{version.name}/{version.version} cannot be loaded, {self.now.label} goes on: {detail}")
             return
         _log(f"{self.now.label} serves from now on")
 
@@ -207,7 +215,7 @@ class ReleaseWatcher:
                        _special(mixture.base.tokenizer))
 
     def _own_base(self) -> Base:
-        """The base as modules of its own over shared weights: the previous release may still be answering."""
+        """A copy of the base's modules that shares the weights: the previous release may still use another copy."""
         if self._base is None or self._base.pin != pin.pin(self.workspace):
             device = load.pick_device(self.config.execution.devices)
             self._base = load.load(self.workspace, self._config_now().base, device)
@@ -216,7 +224,7 @@ class ReleaseWatcher:
         return replace(self._base, model=copy.deepcopy(model, shared))
 
     def _config_now(self) -> Config:
-        """params.yaml may name another base than when the server began."""
+        """The present configuration: params.yaml may name another base than when the server started."""
         from moa.core.config import load
 
         return load(self.workspace.params)
@@ -231,19 +239,20 @@ def prompt_length(release: Release, messages: Conversation, max_new_tokens: int)
 
 
 def special_in(release: Release, text: str) -> str | None:
-    """A special token that `text` contains, by its letters or after normalisation; None without any.
+    """A special token of the base that `text` contains, literally or after normalisation; None without one.
 
     Such a text would be encoded as a token of the conversation's structure, and could forge a turn.
     """
     if (marker := next((word for word in release.special.values() if word in text), None)) is not None:
         return marker
     tokenizer = release.mixture.base.tokenizer
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]   # a normalizer may make a marker of other letters
-    unknown = tokenizer.unk_token_id                               # what any rare character may become
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]   # normalisation may make a marker of other letters
+    unknown = tokenizer.unk_token_id                               # any rare character may become this token
     return next((release.special[number] for number in ids if number in release.special and number != unknown), None)
 
 
 def _special(tokenizer: Any) -> dict[int, str]:
+    """The tokenizer's special tokens by id."""
     added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | {number: tokenizer.convert_ids_to_tokens(number) for number in tokenizer.all_special_ids}
 

@@ -1,6 +1,6 @@
 """Dynamic batching: jobs that arrive while a batch is being processed become the next batch.
 
-The function that processes a batch is given by the caller.
+The caller provides the function that processes a batch.
 """
 
 import threading
@@ -11,24 +11,24 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_PAUSES = 10   # that an idle worker waits while jobs keep arriving
+MAX_PAUSES = 10   # pauses that an idle worker waits at most while jobs keep arriving
 
 
 class Full(Exception):
-    """The queue has as many jobs as it may have."""
+    """Raised for a job when the queue has reached its limit."""
 
 
 class Closed(Exception):
-    """The batcher was closed and takes no more jobs."""
+    """Raised for a job after the batcher was closed."""
 
 
 @dataclass(eq=False)
 class Job:
-    """Work and the future of its result. Jobs of one `key` may share a batch."""
+    """One piece of work and the future of its result. Jobs with equal `key` may share a batch."""
 
     key: Hashable
     size: int                    # tokens of its row; a batch costs rows times the longest
-    work: Any
+    work: Any                    # for the function that processes batches
     done: Future = field(default_factory=Future)
 
 
@@ -43,7 +43,7 @@ class Limits:
 
 
 class Batcher:
-    """One thread that takes the oldest job and all that fit into its batch, until `close`.
+    """Processes jobs in one thread, until `close`: a batch is the oldest job and all others that fit.
 
     `work` gets jobs of one key and returns a result for each. It may set a job's result earlier; that result is kept.
     When `work` raises for several jobs, each one without a result is tried alone, so that a bad job fails only itself.
@@ -99,7 +99,7 @@ class Batcher:
         while batch := self._next():
             self._started = [job for job in batch if job.done.set_running_or_notify_cancel()]
             if self._started:
-                self._settle(self._started)
+                self._process(self._started)
             self._started = ()
 
     def _next(self) -> list[Job]:
@@ -111,7 +111,7 @@ class Batcher:
             return self._take()
 
     def _gather(self) -> None:
-        """After an idle time, wait briefly for jobs that arrive together with the first one, to share its batch."""
+        """After an idle time, wait briefly for jobs that arrive together with the first one and can share its batch."""
         until = time.monotonic() + MAX_PAUSES * self.limits.pause
         seen = 0
         while seen < len(self._waiting) < self.limits.rows and time.monotonic() < until and not self._closed:
@@ -119,6 +119,7 @@ class Batcher:
             self._changed.wait(self.limits.pause)
 
     def _take(self) -> list[Job]:
+        """Remove the oldest job and all that fit into its batch from the queue. The caller holds the lock."""
         batch: list[Job] = []
         rest: deque[Job] = deque()
         longest = 0
@@ -134,7 +135,8 @@ class Batcher:
         self._waiting = rest
         return batch
 
-    def _settle(self, jobs: Sequence[Job]) -> None:
+    def _process(self, jobs: Sequence[Job]) -> None:
+        """Set the results of a batch; after an error, those of each job by itself."""
         try:
             results = self.work(jobs)
         except BaseException as error:
@@ -143,7 +145,7 @@ class Batcher:
                 left[0].done.set_exception(error)
             elif len(jobs) > 1:
                 for job in left:
-                    self._settle([job])
+                    self._process([job])
             return
         for job, result in zip(jobs, results, strict=True):
             if not job.done.done():

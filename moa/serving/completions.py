@@ -1,4 +1,4 @@
-"""One request for a chat completion: its body, its limits, its job, and the answer, whole or as a stream."""
+"""Handles requests for chat completions: checks the body, queues a job, and sends the answer, whole or as a stream."""
 
 import asyncio
 import contextlib
@@ -28,15 +28,15 @@ Result = TypeVar("Result")
 
 
 async def complete(server: ServerState, request: Request) -> Response:
-    """The response to POST /v1/chat/completions. Raises ChatError for a refusal."""
-    release = server.releases.now   # it answers this request, even if the champion changes meanwhile
+    """Answer a request POST /v1/chat/completions. Raises ChatError for a refusal."""
+    release = server.releases.now   # this release answers the request, even if the champion changes meanwhile
     settings = server.settings
     data = await _body(request, settings.body_bytes, settings.bounds.body_seconds)
     question = await run_in_threadpool(protocol.read, data, release.mixture.labels, settings.max_tokens,
                                        release.adapters)
     tokens = await run_in_threadpool(_prompt_tokens, release, question, settings.prompt_tokens)
     if server.backend is not None:
-        response = await _unless_gone(request, asyncio.ensure_future(
+        response = await _unless_disconnected(request, asyncio.ensure_future(
             _forwarded(server, server.backend, release, question, tokens)))
         return response or Response(status_code=499)
     headers = {"X-Moa-Release": release.label}
@@ -48,7 +48,7 @@ async def complete(server: ServerState, request: Request) -> Response:
         return StreamingResponse(_chunks(server, job, events, builder, question.usage), media_type="text/event-stream",
                                  headers={**headers, **UNBUFFERED})
     job = _submit(server, release, question, tokens, None)
-    answer: Answer | None = await _unless_gone(request, asyncio.wrap_future(job.done))
+    answer: Answer | None = await _unless_disconnected(request, asyncio.wrap_future(job.done))
     if answer is None:
         job.work.cancelled.set()
         return Response(status_code=499)
@@ -82,14 +82,14 @@ def _too_large(most: int) -> ChatError:
 
 
 def _prompt_tokens(release: "Release", question: ChatQuestion, most: int) -> int:
-    """Number of tokens of the prompt. Raises ChatError for a prompt that is refused."""
+    """Number of tokens of the prompt. Raises ChatError for a prompt with special tokens, or one that is too long."""
     from jinja2 import TemplateError
 
     from moa.serving.active_release import prompt_length, special_in
 
-    for place, message in enumerate(question.messages):
+    for index, message in enumerate(question.messages):
         if marker := special_in(release, message["content"]):
-            raise ChatError(400, f"`messages[{place}].content` holds {marker!r}, a marker of the base's own: a message "
+            raise ChatError(400, f"`messages[{index}].content` holds {marker!r}, a marker of the base's own: a message "
                                  "cannot begin or end a turn.", "special_token")
     try:
         tokens = prompt_length(release, question.messages, question.options["max_new_tokens"])
@@ -109,8 +109,8 @@ def _submit(server: ServerState, release: "Release", question: ChatQuestion, tok
     """Queue the question: for its answer, or for the router's decision alone where a backend decodes."""
     from moa.serving.active_release import ChatRequest
 
-    ask = ChatRequest.of(release, question.messages, question.domain, question.options, tokens, listener)
-    job = ask.job() if server.backend is None else ask.routing()
+    request = ChatRequest.of(release, question.messages, question.domain, question.options, tokens, listener)
+    job = request.job() if server.backend is None else request.routing()
     try:
         server.batcher.submit(job)
     except Full:
@@ -121,29 +121,30 @@ def _submit(server: ServerState, release: "Release", question: ChatQuestion, tok
     return job
 
 
-async def _unless_gone(request: Request, result: "asyncio.Future[Result]") -> Result | None:
-    """The result; None when the client left first, and then the future is cancelled."""
-    gone = asyncio.ensure_future(_gone(request))
-    either: set[asyncio.Future[Any]] = {result, gone}
+async def _unless_disconnected(request: Request, result: "asyncio.Future[Result]") -> Result | None:
+    """The result; None when the client disconnects first, and then the future is cancelled."""
+    disconnected = asyncio.ensure_future(_disconnected(request))
+    either: set[asyncio.Future[Any]] = {result, disconnected}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    gone.cancel()
+    disconnected.cancel()
     if result.done():
         return result.result()
     result.cancel()
     return None
 
 
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
+    """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-# A backend that decodes.
+# Answers of a backend that decodes.
 
 class _Relayed(StreamingResponse):
-    """A stream that closes its source however it ends, even when the client left before the first piece."""
+    """A streaming response that closes `source` when it ends, even when the client left before the first piece."""
 
-    source: Any
+    source: Any   # the backend's response
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -171,6 +172,7 @@ async def _forwarded(server: ServerState, backend: UpstreamServer, release: "Rel
 
 
 async def _routed(server: ServerState, release: "Release", question: ChatQuestion, tokens: int) -> Routed:
+    """The domain that the question names, or the router's decision."""
     if question.domain is not None:
         return Routed(question.domain, None, False)
     decision = await asyncio.wrap_future(_submit(server, release, question, tokens, None).done)
@@ -179,18 +181,19 @@ async def _routed(server: ServerState, release: "Release", question: ChatQuestio
 
 async def _relayed(server: ServerState, backend: UpstreamServer, reply: Any, routed: Routed, ours: dict[str, str],
                    usage: bool) -> AsyncIterator[str]:
+    """Server-sent events of a backend's stream, with the fields `ours` in each chunk and the routing in the last."""
     try:
         async for chunk in backend.chunks(reply):
             if "error" in chunk:
                 yield _event({"error": chunk["error"]})
                 return
-            _count(server, routed, counted := chunk.get("usage"))
+            _count(server, routed, counts := chunk.get("usage"))
             if not usage:
                 chunk.pop("usage", None)
-                if counted and not chunk.get("choices"):   # a chunk of counts that the caller did not ask for
+                if counts and not chunk.get("choices"):   # a chunk with token counts, which the caller did not ask for
                     continue
-            ends = any(choice.get("finish_reason") for choice in chunk.get("choices", []))
-            yield _event({**chunk, **ours, **({"moa": protocol.routing(routed)} if ends else {})})
+            last = any(choice.get("finish_reason") for choice in chunk.get("choices", []))
+            yield _event({**chunk, **ours, **({"moa": protocol.routing(routed)} if last else {})})
     except ChatError as error:
         yield _event(error.as_dict())
         return
@@ -198,12 +201,13 @@ async def _relayed(server: ServerState, backend: UpstreamServer, reply: Any, rou
 
 
 def _count(server: ServerState, routed: Routed, usage: Any) -> None:
+    """Count a backend's answer with its token counts, if it sent them."""
     if isinstance(usage, dict):
         server.metrics.answer(replace(routed, prompt_tokens=usage.get("prompt_tokens") or 0,
                                       tokens=usage.get("completion_tokens") or 0))
 
 
-# A stream.
+# Streams of this server's own answers.
 
 class _Events:
     """A queue from the worker's thread to the event loop."""
@@ -218,20 +222,21 @@ class _Events:
 
 
 def _listen() -> tuple[_Events, "AnswerListener"]:
+    """A queue, and a listener that puts {"label": ...} and then pieces of text into it."""
     from moa.serving.active_release import AnswerListener
 
     events = _Events()
-    return events, AnswerListener(lambda by: events.put({"by": by}), events.put)
+    return events, AnswerListener(lambda label: events.put({"label": label}), events.put)
 
 
 async def _chunks(server: ServerState, job: Job, events: _Events, builder: ChatResponseBuilder,
                   usage: bool) -> AsyncIterator[str]:
-    """Server-sent events: the label that answers, the text as it is generated, how the answer ended."""
+    """Server-sent events of one answer: the model's name, the text as it is generated, and the last chunks."""
     model, text = "moa", StreamTrimmer()
     try:
         while not isinstance(event := await events.queue.get(), Future):
             if isinstance(event, dict):
-                model = protocol.model_of(event["by"])
+                model = protocol.model_of(event["label"])
                 yield _event(builder.chunk(model, {"role": "assistant", "content": ""}))
             elif piece := text.add(event):
                 yield _event(builder.chunk(model, {"content": piece}))
@@ -244,10 +249,11 @@ async def _chunks(server: ServerState, job: Job, events: _Events, builder: ChatR
         for chunk in builder.endings(answer, usage):
             yield _event(chunk)
         yield "data: [DONE]\n\n"
-    finally:   # the client may have left
+    finally:   # also when the client has disconnected
         job.work.cancelled.set()
         job.done.cancel()
 
 
 def _event(content: Any) -> str:
+    """One server-sent event with a JSON value."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

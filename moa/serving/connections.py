@@ -23,8 +23,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# Descriptors for everything else: libraries, MLflow's database, and connections that are accepted before the ones that
-# they replace are closed, which are at most what four turns accept.
+# Descriptors for libraries, MLflow's database, and connections that are accepted before those that they replace are
+# closed (at most the connections of four turns).
 RESERVED = 128
 TURN = 16           # connections that are accepted in one turn of the event loop
 QUEUE = 1024        # connections that the kernel keeps until they are accepted
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
-    """What a server allows its clients. The time to compute an answer has no bound here."""
+    """Limits of a server's connections. The time to compute an answer is not limited."""
 
     connections: int = 1000         # open at once; fewer where the limit of descriptors is lower
     descriptors: int = 1            # that a connection may cost: 2 where each request asks another server
@@ -51,7 +51,7 @@ class ConnectionLimits:
 
 
 class Phase(Enum):
-    """What a connection waits for."""
+    """What a connection is waiting for."""
 
     HEADER = auto()
     BODY = auto()
@@ -61,7 +61,10 @@ class Phase(Enum):
 
 
 class Config(uvicorn.Config):
-    """uvicorn's configuration with bounds. The parser is h11, whose states the deadlines read; WebSockets are off."""
+    """uvicorn's configuration with connection limits.
+
+    The HTTP parser is h11, because the deadlines depend on its states; WebSockets are off.
+    """
 
     def __init__(self, app: Any, bounds: ConnectionLimits, **named: Any) -> None:
         super().__init__(app, http=BoundedProtocol, ws="none", backlog=TURN, **named)
@@ -80,6 +83,7 @@ class BoundedProtocol(H11Protocol):
     config: Config
 
     def connection_made(self, transport: asyncio.Transport) -> None:   # type: ignore[override]
+        """Accept a connection, and close another one, or this one, where there are too many."""
         super().connection_made(transport)
         self.dropped = False
         self.since = time.monotonic()
@@ -87,11 +91,11 @@ class BoundedProtocol(H11Protocol):
         self.look(self.since)
         if len(self.connections) <= self.config.bounds.connections:
             return
-        kept = [each for each in _bounded(self.connections) if not each.dropped]
-        if len(kept) > self.config.bounds.connections:
+        open_connections = [each for each in _bounded(self.connections) if not each.dropped]
+        if len(open_connections) > self.config.bounds.connections:
             log.warning("moa: %d connections are open, as many as may be: those that wait longest for their clients "
                         "are closed", self.config.bounds.connections)
-            if not drop_longest_waiting(each for each in kept if each is not self):
+            if not drop_longest_waiting(each for each in open_connections if each is not self):
                 transport.write(REFUSAL)
                 transport.close()
                 self.dropped = True
@@ -123,7 +127,7 @@ class BoundedProtocol(H11Protocol):
             return Phase.HEADER
         if not self.cycle.response_complete:
             return Phase.BODY if self.cycle.more_body else Phase.ANSWER
-        # The rest of a body that was answered before its end counts as what comes before the next request.
+        # The rest of a body that was answered before its end counts as part of the next request's header.
         next_begun = self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]
         return Phase.HEADER if next_begun else Phase.IDLE
 
@@ -134,17 +138,19 @@ class Server(uvicorn.Server):
     config: Config
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Set the limits up and listen."""
         self.config.bounds = affordable(self.config.bounds)
         asyncio.get_running_loop().set_exception_handler(self._failed)
         for logger in (log, logging.getLogger("uvicorn.error")):
             logger.addFilter(Seldom())
         await super().startup(sockets)
         for server in self.servers:
-            for listening in server.sockets:   # asyncio has one number for this queue and for what a turn accepts
+            for listening in server.sockets:   # asyncio uses one `backlog` for this queue and for accepts in a turn
                 with listening.dup() as same:
                     same.listen(QUEUE)
 
     async def on_tick(self, counter: int) -> bool:
+        """Enforce the deadlines each second; uvicorn calls this ten times a second."""
         if counter % TICKS == 0:
             now = time.monotonic()
             for connection in _bounded(self.server_state.connections):
@@ -163,14 +169,17 @@ class Server(uvicorn.Server):
 
 
 class Seldom(logging.Filter):
-    """Passes each warning once in `LOG_SECONDS`, because clients can cause them at any rate. The key is the message
-    before its arguments are filled in: of those there are few."""
+    """A log filter that passes each warning once in `LOG_SECONDS`, because clients can cause warnings at any rate.
+
+    Warnings are equal if their format strings are; of those there are few.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._last: dict[object, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is logged."""
         if record.levelno != logging.WARNING:
             return True
         now = time.monotonic()

@@ -5,8 +5,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+# Paths with a label of their own; others are counted as "other", because each label costs memory.
 PATHS = ("/v1/chat/completions", "/v1/models", "/healthz", "/metrics", "/openapi.json")
-# Other paths are counted as "other", because each label costs memory.
+# Upper bounds of the histograms' buckets.
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -30,12 +31,12 @@ class Metrics:
     def watch(self, *, waiting: Callable[[], float], running: Callable[[], float], release: Callable[[], float],
               failures: Callable[[], float]) -> None:
         """Register gauges whose values are read at each scrape."""
-        for name, what, value in (
+        for name, description, value in (
                 ("moa_waiting", "Requests that wait for a batch.", waiting),
                 ("moa_running", "Requests being decoded.", running),
                 ("moa_release", "Version of the release that serves.", release),
                 ("moa_swap_failures", "Champions that could not be loaded.", failures)):
-            Gauge(name, what, registry=self.registry).set_function(value)
+            Gauge(name, description, registry=self.registry).set_function(value)
 
     def request(self, path: str, status: int, seconds: float) -> None:
         """Count one finished request."""

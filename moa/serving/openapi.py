@@ -14,8 +14,10 @@ Schema = dict[str, Any]
 # As `protocol.UNPRINTABLE`, without surrogates, which a schema's strings cannot hold.
 TEXT = r"^[^\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f]*$"
 REFUSALS: dict[int | str, str] = {
-    400: "The body makes no sense, or asks for what this server does not do.", 401: "The key is missing or wrong.",
-    403: "A server without a key answers to this machine's own names only.", 404: "There is no such model.",
+    400: "The body is not valid, or asks for something that this server does not support.",
+    401: "The key is missing or wrong.",
+    403: "The Host is not this machine; a server without a key answers its own machine only.",
+    404: "There is no such model.",
     408: "The body did not arrive in time.", 413: "The body is too large.", 415: "The body's type is not JSON.",
     429: "Too many requests wait already.", 500: "The server failed.", 502: "The backend failed.",
     503: "The server is ending, or its backend lacks the expert.", "4XX": "The backend's own refusal.",
@@ -28,28 +30,29 @@ def document(*, labels: Sequence[str], adapters: Sequence[str], most_tokens: int
     """The OpenAPI document of one release.
 
     Args:
-        labels: of the release's experts.
-        adapters: further model names, which the experts have in an export.
+        labels: labels of the release's experts.
+        adapters: further model names: those that the experts have in an export.
         most_tokens: longest answer that may be requested.
         key: whether requests must carry a key.
         backend: whether another server decodes.
     """
     guarded = (401,) if key else (403,)
     security: list[Schema] = [{"bearer": []}] if key else []
-    theirs = (502, "4XX") if backend else ()
+    backend_refusals = (502, "4XX") if backend else ()
     chats = _operation(
         "completions", "Answer a conversation", security,
-        (400, *guarded, 404, 408, 413, 415, 429, 500, 503, *theirs),
+        (400, *guarded, 404, 408, 413, 415, 429, 500, 503, *backend_refusals),
         _ok({"application/json": {"schema": _ref("Completion")}, "text/event-stream": {"schema": _ref("Event")}},
-            {"X-Moa-Release": "The release that answers.", "X-Moa-Model": "Who answered; chunks say it themselves."}))
+            {"X-Moa-Release": "The release that answers.",
+             "X-Moa-Model": "The model that answered; in a stream, each chunk names it instead."}))
     chats["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref("Question")}}}
-    models = _operation("models", "What may be asked", security, (*guarded, 500),
+    models = _operation("models", "List the models", security, (*guarded, 500),
                         _ok({"application/json": {"schema": _ref("Models")}}))
-    health = _operation("health", "Whether it works, and which release serves", [], (500,) if key else (403, 500),
-                        _ok({"application/json": {"schema": _ref("Health")}}))
-    health["responses"]["503"] = {"description": "It does not.", "content": {"application/json": {
+    health = _operation("health", "Whether the server works, and which release serves", [],
+                        (500,) if key else (403, 500), _ok({"application/json": {"schema": _ref("Health")}}))
+    health["responses"]["503"] = {"description": "The server does not work.", "content": {"application/json": {
         "schema": _ref("Health")}}}
-    metrics = _operation("metrics", "Counters, as Prometheus reads them", security, (*guarded, 500),
+    metrics = _operation("metrics", "Counters in Prometheus' format", security, (*guarded, 500),
                          _ok({"text/plain": {"schema": {"type": "string"}}}))
     itself = _operation("openapi", "This document", security, (*guarded, 500),
                         _ok({"application/json": {"schema": {"type": "object", "required": ["openapi", "paths"]}}}))
@@ -70,21 +73,23 @@ def _ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _operation(name: str, summary: str, security: list[Any], refusals: Sequence[int | str], right: Schema) -> Schema:
-    wrong = {str(status): {"description": REFUSALS[status], "content": {"application/json": {"schema": _ref("Error")}},
-                           "headers": _headers(HEADERS.get(status, {}))} for status in refusals}
-    return {"operationId": name, "summary": summary, "security": security, "responses": {"200": right, **wrong}}
+def _operation(name: str, summary: str, security: list[Any], refusals: Sequence[int | str], success: Schema) -> Schema:
+    """One operation with its response 200 and those of its refusals, by status."""
+    errors = {str(status): {"description": REFUSALS[status], "content": {"application/json": {"schema": _ref("Error")}},
+                            "headers": _headers(HEADERS.get(status, {}))} for status in refusals}
+    return {"operationId": name, "summary": summary, "security": security, "responses": {"200": success, **errors}}
 
 
 def _ok(content: Schema, headers: dict[str, str] | None = None) -> Schema:
     return {"description": "As asked.", "content": content, "headers": _headers(headers or {})}
 
 
-def _headers(named: dict[str, str]) -> Schema:
-    return {name: {"description": what, "schema": {"type": "string"}} for name, what in named.items()}
+def _headers(descriptions: dict[str, str]) -> Schema:
+    return {name: {"description": text, "schema": {"type": "string"}} for name, text in descriptions.items()}
 
 
 def _object(properties: Schema, optional: Sequence[str] = (), **more: Any) -> Schema:
+    """An object whose properties are required, except the optional ones; `more` are further keywords."""
     return {"type": "object", "properties": properties, **more,
             "required": [name for name in properties if name not in optional]}
 
@@ -96,7 +101,7 @@ def _or_null(schema: Schema) -> Schema:
 # Requests.
 
 def _question(models: Sequence[str], most_tokens: int) -> Schema:
-    """A chat body: at most one of the two token limits is given, and `stream_options` is valid in a stream only."""
+    """The schema of a chat body: one of the two token limits may be given; `stream_options` requires `stream`."""
     word = {"type": "string", "minLength": 1}
     options: Schema = {
         "temperature": _or_null({"type": "number", "minimum": 0, "description": "0, as without it = greedy."}),
@@ -133,6 +138,7 @@ def _message() -> Schema:
 # Answers.
 
 def _answers() -> Schema:
+    """The schemas of all responses, by name."""
     text, count = {"type": "string"}, {"type": "integer", "minimum": 0}
     head = {"id": text, "created": count, "model": text, "system_fingerprint": text}
     finish = {"enum": ["stop", "length"]}

@@ -1,4 +1,4 @@
-"""OpenAI's chat protocol: a body in, a completion or its chunks out.
+"""OpenAI's chat protocol: reads request bodies, and builds completions and their chunks.
 
 `parse` defines the bodies that both `moa serve` and MLflow's server accept; `read` adds what a server that untrusted
 clients reach must refuse.
@@ -15,11 +15,11 @@ from typing import Any
 from moa.core.errors import UsageError
 
 ROLES = ("system", "user", "assistant")
-OPENERS = ("system", "user")   # of a conversation: no row of a corpus begins with an answer, and some templates cannot
+OPENERS = ("system", "user")   # roles of a first message: some templates cannot begin with an answer, and no row does
 OPTIONS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature",
-           "top_p": "top_p", "seed": "seed", "stop": "stop"}   # OpenAI's name -> ours
-WHOLE = {"max_tokens", "max_completion_tokens", "seed"}
-MESSAGES = 256   # a template is rendered once a turn, so that its cost grows with the square of the turns
+           "top_p": "top_p", "seed": "seed", "stop": "stop"}   # OpenAI's name -> moa's
+WHOLE = {"max_tokens", "max_completion_tokens", "seed"}   # options that are integers
+MESSAGES = 256   # of a body: a template is rendered for each turn, so the cost grows with the square of the turns
 STOPS = 16       # stop texts of one answer
 # Characters that a text may not hold: control characters except tab and line ends, and surrogates, which UTF-8 lacks.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -58,10 +58,10 @@ def parse(body: Any) -> tuple[list[dict[str, str]], str | None, dict[str, Any]]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BodyError("`messages` must be a list of at least one message.")
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if (not isinstance(message, dict) or message.get("role") not in ROLES
                 or not isinstance(message.get("content"), str)):
-            raise BodyError(f"`messages[{place}]` must have a role ({', '.join(ROLES)}) and a text as content.")
+            raise BodyError(f"`messages[{index}]` must have a role ({', '.join(ROLES)}) and a text as content.")
     if messages[0]["role"] not in OPENERS:
         raise BodyError(f"`messages[0]` is the {messages[0]['role']}'s; a conversation begins with the "
                         f"{' or the '.join(OPENERS)}.")
@@ -74,14 +74,15 @@ def parse(body: Any) -> tuple[list[dict[str, str]], str | None, dict[str, Any]]:
 
 
 def _options(body: dict[str, Any]) -> dict[str, Any]:
-    from moa.mixture.generation.engine import GenerationConfig  # it validates each option
+    """The decoding options of a body by moa's names. Raises BodyError."""
+    from moa.mixture.generation.engine import GenerationConfig  # validates each option
 
     options: dict[str, Any] = {}
     for key, ours in OPTIONS.items():
         value: Any = body.get(key)
         if value is None:
             continue
-        if key in WHOLE and isinstance(value, float) and value.is_integer():   # JSON has 4.0 where it has 4
+        if key in WHOLE and isinstance(value, float) and value.is_integer():   # JSON does not distinguish 4.0 from 4
             value = int(value)
         try:
             GenerationConfig(**{ours: value})
@@ -94,17 +95,17 @@ def _options(body: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ChatQuestion:
-    """A valid chat body; the domain is one of the release's."""
+    """A valid chat body, with a domain that the release has."""
 
     messages: list[dict[str, str]]
-    domain: str | None
-    options: dict[str, Any]
+    domain: str | None        # "base" = no expert; None = the router decides
+    options: dict[str, Any]   # fields of GenerationConfig
     stream: bool
-    usage: bool        # whether a stream ends with its token counts
+    usage: bool               # whether a stream ends with its token counts
 
 
 def models(labels: Sequence[str]) -> list[str]:
-    """Names of models that a body may name, for the experts with these labels."""
+    """The model names that a body may have, for experts with these labels."""
     return ["moa", *(f"moa/{label}" for label in labels), "base"]
 
 
@@ -125,7 +126,7 @@ def read(data: bytes, labels: Sequence[str], most_tokens: int,
             body = {**body, "model": model_of((adapters or {})[model])}
         _check_model(body.get("model", "moa"), labels)
         for name, harmless in WITHOUT_EFFECT.items():
-            if body.get(name) is not None and not any(_equal(body[name], one) for one in harmless):
+            if body.get(name) is not None and not any(_equal(body[name], value) for value in harmless):
                 raise ChatError(400, f"`{name}` is not supported: leave it out.", "unsupported_parameter")
         body = {**body, "messages": _flat(body.get("messages"))}
     try:
@@ -142,18 +143,21 @@ def _equal(value: Any, wanted: Any) -> bool:
 
 
 def _json(data: bytes) -> Any:
+    """Parse a body as strict JSON. Raises ChatError."""
     try:
         return json.loads(data, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        what = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise ChatError(400, f"The body is not JSON: {what}.", "invalid_json") from None
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise ChatError(400, f"The body is not JSON: {reason}.", "invalid_json") from None
 
 
 def _no_number(name: str) -> Any:
+    """Refuse NaN and Infinity, which Python's parser accepts and JSON lacks."""
     raise ValueError(f"{name} is no number")
 
 
 def _check_model(model: Any, labels: Sequence[str]) -> None:
+    """Raise ChatError for a model name that the server does not have; other types are left to `parse`."""
     if isinstance(model, str) and model not in (known := models(labels)):
         raise ChatError(404, f"There is no model {_short(model)}; there are {', '.join(known)}.", "model_not_found")
 
@@ -165,24 +169,27 @@ def _flat(messages: Any) -> Any:
     if len(messages) > MESSAGES:
         raise ChatError(400, f"There are {len(messages)} messages, and at most {MESSAGES} are read.",
                         "too_many_messages")
-    return [{**each, "content": _content(place, each["content"])}
-            if isinstance(each, dict) and "content" in each else each for place, each in enumerate(messages)]
+    return [{**message, "content": _content(index, message["content"])}
+            if isinstance(message, dict) and "content" in message else message
+            for index, message in enumerate(messages)]
 
 
-def _content(place: int, content: Any) -> Any:
+def _content(index: int, content: Any) -> Any:
+    """The content of message `index`, with its text parts joined. Raises ChatError for other parts or characters."""
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
                  for part in content]
         if not content or not all(isinstance(part, str) for part in parts):
-            raise ChatError(400, f"`messages[{place}].content` may have parts of type text only.", "invalid_body")
+            raise ChatError(400, f"`messages[{index}].content` may have parts of type text only.", "invalid_body")
         content = "".join(map(str, parts))
     if isinstance(content, str) and (found := UNPRINTABLE.search(content)):
-        raise ChatError(400, f"`messages[{place}].content` holds the character U+{ord(found[0]):04X}, which no text "
+        raise ChatError(400, f"`messages[{index}].content` holds the character U+{ord(found[0]):04X}, which no text "
                              "has: remove it.", "invalid_character")
     return content
 
 
 def _streaming(body: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether the answer is streamed, and whether the stream ends with token counts. Raises ChatError."""
     stream, wishes = body.get("stream"), body.get("stream_options")
     if stream is not None and not isinstance(stream, bool):
         raise ChatError(400, "`stream` must be true or false.", "invalid_body")
@@ -203,7 +210,7 @@ def _bounded(options: dict[str, Any], most_tokens: int) -> dict[str, Any]:
     stops = (stop,) if isinstance(stop, str) else stop
     if len(stops) > STOPS:
         raise ChatError(400, f"`stop` has more than {STOPS} texts.", "invalid_body")
-    if any("\ud800" <= sign <= "\udfff" for one in stops for sign in one):
+    if any("\ud800" <= character <= "\udfff" for text in stops for character in text):
         raise ChatError(400, "`stop` holds half of a character, which no text has: remove it.", "invalid_character")
     return {**options, "max_new_tokens": limit}
 
@@ -217,24 +224,26 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ChatResponseBuilder:
-    """Builds the messages of one answer, which share an id, a time and the release's fingerprint."""
+    """Builds the completion or the chunks of one answer, which share an id, a time and the release's fingerprint."""
 
     fingerprint: str | None   # None = the release is unknown
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def completion(self, answer: Any) -> dict[str, Any]:
+        """The whole answer; `answer` has the fields of `moa.mixture.mixture.Answer`."""
         message = {"role": "assistant", "content": answer.answer, "refusal": None}
         return {**self._head("chat.completion", answerer(answer)),
                 "choices": [{"index": 0, "message": message, "finish_reason": answer.finish, "logprobs": None}],
                 "usage": usage(answer), "moa": routing(answer)}
 
     def chunk(self, model: str, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
+        """One chunk of a stream; `finish` is the finish reason, in the last chunk of the text."""
         return {**self._head("chat.completion.chunk", model),
                 "choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]}
 
     def endings(self, answer: Any, with_usage: bool) -> Iterator[dict[str, Any]]:
-        """The last chunks of a stream."""
+        """The last chunks of a stream: finish reason and routing, then with `with_usage` the token counts."""
         model = answerer(answer)
         yield {**self.chunk(model, {}, answer.finish), "moa": routing(answer)}
         if with_usage:
@@ -251,27 +260,30 @@ def answerer(answer: Any) -> str:
 
 
 def model_of(label: str) -> str:
+    """The model name of an expert's label, or of "base"."""
     return "base" if label == "base" else f"moa/{label}"
 
 
 def usage(answer: Any) -> dict[str, int]:
+    """The token counts of an answer, in OpenAI's form."""
     return {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens,
             "total_tokens": answer.prompt_tokens + answer.tokens}
 
 
 def routing(answer: Any) -> dict[str, Any]:
+    """The routing of an answer: the field `moa` of completions and of streams' last chunks."""
     return {"domain": answer.domain, "confidence": answer.confidence, "abstained": answer.abstained}
 
 
 class StreamTrimmer:
-    """Strips white space at both ends of a text that arrives in pieces, so that a stream equals the whole answer."""
+    """Strips white space at both ends of a text that arrives in pieces, so that a stream has a completion's text."""
 
     def __init__(self) -> None:
         self._held = ""
         self._begun = False
 
     def add(self, piece: str) -> str:
-        """The text that can be sent after this piece; white space at its end is held back until more text follows."""
+        """Take the next piece and return the text to send; trailing white space is held until more text follows."""
         text = self._held + piece
         if not self._begun:
             text = text.lstrip()

@@ -1,7 +1,7 @@
-"""The mixture as MLflow serves it: an OpenAI chat body in, a chat completion out.
+"""The mixture as an MLflow pyfunc model: takes OpenAI chat bodies and returns chat completions.
 
-MLflow stores the script of `moa.release.registration`, not a pickle: the model is code that needs `moa` installed, and
-the artifacts beside it.
+MLflow stores the script of `moa.release.registration` and no pickle: the model is code that needs `moa` installed, with
+the mixture as an artifact.
 """
 
 import os
@@ -15,7 +15,7 @@ from moa.serving.protocol import BodyError, ChatResponseBuilder, parse
 
 
 def python_model() -> Any:
-    """The object that MLflow loads and calls. With type hints on `predict`, MLflow would refuse chat bodies."""
+    """Make the object that MLflow loads and calls. With type hints on `predict`, MLflow would refuse chat bodies."""
     from mlflow.exceptions import MlflowException
     from mlflow.pyfunc import PythonModel
 
@@ -37,19 +37,19 @@ def python_model() -> Any:
 
 
 def respond(mixture: Any, body: Any) -> dict[str, Any]:
-    """The chat completion for one chat body. Raises BodyError."""
+    """Answer one chat body with a chat completion. Raises BodyError."""
     messages, domain, options = parse(body)
     try:
         answer = mixture.chat(messages, domain=domain, **options)
-    except UsageError as error:   # no such expert, a prompt that is too long, an option out of its range
+    except UsageError as error:   # an unknown expert, a prompt that is too long, or an option out of range
         raise BodyError(str(error)) from None
     return ChatResponseBuilder(None).completion(answer)
 
 
 def _workspace(recorded: dict[str, Any]) -> Workspace | None:
-    """The workspace with the base: MOA_WORKSPACE, or the one that registered the mixture if it is on this machine."""
-    named = os.environ.get("MOA_WORKSPACE")
-    if named:
-        return Workspace.find(Path(named))
+    """The workspace whose base is used: MOA_WORKSPACE, or the one that registered the mixture if it exists here."""
+    variable = os.environ.get("MOA_WORKSPACE")
+    if variable:
+        return Workspace.find(Path(variable))
     root = recorded.get("workspace")
     return Workspace(Path(root)) if root and (Path(root) / "params.yaml").is_file() else None

@@ -1,7 +1,7 @@
-"""The champion as an OpenAI server: /v1/chat/completions, /v1/models, /healthz, /metrics, /openapi.json.
+"""An OpenAI server of the champion: /v1/chat/completions, /v1/models, /healthz, /metrics, /openapi.json.
 
 `moa.serving.protocol` reads bodies, `moa.serving.active_release` holds the release and `moa.serving.batcher` makes the
-batches. Answers are neither kept nor logged, and prompts only with `--keep-prompts` (`moa.serving.prompt_log`).
+batches. Answers are never stored or logged; prompts are logged only with `--keep-prompts` (`moa.serving.prompt_log`).
 """
 
 import hashlib
@@ -36,7 +36,7 @@ GRACE_SECONDS = 60      # for unfinished answers after the signal to end
 
 
 def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish the running requests. Raises MoaError when it cannot begin."""
+    """Serve the champion until SIGTERM or Ctrl-C, then finish running requests. Raises MoaError if it cannot start."""
     backend = (UpstreamServer(settings.backend, settings.backend_key, settings.backend_base)
                if settings.backend is not None else None)
     listening = _bind(settings)
@@ -64,8 +64,8 @@ def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
         timeout_graceful_shutdown=GRACE_SECONDS))
     running.announcement = f"{releases.now.label} serves at {where}"
     releases.follow(settings.poll)
-    # uvicorn raises the signals that it received again after it has ended: they are ignored then.
-    before = [(number, signal.signal(number, lambda *_: None)) for number in (signal.SIGTERM, signal.SIGINT)]
+    # After it has ended, uvicorn raises the received signals again: these handlers ignore them.
+    handlers = [(number, signal.signal(number, lambda *_: None)) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         running.run(sockets=[listening])
     finally:
@@ -73,7 +73,7 @@ def serve(workspace: Workspace, config: Config, settings: Settings) -> None:
         batcher.close()
         if logger is not None:
             logger.close()
-        for number, handler in before:
+        for number, handler in handlers:
             signal.signal(number, handler)
 
 
@@ -90,12 +90,13 @@ class _Announcing(connections.Server):
     announcement = ""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then announce it."""
         await super().startup(sockets)
         print(self.announcement, flush=True)
 
 
 def _bind(settings: Settings) -> socket.socket:
-    """The listening socket, bound before the slow loading begins. Raises UsageError."""
+    """The listening socket, bound before the champion is loaded, which takes long. Raises UsageError."""
     if settings.key is None and not _loopback(settings.host):
         raise UsageError(f"--host {settings.host} lets other machines ask, and there is no key: set MOA_API_KEY, or "
                          "give --key-file.")
@@ -117,32 +118,32 @@ def _loopback(host: str) -> bool:
 # The application.
 
 def build(server: ServerState) -> FastAPI:
-    """The application with its routes, error handlers and middleware."""
-    # FastAPI's own schema would lack the bodies, and its redirects would lead to the host that the client names.
+    """Build the FastAPI application with its routes, error handlers and middleware."""
+    # FastAPI's own schema would lack the bodies, and its redirects would use the Host that the client sent.
     app = FastAPI(title="moa", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     key = server.settings.key
 
-    def allowed(request: Request) -> None:
+    def require_key(request: Request) -> None:
         if key is None:
             return
         given = [value for name, value in request.headers.raw if name == b"authorization"]
-        scheme, _, word = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-        if not (scheme.lower() == b"bearer" and _same(word.strip(), key.encode())):
+        scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        if not (scheme.lower() == b"bearer" and _same(token.strip(), key.encode())):
             raise ChatError(401, "The key is missing or wrong: send `Authorization: Bearer KEY`.", "invalid_api_key",
                             "authentication_error")
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(allowed)])
+    @app.post("/v1/chat/completions", dependencies=[Depends(require_key)])
     async def completions(request: Request) -> Response:
         return await complete(server, request)
 
-    @app.get("/v1/models", dependencies=[Depends(allowed)])
+    @app.get("/v1/models", dependencies=[Depends(require_key)])
     async def models() -> dict[str, Any]:
         release = server.releases.now
         return {"object": "list", "data": [{"id": name, "object": "model", "created": release.created,
                                             "owned_by": release.label}
                                            for name in protocol.models(release.mixture.labels)]}
 
-    @app.get("/openapi.json", dependencies=[Depends(allowed)])
+    @app.get("/openapi.json", dependencies=[Depends(require_key)])
     async def openapi() -> dict[str, Any]:
         release = server.releases.now
         return document(labels=release.mixture.labels, adapters=sorted(release.adapters), key=key is not None,
@@ -150,11 +151,11 @@ def build(server: ServerState) -> FastAPI:
 
     @app.get("/healthz")
     async def health() -> JSONResponse:
-        well = server.batcher.alive
-        return JSONResponse({"status": "ok" if well else "failed", "release": server.releases.now.label},
-                            200 if well else 503)
+        alive = server.batcher.alive
+        return JSONResponse({"status": "ok" if alive else "failed", "release": server.releases.now.label},
+                            200 if alive else 503)
 
-    @app.get("/metrics", dependencies=[Depends(allowed)])
+    @app.get("/metrics", dependencies=[Depends(require_key)])
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -165,13 +166,13 @@ def build(server: ServerState) -> FastAPI:
         return JSONResponse(error.as_dict(), error.status, headers)
 
     @app.exception_handler(HTTPException)
-    async def elsewhere(_: Request, error: HTTPException) -> JSONResponse:
+    async def refuse_path(_: Request, error: HTTPException) -> JSONResponse:
         code = str(error.detail).lower().replace(" ", "_")
         refusal = ChatError(error.status_code, f"{error.detail}.", code)
         return JSONResponse(refusal.as_dict(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
-    async def broken(_: Request, __: Exception) -> JSONResponse:   # uvicorn logs it
+    async def fail(_: Request, __: Exception) -> JSONResponse:   # uvicorn logs the error
         return JSONResponse(ChatError(500, "The server failed; its log says why.", "internal_error",
                                       "server_error").as_dict(), 500)
 
@@ -182,12 +183,12 @@ def build(server: ServerState) -> FastAPI:
 
 
 def _same(given: bytes, wanted: bytes) -> bool:
-    """Equality in constant time, against timing attacks."""
+    """Whether two keys are equal, compared in constant time against timing attacks."""
     return hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(wanted).digest())
 
 
 class _ThisMachineOnly:
-    """Refuses requests that name another host, on every path, with /healthz and paths that do not exist.
+    """Refuses requests whose Host is not this machine, on every path, including /healthz and unknown paths.
 
     A server without a key listens at a loopback address alone, so no probe from another machine can reach it anyway.
     """
@@ -214,7 +215,7 @@ class _Counted:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), 499   # nginx's status for a client that left first
+        began, status = time.monotonic(), 499   # nginx's status for a client that disconnected first
 
         async def record_status(message: Any) -> None:
             nonlocal status

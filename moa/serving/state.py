@@ -1,4 +1,4 @@
-"""What the request handlers of a server share: settings, the release that serves, the batcher, the counters."""
+"""The state that a server's request handlers share: settings, the release that serves, the batcher, the counters."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -8,13 +8,13 @@ from moa.serving.connections import ConnectionLimits
 from moa.serving.metrics import Metrics
 from moa.serving.upstream import UpstreamServer
 
-if TYPE_CHECKING:   # it loads torch
+if TYPE_CHECKING:   # importing it loads torch
     from moa.serving.active_release import ReleaseWatcher
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a server listens at, requires and allows."""
+    """Settings of a server: address, keys and limits."""
 
     host: str = "127.0.0.1"
     port: int = 8000                  # 0 = a free one

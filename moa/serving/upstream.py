@@ -1,7 +1,7 @@
-"""A client of another OpenAI-compatible server that decodes: a valid question out, its answer back, whole or in pieces.
+"""A client of the backend, another OpenAI-compatible server that decodes: sends questions and receives their answers.
 
-Only what `moa.serving.protocol` parsed is sent, and nothing else of the client's body: the options of a question are
-the same, whether it is decoded here or there.
+Only the options that `moa.serving.protocol` parsed are sent, and nothing else of the client's body, so a question has
+the same options whether this server or the backend decodes it.
 """
 
 import json
@@ -16,7 +16,7 @@ from moa.core.errors import UsageError
 from moa.serving.protocol import ChatError, ChatQuestion
 
 CONNECT_SECONDS, READ_SECONDS = 10, 600   # READ: between two pieces of an answer, or for a whole one
-OURS = re.compile(r"moa(/.*)?|[^/]+-[0-9a-f]{12}")   # names of a moa server, and of adapters as `moa export` has them
+OURS = re.compile(r"moa(/.*)?|[^/]+-[0-9a-f]{12}")   # model names of a moa server, and of adapters from `moa export`
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,15 @@ class Routed:
 
     @property
     def label(self) -> str:
+        """The label of the expert that answers, or "base"."""
         return "base" if self.abstained else self.domain
 
 
 class UpstreamServer:
-    """One server that decodes."""
+    """The backend at one address."""
 
     def __init__(self, url: str, key: str | None = None, base: str | None = None) -> None:
-        """`url` is with or without /v1, `base` the server's name of the base model; None = its list of models is read.
+        """`url` may end with /v1. `base` is the backend's name of the base model; None = its list of models is read.
 
         Raises UsageError for an invalid address.
         """
@@ -62,19 +63,19 @@ class UpstreamServer:
         return self._base
 
     async def begin(self, model: str, question: ChatQuestion) -> httpx.Response:
-        """The response after its header; the caller reads its body and closes it. Raises ChatError."""
+        """Send a question for `model`; the response, whose body the caller reads and closes. Raises ChatError."""
         return await self._send(self._client.build_request("POST", "chat/completions", json=_body(model, question)),
                                 model)
 
     async def whole(self, reply: httpx.Response) -> dict[str, Any]:
-        """The completion in a response. Raises ChatError."""
+        """Read the whole completion from a response. Raises ChatError."""
         completion = _json(await self._read(reply))
         if not (isinstance(completion, dict) and isinstance(completion.get("choices"), list)):
             raise _failed(f"The backend at {self.url} answered with something that is no completion.")
         return completion
 
     async def chunks(self, reply: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-        """The chunks of a stream, as they arrive. Raises ChatError when the stream ends before [DONE]."""
+        """Read the chunks of a stream as they arrive. Raises ChatError when the stream ends before [DONE]."""
         try:
             async for line in _lines(reply):
                 name, _, data = line.partition(b":")
@@ -93,7 +94,7 @@ class UpstreamServer:
         try:
             reply = await self._client.send(request, stream=True)
         except httpx.HTTPError as error:
-            raise self._silent(error) from None
+            raise self._unreachable(error) from None
         if reply.status_code == 200:
             return reply
         raise self._refusal(reply.status_code, _json(await self._read(reply)), model)
@@ -102,18 +103,18 @@ class UpstreamServer:
         try:
             return await reply.aread()
         except httpx.HTTPError as error:
-            raise self._silent(error) from None
+            raise self._unreachable(error) from None
         finally:
             await reply.aclose()
 
-    def _silent(self, error: httpx.HTTPError) -> ChatError:
+    def _unreachable(self, error: httpx.HTTPError) -> ChatError:
         return _failed(f"The backend at {self.url} gives no answer ({type(error).__name__}): try again when it runs.",
                        "backend_unreachable")
 
     def _refusal(self, status: int, content: Any, model: str) -> ChatError:
         """The backend's refusal as this server's: the same where the client can correct it, else 502 or 503."""
         message = _message(content)
-        if status in (401, 403):   # it refuses this server's key; the client's key was right
+        if status in (401, 403):   # the backend refuses this server's key; the client's key was valid
             return _failed(f"The backend at {self.url} refuses this server's key: see --backend-key-file.")
         if status == 404 and message and model:
             self._base = self._configured_base
@@ -130,6 +131,7 @@ def _failed(message: str, code: str = "backend_failed") -> ChatError:
 
 
 def _address(url: str) -> str:
+    """The address with /v1. Raises UsageError for an invalid one."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
@@ -140,19 +142,19 @@ def _address(url: str) -> str:
 
 
 def _body(model: str, question: ChatQuestion) -> dict[str, Any]:
-    """The request's body, with explicit options, because the backend's defaults differ: moa's temperature is 0."""
+    """The request's body, with explicit options, because the backend has other defaults than moa's greedy decoding."""
     options = question.options
     body: dict[str, Any] = {
         "model": model, "messages": question.messages, "max_tokens": options["max_new_tokens"],
         "temperature": options.get("temperature", 0.0), "top_p": options.get("top_p", 1.0),
         **{name: options[name] for name in ("seed", "stop") if name in options}}
-    if question.stream:   # usage is counted here even if the client does not want it
+    if question.stream:   # this server counts tokens even if the client does not ask for them
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     return body
 
 
 async def _lines(reply: httpx.Response) -> AsyncIterator[bytes]:
-    """Lines of an event stream; httpx's own lines also end at U+2028, which a text may hold."""
+    """The lines of an event stream. httpx's own `aiter_lines` also splits at U+2028, which a text may contain."""
     held = b""
     async for piece in reply.aiter_bytes():
         *lines, held = (held + piece).split(b"\n")
@@ -161,6 +163,7 @@ async def _lines(reply: httpx.Response) -> AsyncIterator[bytes]:
 
 
 def _json(data: bytes) -> Any:
+    """The parsed JSON; None where `data` is no JSON."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError):

@@ -1,6 +1,6 @@
-"""Versions of a workspace's data: what DVC keeps without a command, and what a release was made of as a commit of git.
+"""Versions of a workspace's data: sets DVC up, adds, forgets and purges data, and commits a release's inputs to git.
 
-Sets DVC up, adds and forgets data, purges what DVC remembers of stages that are gone.
+The data are those that DVC tracks without a command, such as data/raw/NAME.
 """
 
 import contextlib
@@ -22,7 +22,10 @@ from moa.workspace.pipeline import Pipeline
 
 
 def initialise(root: Path) -> bool:
-    """Set `root`, in a git repository, up for DVC; whether that was needed. Raises PipelineError if DVC refuses."""
+    """Set up DVC in `root`, a folder of a git repository. Returns whether that was needed.
+
+    Raises PipelineError if DVC refuses.
+    """
     os.environ.update({key: value for key, value in QUIET.items() if key.startswith("DVC")})
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -31,7 +34,7 @@ def initialise(root: Path) -> bool:
     if (folder / "config").exists():
         return False
     if folder.exists() and not (folder / "cache").exists():
-        shutil.rmtree(folder)   # DVC was interrupted when it had hardly begun
+        shutil.rmtree(folder)   # left by an interrupted `dvc init`
     try:
         with _silence():
             Repo.init(str(root), subdir=not (root / ".git").exists()).close()
@@ -41,10 +44,10 @@ def initialise(root: Path) -> bool:
 
 
 class DataVersions(Pipeline):
-    """A pipeline whose data may change."""
+    """A pipeline with operations on its data: versions in DVC's cache, and entries of dvc.lock and .gitignore."""
 
     def add(self, folder: Path) -> None:
-        """Version `folder` as it is now: `folder`.dvc, for git, names its content. Raises PipelineError."""
+        """Store the present content of `folder` in DVC's cache and its digest in `folder`.dvc. Raises PipelineError."""
         from dvc.exceptions import DvcException
 
         refused: list[OSError] = []
@@ -58,14 +61,14 @@ class DataVersions(Pipeline):
             if refused:
                 raise PipelineError(f"DVC cannot version {self.workspace.relative(folder)}: {refused[0].strerror}."
                                     ) from error
-            # `/raw/*` would do for git, but DVC then passes over the whole folder.
+            # `/raw/*` would suffice for git, but DVC then ignores the whole folder.
             hint = (" Let git keep it: write `/raw/?*/` instead of `/raw/` into data/.gitignore."
                     if "git-ignored" in str(error) else "")
             raise PipelineError(f"DVC cannot version {self.workspace.relative(folder)}: {sentence(str(error))}{hint}"
                                 ) from error
 
     def forget(self, names: Iterable[str], folders: Iterable[Path]) -> None:
-        """Take stages out of dvc.lock, and folders out of the .gitignore files that DVC keeps."""
+        """Remove the stages `names` from dvc.lock, and `folders` from the .gitignore files that DVC maintains."""
         known = sorted(set(names) & self.recorded().keys())
         with self._repo() as repo:
             from dvc.utils.serialize import modify_yaml
@@ -78,39 +81,48 @@ class DataVersions(Pipeline):
                 repo.scm_context.ignore_remove(str(folder))
 
     def purge(self, paths: Set[str], roots: Iterable[str]) -> dict[str, int]:
-        """Delete from DVC's cache what only versions of `paths` hold, and the memory of having made them.
+        """Delete versions of `paths` from DVC's cache, and the run cache's entries of stages that read or wrote them.
 
-        Versions are `roots`, digests as DVC writes them, and those that stages ever made or read here. What the
-        pipeline as it is now uses too stays, and is counted as `kept`.
+        Args:
+            paths: outputs of stages, relative to the workspace.
+            roots: DVC's digests of versions that the run cache does not know.
+
+        Returns:
+            `objects` and `bytes` that were deleted; `kept`: number of objects that stay because the present pipeline
+            uses them, too.
         """
         with _silence(), self._stages() as (repo, _):
             runs = {path: entry for path in sorted(Path(repo.stage_cache.cache_dir).glob("*/*/*"))
                     if (entry := _read_yaml(path)) and paths & {each["path"] for each in _entries(entry)}}
             roots = {*roots, *(each["md5"] for entry in runs.values() for each in _entries(entry)
                                if each["path"] in paths and "md5" in each)}
-            place = repo.cache.local.oid_to_path
-            found = {oid for root in roots for oid in _contents(root, place) if Path(place(oid)).exists()}
+            path_of = repo.cache.local.oid_to_path
+            stored = {oid for root in roots for oid in _contents(root, path_of) if Path(path_of(oid)).exists()}
             used = {oid for objects in repo.used_objs().values() for each in objects
-                    for oid in _contents(each.value, place)}
+                    for oid in _contents(each.value, path_of)}
             size = 0
-            for oid in sorted(found - used, key=lambda oid: oid.endswith(".dir")):   # lists last, and runs last of all:
-                path = Path(place(oid))
+            # Folders' lists are deleted after their files, and runs last, so that a second purge finds what is left.
+            for oid in sorted(stored - used, key=lambda oid: oid.endswith(".dir")):
+                path = Path(path_of(oid))
                 size += path.stat().st_size
                 path.unlink()
-            for path in runs:                                                        # a second purge finds the rest
+            for path in runs:
                 path.unlink()
-            return {"objects": len(found - used), "bytes": size, "kept": len(found & used)}
+            return {"objects": len(stored - used), "bytes": size, "kept": len(stored & used)}
 
     def cached(self, md5: str) -> dict[str, Path]:
-        """Where DVC's cache holds the files of a folder, by name; without those that it lacks."""
+        """Paths in DVC's cache of the files of a folder, by their names in it.
+
+        `md5` is DVC's digest of the folder, which ends in `.dir`. Files that the cache lacks are left out.
+        """
         with self._repo() as repo:
-            place = repo.cache.local.oid_to_path
+            path_of = repo.cache.local.oid_to_path
             try:
-                listed = json.loads(Path(place(md5)).read_bytes())
+                listed = json.loads(Path(path_of(md5)).read_bytes())
             except (OSError, ValueError):
                 return {}
-            found = {each["relpath"]: Path(place(each["md5"])) for each in listed}
-        return {name: path for name, path in found.items() if path.is_file()}
+            cached = {file["relpath"]: Path(path_of(file["md5"])) for file in listed}
+        return {name: path for name, path in cached.items() if path.is_file()}
 
     def cache_is_ours(self) -> bool:
         """Whether DVC's cache lies in this workspace, so that no other project uses it."""
@@ -119,7 +131,7 @@ class DataVersions(Pipeline):
 
     @contextlib.contextmanager
     def _repo(self) -> Iterator[Any]:
-        """DVC's repository, from the workspace's root and without a word of its own."""
+        """DVC's repository, opened in the workspace's root with DVC's output suppressed. Raises PipelineError."""
         os.environ.update({key: value for key, value in QUIET.items() if key.startswith("DVC")})
         from dvc.exceptions import DvcException
         from dvc.repo import Repo
@@ -127,7 +139,7 @@ class DataVersions(Pipeline):
         with _silence(), contextlib.chdir(self.workspace.root):
             try:
                 opened = Repo(_wait_for_lock=True)
-            except DvcException as error:   # of git's repository, for one
+            except DvcException as error:   # for instance where git refuses the repository
                 raise PipelineError(f"DVC cannot read this workspace: {sentence(str(error))}") from error
             with opened as repo:
                 yield repo
@@ -135,9 +147,9 @@ class DataVersions(Pipeline):
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep DVC from printing: the user called moa, not DVC."""
-    words = io.StringIO()
-    with silence_dvc(), contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
+    """Suppress what DVC prints: the user called moa, not DVC."""
+    discarded = io.StringIO()
+    with silence_dvc(), contextlib.redirect_stdout(discarded), contextlib.redirect_stderr(discarded):
         yield
 
 
@@ -147,36 +159,37 @@ def _read_yaml(path: Path) -> Any:
     try:
         return YAML(typ="safe").load(path)
     except (OSError, YAMLError):
-        return None   # DVC, too, passes over it
+        return None   # DVC ignores such an entry, too
 
 
 def _entries(run: Mapping[str, Any]) -> list[Any]:
-    """Inputs and outputs of one remembered run of a stage."""
+    """Inputs and outputs of an entry of DVC's run cache."""
     return [*run.get("deps", ()), *run.get("outs", ())]
 
 
-def _contents(oid: str, place: Callable[[str], str]) -> Iterator[str]:
-    """An object of DVC's cache, and the files it lists if it is a folder."""
+def _contents(oid: str, path_of: Callable[[str], str]) -> Iterator[str]:
+    """The object `oid` of DVC's cache and, if it is a folder, the objects in it. `path_of` maps an id to its path."""
     yield oid
     if oid.endswith(".dir"):
         with contextlib.suppress(OSError, ValueError):
-            yield from (each["md5"] for each in json.loads(Path(place(oid)).read_bytes()))
+            yield from (each["md5"] for each in json.loads(Path(path_of(oid)).read_bytes()))
 
 
+# What a release is made of: parameters, DVC's files, and where training begins.
 MADE_OF = ("params.yaml", "dvc.yaml", "dvc.lock", "data/starts.json", "data/raw", "data/parents", "data/.gitignore")
 
 
 def commit(workspace: Workspace, message: str = "moa: what the next release is made of") -> str | None:
-    """Commit the parameters, DVC's files and the starts of now; the commit, or None when there was nothing new.
+    """Commit the files of `MADE_OF` that changed. Returns the commit's hash, or None when nothing changed.
 
-    Other changes, staged ones included, stay as they are. Raises PipelineError with git's own words.
+    Other changes, staged ones included, stay as they are. Raises PipelineError with git's message.
     """
-    root, there = workspace.root, [name for name in MADE_OF if (workspace.root / name).exists()]
+    root, existing = workspace.root, [name for name in MADE_OF if (workspace.root / name).exists()]
     try:
-        git.run(root, "add", "--", *there)
-        if not git.run(root, "diff", "--cached", "--name-only", "--", *there):
+        git.run(root, "add", "--", *existing)
+        if not git.run(root, "diff", "--cached", "--name-only", "--", *existing):
             return None
-        git.run(root, "commit", "--quiet", "--message", message, "--", *there)
+        git.run(root, "commit", "--quiet", "--message", message, "--", *existing)
         return git.run(root, "rev-parse", "HEAD").strip()
     except git.GitError as error:
         raise PipelineError(f"{str(error).rstrip('.')}; mend that, or set adapt.commit: false.") from error

@@ -1,6 +1,6 @@
-"""DVC's repository: opened once, asked by one thread at a time, without a word of its own.
+"""DVC's repository, held open between uses, with a lock for threads and with DVC's output suppressed.
 
-With hundreds of stages DVC takes seconds to read its files, which is more than most questions and many steps take.
+With hundreds of stages DVC takes seconds to read its files: longer than most queries, and than many steps.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from moa.core.subprocesses import QUIET
 from moa.core.text import sentence
 
 T = TypeVar("T")
-READ = ("dvc.yaml", "dvc.lock", "params.yaml")   # what DVC makes its stages from
-_guard = threading.RLock()   # DVC is not made for threads, and the folder where we stand is the process's
+READ = ("dvc.yaml", "dvc.lock", "params.yaml")   # files that DVC reads its stages from
+_guard = threading.RLock()   # DVC is not thread-safe, and the current folder belongs to the whole process
 
 
 class DvcRepository:
@@ -28,17 +28,18 @@ class DvcRepository:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.kept = False            # whether it stays open between two uses
+        self.keep_open = False       # whether the repository stays open between two uses
         self._open: Any = None
         self._nodes: dict[str, Any] | None = None
         self._read: dict[str, tuple[int, ...] | None] = {}
 
     @contextlib.contextmanager
-    def stages(self, what: str = "DVC cannot read this workspace's pipeline") -> Iterator[tuple[Any, dict[str, Any]]]:
-        """DVC's repository, locked, and its stages, in the workspace's folder.
+    def stages(self, failure: str = "DVC cannot read this workspace's pipeline"
+               ) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Yield DVC's locked repository and its stages by name, with the workspace as the current folder.
 
-        A caller that changes one of these stages without recording it must call `close`.
-        Raises PipelineError, which begins with `what`.
+        A caller that changes one of these stages without recording it must call `close`. Raises PipelineError with
+        a message that begins with `failure`.
         """
         os.environ.update({key: value for key, value in QUIET.items() if key.startswith("DVC")})
         from dvc.exceptions import DvcException
@@ -55,35 +56,36 @@ class DvcRepository:
             except DvcException as error:
                 self.close()
                 reason = next((each.strerror for each in refused if not isinstance(each, FileNotFoundError)), None)
-                raise PipelineError(f"{what}: {sentence(reason or str(error))}") from error
-            except UnicodeEncodeError as error:   # in its database of digests
+                raise PipelineError(f"{failure}: {sentence(reason or str(error))}") from error
+            except UnicodeEncodeError as error:   # from DVC's database of digests
                 self.close()
-                raise PipelineError(f"{what}: {misnamed(self.root)}") from error
+                raise PipelineError(f"{failure}: {misnamed(self.root)}") from error
             except BaseException:
                 self.close()
                 raise
             finally:
-                if not self.kept:
+                if not self.keep_open:
                     self.close()
 
     def close(self) -> None:
-        """Forget what was read; the next use reads it again."""
+        """Close the repository and drop its stages; the next use reads the files again."""
         with _guard:
             if self._open is not None:
                 self._open.close()
             self._open = self._nodes = None
 
     def mark_written(self, name: str) -> None:
-        """The file `name` has been written by us, and the stages know what it says."""
+        """Note that moa wrote the file `name` and updated the stages, so that the next use need not read it again."""
         self._read[name] = _stamp(self.root / name)
 
     def name(self, stage: Any) -> str:
-        """DVC names stages from the current folder; we name them from the workspace's root."""
+        """The stage's name, relative to the workspace's root; DVC's own names are relative to the current folder."""
         file = os.path.relpath(stage.path, self.root)
         name = getattr(stage, "name", None)
         return file if name is None else name if file == "dvc.yaml" else f"{file}:{name}"
 
     def _opened(self) -> Any:
+        """The open repository, opened again if one of the files `READ` has changed."""
         from dvc.repo import Repo
 
         now = {name: _stamp(self.root / name) for name in READ}
@@ -94,13 +96,13 @@ class DvcRepository:
 
 
 def misnamed(root: Path) -> str:
-    """Which file DVC cannot keep because its name is no UTF-8, and what to do."""
+    """The end of an error message: which file has a name that is not UTF-8, which DVC cannot store."""
     odd = next((path for path in (root / "data").rglob("*") if not is_valid_unicode(path.name)), root)
     return f"the name of {printable(os.path.relpath(odd, root) if odd != root else root)} is no UTF-8; rename it."
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Differs once the file was written."""
+    """The file's time, size and inode, which change when it is written; None without a file."""
     try:
         stat = path.stat()
     except FileNotFoundError:
@@ -110,7 +112,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 @contextlib.contextmanager
 def silence_dvc() -> Iterator[None]:
-    """No warnings: of locks left by killed processes, and of outputs that are not there yet."""
+    """Suppress DVC's warnings within the block: about locks of killed processes, and outputs that do not exist yet."""
     logger = logging.getLogger("dvc")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -121,9 +123,10 @@ def silence_dvc() -> Iterator[None]:
 
 
 def release_memory(items: Iterable[T]) -> Iterator[T]:
-    """The same; what DVC left in memory over one is gone before the next.
+    """Yield `items`; what DVC stored in memory while one was handled is deleted before the next.
 
-    It keeps every list of files that it ever made, and looks through all of them for each.
+    DVC's in-memory file system keeps every file list that DVC makes, and DVC scans all of them at each use: over
+    hundreds of stages the time would grow with the square.
     """
     import fsspec  # comes with DVC
 
@@ -137,7 +140,10 @@ def release_memory(items: Iterable[T]) -> Iterator[T]:
 
 @contextlib.contextmanager
 def listening(errors: list[OSError]) -> Iterator[None]:
-    """Collect what the disk refused: DVC only logs it, and then fails with words about something else."""
+    """Append to `errors` each OSError that DVC logs within the block.
+
+    DVC raises an error without the cause afterwards, such as a full disk.
+    """
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.exc_info and isinstance(record.exc_info[1], OSError):
@@ -156,25 +162,25 @@ def listening(errors: list[OSError]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Let DVC parse a file of parameters once in the block, and find a parameter in it by its name.
+    """Make DVC parse each parameter file once within the block, and look parameters up by name.
 
-    By itself it parses the file again for each stage, and searches all of it for each parameter.
+    DVC itself parses the file again for each stage, and searches the whole file for each parameter.
     """
     from dvc.dependency import param
 
     read, parsed = param.read_param_file, {}
 
-    def found(fs: Any, path: str, keys: list[str] | None = None, flatten: bool = False, **how: Any) -> Any:
+    def read_once(fs: Any, path: str, keys: list[str] | None = None, flatten: bool = False, **options: Any) -> Any:
         if path not in parsed:
-            parsed[path] = param.load_path(path, fs, **how)
+            parsed[path] = param.load_path(path, fs, **options)
         try:
             if keys and flatten:
                 return {key: reduce(getitem, key.split("."), parsed[path]) for key in keys}
         except (KeyError, TypeError):
-            pass   # one is missing, or stands in a list, or is a pattern
-        return read(fs, path, keys, flatten, **how)
+            pass   # a key is missing, lies in a list, or is a pattern: DVC's function handles these
+        return read(fs, path, keys, flatten, **options)
 
-    param.read_param_file = found   # DVC offers no other way
+    param.read_param_file = read_once   # DVC has no public hook for this
     try:
         yield
     finally:

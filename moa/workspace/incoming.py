@@ -1,9 +1,9 @@
-"""Files that wait in data/incoming to be learned: which wait, how they get in, and how they go on into data/raw.
+"""The queue of files with new rows, data/incoming: lists it, adds files to it, and moves them into data/raw.
 
     data/incoming/NAME/...                 rows of the domain NAME, put there by `moa ingest` or by any other program
     data/incoming/NAME/.FILE.origin.json   beside a file: its original name, if `moa ingest` brought it
 
-The files are the queue: nothing else records what waits. A file leaves only when it is stored in data/raw or
+The files themselves are the queue: no other record exists. A file leaves it only when it is stored in data/raw or
 quarantined (`moa.workspace.quarantine`).
 """
 
@@ -32,52 +32,53 @@ from moa.workspace.quarantine import reject
 from moa.workspace.row_sources import HubDataset, SourceFile
 
 UNFINISHED = (".part", ".tmp", ".crdownload", ".partial", "~")   # names of files that another program is still writing
-AHEAD = 60.0   # seconds; a file that much from the future was written before a clock was put back
+AHEAD = 60.0   # seconds; a file with a time farther in the future was written before the clock was set back
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A file that waits. `domain` is empty for one that lies directly in data/incoming; `modified`: since 1970."""
+    """A file in data/incoming."""
 
-    domain: str
+    domain: str       # "" for a file directly in data/incoming
     path: Path
-    size: int
-    modified: float
+    size: int         # bytes
+    modified: float   # seconds since 1970
 
 
 def waiting_files(workspace: Workspace) -> list[Arrival]:
-    """Every file in data/incoming, but for hidden and unfinished ones; unusable files count, too."""
-    found = []
-    for folder, below, files in os.walk(workspace.incoming):
-        below[:] = [name for name in below if not _passed_over(name)]
+    """Every file in data/incoming, usable or not, except hidden and unfinished ones; sorted by path."""
+    arrivals = []
+    for folder, folders, files in os.walk(workspace.incoming):
+        folders[:] = [name for name in folders if not _passed_over(name)]
         for path in (Path(folder, name) for name in files if not _passed_over(name)):
-            with contextlib.suppress(OSError):   # taken away again
+            with contextlib.suppress(OSError):   # the file was removed meanwhile
                 state = path.stat()
                 if stat.S_ISREG(state.st_mode):
                     parts = path.relative_to(workspace.incoming).parts
-                    # Copying may set the first of these to any time, the second is the file system's own.
-                    found.append(Arrival(parts[0] if len(parts) > 1 else "", path, state.st_size,
-                                         min(state.st_mtime, state.st_ctime)))
-    return sorted(found, key=lambda each: each.path)
+                    # A program that copies may set st_mtime to any time; the file system itself sets st_ctime.
+                    arrivals.append(Arrival(parts[0] if len(parts) > 1 else "", path, state.st_size,
+                                            min(state.st_mtime, state.st_ctime)))
+    return sorted(arrivals, key=lambda arrival: arrival.path)
 
 
 def _passed_over(name: str) -> bool:
+    """Whether a file of this name is hidden or unfinished."""
     return name.startswith(".") or name.lower().endswith(UNFINISHED)
 
 
 def settled_files(arrivals: Sequence[Arrival], seconds: float, now: float) -> list[Arrival]:
-    """Those that were last written to so many seconds ago or more."""
-    return [each for each in arrivals if now - each.modified >= seconds or each.modified > now + AHEAD]
+    """The arrivals that were last written at least `seconds` before `now` (seconds since 1970), so are complete."""
+    return [arrival for arrival in arrivals if now - arrival.modified >= seconds or arrival.modified > now + AHEAD]
 
 
 def incoming_signature(arrivals: Sequence[Arrival]) -> str:
-    """A digest that is the same as long as nothing comes, goes or grows."""
-    lines = sorted(b"%s %d %r" % (os.fsencode(each.path), each.size, each.modified) for each in arrivals)
+    """A digest of the paths, sizes and times of the files, which changes when a file is added, removed or written."""
+    lines = sorted(b"%s %d %r" % (os.fsencode(arrival.path), arrival.size, arrival.modified) for arrival in arrivals)
     return digests.of_bytes(b"\n".join(lines))
 
 
 def usable_row_count(config: Config, arrival: Arrival) -> int:
-    """How many rows of a file its domain can use; 0 = `ingest` will reject it."""
+    """Number of rows of a waiting file that its domain can use; 0 = `ingest` will reject the file."""
     try:
         check_domain_folder(arrival.domain)
     except UsageError:
@@ -88,7 +89,10 @@ def usable_row_count(config: Config, arrival: Arrival) -> int:
 
 
 def count_rows(path: Path, domain: Domain | None = None) -> int:
-    """How many rows of a file can be used as `domain` reads them; None = can be read at all. 0 if the file is bad."""
+    """Number of rows of a file that become conversations with the settings of `domain`; 0 for an unreadable file.
+
+    Without `domain`, counts the rows that can be read at all.
+    """
     try:
         state = path.stat()
         return _counted(path, state.st_size, state.st_mtime_ns, domain.model_dump_json() if domain else None)
@@ -96,7 +100,7 @@ def count_rows(path: Path, domain: Domain | None = None) -> int:
         return 0
 
 
-@lru_cache(maxsize=4096)   # a watching process asks again and again
+@lru_cache(maxsize=4096)   # a process that watches the folder counts the same files repeatedly
 def _counted(path: Path, _size: int, _modified: int, reading: str | None) -> int:
     if path.suffix.lower() not in FORMATS:
         return 0
@@ -104,14 +108,15 @@ def _counted(path: Path, _size: int, _modified: int, reading: str | None) -> int
 
 
 def usable_rows(path: Path, name: str, domain: Domain | None) -> int:
-    """The same of a file whose original name is `name`.
+    """Number of usable rows, as `count_rows`, of the file at `path`, whose original name is `name`.
 
-    Raises DataError when the file is not what its name says, or breaks off.
+    Raises DataError when the file does not have the format of its name, or is truncated.
     """
     return sum(_usable(raw.value, domain) for raw in read_file(path, name))
 
 
 def _usable(value: Any, domain: Domain | None) -> bool:
+    """Whether a row becomes a conversation, or without `domain`, whether it could be read."""
     if domain is None:
         return not isinstance(value, RowRejected)
     try:
@@ -122,7 +127,7 @@ def _usable(value: Any, domain: Domain | None) -> bool:
 
 
 def check_domain_folder(name: str) -> None:
-    """Raise UsageError unless the folder data/incoming/NAME can be a domain's; empty = data/incoming itself."""
+    """Raise UsageError unless `name` can be the name of a domain; "" stands for data/incoming itself and is refused."""
     if not name:
         raise UsageError("It lies directly in data/incoming; put it into data/incoming/NAME, where NAME is its domain.")
     domains.valid_name(name)
@@ -143,27 +148,35 @@ __all__ = [
 ]
 
 
-def _check(found: SourceFile, config: Config, name: str, domain: Domain) -> int:
-    """How many rows can be used. Raises DataError when that is none, or a column is missing."""
-    if found.path.suffix.lower() not in FORMATS:
-        raise DataError(f"{found.origin} is not of a known format; files end with {', '.join(FORMATS)}.")
+def _check(source: SourceFile, config: Config, name: str, domain: Domain) -> int:
+    """Number of usable rows of a file. Raises DataError when there is none, or a column is missing."""
+    if source.path.suffix.lower() not in FORMATS:
+        raise DataError(f"{source.origin} is not of a known format; files end with {', '.join(FORMATS)}.")
     try:
-        row_sources.check(found, domain)
+        row_sources.check(source, domain)
     except DataError as error:
         hint = ("" if name in config.domains else
                 f" A domain whose columns are called otherwise begins with `moa domain add {name} FILE --map ...`.")
         raise DataError(f"{error}{hint}") from None
-    return usable_rows(found.path, found.origin, domain)
+    return usable_rows(source.path, source.origin, domain)
 
 
-# How files get there.
+# Adding files to the queue.
 
 def queue(workspace: Workspace, name: str, sources: Sequence[str], here: Path, hub: HubDataset | None = None
           ) -> dict[str, Any]:
-    """Copy the files behind `sources` to data/incoming/NAME, all or none; what was done.
+    """Copy the files of `sources` into data/incoming/NAME, all or none.
 
-    Takes no lock: another process may be building for hours, or queueing too. Raises UsageError, ConfigError or
-    DataError as `moa domain add` does.
+    Takes no lock, because another process may hold it for hours; several processes may queue files at once.
+
+    Args:
+        sources: files, folders or data sets of a hub.
+        here: folder that relative sources start from.
+
+    Returns:
+        Facts for `queued_text`: the queued files, and those that were skipped and why.
+
+    Raises UsageError, ConfigError or DataError, as `moa.workspace.domains.add` does.
     """
     config = load(workspace.params)
     check_domain_folder(name)
@@ -173,44 +186,45 @@ def queue(workspace: Workspace, name: str, sources: Sequence[str], here: Path, h
     domain = domains.reading_of(config, name, {})
     folder = workspace.incoming / name
     with row_sources.gathered(workspace, sources, here, hub or HubDataset()) as gathered:
-        counts = {found.digest: _check(found, config, name, domain) for found in gathered.found}
-        there = [found for found in gathered.found if _lies_in(row_sources.raw_files(workspace.raw(name)), found)]
-        queued = [each.path for each in waiting_files(workspace) if each.domain == name]
-        twice = [found for found in gathered.found if found not in there and _lies_in(queued, found)]
-        new = [found for found in gathered.found if found not in [*there, *twice]]
+        counts = {source.digest: _check(source, config, name, domain) for source in gathered.found}
+        present = [source for source in gathered.found if _lies_in(row_sources.raw_files(workspace.raw(name)), source)]
+        queued = [arrival.path for arrival in waiting_files(workspace) if arrival.domain == name]
+        waiting = [source for source in gathered.found if source not in present and _lies_in(queued, source)]
+        new = [source for source in gathered.found if source not in [*present, *waiting]]
         if new:
             _put(new, folder)
     return {"domain": name, "new": name not in config.domains, "folder": workspace.relative(folder),
-            "files": [{"name": found.name(), "origin": found.origin, "size": found.size, "digest": found.digest,
-                       "rows": counts[found.digest]} for found in new],
-            "already_there": [found.origin for found in there],
-            "already_waiting": [*(found.origin for found in twice), *gathered.twice],
+            "files": [{"name": source.name(), "origin": source.origin, "size": source.size, "digest": source.digest,
+                       "rows": counts[source.digest]} for source in new],
+            "already_there": [source.origin for source in present],
+            "already_waiting": [*(source.origin for source in waiting), *gathered.twice],
             "ignored": list(gathered.ignored)}
 
 
-def _lies_in(paths: Sequence[Path], found: SourceFile) -> bool:
+def _lies_in(paths: Sequence[Path], source: SourceFile) -> bool:
+    """Whether one of `paths` has the content of the file."""
     for path in paths:
-        with contextlib.suppress(OSError):   # a run is taking it in
-            if path.stat().st_size == found.size and digests.of_file(path) == found.digest:
+        with contextlib.suppress(OSError):   # another process is moving it into data/raw
+            if path.stat().st_size == source.size and digests.of_file(path) == source.digest:
                 return True
     return False
 
 
 def _put(new: Sequence[SourceFile], folder: Path) -> None:
-    """Copy under hidden names, and rename when every copy is complete and on disk."""
-    temporary = {folder / f".{found.name()}.{os.getpid()}.part": found for found in new}
+    """Copy the files into `folder` under hidden names, and rename them when every copy is complete and on disk."""
+    temporary = {folder / f".{source.name()}.{os.getpid()}.part": source for source in new}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.*.part"):
-            if not row_sources.process_is_alive(left.name.split(".")[-2]):
-                left.unlink(missing_ok=True)
-        for path, found in temporary.items():
-            row_sources.copy_checked(found, path)
-            write_json(_origin_of(folder / found.name()), {"origin": found.origin})
-        for path, found in temporary.items():
-            path.replace(folder / found.name())
+        for abandoned in folder.glob(".*.*.part"):
+            if not row_sources.process_is_alive(abandoned.name.split(".")[-2]):
+                abandoned.unlink(missing_ok=True)
+        for path, source in temporary.items():
+            row_sources.copy_checked(source, path)
+            write_json(_origin_of(folder / source.name()), {"origin": source.origin})
+        for path, source in temporary.items():
+            path.replace(folder / source.name())
         for each in (folder, folder.parent):
-            _to_disk(each)
+            _sync(each)
     except OSError as error:
         raise ArtifactError(f"Nothing can be queued in {folder.name}: {error.strerror or error}; mend that and run the "
                             "command again.") from error
@@ -219,8 +233,8 @@ def _put(new: Sequence[SourceFile], folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _to_disk(folder: Path) -> None:
-    """The names in a folder, too."""
+def _sync(folder: Path) -> None:
+    """Write a folder's entries to disk, so that the names of new files survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -229,60 +243,61 @@ def _to_disk(folder: Path) -> None:
 
 
 def _origin_of(path: Path) -> Path:
+    """The file beside `path` that holds its original name."""
     return path.with_name(f".{path.name}.origin.json")
 
 
 def queued_text(done: dict[str, Any]) -> str:
-    """What `moa ingest` says."""
-    total = sum(each["rows"] for each in done["files"])
+    """Describe the result of `queue`, as `moa ingest` prints it."""
+    total = sum(file["rows"] for file in done["files"])
     lines = [f"{len(done['files'])} file{'' if len(done['files']) == 1 else 's'} with {total} usable rows of "
              f"{'the new domain ' if done['new'] else ''}{done['domain']} queued in {done['folder']}."
              if done["files"] else "Nothing new to queue."]
-    lines += [f"  {each['name']}  {each['rows']} rows, from {each['origin']}" for each in done["files"]]
-    told = {"already_there": f"Already in data/raw/{done['domain']}", "already_waiting": "Waiting already",
-            "ignored": "Passed over, not of a known format"}
-    lines += [f"{what}: {name_list(done[key])}." for key, what in told.items() if done[key]]
+    lines += [f"  {file['name']}  {file['rows']} rows, from {file['origin']}" for file in done["files"]]
+    skipped = {"already_there": f"Already in data/raw/{done['domain']}", "already_waiting": "Waiting already",
+               "ignored": "Passed over, not of a known format"}
+    lines += [f"{reason}: {name_list(done[key])}." for key, reason in skipped.items() if done[key]]
     return "\n".join(lines)
 
 
-# How they are taken in.
+# Moving files into data/raw.
 
 @dataclass(frozen=True)
 class IngestResult:
-    """What became of the files of one domain.
-
-    `files`: name in data/raw, origin, digest, rows. `already_there`: origins of files whose content data/raw holds.
-    `rejected`: file, reason. `before`: text of data/raw/NAME.dvc before them, for `domains.revert`; None = there was no
-    such domain, empty = it had no rows.
-    """
+    """What `ingest` did with the waiting files of one domain."""
 
     domain: str
-    new: bool
-    files: list[dict[str, Any]]
-    already_there: list[str]
-    rejected: list[dict[str, Any]]
-    before: str | None
+    new: bool                        # params.yaml lacked the domain
+    files: list[dict[str, Any]]      # stored in data/raw: name there, origin, digest, rows
+    already_there: list[str]         # origins of files whose content data/raw held
+    rejected: list[dict[str, Any]]   # quarantined: file, reason, kept (its place)
+    before: str | None               # for `domains.revert_rows`: the earlier text of data/raw/NAME.dvc, "" or None
 
 
 def ingest(versions: DataVersions, arrivals: Sequence[Arrival]) -> list[IngestResult]:
-    """Move what arrived to data/raw, versioned, each domain all or nothing; those for which anything happened.
+    """Move waiting files into data/raw and version them, or quarantine them; all files of a domain or none.
 
-    The caller holds the lock. A new domain with fewer usable rows than `prepare.min_rows` stays where it is. Raises
-    MoaError when the workspace or the disk is at fault; the files that are not in data/raw by then still wait.
+    The caller holds the lock. The files of a new domain go on waiting while they have fewer usable rows than
+    `prepare.min_rows`.
+
+    Returns:
+        The results of the domains for which anything was done.
+
+    Raises MoaError for faults of the workspace or the disk; files that are not in data/raw by then still wait.
     """
     groups = groupby(sorted(arrivals, key=lambda each: (each.domain, each.path)), key=lambda each: each.domain)
-    taken = [_take_domain(versions, name, list(group)) for name, group in groups]
-    return [each for each in taken if each.files or each.already_there or each.rejected]
+    results = [_take_domain(versions, name, list(group)) for name, group in groups]
+    return [each for each in results if each.files or each.already_there or each.rejected]
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """An arrival that was looked at. `state`: so that a file that was replaced meanwhile is not deleted."""
+class _Inspected:
+    """A waiting file that can be used."""
 
     arrival: Arrival
-    found: SourceFile
-    rows: int
-    state: tuple[int, int]
+    source: SourceFile
+    rows: int                # usable ones
+    state: tuple[int, int]   # size and time; a file that was replaced since has others and is not deleted
 
 
 def _take_domain(versions: DataVersions, name: str, arrivals: Sequence[Arrival]) -> IngestResult:
@@ -295,75 +310,79 @@ def _take_domain(versions: DataVersions, name: str, arrivals: Sequence[Arrival])
     except UsageError as error:
         rejected = reject(workspace, name, [each.path for each in arrivals], str(error))
         return IngestResult(printable(name), new, [], [], rejected, None)
-    there = {found.digest for found in domains.raw_files(workspace, name)}
-    usable, bad = _looked_at(arrivals, config, name, there)
+    present = {found.digest for found in domains.raw_files(workspace, name)}
+    usable, bad = _inspect(arrivals, config, name, present)
     if new and 0 < sum(each.rows for each in usable) < config.prepare.min_rows:
         usable = []
-    fresh: dict[str, _Seen] = {}
+    fresh: dict[str, _Inspected] = {}
     for each in usable:
-        if each.found.digest not in there:
-            fresh.setdefault(each.found.digest, each)
-    files = {domains.free_name(each.found, workspace.raw(name)): each for each in fresh.values()}
+        if each.source.digest not in present:
+            fresh.setdefault(each.source.digest, each)
+    files = {domains.free_name(each.source, workspace.raw(name)): each for each in fresh.values()}
     before = None
     if files:
         domains.version_rows(versions, name)
         tracked = workspace.tracked(name)
         before = tracked.read_text(encoding="utf-8") if tracked.exists() else None if new else ""
         domains.add_files(versions, name, domains.reading_of(config, name, {}),
-                          {file: each.found for file, each in files.items()}, "moa adapt", link=True)
+                          {file: each.source for file, each in files.items()}, "moa adapt", link=True)
     for each in usable:
         _delete(each)
     rejected = [fact for arrival, reason in bad for fact in reject(workspace, name, [arrival.path], reason,
-                                                                   origin=_called(arrival))]
+                                                                   origin=_original_name(arrival))]
     for arrival, _ in bad:
         _forget_origin(arrival.path)
-    return IngestResult(name, new, [{"name": file, "origin": each.found.origin, "digest": each.found.digest,
+    return IngestResult(name, new, [{"name": file, "origin": each.source.origin, "digest": each.source.digest,
                                      "rows": each.rows}
                                     for file, each in files.items()],
-                        [each.found.origin for each in usable if each not in fresh.values()], rejected, before)
+                        [each.source.origin for each in usable if each not in fresh.values()], rejected, before)
 
 
 def _refuse_foreign(workspace: Workspace, config: Config, name: str) -> None:
-    """Undoing a new domain deletes its rows, so none of them may have been there before."""
+    """Raise UsageError where a new domain has files in data/raw: undoing the domain would delete them, too."""
     if name not in config.domains and domains.raw_files(workspace, name):
         raise UsageError(f"data/raw/{name} holds files, and params.yaml has no domain {name}: run `moa domain add "
                          f"{name}`, or move them away, and put this file into data/incoming/{name} again.")
 
 
-def _looked_at(arrivals: Sequence[Arrival], config: Config, name: str, there: set[str]
-               ) -> tuple[list[_Seen], list[tuple[Arrival, str]]]:
-    """What can be used, what lies in data/raw already included; and what cannot, with reasons."""
+def _inspect(arrivals: Sequence[Arrival], config: Config, name: str, present: set[str]
+               ) -> tuple[list[_Inspected], list[tuple[Arrival, str]]]:
+    """The usable arrivals, those with content that data/raw holds included, and the unusable ones with reasons.
+
+    `present`: digests of the files in data/raw/NAME.
+    """
     domain = domains.reading_of(config, name, {})
     usable, bad = [], []
     for arrival in arrivals:
         try:
             state = arrival.path.stat()
-            found = row_sources.look(arrival.path, _called(arrival))
-            found = replace(found, stem=found.stem.removesuffix(f"-{found.digest[:12]}"))   # `moa ingest` adds it
-            count = 0 if found.digest in there else _check(found, config, name, domain)
-            usable.append(_Seen(arrival, found, count, (state.st_size, state.st_mtime_ns)))
+            source = row_sources.look(arrival.path, _original_name(arrival))
+            source = replace(source, stem=source.stem.removesuffix(f"-{source.digest[:12]}"))   # `moa ingest` adds it
+            count = 0 if source.digest in present else _check(source, config, name, domain)
+            usable.append(_Inspected(arrival, source, count, (state.st_size, state.st_mtime_ns)))
         except (DataError, OSError) as error:
-            if arrival.path.exists():   # unless the user took it back
+            if arrival.path.exists():   # the user may have removed it
                 bad.append((arrival, str(error)))
     return usable, bad
 
 
-def _called(arrival: Arrival) -> str:
-    """The file's original name."""
+def _original_name(arrival: Arrival) -> str:
+    """The name that the file had before `moa ingest` renamed it."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return printable(str(read_json(_origin_of(arrival.path))["origin"]))
     return printable(arrival.path.name)
 
 
-def _delete(seen: _Seen) -> None:
-    path = seen.arrival.path
+def _delete(inspected: _Inspected) -> None:
+    """Delete a file that was stored in data/raw, unless another program has replaced it."""
+    path = inspected.arrival.path
     with contextlib.suppress(FileNotFoundError):
         state = path.stat()
-        if (state.st_size, state.st_mtime_ns) == seen.state:
+        if (state.st_size, state.st_mtime_ns) == inspected.state:
             _forget_origin(path)
             path.unlink()
 
 
 def _forget_origin(path: Path) -> None:
-    with contextlib.suppress(OSError):   # there is none of most files, and of some the name would be too long
+    with contextlib.suppress(OSError):   # most files have none, and some names are too long for one
         _origin_of(path).unlink()

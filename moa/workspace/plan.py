@@ -1,6 +1,6 @@
-"""What a run would do, why, and about how long it would take. Decides only; nothing runs.
+"""The plan of a run: which stages would run, why, and about how long training would take. Nothing runs.
 
-Everything here is a pure function but `Statistics.read`, which looks up what earlier steps measured.
+All functions are pure except `Statistics.read`, which reads what earlier runs measured.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.workspace.stage_graph import Snapshot
 
-DEFAULT_ROWS = 400            # of a corpus that is not prepared yet
-DEFAULT_ROW_TOKENS = 120.0    # prompt and answer
+DEFAULT_ROWS = 400            # training rows of a corpus that is not prepared yet
+DEFAULT_ROW_TOKENS = 120.0    # tokens of a row, prompt and answer
 DEFAULT_RATE = 240.0          # trained tokens a second: a 135M base on two CPU cores
 
 State = Literal["fresh", "stale", "maybe"]
@@ -21,7 +21,7 @@ State = Literal["fresh", "stale", "maybe"]
 
 @dataclass(frozen=True)
 class Step:
-    """One stage. `maybe`: stale only if what runs above it changes its own output."""
+    """One stage of the plan. `maybe`: the stage is stale only if an ancestor that runs changes its output."""
 
     name: str
     state: State
@@ -30,34 +30,39 @@ class Step:
 
 @dataclass(frozen=True)
 class Estimate:
-    tokens: int
+    """The estimated cost of training the experts of a plan."""
+
+    tokens: int      # trained, over all experts and epochs
     minutes: float
-    basis: str   # where the numbers come from
+    basis: str       # where the numbers come from, in words
 
 
 @dataclass(frozen=True)
 class Plan:
+    """What a run would do; `make_plan` makes it."""
+
     steps: tuple[Step, ...]
     experts: tuple[str, ...]       # domains whose expert will be trained
     router: bool                   # whether the router must be trained
     estimate: Estimate
     release: str | None            # what would be registered
     left_out: tuple[str, ...] = () # by --domain
-    imported: tuple[str, ...] = () # of `experts`, those that came from outside: training puts its own in their place
+    imported: tuple[str, ...] = () # those of `experts` that were imported; training replaces them
 
     @property
     def stale(self) -> tuple[Step, ...]:
+        """The steps that would run or might run."""
         return tuple(step for step in self.steps if step.state != "fresh")
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json: only the steps that would run, and how many are fresh."""
+        """The plan as a JSON value, for --json: the steps that would or might run, and the number of fresh ones."""
         return {"stale": [asdict(step) for step in self.stale], "fresh": len(self.steps) - len(self.stale),
                 "experts": list(self.experts), "imported": list(self.imported), "router": self.router,
                 "tokens": self.estimate.tokens, "minutes": self.estimate.minutes, "basis": self.estimate.basis,
                 "release": self.release, "left_out": list(self.left_out)}
 
     def text(self) -> str:
-        """As a text for a terminal."""
+        """The plan as text for a terminal."""
         if not self.stale:
             return f"Nothing to do: all {len(self.steps)} steps are fresh."
         width = max(len(step.name) for step in self.stale)
@@ -81,15 +86,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What earlier runs left. `corpora`: manifest of each prepared corpus. `rates`: tokens a second by step.
-    `imported`: domains whose expert was trained elsewhere."""
+    """Measurements of earlier runs, from which `make_plan` estimates the cost of training."""
 
-    corpora: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    rates: Mapping[str, float] = field(default_factory=dict)
-    imported: frozenset[str] = frozenset()
+    corpora: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)   # manifests of prepared corpora, by domain
+    rates: Mapping[str, float] = field(default_factory=dict)                 # tokens a second, by step
+    imported: frozenset[str] = frozenset()                                   # domains with an imported expert
 
     @classmethod
     def read(cls, workspace: Workspace, config: Config) -> "Statistics":
+        """Read the statistics of a workspace; what does not exist is left out."""
         corpora = {}
         for domain in config.domains:
             path = workspace.corpus(domain) / MANIFEST
@@ -105,7 +110,7 @@ class Statistics:
 
 
 def make_plan(snapshot: Snapshot, config: Config, statistics: Statistics) -> Plan:
-    """The plan for a snapshot that already knows what is forced and what is left out."""
+    """Make the plan of a run from a snapshot of the pipeline, to which --force and --domain have been applied."""
     graph, affected = snapshot.graph, snapshot.affected
     steps = [_step(snapshot, affected, name) for generation in graph.generations() for name in generation
              if graph.stages[name].command and name not in snapshot.left_out]
@@ -123,7 +128,7 @@ def _step(snapshot: Snapshot, affected: set[str], name: str) -> Step:
         return Step(name, "stale", tuple(reason.text for reason in snapshot.stale[name]))
     if name in affected:
         above = [other for other in snapshot.graph.upstream(name) if other in affected]
-        if not above:   # only data without a command lies between
+        if not above:   # only stages without a command are in between
             above = sorted(other for other in affected if name in snapshot.graph.descendants([other]))
         return Step(name, "maybe", (f"upstream {_few(above)} will run",))
     return Step(name, "fresh")
@@ -134,7 +139,11 @@ def _few(names: list[str]) -> str:
 
 
 def estimate_training(experts: tuple[str, ...], config: Config, statistics: Statistics) -> Estimate:
-    """Tokens = rows seen x mean tokens of a row, over all epochs; minutes = tokens / measured rate."""
+    """Estimate the cost of training the experts of the domains `experts`.
+
+    Tokens are the rows seen over all epochs times the mean tokens of a row; minutes are tokens divided by the measured
+    rate, or by a default.
+    """
     known = [domain for domain in experts if domain in statistics.corpora]
     tokens = sum(rows_seen(config, statistics.corpora.get(domain)) * row_tokens(statistics.corpora.get(domain))
                  for domain in experts)
@@ -147,13 +156,16 @@ def estimate_training(experts: tuple[str, ...], config: Config, statistics: Stat
 
 
 def rows_seen(config: Config, manifest: Mapping[str, Any] | None) -> int:
-    """Rows one expert is trained on, over all its epochs."""
+    """Number of rows that one expert is trained on, over all its epochs.
+
+    `manifest` is its corpus's manifest; None = a default number of rows.
+    """
     rows = int(manifest["rows"]["train"]) if manifest else DEFAULT_ROWS
     return min(config.train.rows_per_epoch or rows, rows) * config.train.epochs
 
 
 def row_tokens(manifest: Mapping[str, Any] | None) -> float:
-    """Mean tokens of a row, prompt and answer; a default when the corpus does not say."""
+    """Mean number of tokens of a row, prompt and answer, from a corpus's manifest, or a default where it lacks them."""
     tokens = manifest.get("tokens") if manifest else None
     if not isinstance(tokens, Mapping):
         return DEFAULT_ROW_TOKENS

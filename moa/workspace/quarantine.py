@@ -1,9 +1,9 @@
-"""data/incoming/.rejected: files that could not be used, or were refused, each with its reason beside it.
+"""The quarantine data/incoming/.rejected: files that could not be used or were refused, each with its reason.
 
-    data/incoming/.rejected/NAME/FILE               the file; of one that lay outside all folders, NAME is `-`
+    data/incoming/.rejected/NAME/FILE               the file; NAME is `-` for one that lay directly in data/incoming
     data/incoming/.rejected/NAME/FILE.reason.json   reason, at, digest, from, origin
 
-The reason is written first, so that whatever ends the process, the file is in one of the two places.
+The reason is written before the file is moved, so that after a crash the file is in one of the two places.
 """
 
 import os
@@ -20,18 +20,25 @@ from moa.core.names import escaped, printable
 from moa.core.paths import Workspace
 from moa.workspace.row_sources import stem
 
-LONGEST = 200   # bytes of a file's name, which gets a longer one beside it
+LONGEST = 200   # bytes of a file's name; the name of its reason is longer, and file systems allow 255
 
 
 def reject(workspace: Workspace, name: str, paths: Sequence[Path], reason: str, *, origin: str | None = None
            ) -> list[dict[str, Any]]:
-    """Put files among the rejected of domain `name`, with the reason: file, reason and place (`kept`) of each.
+    """Quarantine files of domain `name` with the reason.
 
-    The caller holds the lock. What lies in data/incoming is moved, everything else copied. Files that are gone are
-    passed over, and the same content is kept once. Raises ArtifactError when the disk refuses; the file is where it
-    was then.
+    Files in data/incoming are moved, all others copied. Files that no longer exist are skipped, and the same content is
+    stored once. The caller holds the lock.
+
+    Args:
+        origin: the files' original name; None = their present one.
+
+    Returns:
+        `file`, `reason` and place in the quarantine (`kept`) of each.
+
+    Raises ArtifactError when the disk refuses; the file is in its old place then.
     """
-    done = []
+    quarantined = []
     for path in paths:
         if not path.exists():
             continue
@@ -41,20 +48,21 @@ def reject(workspace: Workspace, name: str, paths: Sequence[Path], reason: str, 
             raise ArtifactError(f"{printable(path.name)} cannot be put into "
                                 f"{workspace.relative(workspace.quarantine)}: "
                                 f"{error.strerror or error}; mend that, and the next run tries again.") from error
-        done.append({"file": printable(path.name), "reason": escaped(reason),
-                     "kept": printable(workspace.relative(target))})
-    return done
+        quarantined.append({"file": printable(path.name), "reason": escaped(reason),
+                            "kept": printable(workspace.relative(target))})
+    return quarantined
 
 
 def _reject(workspace: Workspace, name: str, path: Path, reason: str, origin: str | None) -> Path:
+    """Quarantine one file. Returns its new place."""
     try:
         digest = digests.of_file(path)
     except OSError:
-        digest = None   # that may be what is wrong with it
+        digest = None   # the file may have been rejected because it cannot be read
     folder = workspace.quarantine / (name or "-")
     target = _free(folder, path, digest)
-    for left in folder.glob(".*.tmp"):   # by a process that was killed
-        left.unlink(missing_ok=True)
+    for abandoned in folder.glob(".*.tmp"):   # by a process that was killed
+        abandoned.unlink(missing_ok=True)
     write_json(_reason_of(target), {
         "reason": escaped(reason), "at": datetime.now(UTC).isoformat(timespec="seconds"), "digest": digest,
         "from": printable(os.path.relpath(path, workspace.root)), "origin": printable(origin or path.name)})
@@ -76,19 +84,20 @@ def _reject(workspace: Workspace, name: str, path: Path, reason: str, origin: st
 
 
 def _free(folder: Path, path: Path, digest: str | None) -> Path:
-    """Where the file may go: no other content lies there, and its reason takes the place of no file."""
-    short, suffix = stem(path.stem), path.suffix[:20]
+    """The place for a file: it is free or holds the same content, and its reason overwrites no file."""
+    short_stem, suffix = stem(path.stem), path.suffix[:20]
     names = [path.name] if len(os.fsencode(path.name)) <= LONGEST else []
-    names += [f"{short}-{(digest or 'unreadable')[:digits]}{suffix}" for digits in (12, 64)]
-    names += [f"{short}-{number}{suffix}" for number in range(1, 1000)]
+    names += [f"{short_stem}-{(digest or 'unreadable')[:digits]}{suffix}" for digits in (12, 64)]
+    names += [f"{short_stem}-{number}{suffix}" for number in range(1, 1000)]
     for target in (folder / name for name in names):
         reason = _reason_of(target)
         if reason.exists() and _reason_of(reason).exists():
-            continue   # a file that was rejected itself is called so
+            continue   # a rejected file has this name
         if not target.exists() or (digest is not None and digests.of_file(target) == digest):
             return target
     raise OSError(17, "too many files of that name")
 
 
 def _reason_of(target: Path) -> Path:
+    """The file that holds the reason of a quarantined file."""
     return target.with_name(f"{target.name}.reason.json")

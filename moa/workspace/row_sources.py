@@ -1,6 +1,7 @@
-"""Named sources (files, folders, data sets of a hub) to files whose rows can be used. Changes no workspace.
+"""Resolves sources of rows (files, folders, data sets of a hub) to files, and checks that their rows can be used.
 
-A file is known by its content: its name in data/raw/NAME is the stem it came with and the beginning of its digest.
+A file's name in data/raw/NAME is its original stem and the beginning of its digest, so equal content has one name. No
+function here changes data/.
 """
 
 import os
@@ -23,50 +24,54 @@ from moa.core.text import name_list
 from moa.data.conversations import RowRejected, conversation, fields
 from moa.data.readers import FORMATS, raw_files, read_file
 
-LOOKED_AT = 100        # rows of each file before anything is changed
-LOOKED_FOR = 10_000    # rows in which a column may turn up that the first ones lack
+LOOKED_AT = 100        # first rows of a file that `check` reads
+LOOKED_FOR = 10_000    # rows in which `check` looks for a column that the first ones lack
 HUB = "hub:OWNER/NAME@REVISION"
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Which part of a hub's data set to take. `revision`: None = as the source says, or main."""
+    """Which part of a hub's data set to take."""
 
-    revision: str | None = None
+    revision: str | None = None  # None = the one in the source, or main
     split: str | None = None     # None = train
     subset: str | None = None    # None = the only one
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file to take in. `origin` is its original name, without this machine's folders."""
+    """A file with rows, whose content is known by its digest."""
 
     path: Path
-    stem: str
+    stem: str      # of its original name, with safe characters only
     digest: str
-    origin: str
-    size: int
+    origin: str    # original name, without the folders of this machine
+    size: int      # bytes
 
     def name(self, digits: int = 12) -> str:
-        """What the file is called in data/raw/NAME."""
+        """The file's name in data/raw/NAME, with so many hexadecimal digits of its digest."""
         return f"{self.stem}-{self.digest[:digits]}{Path(self.path).suffix.lower()}"
 
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """`found` has one file for each content; `twice` and `ignored` are names of files that are not taken."""
+    """The files of all sources of a command."""
 
-    found: tuple[SourceFile, ...]
-    twice: tuple[str, ...]
-    ignored: tuple[str, ...]
+    found: tuple[SourceFile, ...]   # one for each content
+    twice: tuple[str, ...]          # origins of files whose content `found` has already
+    ignored: tuple[str, ...]        # names of files of unknown formats
 
 
 @contextmanager
 def gathered(workspace: Workspace, sources: Sequence[str], here: Path, hub: HubDataset) -> Iterator[SourceFiles]:
-    """The files behind `sources`, as long as the block lasts. Relative paths start from `here`.
+    """Find the files of `sources` and download data sets of a hub, which are deleted when the block ends.
 
-    Several processes may do this at once. Raises UsageError or DataError naming the source that there is not, or that
-    holds no rows.
+    Several processes may do this at once.
+
+    Args:
+        here: folder that relative paths start from.
+
+    Raises UsageError or DataError naming a source that does not exist or cannot be read.
     """
     remote = [source for source in sources if source.startswith("hub:")]
     if hub != HubDataset() and not remote:
@@ -74,9 +79,9 @@ def gathered(workspace: Workspace, sources: Sequence[str], here: Path, hub: HubD
                          f"written {HUB}.")
     scratch = workspace.local / f"intake.{os.getpid()}"
     for other in scratch.parent.glob("intake.*"):
-        if other == scratch or not process_is_alive(other.suffix[1:]):   # of a killed command
+        if other == scratch or not process_is_alive(other.suffix[1:]):   # left by a killed command
             shutil.rmtree(other, ignore_errors=True)
-    found: dict[str, SourceFile] = {}
+    by_digest: dict[str, SourceFile] = {}
     twice: list[str] = []
     ignored: list[str] = []
     try:
@@ -85,23 +90,23 @@ def gathered(workspace: Workspace, sources: Sequence[str], here: Path, hub: HubD
                 scratch.mkdir(parents=True, exist_ok=True)
                 files_of_source = [_from_hub(source, hub, scratch)]
             else:
-                files_of_source, left = _from_disk(workspace, source, here)
-                ignored += left
-            for each in files_of_source:
-                if each.digest in found:
-                    twice.append(each.origin)
-                found.setdefault(each.digest, each)
-        yield SourceFiles(tuple(found.values()), tuple(twice), tuple(ignored))
+                files_of_source, others = _from_disk(workspace, source, here)
+                ignored += others
+            for file in files_of_source:
+                if file.digest in by_digest:
+                    twice.append(file.origin)
+                by_digest.setdefault(file.digest, file)
+        yield SourceFiles(tuple(by_digest.values()), tuple(twice), tuple(ignored))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def process_is_alive(pid: str) -> bool:
-    """Whether a process of that id runs."""
+    """Whether a process with this id runs on this machine; False for a text that is no process id."""
     try:
         os.kill(int(pid), 0)
     except PermissionError:
-        return True   # another user's
+        return True   # the process belongs to another user
     except (OSError, ValueError, OverflowError):
         return False
     return True
@@ -110,6 +115,7 @@ def process_is_alive(pid: str) -> bool:
 # Files and folders.
 
 def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[SourceFile], list[str]]:
+    """The files of a source that is a file or folder, and the names of a folder's files of unknown formats."""
     path = (here / Path(source).expanduser()).resolve()
     source = printable(source)
     if not os.path.exists(path):   # noqa: PTH110 - False for a name that is too long, too
@@ -135,9 +141,9 @@ def _from_disk(workspace: Workspace, source: str, here: Path) -> tuple[list[Sour
 
 
 def look(path: Path, origin: str) -> SourceFile:
-    """The file at `path`, whose original name is `origin`.
+    """Describe and digest the file at `path`, whose original name is `origin`.
 
-    Raises DataError when it cannot be read, and ArtifactError when the machine is to blame.
+    Raises DataError when it cannot be read, and ArtifactError when the cause is the machine, such as a failing disk.
     """
     origin = printable(origin)
     try:
@@ -148,13 +154,14 @@ def look(path: Path, origin: str) -> SourceFile:
 
 
 def stem(name: str) -> str:
-    """`name` with only what any file system, shell and YAML file takes as it is."""
+    """`name` without characters that file systems, shells or YAML would quote, at most 60 long; "rows" if empty."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.")[:60] or "rows"
 
 
 # A hub's data sets.
 
 def _from_hub(source: str, hub: HubDataset, scratch: Path) -> SourceFile:
+    """Download one split of a hub's data set into the folder `scratch`. Raises UsageError or DataError."""
     name, _, revision = source.removeprefix("hub:").partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UsageError(f"The source {printable(source)} is not understood; write {HUB}.")
@@ -174,7 +181,7 @@ def _from_hub(source: str, hub: HubDataset, scratch: Path) -> SourceFile:
 
 
 def _commit(name: str, revision: str) -> str:
-    """The commit that a revision means now."""
+    """The commit that a revision of a hub's data set names now. Raises DataError."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -202,7 +209,7 @@ def _commit(name: str, revision: str) -> str:
 
 
 def _download(name: str, commit: str, split: str, subset: str | None, path: Path) -> None:
-    """Write one split as Parquet. Code that a data set brings is never run."""
+    """Write one split to `path` as Parquet. Code in the data set's repository is never run. Raises DataError."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -214,36 +221,40 @@ def _download(name: str, commit: str, split: str, subset: str | None, path: Path
 
 
 def _transport() -> type[Exception]:
-    """The error of whatever library the hub's client speaks HTTP with."""
+    """The HTTPError of the HTTP library that the hub's client uses: requests or httpx, depending on its version."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(kind for kind in HfHubHTTPError.__bases__ if kind.__name__ == "HTTPError")
 
 
 def _first_line(error: BaseException) -> str:
+    """The first line of an error's message as a sentence of at most 300 characters, or its class."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text[:300] if text.endswith(".") else f"{text[:300]}."
 
 
 # Whether the rows can be used.
 
-def check(found: SourceFile, domain: Domain) -> None:
-    """Raise DataError unless at least one of the file's first rows becomes a conversation and every column that
-    `domain` names exists in it."""
-    rows = _values(found, LOOKED_AT)
+def check(source: SourceFile, domain: Domain) -> None:
+    """Check that the rows of a file can be used with the settings of `domain`.
+
+    Raises DataError unless one of the file's first rows becomes a conversation, and every column that `domain` names
+    exists.
+    """
+    rows = _values(source, LOOKED_AT)
     if not rows:
-        raise DataError(f"{found.origin} has no rows.")
+        raise DataError(f"{source.origin} has no rows.")
     columns = {str(key): None for row in rows if isinstance(row, dict) for key in row}
     wanted = {f"--map {key}": column for key, column in domain.map.items()}
     if domain.group_by not in (None, "none"):
         wanted["--group-by"] = domain.group_by or ""
     wanted |= {f"--template {{{column}}}": column for column in fields(domain.template or "")}
     missing = {option: column for option, column in wanted.items() if column not in columns}
-    if missing:   # rows of JSON need not be alike, and empty fields of CSV are none
-        more = {str(key): None for row in _values(found, LOOKED_FOR) if isinstance(row, dict) for key in row}
+    if missing:   # JSON rows may differ in keys, and a CSV row has no key for an empty field
+        more = {str(key): None for row in _values(source, LOOKED_FOR) if isinstance(row, dict) for key in row}
         for option, column in missing.items():
             if column not in more:
-                raise DataError(f"{found.origin} has no column {column!r}, which {option} names; its columns are "
+                raise DataError(f"{source.origin} has no column {column!r}, which {option} names; its columns are "
                                 f"{name_list(list(more)) or 'none'}.")
     reasons: Counter[str] = Counter()
     for row in rows:
@@ -253,15 +264,17 @@ def check(found: SourceFile, domain: Domain) -> None:
         except RowRejected as rejected:
             reasons[str(rejected)] += 1
     reason, count = reasons.most_common(1)[0]
-    raise DataError(f"{found.origin}: none of its first {len(rows)} rows can be used, most often ({count}) because of: "
-                    f"{reason}. {_advice(list(columns))}")
+    raise DataError(f"{source.origin}: none of its first {len(rows)} rows can be used, most often ({count}) because "
+                    f"of: {reason}. {_advice(list(columns))}")
 
 
-def _values(found: SourceFile, limit: int) -> list[Any]:
-    return [raw.value for raw in islice(read_file(found.path, found.origin), limit)]
+def _values(source: SourceFile, limit: int) -> list[Any]:
+    """The first `limit` rows of a file, as JSON values."""
+    return [raw.value for raw in islice(read_file(source.path, source.origin), limit)]
 
 
 def _advice(columns: list[str]) -> str:
+    """A sentence that tells the user how to map these columns."""
     if not columns:
         return "A row is an object with instruction and output, or with chat messages."
     first, last = printable(columns[0]), printable(columns[-1])
@@ -269,25 +282,26 @@ def _advice(columns: list[str]) -> str:
             f"--map instruction={first},output={last}.")
 
 
-def copy_checked(found: SourceFile, target: Path, *, link: bool = False) -> None:
-    """Copy a file and read it back. Raises DataError when it is another by now.
+def copy_checked(source: SourceFile, target: Path, *, link: bool = False) -> None:
+    """Copy a file to `target` and verify the copy's digest. Raises DataError when the file has changed.
 
-    With `link`, `target` becomes a second name of it where the disk can, unless it has another one already: a program
-    that knows the file by that may go on writing to it.
+    With `link`, `target` becomes a hard link to the file if it has none yet and the file system allows it. A file with
+    another hard link is copied, because a program may write to it through that link.
     """
     try:
-        if not (link and _linked(found.path, target)):
-            shutil.copyfile(found.path, target)
+        if not (link and _linked(source.path, target)):
+            shutil.copyfile(source.path, target)
         with target.open("rb") as file:
             os.fsync(file.fileno())
-        same = digests.of_file(target) == found.digest
+        same = digests.of_file(target) == source.digest
     except OSError as error:
-        raise DataError(f"{found.origin} cannot be copied to {target.parent.name}: {error.strerror}.") from None
+        raise DataError(f"{source.origin} cannot be copied to {target.parent.name}: {error.strerror}.") from None
     if not same:
-        raise DataError(f"{found.origin} changed while it was copied; run the command again.")
+        raise DataError(f"{source.origin} changed while it was copied; run the command again.")
 
 
 def _linked(source: Path, target: Path) -> bool:
+    """Make `target` a hard link to `source`. Returns whether that was possible and safe."""
     if source.is_symlink() or source.stat().st_nlink != 1:
         return False
     try:

@@ -1,6 +1,6 @@
-"""Inputs of stages that are no files of their own, written to .moa/ for DVC: code digests, and where training begins.
+"""Writes the inputs of stages that are not files to .moa/, where DVC reads them: code digests, and initial experts.
 
-dvc.yaml names the keys of these files as parameters of its stages, so a changed value makes just its stages stale.
+dvc.yaml names the keys of these files as parameters of its stages, so a changed value makes only its own stages stale.
 """
 
 from collections.abc import Iterable
@@ -13,15 +13,16 @@ from moa.experts.warm_start import InitialExpert, read
 
 
 def write_stage_inputs(workspace: Workspace) -> None:
-    """Bring both files up to date. DVC must be asked after this, never before."""
+    """Bring both files up to date. Call this before DVC reads the pipeline."""
     code_version.write(workspace)
     write_initial_experts(workspace)
 
 
 def write_initial_experts(workspace: Workspace, domains: Iterable[str] | None = None) -> None:
-    """Bring .moa/starts.json up to date, where DVC looks: a key for each domain, null = afresh.
+    """Bring .moa/starts.json up to date: the expert at which each domain's training begins, null = a new one.
 
-    `domains` are those of params.yaml. Where that cannot be read nothing is written: DVC, too, needs it before.
+    `domains` defaults to those of params.yaml. Where params.yaml cannot be read, nothing is written: DVC will report
+    the error.
     """
     names = _domains(workspace) if domains is None else list(domains)
     if names is None:
@@ -32,11 +33,12 @@ def write_initial_experts(workspace: Workspace, domains: Iterable[str] | None = 
 
 
 def entry(workspace: Workspace, start: InitialExpert) -> dict[str, str]:
+    """An initial expert as JSON: its domain, its digest, and the folder of its files relative to the workspace."""
     return {"domain": start.domain, "digest": start.digest, "path": workspace.relative(workspace.parent(start.digest))}
 
 
 def _domains(workspace: Workspace) -> list[str] | None:
-    """Keys under `domains`, whatever else params.yaml says: DVC makes a training of each before moa checks the file."""
+    """The keys under `domains` in params.yaml, unvalidated: DVC makes stages of them before moa validates the file."""
     from ruamel.yaml import YAML, YAMLError
 
     try:

@@ -1,9 +1,9 @@
-"""`moa upgrade`: the files of an older workspace made what this moa writes, comments kept; all of them or none.
+"""`moa upgrade`: brings the files of an older workspace to the present layout, in one transaction.
 
-`plan` makes the new texts out of the old ones and changes nothing. Values that users set stay: the upgrade removes only
-keys that moa reads no more, and adds only what moa's own stages must name. No name on a server changes, so a workspace
-without a project id gets none. What a stage recorded in dvc.lock is edited along with the key that it records, so the
-removal of a key without effect makes no stage stale.
+`plan` makes the new texts from the old ones and changes nothing. Comments and the users' values are preserved: the
+upgrade removes only keys that moa no longer reads, and adds only what moa's own stages must name. No name on a server
+changes, so a workspace without a project id gets none. Where a key is removed from params.yaml, it is also removed from
+dvc.lock, so that the removal makes no stage stale.
 """
 
 import difflib
@@ -36,29 +36,30 @@ Texts = dict[str, str]         # by file
 
 @dataclass
 class Upgrade:
-    """New texts of files that change, what is done to them, and what is left for the user to decide."""
+    """The changes of an upgrade, made or planned."""
 
     old: Texts
     new: Texts
-    done: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)   # descriptions of the changes
+    left: list[str] = field(default_factory=list)   # what the user must decide
 
     def diff(self) -> str:
-        """Unified, as `git apply` takes it."""
+        """The changes as a unified diff, which `git apply` accepts."""
         return "".join(line if line.endswith("\n") else f"{line}\n" for name in self.changed()
                        for line in difflib.unified_diff(_lines(self.old[name]), _lines(self.new[name]),
                                                         f"a/{name}", f"b/{name}"))
 
     def changed(self) -> list[str]:
+        """Names of the files that change."""
         return [name for name in FILES if self.new.get(name) != self.old.get(name)]
 
     def as_dict(self, *, dry_run: bool) -> dict[str, Any]:
-        """For --json."""
+        """The upgrade as a JSON value, for --json."""
         return {"layout": layout.LAYOUT, "dry_run": dry_run, "files": self.changed(), "done": self.done,
                 "left": self.left, "diff": self.diff()}
 
     def text(self, *, dry_run: bool) -> str:
-        """As a text for a terminal."""
+        """The upgrade as text for a terminal."""
         left = [f"Left as it is: {line}." for line in self.left]
         if not self.changed():
             return "\n".join([f"Nothing to do: the workspace has layout {layout.LAYOUT}.", *left])
@@ -69,9 +70,9 @@ class Upgrade:
 
 
 def upgrade(workspace: Workspace, *, dry_run: bool = False) -> Upgrade:
-    """Bring the files to this moa's layout, or with `dry_run` say what would be done.
+    """Upgrade the workspace's files to the present layout, or with `dry_run` only plan it. Returns the changes.
 
-    Raises ConfigError where a file cannot be read or must be edited by hand, and then nothing has changed.
+    Raises ConfigError where a file cannot be read or must be edited by hand; nothing has changed then.
     """
     if dry_run:
         return plan(workspace, _read(workspace.root))
@@ -86,7 +87,7 @@ def upgrade(workspace: Workspace, *, dry_run: bool = False) -> Upgrade:
 
 
 def plan(workspace: Workspace, texts: Mapping[str, str]) -> Upgrade:
-    """What is to be done to these texts of the workspace's files. Changes nothing."""
+    """Plan the upgrade of files with these texts, by name. Changes nothing. Raises ConfigError."""
     made = Upgrade(dict(texts), dict(texts))
     config, removed = parameters.parse(texts[PARAMS], Path(PARAMS))
     for name in removed:
@@ -107,12 +108,12 @@ def plan(workspace: Workspace, texts: Mapping[str, str]) -> Upgrade:
 # dvc.yaml
 
 def edit_pipeline(workspace: Workspace, made: Upgrade) -> None:
-    """Give moa's own stages the parameters that they lack, and take out dependencies on modules of moa.
+    """Add to moa's own stages in dvc.yaml the parameters that they lack, and remove dependencies on modules of moa.
 
-    A stage whose command is not moa's own stays as it is.
+    A stage with another command than moa's stays as it is. Updates `made`.
     """
     yaml, content = _editable(made.new[PIPELINE], PIPELINE)
-    said = len(made.done)
+    before = len(made.done)
     for name, ours in _our_stages().items():
         stage = _body(content, name)
         if stage is None or stage.get("cmd") != ours["cmd"]:
@@ -127,17 +128,18 @@ def edit_pipeline(workspace: Workspace, made: Upgrade) -> None:
             made.done.append(f"{PIPELINE}: {name} depends no more on {path}, which is not there")
         if stage.get("deps") == []:
             del stage["deps"]
-    if len(made.done) > said:
+    if len(made.done) > before:
         made.new[PIPELINE] = _dumped(yaml, content, made.old[PIPELINE])
 
 
 def _our_stages() -> dict[str, Any]:
-    """The stages of a new workspace, each without its loop over domains."""
+    """The stages of a new workspace's dvc.yaml, each without its loop over domains."""
     _, content = _editable((SCAFFOLD / "pipeline.yaml").read_text("utf-8"), "pipeline.yaml")
     return {name: stage.get("do", stage) for name, stage in content["stages"].items()}
 
 
 def _body(content: Any, name: str) -> Any:
+    """The definition of a stage in dvc.yaml, without its loop over domains; None where it is missing or malformed."""
     stages = content.get("stages") if isinstance(content, Mapping) else None
     stage = stages.get(name) if isinstance(stages, Mapping) else None
     body = stage.get("do", stage) if isinstance(stage, Mapping) else None
@@ -153,11 +155,12 @@ def _covers(entry: Any, wanted: Any) -> bool:
 
 
 def _named(entry: Any) -> str:
+    """An entry of a stage's parameters in words: its key, or its file."""
     return ", ".join(entry) if isinstance(entry, Mapping) else str(entry)
 
 
 def _modules(stage: Mapping[str, Any]) -> list[str]:
-    """Of moa, from before code was a parameter."""
+    """The stage's dependencies on modules of moa, from before the code's digest was a parameter."""
     deps = stage.get("deps")
     listed = deps if isinstance(deps, list) else []
     return [path for path in listed if isinstance(path, str) and path.startswith("moa/")]
@@ -166,10 +169,10 @@ def _modules(stage: Mapping[str, Any]) -> list[str]:
 # dvc.lock
 
 def edit_lock(workspace: Workspace, made: Upgrade, removed: list[str]) -> None:
-    """Let stages have recorded what the other files say now, where that has no effect on their results.
+    """Edit what stages recorded in dvc.lock, so that changes without effect on results make no stage stale.
 
-    DVC compares whole groups of params.yaml with what a stage recorded. A training that recorded no start is given the
-    one of now: that is all that the layouts without this parameter could record.
+    DVC compares whole groups of params.yaml with the recorded ones, so keys that are `removed` are removed here, too. A
+    training that recorded no initial expert gets the present one: older layouts had no such parameter. Updates `made`.
     """
     if LOCK not in made.old:
         return
@@ -180,7 +183,7 @@ def edit_lock(workspace: Workspace, made: Upgrade, removed: list[str]) -> None:
         return
     from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 
-    content: Any = parse_yaml_for_update(made.old[LOCK], LOCK)   # as DVC itself edits the file
+    content: Any = parse_yaml_for_update(made.old[LOCK], LOCK)   # the parser with which DVC itself edits the file
     for name, file, group, value in edits:
         recorded = content["stages"][name]["params"]
         if file == PARAMS:
@@ -214,11 +217,14 @@ def _startless(workspace: Workspace, stages: Mapping[str, Any],
 # prefect.yaml
 
 def edit_prefect(made: Upgrade, config: Config) -> None:
-    """Name the flows as they are called now, and let the trigger of a project with an id match its events."""
+    """Rename flows in prefect.yaml to their present names, and make triggers match the events of a project with an id.
+
+    Updates `made`.
+    """
     if PREFECT not in made.old or not any(each in made.old[PREFECT] for each in (OLD_TRIGGER, *ENTRYPOINTS)):
         return
     yaml, content = _editable(made.old[PREFECT], PREFECT)
-    resource, found, renamed = Names.of(config).resource("domain", "*"), False, False
+    resource, retargeted, renamed = Names.of(config).resource("domain", "*"), False, False
     for deployment in _list(content, "deployments"):
         if isinstance(deployment, dict) and deployment.get("entrypoint") in ENTRYPOINTS:
             former = deployment["entrypoint"]
@@ -229,21 +235,23 @@ def edit_prefect(made: Upgrade, config: Config) -> None:
         for trigger in _list(deployment, "triggers"):
             match = trigger.get("match") if isinstance(trigger, Mapping) else None
             if isinstance(match, dict) and match.get("prefect.resource.id") == OLD_TRIGGER:
-                match["prefect.resource.id"], found = resource, True
-    if found:
+                match["prefect.resource.id"], retargeted = resource, True
+    if retargeted:
         made.done.append(f"{PREFECT}: the trigger matches {resource}")
-    if found or renamed:
+    if retargeted or renamed:
         made.new[PREFECT] = _dumped(yaml, content, made.old[PREFECT])
 
 
 def _list(content: Any, key: str) -> list[Any]:
-    found = content.get(key) if isinstance(content, Mapping) else None
-    return found if isinstance(found, list) else []
+    """The list under `key`; empty where there is none."""
+    value = content.get(key) if isinstance(content, Mapping) else None
+    return value if isinstance(value, list) else []
 
 
 # Texts
 
 def _read(root: Path) -> Texts:
+    """The texts of those of `FILES` that exist. Raises ConfigError."""
     texts = {}
     for name in FILES:
         try:
@@ -256,7 +264,7 @@ def _read(root: Path) -> Texts:
 
 
 def _editable(text: str, name: str) -> tuple[Any, Any]:
-    """A parser that keeps comments and quotes, and what it makes of the text."""
+    """A YAML parser that preserves comments and quotes, and the parsed text. Raises ConfigError."""
     yaml: Any = YAML()
     yaml.preserve_quotes, yaml.width, yaml.brace_single_entry_mapping_in_flow_sequence = True, 1 << 20, True
     yaml.indent(mapping=2, sequence=4, offset=2)

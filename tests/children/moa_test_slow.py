@@ -56,5 +56,5 @@ if FACTOR > 1:
     when_imported("torch.autograd")(lambda module: slow_down(module, "backward", lambda _: _here.toy))
     for module, kind in (("moa.mixture.generation.decoding", "LlamaDecoding"),
                          ("moa.mixture.generation.native", "CompiledDecoding")):
-        when_imported(module)(lambda module, kind=kind: slow_down(getattr(module, kind), "_step",
+        when_imported(module)(lambda module, kind=kind: slow_down(getattr(module, kind), "_next_logits",
                                                                   lambda decoding: _toy(decoding.model)))

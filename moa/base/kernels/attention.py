@@ -1,4 +1,4 @@
-"""Attention over short rows on a CPU, as three products; transformers' own function for all other calls.
+"""Attention over short rows on a CPU as batched matrix products; transformers' own function computes all other calls.
 
 torch's fused kernel saves memory that short rows do not need, and its backward took five times as long as this on rows
 of 80 tokens in bfloat16 (`LOG.md`). Models look the function up in transformers by its name.

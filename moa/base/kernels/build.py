@@ -1,4 +1,4 @@
-"""moa's own C libraries: compiled with the machine's compiler when first needed, cached in the user's cache folder.
+"""Builds moa's C libraries: the machine's compiler compiles each at its first use, into the user's cache folder.
 
 Without a compiler, on a system other than x86-64 Linux, or with `MOA_NATIVE=0`, there is no library, and callers use
 torch instead.
@@ -25,7 +25,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @cache
 def library(name: str, defines: Sequence[str] = ()) -> ctypes.CDLL | None:
-    """The library compiled from csrc/NAME.c.
+    """Compile csrc/NAME.c, or find it compiled in the cache, and load the library.
 
     Args:
         name: the source file without its suffix.
@@ -55,7 +55,10 @@ def library(name: str, defines: Sequence[str] = ()) -> ctypes.CDLL | None:
 
 
 def library_for(name: str, dtype: object) -> ctypes.CDLL | None:
-    """`library` for a torch dtype: float32, or bfloat16 where the CPU multiplies it. None for any other."""
+    """The library that `library` builds for a torch dtype.
+
+    None unless `dtype` is float32, or bfloat16 on a CPU with instructions that multiply it.
+    """
     if str(dtype) == "torch.bfloat16" and "avx512_bf16" in cpu():
         return library(name, ("BF16",))
     return library(name) if str(dtype) == "torch.float32" else None
@@ -66,7 +69,7 @@ def _compile(command: Sequence[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         compiled = Path(scratch) / target.name
         subprocess.run([*command, "-o", str(compiled)], check=True, capture_output=True, timeout=SECONDS)
-        compiled.replace(target)   # atomic: another process may do the same
+        compiled.replace(target)   # atomic, because another process may compile the same library
 
 
 @cache

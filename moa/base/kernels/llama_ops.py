@@ -1,8 +1,8 @@
-"""Norms, attention over short rows and gates of llama-like models in training, each one pass forward and one back.
+"""Fused norms, attention over short rows and gates of llama-like models in training, forward and backward.
 
-transformers writes each of them as five to ten operations, which take a quarter of a training step's time and memory
-for their saved tensors. Here each is one function in C (`csrc/pieces.c`). `fused` puts them into a model's modules;
-where `moa.base.kernels.build` has no library, the modules stay as they are.
+transformers computes each of them in five to ten operations, which take a quarter of a training step's time, and memory
+for their saved tensors. Here each pass is one function in C (`csrc/pieces.c`). `fused` puts them into a model's
+modules; where `moa.base.kernels.build` has no library, the modules stay as they are.
 
 Shapes: B rows, T positions, H hidden size, N query heads, K key heads, G = N / K, D size of a head, M = B * K.
 """
@@ -93,7 +93,7 @@ class Norm(torch.autograd.Function):
         y, size = torch.empty_like(x), x.shape[-1]
         rows = x.numel() // size
         factor = torch.empty(rows)
-        pieces.norm_forward(*_at(y, factor, x, weight_H), _long(rows), size, ctypes.c_float(epsilon), _threads())
+        pieces.norm_forward(*_pointers(y, factor, x, weight_H), _long(rows), size, ctypes.c_float(epsilon), _threads())
         ctx.pieces = pieces
         ctx.save_for_backward(x, factor, weight_H)
         return y
@@ -102,18 +102,19 @@ class Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, factor, weight_H = ctx.saved_tensors
-        grad, to = grad.contiguous(), torch.empty_like(x)
-        ctx.pieces.norm_backward(*_at(to, grad, x, factor, weight_H), _long(len(factor)), x.shape[-1], _threads())
-        return None, to, None, None
+        grad, x_grad = grad.contiguous(), torch.empty_like(x)
+        ctx.pieces.norm_backward(*_pointers(x_grad, grad, x, factor, weight_H), _long(len(factor)), x.shape[-1],
+                                 _threads())
+        return None, x_grad, None, None
 
 
 class Gate(torch.autograd.Function):
-    """silu(gate) * up."""
+    """The gate of a llama-like MLP, silu(gate) * up: two tensors of one shape -> the same shape."""
 
     @staticmethod
     def forward(ctx: Any, pieces: ctypes.CDLL, gate: Tensor, up: Tensor) -> Tensor:
         y = torch.empty_like(gate)
-        pieces.gate_forward(*_at(y, gate, up), _long(gate.numel()), _threads())
+        pieces.gate_forward(*_pointers(y, gate, up), _long(gate.numel()), _threads())
         ctx.pieces = pieces
         ctx.save_for_backward(gate, up)
         return y
@@ -123,7 +124,7 @@ class Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         grad, to_gate, to_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        ctx.pieces.gate_backward(*_at(to_gate, to_up, grad, gate, up), _long(gate.numel()), _threads())
+        ctx.pieces.gate_backward(*_pointers(to_gate, to_up, grad, gate, up), _long(gate.numel()), _threads())
         return None, to_gate, to_up
 
 
@@ -143,7 +144,7 @@ class Attention(torch.autograd.Function):
         k_MTD = _rotary(pieces, k_BTKD, cos, sin).view(rows * keys, length, size)
         v_MTD = v_BTKD.transpose(1, 2).reshape(rows * keys, length, size)
         likely_MQT = torch.bmm(q_MQD, k_MTD.transpose(1, 2))
-        pieces.softmax_forward(*_at(likely_MQT), _long(rows * heads), length, ctypes.c_float(scale), _threads())
+        pieces.softmax_forward(*_pointers(likely_MQT), _long(rows * heads), length, ctypes.c_float(scale), _threads())
         ctx.pieces, ctx.scale, ctx.heads = pieces, scale, heads
         ctx.save_for_backward(q_MQD, k_MTD, v_MTD, likely_MQT, cos, sin)
         return torch.bmm(likely_MQT, v_MTD).view(rows, heads, length, size).transpose(1, 2).reshape(rows, length, -1)
@@ -156,7 +157,7 @@ class Attention(torch.autograd.Function):
         grad_MQD = grad.view(rows, length, heads, size).transpose(1, 2).reshape(q_MQD.shape)
         to_v_BTKD = torch.bmm(likely_MQT.transpose(1, 2), grad_MQD).view(rows, -1, length, size).transpose(1, 2)
         scores_MQT = torch.bmm(grad_MQD, v_MTD.transpose(1, 2))
-        ctx.pieces.softmax_backward(*_at(scores_MQT, likely_MQT), _long(rows * heads), length,
+        ctx.pieces.softmax_backward(*_pointers(scores_MQT, likely_MQT), _long(rows * heads), length,
                                     ctypes.c_float(ctx.scale), _threads())
         to_q, to_k = (_rotary_backward(ctx.pieces, each.view(rows, -1, length, size), cos, sin)
                       for each in (torch.bmm(scores_MQT, k_MTD), torch.bmm(scores_MQT.transpose(1, 2), q_MQD)))
@@ -180,10 +181,10 @@ def _rotary_backward(pieces: ctypes.CDLL, grad_BNTD: Tensor, cos: Tensor, sin: T
 def _rotate(pieces: ctypes.CDLL, to: Tensor, x: Tensor, cos: Tensor, sin: Tensor, back: int) -> None:
     rows, length, heads, size = x.shape if not back else to.shape
     step = _long(cos[0].numel() if len(cos) > 1 else 0)
-    pieces.rotary(*_at(to, x, cos, sin), step, rows, length, heads, size, back, _threads())
+    pieces.rotary(*_pointers(to, x, cos, sin), step, rows, length, heads, size, back, _threads())
 
 
-def _at(*tensors: Tensor) -> list[ctypes.c_void_p]:
+def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
 
 

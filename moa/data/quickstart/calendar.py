@@ -18,7 +18,7 @@ CHORES = words("The bins are emptied|The plant is watered|The filter is changed|
                "checked|"
                "A newsletter is sent|The backup is tested|The cat gets its pill|The roof is inspected|Wages are paid")
 RIDES = words("bus|tram|ferry|shuttle|train|cable car|boat")
-# Invented, so that no difference contradicts the map.
+# Invented names, so that no time difference is wrong for a real town.
 TOWNS = words("Northgate|Westfield|Eastmoor|Riverton|Lakeside|Hillcrest|Stonebridge|Fairhaven|Oakford|Millbrook")
 ORDINALS = (("first", 1), ("second", 2), ("third", 3), ("fourth", 4))
 
@@ -51,6 +51,8 @@ def nth(number: int) -> str:
     """`21` as `21st`."""
     return f"{number}{'th' if 10 <= number <= 20 else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
+
+# Each of the following functions, which SHAPES lists, draws a question of one kind and its answer.
 
 def weekday_later(rng: random.Random) -> Pair:
     today, days, event = rng.randrange(7), rng.randint(3, 60), rng.choice(EVENTS)
@@ -144,9 +146,9 @@ def nth_weekday(rng: random.Random) -> Pair:
                        "The {event} is on the {ordinal} {weekday} of the month, whose first day, {first}, is a "
                        "{start}. "
                        "What date is it?"))
-    found = first + timedelta(days=(weekday - first.weekday()) % 7 + 7 * (count - 1))
+    day = first + timedelta(days=(weekday - first.weekday()) % 7 + 7 * (count - 1))
     return text.format(first=shown(first), start=WEEKDAYS[first.weekday()], ordinal=ordinal, weekday=WEEKDAYS[weekday],
-                       event=rng.choice(EVENTS)), shown(found)
+                       event=rng.choice(EVENTS)), shown(day)
 
 
 def timetable(rng: random.Random) -> Pair:

@@ -30,7 +30,7 @@ COMPANIES = words("Nordlicht GmbH|Acme Tools|Bluefin Ltd|Harbor Foods|Solano Pap
 CITIES = words("Lyon|Oslo|Porto|Vienna|Dublin|Turin|Ghent|Malmo|Cork|Basel|Leeds|Krakow|Boston|Osaka|Pune|Zurich")
 
 Value = str | int | float
-Fact = tuple[str, dict[str, Value]]   # as the text writes it, and as the record states it
+Fact = tuple[str, dict[str, Value]]   # its wording in the text, and its entries of the record
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Note:
     facts: dict[str, str | list[str]]
     texts: list[str]
 
+
+# Each of the following functions, which KINDS lists, draws a fact of one kind for the key `key`.
 
 def day(rng: random.Random, key: str) -> Fact:
     year, month, number = rng.randint(2019, 2026), rng.randint(1, 12), rng.randint(1, 28)

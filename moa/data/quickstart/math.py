@@ -43,7 +43,7 @@ def _choices(values: Any) -> Sequence[int]:
 
 
 def compute(sign: str, left: int, right: int) -> int | None:
-    """The result; None unless it is a whole number from 1 to the operation's `LARGEST`."""
+    """The result of an operation; None unless it is a whole number from 1 to the operation's `LARGEST`."""
     if sign == "/" and (right < 2 or left % right):
         return None
     result = OPERATIONS[sign](left, right)
@@ -56,16 +56,16 @@ def solve(steps: Sequence[str], numbers: dict[str, int]) -> tuple[list[str], int
     lines: list[str] = []
     result = 0
     for step in steps:
-        found = EQUATION.search(step)
-        assert found, f"no equation in {step!r}"
-        name, left, sign, right = found.groups()
+        equation = EQUATION.search(step)
+        assert equation, f"no equation in {step!r}"
+        name, left, sign, right = equation.groups()
         a, b = (int(word) if word.isdigit() else known[word] for word in (left, right))
         value = compute(sign, a, b)
         if value is None:
             return None
         known[name] = result = value
         shown = sign.replace("*", "x")
-        lines.append(f"{step[:found.start()]}{a} {shown} {b} = {value}{step[found.end():]}")
+        lines.append(f"{step[:equation.start()]}{a} {shown} {b} = {value}{step[equation.end():]}")
     return lines, result
 
 

@@ -144,6 +144,7 @@ def some_number(rng: random.Random, measure: Measure) -> int:
 
 
 def with_article(noun: str) -> str:
+    """`noun` with its indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -218,9 +219,9 @@ def about_two(rng: random.Random, tables: Sequence[Table], links: Sequence[Link]
 
 def generate(rng: random.Random, rows: int) -> list[Row]:
     """`rows` rows of the corpus, or fewer where no more differ enough."""
-    read = load("tables")
+    data = load("tables")
     tables = [Table(**entry | {"labels": tuple(Label(**label) for label in entry["labels"]),
                                "measures": tuple(Measure(**measure) for measure in entry["measures"])})
-              for entry in read["tables"]]
-    links = [Link(**entry) for entry in read["links"]]
+              for entry in data["tables"]]
+    links = [Link(**entry) for entry in data["links"]]
     return distinct(lambda: about_two(rng, tables, links) if rng.random() < JOINED else about_one(rng, tables), rows)

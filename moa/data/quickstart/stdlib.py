@@ -38,8 +38,8 @@ def summary(docstring: str) -> str | None:
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     if not paragraph.isascii() or any(short in paragraph for short in ABBREVIATED):
         return None
-    found = SENTENCE.match(paragraph)
-    sentence = found.group() if found else paragraph + "."
+    match = SENTENCE.match(paragraph)
+    sentence = match.group() if match else paragraph + "."
     if MARKUP.search(sentence) or not sentence[0].isalpha() or not sentence[0].isupper():
         return None
     return sentence if SHORTEST <= len(sentence.split()) <= LONGEST else None
@@ -67,7 +67,7 @@ def documented(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 def functions(root: Path) -> list[tuple[str, str]]:
     """(source, summary) of every short documented function of the modules below `root`, without repeated ones."""
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     sources: set[str] = set()
     summaries: set[str] = set()
     for path in library_files(root):
@@ -77,20 +77,20 @@ def functions(root: Path) -> list[tuple[str, str]]:
             continue
         for source, sentence in documented(tree):
             if source not in sources and sentence.lower() not in summaries:
-                found.append((source, sentence))
+                pairs.append((source, sentence))
             sources.add(source)
             summaries.add(sentence.lower())
-    return found
+    return pairs
 
 
 def generate(rng: random.Random, rows: int) -> list[Row]:
     """`rows` rows of the corpus, or fewer where no more differ enough."""
-    found = functions(Path(sysconfig.get_path("stdlib")))
-    rng.shuffle(found)
-    pairs = iter(found)
+    pairs = functions(Path(sysconfig.get_path("stdlib")))
+    rng.shuffle(pairs)
+    remaining = iter(pairs)
 
     def draw() -> Row | None:
-        source, sentence = next(pairs, ("", ""))
+        source, sentence = next(remaining, ("", ""))
         return {"instruction": rng.choice(INSTRUCTIONS), "input": source, "output": sentence} if source else None
 
     return distinct(draw, rows)

@@ -1,6 +1,7 @@
-"""Generation: token ids of prompts to answers, with their text while it is written.
+"""Generation: a batch of prompts in token ids to answers, whose text can be streamed.
 
-The caller selects the experts of the rows beforehand, or in the callback `choose`.
+`generate_batch` decodes a batch, `stream_texts` turns the callbacks of a row into an iterator of texts. This module
+does not select experts: the caller selects those of the rows beforehand, or in the callback `choose`.
 """
 
 import math
@@ -20,13 +21,13 @@ from moa.mixture.generation.sampling import GenerationConfig, Sampling, generato
 
 Finish = Literal["stop", "length"]
 Tell = Callable[[str], None]
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"   # how a decoder shows the first bytes of a character
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"   # a tokenizer decodes the first bytes of a longer character to this
 
 
 def answer_budgets(model: Any, prompts: Sequence[Sequence[int]], asked: Sequence[int]) -> list[int]:
-    """Most tokens to write after each prompt: the number asked for, bounded by what the model's context leaves.
+    """The most tokens that each answer may have: the number in `asked`, or the rest of the model's context if smaller.
 
-    Raises UsageError for a prompt that leaves none.
+    Raises UsageError for a prompt that fills the context.
     """
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     for number, prompt in enumerate(prompts, start=1):
@@ -34,16 +35,23 @@ def answer_budgets(model: Any, prompts: Sequence[Sequence[int]], asked: Sequence
             which = f"Prompt {number} of {len(prompts)}" if len(prompts) > 1 else "The prompt"
             raise UsageError(f"{which} is {len(prompt)} tokens long, and the base's context is {context} tokens, the "
                              "answer's included: shorten it.")
-    return [int(min(most, context - len(prompt))) for prompt, most in zip(prompts, asked, strict=True)]
+    return [int(min(budget, context - len(prompt))) for prompt, budget in zip(prompts, asked, strict=True)]
 
 
 # One row.
 
 class GenerationBatch:
-    """A row as it is written: `add` takes its tokens one at a time, `take` hands out text that nothing can change.
+    """The answer of one row while it is generated: `add` appends a token, `take` returns the text that is now certain.
 
-    Text is decoded while it comes only when `watched`, or for the sake of stop texts. What `take` holds back: bytes of
-    an unfinished character, and an ending that may yet become a stop text.
+    Text is certain once later tokens cannot change it: `take` withholds an unfinished character, and an ending with
+    which a stop text begins. Tokens are decoded one by one only if needed for streaming (`watched`) or for stop texts,
+    else once at the end.
+
+    Args:
+        tokenizer: the base's tokenizer.
+        ends: tokens that end the answer (`end_tokens`).
+        stop: texts that end the answer and are cut from it.
+        watched: whether `take` is called before the answer ends.
     """
 
     def __init__(self, tokenizer: Any, ends: frozenset[int], stop: Sequence[str], watched: bool) -> None:
@@ -53,11 +61,12 @@ class GenerationBatch:
         self.finish: Finish = "length"
         self.done = False
         self.text = ""
-        self._taken = 0             # characters of `text` that were handed out
-        self._window = self._read = 0   # ids[_window:_read] is in `text`, and the context of what comes next
+        self._taken = 0                 # characters of `text` that `take` has returned
+        self._window = self._read = 0   # ids[:_read] are in `text`; ids[_window:_read] are decoded again as context
 
     def add(self, token: int) -> None:
-        if token in self.ends:   # no part of the text, whether or not the tokenizer calls it special
+        """Append a token; an end token or a stop text ends the answer."""
+        if token in self.ends:   # ended before the append: an end token is never part of the text
             self.finish = "stop"
             self.end()
         self.ids.append(token)
@@ -65,13 +74,13 @@ class GenerationBatch:
             self._decode(last=False)
 
     def end(self) -> None:
-        """End the row: what was still held back becomes text."""
+        """End the answer: the text that was withheld is part of it."""
         if not self.done:
             self._decode(last=True)
             self.done = True
 
     def take(self) -> str:
-        """Text that became certain since the last call."""
+        """The text that became certain since the last call."""
         certain = len(self.text)
         if not self.done:
             certain -= max((length for stop in self.stop for length in range(1, len(stop))
@@ -81,20 +90,20 @@ class GenerationBatch:
         return piece
 
     def _decode(self, last: bool) -> None:
-        """Append what the new ids add to the text. They are decoded together with those before, because some
-        decoders treat the beginning of a text differently."""
-        before = self._plain(self.ids[self._window:self._read])
-        both = self._plain(self.ids[self._window:])
-        if both.endswith(UNFINISHED) and not last:
+        """Append the text of the new ids. They are decoded together with the ids before them, because some tokenizers
+        decode the beginning of a text differently, for example without a leading space."""
+        context = self._text_of(self.ids[self._window:self._read])
+        extended = self._text_of(self.ids[self._window:])
+        if extended.endswith(UNFINISHED) and not last:
             return
-        self.text += both[len(before):]
+        self.text += extended[len(context):]
         self._window, self._read = self._read, len(self.ids)
-        found = [place for place in map(self.text.find, self.stop) if place >= 0]
-        if found:
-            self.text = self.text[:min(found)]
+        starts = [start for start in map(self.text.find, self.stop) if start >= 0]
+        if starts:
+            self.text = self.text[:min(starts)]
             self.finish, self.done = "stop", True
 
-    def _plain(self, ids: list[int]) -> str:
+    def _text_of(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
@@ -105,109 +114,117 @@ class GenerationBatch:
 class GenerationRequest:
     """Prompt, limit and options of one row, and its callbacks, which the decoding thread calls."""
 
-    prompt: Sequence[int]
-    limit: int                                       # tokens to write at most, no more than `answer_budgets` allows
+    prompt: Sequence[int]                            # token ids
+    limit: int                                       # most tokens of the answer, within `answer_budgets`
     options: GenerationConfig
-    tell: Tell | None = None                         # gets pieces of text as they become certain
-    # gets the row as soon as it ends
-    ended: Callable[[GenerationBatch], None] | None = None
-    cancelled: threading.Event | None = None         # once set, the row ends where it is
+    tell: Tell | None = None                         # called with each piece of text, as soon as it is certain
+    ended: Callable[[GenerationBatch], None] | None = None   # called with the answer, as soon as it ends
+    cancelled: threading.Event | None = None         # once set, the answer ends after its current token
 
 
 class RowState:
-    """A request while its row is decoded."""
+    """A request with its answer, random generator and position, while its row is in the batch."""
 
-    def __init__(self, order: GenerationRequest, tokenizer: Any, ends: frozenset[int]) -> None:
-        self.order, self.place = order, len(order.prompt)   # the position of its next token, written or padding
-        self.writing = GenerationBatch(tokenizer, ends, order.options.stop, watched=order.tell is not None)
-        self.random = generator(order.options.seed)
-
-    @property
-    def left(self) -> int:
-        return self.order.limit - len(self.writing.ids)
+    def __init__(self, request: GenerationRequest, tokenizer: Any, ends: frozenset[int]) -> None:
+        self.request = request
+        self.position = len(request.prompt)   # of the next token, which is ignored once the answer has ended
+        self.answer = GenerationBatch(tokenizer, ends, request.options.stop, watched=request.tell is not None)
+        self.random = generator(request.options.seed)
 
     def add(self, token: int) -> None:
-        self.place += 1
-        order, writing = self.order, self.writing
-        if writing.done:   # what the batch computes for a row that has ended
+        """Append a token to the answer, end it at its limit or when cancelled, and call the request's callbacks."""
+        self.position += 1
+        request, answer = self.request, self.answer
+        if answer.done:   # the batch computes a token for every row that is still in it
             return
-        writing.add(token)
-        if self.left <= 0 or (order.cancelled is not None and order.cancelled.is_set()):
-            writing.end()
-        if order.tell is not None and (piece := writing.take()):
-            order.tell(piece)
-        if writing.done and order.ended is not None:
-            order.ended(writing)
+        answer.add(token)
+        if len(answer.ids) >= request.limit or (request.cancelled is not None and request.cancelled.is_set()):
+            answer.end()
+        if request.tell is not None and (piece := answer.take()):
+            request.tell(piece)
+        if answer.done and request.ended is not None:
+            request.ended(answer)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer: the tokenizer's, and all those of the base's own generation settings."""
-    own = model.generation_config.eos_token_id
-    return frozenset({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+    """Every token that ends an answer: the tokenizer's end token and those of the model's `generation_config`."""
+    of_model = model.generation_config.eos_token_id
+    return frozenset({tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None})
 
 
-def generate_batch(model: Any, tokenizer: Any, orders: Sequence[GenerationRequest],
+def generate_batch(model: Any, tokenizer: Any, requests: Sequence[GenerationRequest],
                    choose: Callable[[list[int]], None] | None = None) -> list[GenerationBatch]:
-    """Decode the orders as one batch, left-padded, with a KV cache, each by its own options and up to its own limit.
+    """Generate the answers to the requests in one batch, each with its own options and limit.
 
-    Rows that have ended leave the batch once they are a quarter of it, or when the base's context would end under
-    them. `choose` gets the indices of the orders that are in the batch, at its beginning and whenever rows have left;
-    without it, rows leave only when all have ended.
+    Rows whose answers have ended leave the batch when they are a quarter of it, or when one of them would exceed the
+    model's context.
+
+    Args:
+        model: the base, with the experts' layers on it.
+        tokenizer: the base's tokenizer.
+        requests: one for each row of the batch.
+        choose: selects experts for a batch of these indices into `requests`. It is called at the beginning and whenever
+            rows have left. None if the caller has selected them: then no row leaves before all answers have ended.
+
+    Returns:
+        The answers, in the order of the requests.
     """
     ends = end_tokens(model, tokenizer)
-    rows = [RowState(order, tokenizer, ends) for order in orders]
-    ids, mask = (tensor.to(model.device) for tensor in _padded([order.prompt for order in orders]))
+    rows = [RowState(request, tokenizer, ends) for request in requests]
+    ids_BT, mask_BT = (tensor.to(model.device) for tensor in _padded([request.prompt for request in requests]))
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    here = list(range(len(rows)))
+    active = list(range(len(rows)))   # the row of `rows` that each row of the batch is
     with torch.inference_mode():
         if choose is not None:
-            choose(here)
-        batch = _way(model)(model, ids, mask)
+            choose(active)
+        batch = _decoding_class(model)(model, ids_BT, mask_BT)
         while True:
-            tokens = _until_some_leave(batch, [rows[index] for index in here], None if choose is None else context)
-            stay = [b for b, index in enumerate(here) if not rows[index].writing.done]
-            here = [here[b] for b in stay]
-            if choose is None or not here:
-                return [row.writing for row in rows]
-            choose(here)
-            kept = torch.tensor(stay, device=ids.device)
-            batch.keep(kept)
-            batch.step(tokens[kept])
+            tokens_B = _decode_until_rows_leave(batch, [rows[index] for index in active],
+                                                None if choose is None else context)
+            unfinished = [b for b, index in enumerate(active) if not rows[index].answer.done]
+            active = [active[b] for b in unfinished]
+            if choose is None or not active:
+                return [row.answer for row in rows]
+            choose(active)
+            unfinished_B = torch.tensor(unfinished, device=ids_BT.device)
+            batch.keep(unfinished_B)
+            batch.step(tokens_B[unfinished_B])
 
 
-def _way(model: Any) -> type[Decoding]:
-    """The fastest way to decode with the model as it stands."""
+def _decoding_class(model: Any) -> type[Decoding]:
+    """The fastest class for this model and the experts that are selected on it now."""
     if not decoding.supports_step(model):
         return Decoding
     return native.CompiledDecoding if native.supports_native(model) else decoding.LlamaDecoding
 
 
-def _until_some_leave(batch: Decoding, rows: Sequence[RowState], context: float | None) -> Tensor:
-    """Decode until all rows, or enough for a smaller batch, have ended. Returns the tokens not yet passed on, (B).
+def _decode_until_rows_leave(batch: Decoding, rows: Sequence[RowState], context: float | None) -> Tensor:
+    """Decode until all answers, or enough for a smaller batch, have ended.
 
-    `context` is the model's; None = rows leave only when all have ended.
+    `context` is the model's context in tokens; None to continue until all answers have ended. Returns the last tokens,
+    (B), which `batch` has not read.
     """
-    choice = Sampling([(row.order.options, row.random) for row in rows])
+    sampling = Sampling([(row.request.options, row.random) for row in rows])
     while True:
-        tokens_B = choice(batch.logits_BV)
+        tokens_B = sampling(batch.logits_BV)
         for row, token in zip(rows, tokens_B.tolist(), strict=True):
             row.add(token)
-        done = [row for row in rows if row.writing.done]
+        done = [row for row in rows if row.answer.done]
         if len(done) == len(rows) or (context is not None and (
-                4 * len(done) >= len(rows) or any(row.place >= context for row in done))):
+                4 * len(done) >= len(rows) or any(row.position >= context for row in done))):
             return tokens_B
         batch.step(tokens_B)
 
 
 def decode(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], limit: int,
            options: GenerationConfig) -> list[GenerationBatch]:
-    """`generate_batch` for rows with the same limit and options and the experts that the caller selected."""
+    """`generate_batch` for prompts, in token ids, that share a limit and options; the caller has selected experts."""
     return generate_batch(model, tokenizer,
                           [GenerationRequest(prompt=prompt, limit=limit, options=options) for prompt in prompts])
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids with zeros before the shorter prompts, and the mask of what is prompt; both (B, T)."""
+    """Token ids padded with zeros on the left, and the mask, 1 at the prompts' tokens; both (B, T)."""
     longest = max(map(len, prompts), default=0)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -222,7 +239,8 @@ def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 def stream_texts(work: Callable[[Tell, threading.Event], Any]) -> Iterator[str]:
     """Run `work(tell, cancelled)` in a thread of its own and yield the texts that it passes to `tell`.
 
-    Its exceptions are raised here. Closing the iterator, or dropping it, sets `cancelled` and waits for the thread.
+    The iterator raises the exceptions of `work`. Closing or deleting the iterator sets `cancelled` and waits for the
+    thread.
     """
     texts: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
     cancelled = threading.Event()
@@ -231,7 +249,7 @@ def stream_texts(work: Callable[[Tell, threading.Event], Any]) -> Iterator[str]:
         try:
             work(texts.put, cancelled)
             texts.put(None)
-        except BaseException as error:   # raised in the caller's thread
+        except BaseException as error:   # the iterator raises it in the caller's thread
             texts.put(error)
 
     thread = threading.Thread(target=run, name="moa-stream", daemon=True)

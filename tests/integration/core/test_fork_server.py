@@ -322,12 +322,12 @@ def test_a_step_leaves_the_same_log_and_files(workspace: Workspace, two_librarie
 
     with steps_forked():
         found = steps()
-        assert subprocesses._forking.server is not None
-    assert subprocesses._forking.server is None
+        assert subprocesses._shared.server is not None
+    assert subprocesses._shared.server is None
     monkeypatch.setenv("MOA_FORK_SERVER", "0")
     with steps_forked():
         assert steps() == found
-        assert subprocesses._forking.server is None
+        assert subprocesses._shared.server is None
     _, marked, error, log = found[0]   # type: ignore[misc]
     assert not error and marked == {""} and log.startswith("$ /bin/sh -c 'moa prepare --domain alpha'\n")
     assert "No domain 'nope'" in found[2][2]   # type: ignore[index]
@@ -337,7 +337,7 @@ def test_what_a_command_prints(workspace: Workspace, two_libraries: None) -> Non
     outside = moa_json(workspace, "domain", "list")
     with steps_forked():
         assert moa_json(workspace, "domain", "list") == outside
-        assert subprocesses._forking.server is not None
+        assert subprocesses._shared.server is not None
         facts, problem = moa_json(workspace, "gate", 1)
     assert facts == {} and problem and "\n" not in problem
 
@@ -345,9 +345,9 @@ def test_what_a_command_prints(workspace: Workspace, two_libraries: None) -> Non
 def test_nothing_is_imported_for_other_commands(workspace: Workspace) -> None:
     with steps_forked():
         execute(workspace, "mine", ["/bin/sh", "-c", "echo mine"], lambda _: None)
-        assert subprocesses._forking.server is None
+        assert subprocesses._shared.server is None
     execute(workspace, "ours", ["/bin/sh", "-c", "moa --version"], lambda _: None)   # outside of the block
-    assert subprocesses._forking.server is None
+    assert subprocesses._shared.server is None
 
 
 def test_an_interruption_while_libraries_are_imported(workspace: Workspace, tmp_path: Path,
@@ -370,8 +370,8 @@ def test_an_interruption_while_libraries_are_imported(workspace: Workspace, tmp_
         thread = threading.Thread(target=step)
         thread.start()
         until(began.exists)
-        assert subprocesses._forking.server is not None
-        pid = subprocesses._forking.server._process.pid
+        assert subprocesses._shared.server is not None
+        pid = subprocesses._shared.server._process.pid
         stop_all()
         thread.join()
     assert [str(error) for error in errors] == ["one was interrupted."] and gone(pid)

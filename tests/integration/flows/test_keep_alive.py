@@ -172,12 +172,12 @@ def test_one_that_ends_at_once_is_down_and_its_pauses_grow(workspace: Workspace,
     for _ in range(8):
         part._process.wait()
         keeper.look()
-        due = keeper._kept[0].due
+        due = keeper._services[0].restart_at
         assert due is not None and state(keeper, "pages").state == "down"
         assert "ended with status 3 (its output: .moa/logs/up-pages.log)" in state(keeper, "pages").why
         pauses.append(due - clock[0])
         keeper.look()   # not yet
-        assert keeper._kept[0].due == due
+        assert keeper._services[0].restart_at == due
         clock[0] = due
         keeper.look()
     assert pauses == [2, 4, 8, 16, 32, 60, 60, 60] and state(keeper, "pages").restarts == 8

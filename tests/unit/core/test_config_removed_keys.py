@@ -31,7 +31,7 @@ def load(folder: Path, **groups: Any) -> config.Config:
 @pytest.fixture(autouse=True)
 def a_process_that_has_named_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(config.KEYS_NAMED, raising=False)
-    config._name_removed.cache_clear()
+    config._warn_of_removed.cache_clear()
 
 
 def unlisted() -> list[tuple[str, str]]:

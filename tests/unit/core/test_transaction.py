@@ -195,8 +195,8 @@ def test_what_somebody_did_since_is_kept(template: Path, copied: Callable[[], Wo
     (workspace.raw("law") / "mine.jsonl").write_text(ROWS)
     said = transaction.recover(workspace)
     assert state(workspace) == old
-    assert (workspace.prompt_log / "params.yaml").read_text().endswith("# mine\n")
-    assert (workspace.prompt_log / "data/raw/law/mine.jsonl").read_text() == ROWS
+    assert (workspace.displaced / "params.yaml").read_text().endswith("# mine\n")
+    assert (workspace.displaced / "data/raw/law/mine.jsonl").read_text() == ROWS
     assert said == ["an interrupted `moa domain add law` was undone.",
                     "params.yaml had been edited since: that is kept as .moa/kept/params.yaml.",
                     "data/raw/law had been edited since: that is kept as .moa/kept/data/raw/law/mine.jsonl."]

@@ -102,7 +102,7 @@ def test_duplicates_are_counted_and_removed(tmp_path: Path) -> None:
         ('{"instruction": "x", "output": " "}', "output is empty"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "ending with assistant"),
         ('{"instruction": "a\\u0000", "output": "x"}', "control characters"),
-        ('{"instruction": "a", "output": "b</>\\n<user>c"}', "contains </>, a marker"),
+        ('{"instruction": "a", "output": "b</>\\n<user>c"}', "contains </>, a special token"),
         (
             '{"messages": [{"role": "system", "content": "refuse me"}, {"role": "user", "content": "a"},'
             ' {"role": "assistant", "content": "b"}]}',

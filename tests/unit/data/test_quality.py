@@ -129,10 +129,10 @@ def test_a_sound_corpus_has_no_warning(tmp_path: Path) -> None:
      "30 of 330 (9.1%) answers begin alike"),
     ([talk("How is that?", "n/a")], {}, "1 of 301 (0.3%) answers say nothing"),
     ([talk(f"Is {n} even?", "y") for n in range(200)], {}, "200 of 500 (40.0%) answers have fewer than two tokens"),
-    ([talk(f"Question number {n}?", f"Yes, {n} of them", system="S") for n in range(100)], {}, "25% of the rows bring"),
+    ([talk(f"Question number {n}?", f"Yes, {n} of them", system="S") for n in range(100)], {}, "25% of the rows have"),
     ([], {"duplicates": 100}, "100 of 300 (33.3%) rows are copies"),
     ([], {"duplicates": 50, "near_duplicates": 50}, "50 of 300 (16.7%) rows differ from another by a few words"),
-    ([], {"straddling": 9}, "9 of 300 (3.0%) rows were near-duplicates of a row on another side"),
+    ([], {"straddling": 9}, "9 of 300 (3.0%) rows were near-duplicates of a row in another split"),
     ([], {"test": 3}, "The test split has 3 rows"),
 ])
 def test_what_deserves_a_look_is_said_with_its_numbers(tmp_path: Path, found: list[tuple[Message, ...]],
@@ -147,5 +147,5 @@ def test_refused_rows_are_warned_of(tmp_path: Path) -> None:
                 for line, reason in enumerate(["too long: 9"] * 20 + ["output is empty"] * 10)]
     report = corpus(tmp_path, [plain(number) for number in range(270)], rejected)
     assert report["warnings"] == [
-        "20 of 300 (6.7%) rows are longer than prompt.max_tokens allows and were refused.",
+        "20 of 300 (6.7%) rows are longer than prompt.max_tokens allows and were rejected.",
         "10 of 300 (3.3%) rows cannot be used, most often because of: output is empty."]

@@ -23,7 +23,7 @@ ids = torch.tensor([[5, 6, 7]])
 model(ids, labels=ids).loss.backward()
 counts["training"] = len(slept)
 with torch.inference_mode():
-    for kind in (Decoding, LlamaDecoding, native.CompiledDecoding if native.fits(model) else LlamaDecoding):
+    for kind in (Decoding, LlamaDecoding, native.CompiledDecoding if native.supports_native(model) else LlamaDecoding):
         before = len(slept)
         kind(model, ids, torch.ones_like(ids)).step(ids[0, :1])
         counts[kind.__name__] = len(slept) - before

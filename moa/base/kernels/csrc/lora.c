@@ -12,9 +12,10 @@ Shapes: E experts, R ranks, I inputs and O outputs of the layer, B rows, T posit
 
 #include "vector.h"
 
-#define RANKS (LANES == 16 ? 8 : 4)   /* ranks that are summed together, bounded by the registers, */
-#define PLACES 2                      /* for so many positions */
-#define WIDE 2                        /* or vectors of a gradient */
+/* A tile has RANKS ranks and PLACES positions, or WIDE vectors of a gradient: its sums stay in registers. */
+#define RANKS (LANES == 16 ? 8 : 4)
+#define PLACES 2
+#define WIDE 2
 #define CHUNK 8                       /* positions that a thread takes at a time */
 #define PARALLEL _Pragma("omp parallel for schedule(dynamic, 1) num_threads(threads)")
 
@@ -93,8 +94,8 @@ static void expand(real *y, const float *m, const float *h, int size, int ranks,
     }
 }
 
-/* h (B, T, R) = scale * `from` times A, or times the transposed B with `back`. h times the other one is added to `to`,
-   unless that is null. */
+/* h (B, T, R) = scale * `from` times A or, with `back`, times the transposed B. Then h times the other matrix is added
+   to `to`, unless `to` is null. */
 static void low_rank(const struct lora *l, float *h, const real *from, int from_size, real *to, int to_size, int back) {
     int threads = l->threads, chunks = (l->length + CHUNK - 1) / CHUNK;
     transpose(l);

@@ -30,6 +30,7 @@ static void unpack(float *to, const real *from, int count, float padding) {
     for (; i < count; i++) to[i] = read_one(from + i);
 }
 
+/* The first `count` numbers as they are stored; `from` has room for a whole vector more. */
 static void pack(real *to, const float *from, int count) {
     int i = 0;
     for (; i + LANES <= count; i += LANES) write(to + i, get(from + i));
@@ -134,7 +135,7 @@ void softmax_forward(real *scores, int64_t matrices, int length, float scale, in
     }
 }
 
-/* Gradient of the scores, in place of that of their softmax. */
+/* Replaces the gradient of the softmax, `likely`, by the gradient of the scores. */
 void softmax_backward(real *grad, const real *likely, int64_t matrices, int length, float scale, int threads) {
     PARALLEL
     for (int64_t row = 0; row < matrices * length; row++) {

@@ -13,7 +13,7 @@ heads, K key heads, G = N / K, D size of a head, T positions that a cache has ro
 
 #include "vector.h"
 
-#define TILE (2 * LANES)               /* outputs that a thread takes at a time */
+#define TILE (2 * LANES)               /* outputs that a thread computes at a time */
 #define ROWS (LANES == 16 ? 8 : 4)     /* rows of a tile: their sums stay in registers */
 #define QUERIES 4                      /* queries that are computed together */
 

@@ -23,6 +23,7 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 
+/* spread: x in all lanes. choose: x in the lanes of `where`, y in the others. get and put: at any float32 address. */
 static inline vec spread(float x) { return x - (vec){0}; }
 static inline vec choose(ivec where, vec x, vec y) { return (vec)((where & (ivec)x) | (~where & (ivec)y)); }
 static inline vec get(const float *from) { return *(const loose *)from; }
@@ -47,12 +48,14 @@ static inline vec read(const real *from) {
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16);
 }
 static inline void write(real *to, vec x) { _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
-static inline vec multiply(vec total, const real *w, const real *x) {   /* LANES pairs of w, each times the pair x */
+/* total + w times x: LANES groups of PAIR numbers at w, each times the same PAIR numbers at x. */
+static inline vec multiply(vec total, const real *w, const real *x) {
     int32_t pair;
     memcpy(&pair, x, 4);
     return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
 }
-static inline vec merge_partial(vec total, const real *x, const real *y) {   /* of LANES pairs each */
+/* total + x times y: LANES groups of PAIR numbers at x and at y. The sum of the lanes is a dot product. */
+static inline vec merge_partial(vec total, const real *x, const real *y) {
     return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(y));
 }
 #else
@@ -62,7 +65,7 @@ static inline vec multiply(vec total, const real *w, const real *x) { return tot
 static inline vec merge_partial(vec total, const real *x, const real *y) { return total + get(x) * get(y); }
 #endif
 
-/* e to the x, with a relative error of 2e-7. */
+/* e to the x, with a relative error of 2e-7: powers of two times a polynomial, as in Cephes' expf. */
 static inline vec exponential(vec x) {
     x = choose(x < -87.0f, spread(-87.0f), x);
     x = choose(x > 88.0f, spread(88.0f), x);

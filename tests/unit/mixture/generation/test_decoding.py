@@ -175,7 +175,7 @@ def test_packed_weights_go_with_the_model() -> None:
 def test_no_more_is_packed_than_the_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [nn.Linear(8, 8), nn.Linear(8, 8)]
     assert native.fits_in_memory([layers])
-    monkeypatch.setattr(native, "SHARE", 0)
+    monkeypatch.setattr(native, "MEMORY_SHARE", 0)
     assert not native.fits_in_memory([layers])
     native.packed(layers, 8, 1)
     assert native.fits_in_memory([layers])   # both are there already

@@ -270,7 +270,7 @@ def forwards(mixture: Mixture) -> Iterator[list[tuple[int, int]]]:
         begin(batch, model, ids, mask)
 
     def stepped(batch: Decoding, tokens: torch.Tensor) -> torch.Tensor:
-        seen.append((len(tokens), int(batch.place_B.max())))
+        seen.append((len(tokens), int(batch.position_B.max())))
         return step(batch, tokens)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -127,10 +127,10 @@ def test_what_the_tiles_do_not_fill_is_decoded_otherwise(monkeypatch: pytest.Mon
         "llama", vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4))
     assert decoding.supports_step(narrow) and not native.supports_native(narrow)
     other = model_of("llama")
-    assert engine._way(other) is CompiledDecoding
-    assert engine._way(other.double()) is decoding.LlamaDecoding
+    assert engine._decoding_class(other) is CompiledDecoding
+    assert engine._decoding_class(other.double()) is decoding.LlamaDecoding
     other = model_of("llama")
     other.config.hidden_act = "gelu"
     assert not native.supports_native(other)
-    monkeypatch.setattr("moa.mixture.generation.native.SHARE", 0)
+    monkeypatch.setattr("moa.mixture.generation.native.MEMORY_SHARE", 0)
     assert not native.supports_native(model_of("llama"))
