@@ -1,8 +1,8 @@
 """Stage `prepare`: raw rows to a corpus. Every row read is kept, rejected with a reason, or a duplicate.
 
-Rows pass through in batches, so that memory does not grow with their text. A row's side is a function of its own group
-(moa.data.splits), so that rows that arrive later never move the ones that are there; and of near-duplicates on two
-sides only the one that is not for training stays.
+Rows pass through in batches, so that memory does not grow with their text. A row's side is a function of its group
+(moa.data.splits), which the row alone decides but for replies of a closed set, so that rows that arrive later do not
+move the ones that are there; and of near-duplicates on two sides only the one that is not for training stays.
 
     data/corpora/NAME/    train.parquet, validation.parquet, test.parquet, rejected.jsonl, near_duplicates.jsonl,
                           quality.json, manifest.json (last)
@@ -118,7 +118,7 @@ class RowFilter:
                 ready.append((raw, messages, self._pieces(messages)))
             except RowRejected as reason:
                 self._reject(raw, str(reason), rejections)
-        rows, places = [], []
+        rows, groups = [], []
         lengths = self.encoder.lengths([pieces for _, _, pieces in ready])
         for (raw, messages, _), (prompt, completion) in zip(ready, lengths, strict=True):
             if not completion:
@@ -127,12 +127,12 @@ class RowFilter:
                 self._reject(raw, f"too long: {prompt + completion} tokens, prompt.max_tokens is "
                                   f"{self.encoder.max_tokens}", rejections)
             else:
-                group = group_value(raw.value, self.domain)
-                self.grouped += group is not None
+                column = group_value(raw.value, self.domain)
+                self.grouped += column is not None
                 row = Row(row_id(messages), tuple(messages), prompt, completion)
                 rows.append(row)
-                places.append(splits.group_position(row.id, messages, group, self.domain))
-        self.staging.add(rows, places)
+                groups.append(splits.group(row.id, messages, column, self.domain))
+        self.staging.add(rows, groups)
 
     def _messages(self, value: Any) -> list[Message]:
         messages = conversation(value, self.domain)

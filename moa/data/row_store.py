@@ -17,7 +17,7 @@ import numpy as np
 from moa.data import corpus as corpora
 from moa.data.corpus import Row, Split
 from moa.data.near_duplicates import Sketches
-from moa.data.splits import ORDER
+from moa.data.splits import CANNED, ORDER, Group, alone, positions
 
 BUCKETS = 64             # by the first byte of the id
 FLUSH = 1 << 14          # rows kept before they go to their buckets
@@ -30,6 +30,7 @@ class RowFates:
     """Outcome of every staged row. Arrays are indexed by the order of arrival."""
 
     stays: np.ndarray       # bool [N]
+    group: np.ndarray       # uint64 [N], digest of its group
     side: np.ndarray        # int8 [N], an index of splits.ORDER
     double_of: np.ndarray   # int64 [N], the row whose near-duplicate it is, or -1
     duplicates: int         # copies of another row
@@ -54,15 +55,17 @@ class RowStore:
         self._sketches = Sketches(folder / "shingles", threshold) if threshold else None
         self._rows: list[Row] = []
         self._writers: dict[int, Any] = {}
-        self._parts: dict[str, list[np.ndarray]] = {"ids": [], "places": [], "prompt": [], "completion": []}
+        self._parts: dict[str, list[np.ndarray]] = {"ids": [], "groups": [], "answers": [], "prompt": [],
+                                                    "completion": []}
 
-    def add(self, rows: Sequence[Row], places: Sequence[float]) -> None:
-        """Stage rows; `places` are the places of their groups (`moa.data.splits.group_position`)."""
+    def add(self, rows: Sequence[Row], groups: Sequence[Group]) -> None:
+        """Stage rows with their groups."""
         if not rows:
             return
         ids = np.frombuffer(bytes.fromhex("".join(row.id for row in rows)), ">u8").reshape(-1, 2).astype(np.uint64)
         self._parts["ids"].append(ids)
-        self._parts["places"].append(np.array(places))
+        self._parts["groups"].append(np.array([each.digest for each in groups], np.uint64))
+        self._parts["answers"].append(np.array([each.answer or 0 for each in groups], np.uint64))
         self._parts["prompt"].append(np.array([row.prompt_tokens for row in rows], np.int32))
         self._parts["completion"].append(np.array([row.completion_tokens for row in rows], np.int32))
         if self._sketches is not None:
@@ -111,11 +114,12 @@ class RowStore:
     def settle(self, bounds: tuple[float, float]) -> RowFates:
         """Decide what stays, and where. Of near-duplicates the one furthest ahead in splits.ORDER stays."""
         ids, arrived = self._parts_of("ids"), np.arange(self.count)
-        side = np.searchsorted(np.array(bounds), self._parts_of("places"), side="right").astype(np.int8)
         order = np.lexsort((arrived, ids[:, 1], ids[:, 0]))
         ordered = ids[order]
         first = np.concatenate(([True], (ordered[1:] != ordered[:-1]).any(1)))
         unique = order[first]   # the first of its copies, in the order of the ids
+        group = self._groups(unique)
+        side = np.searchsorted(np.array(bounds), positions(group), side="right").astype(np.int8)
         side[unique] = np.minimum.reduceat(side[order], np.flatnonzero(first))   # copies may name other groups
         stays, double_of = np.zeros(self.count, bool), np.full(self.count, -1)
         stays[unique] = True
@@ -123,7 +127,15 @@ class RowStore:
             priority = np.full(self.count, -1)
             priority[unique[np.argsort(side[unique], kind="stable")]] = np.arange(len(unique))
             stays, double_of = self._sketches.survivors(priority)
-        return RowFates(stays, side, double_of, self.count - len(unique))
+        return RowFates(stays, group, side, double_of, self.count - len(unique))
+
+    def _groups(self, unique: np.ndarray) -> np.ndarray:
+        """The digest of every row's group, [N]; rows with a reply of a closed set are groups by themselves."""
+        groups, answers = self._parts_of("groups").copy(), self._parts_of("answers")
+        shared, counts = np.unique(answers[unique], return_counts=True)
+        canned = np.isin(answers, shared[(counts >= CANNED) & (shared != 0)])
+        groups[canned] = [alone(f"{high:016x}{low:016x}") for high, low in self._parts_of("ids")[canned].tolist()]
+        return groups
 
     def write(self, folder: Path, settled: RowFates) -> dict[Split, tuple[int, str]]:
         """Write the splits and `near_duplicates.jsonl`. Returns each split's count and the digest of its ids."""
@@ -137,7 +149,8 @@ class RowStore:
                 with pa.memory_map(str(self.folder / f"{bucket:02}.arrow")) as file:
                     table = pa.ipc.open_file(file).read_all().sort_by([("id", "ascending"), ("number", "ascending")])
                 numbers = table.column("number").to_numpy()
-                table = table.drop_columns("number")
+                names = pa.array([f"{digest:016x}" for digest in settled.group[numbers].tolist()], pa.string())
+                table = table.drop_columns(["number", "group"]).append_column("group", names)
                 for code, split in enumerate(ORDER):
                     mine = settled.stays[numbers] & (settled.side[numbers] == code)
                     splits.append(split, table.filter(pa.array(mine)))

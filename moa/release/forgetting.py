@@ -17,6 +17,7 @@ from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.text import NOTHING_RELEASED, SHORT_DIGEST, shorten, table
 from moa.data.corpus import Row, read
+from moa.evaluation.evaluate import read_rows
 from moa.evaluation.scoring import generate_answers
 from moa.evaluation.statistics import RoutingChanges, routing_changes
 from moa.release.champion_history import previous_champion
@@ -62,10 +63,10 @@ def forgetting(workspace: Workspace, config: Config, old: int, new: int) -> dict
     asked = {domain: read(workspace.corpus(domain), "test")[:config.adapt.golden]
              for domain, each in experts.items() if each["change"] == "same" and domain in config.domains}
     golden = _golden(workspace, config, folders, {domain: rows for domain, rows in asked.items() if rows})
-    old_routes, new_routes = map(_routes, folders)
+    old_rows, new_rows = map(_routed, folders)
     return {"old": old, "new": new, "equal": all(each["equal"] for each in golden.values()),
             "experts": experts, "golden": golden, "table": _table(registry, releases),
-            "routing": {found.domain: asdict(found) for found in paired(old_routes, new_routes)
+            "routing": {found.domain: asdict(found) for found in _paired_rows(old_rows, new_rows)
                         if experts.get(found.domain, {}).get("change") in ("same", "changed")}}
 
 
@@ -104,11 +105,25 @@ def figures(metrics: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def paired(old: Mapping[tuple[str, str], str], new: Mapping[tuple[str, str], str]) -> list[RoutingChanges]:
-    """By domain, where the prompts went that both releases were tested on; keys are (domain, row)."""
+def paired(old: Mapping[tuple[str, str], str], new: Mapping[tuple[str, str], str],
+           groups: Mapping[tuple[str, str], str] | None = None) -> list[RoutingChanges]:
+    """By domain, where the prompts went that both releases were tested on; keys are (domain, row).
+
+    Args:
+        old, new: the router's best guess for each row.
+        groups: each row's group, where it shares one with other rows.
+    """
     both = sorted(old.keys() & new.keys())
-    return [routing_changes(domain, [(old[key], new[key]) for key in both if key[0] == domain])
+    return [routing_changes(domain, [((groups or {}).get(key, key[1]), old[key], new[key])
+                                     for key in both if key[0] == domain])
             for domain in sorted({domain for domain, _ in both})]
+
+
+def _paired_rows(old: Mapping[tuple[str, str], Mapping[str, Any]],
+                 new: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[RoutingChanges]:
+    """`paired` of the rows that two releases recorded; the newer record names the groups."""
+    before, after = ({key: row["routed_to"] for key, row in rows.items()} for rows in (old, new))
+    return paired(before, after, {key: row["group"] for key, row in new.items() if row["group"] is not None})
 
 
 # What the releases themselves say.
@@ -132,15 +147,9 @@ def _golden(workspace: Workspace, config: Config, folders: Sequence[Path],
     return {domain: word_for_word(rows, *(each[domain] for each in answers)) for domain, rows in asked.items()}
 
 
-def _routes(release: Path) -> dict[tuple[str, str], str]:
-    """The router's best guess for every test row that a downloaded release recorded; none where it recorded none."""
-    import pyarrow.parquet as pq
-
-    path = release.parent / "reports" / "rows.parquet"
-    if not path.is_file():
-        return {}
-    return {(row["domain"], row["row"]): row["routed_to"] for row in pq.read_table(
-        path, columns=["domain", "row", "system", "routed_to"]).to_pylist() if row["system"] == "routed"}
+def _routed(release: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Every test row that a downloaded release recorded, as it was routed; none where it recorded none."""
+    return {(row["domain"], row["row"]): row for row in read_rows(release) if row["system"] == "routed"}
 
 
 def _table(registry: Registry, releases: Sequence[MixtureVersion]) -> list[dict[str, Any]]:
