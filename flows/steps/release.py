@@ -6,9 +6,11 @@ registered stays registered, what is champion stays champion.
 
 import getpass
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from moa.core import digests
@@ -18,10 +20,10 @@ from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.subprocesses import moa_json
 from moa.evaluation import comparison, gate
+from moa.evaluation.evaluate import read_rows
 from moa.release.champion_history import Entry, previous_champion
 from moa.release.registry import CURRENT_CHAMPION, ExpertVersion, MixtureVersion, Registry
 
-FIRST = "first release"
 ALREADY = "already champion"
 RESTORED = "restored: the alias was missing"
 
@@ -63,11 +65,13 @@ def decide(workspace: Workspace, config: Config, challenger: int) -> dict[str, A
     return examine(workspace, config, challenger)
 
 
-def examine(workspace: Workspace, config: Config, challenger: int, against: int | None = None) -> dict[str, Any]:
+def examine(workspace: Workspace, config: Config, challenger: int, against: int | None = None, *,
+            record: bool = True) -> dict[str, Any]:
     """The gate's own answer about version `challenger`, against the champion or another release.
 
     Kept with the version: the same question, down to the test rows, is not asked twice. One about another release than
-    the champion is kept beside, and decides nothing.
+    the champion is kept beside, and decides nothing. Without `record` nothing is kept, and no look at the test rows is
+    counted, since such an answer promotes nothing.
     """
     registry = Registry(workspace, config)
     wanted = registry.get(challenger)
@@ -81,10 +85,12 @@ def examine(workspace: Workspace, config: Config, challenger: int, against: int 
     known = wanted.gate if aside is None else wanted.gate_against(aside)
     if known is not None and question.items() <= known.items():
         return known
-    decision = gate.Decision(True, FIRST) if other is None else _compared(workspace, config, other, wanted)
-    record = {**question, **decision.as_dict()}
-    registry.record_gate(wanted.version, record, aside)
-    return record
+    decision, anchors = (_first(config, registry, wanted) if other is None else
+                         _compared(workspace, config, registry, other, wanted, aside is None))
+    result = {**question, **decision.as_dict(), "anchors": anchors}
+    if record:
+        registry.record_gate(wanted.version, result, aside)
+    return result
 
 
 def promote(workspace: Workspace, config: Config, version: int, reason: str, by: str | None = None,
@@ -213,12 +219,74 @@ def forgetting(workspace: Workspace, old: int, new: int) -> dict[str, Any]:
     return facts
 
 
-def _compared(workspace: Workspace, config: Config, incumbent: MixtureVersion,
-              challenger: MixtureVersion) -> gate.Decision:
+def _first(config: Config, registry: Registry, challenger: MixtureVersion) -> tuple[gate.Decision, dict[str, int]]:
+    """The decision on a release that none came before, against the base, from the evaluation it was registered with."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in read_rows(registry.download(challenger.version)):
+        if row["system"] in ("base", "routed"):
+            name = {"base": "base", "routed": "challenger"}[row["system"]]
+            kept = rows.setdefault((row["domain"], row["row"]), {key: row[key] for key in ("domain", "row", "group",
+                                                                                           "tokens")})
+            kept |= {f"{name}_loss": row["loss"], f"{name}_score": row["score"]}
+    return gate.decide(map(_score, rows.values()), config.release, incumbent=(), challenger=challenger.experts,
+                       first=True), {}
+
+
+def _compared(workspace: Workspace, config: Config, registry: Registry, incumbent: MixtureVersion,
+              challenger: MixtureVersion, decides: bool) -> tuple[gate.Decision, dict[str, int]]:
+    """The decision, and by domain the version of the best champion so far. One that decides nothing has no anchor."""
     compared = compare(workspace, incumbent.version, challenger.version)
-    return gate.decide(map(_score, compared["rows"]), config.release, incumbent=incumbent.experts,
-                       challenger=challenger.experts, routing=compared.get("routing"),
-                       tested_by=f"version {incumbent.version}", causes=_causes(compared))
+    scores = [_score(row) for row in compared["rows"]]
+    anchors: dict[str, int] = {}
+    looks: dict[str, int] = {}
+    if decides:
+        looks = _looks(registry.versions(), scores)
+        anchors, losses = _anchors(registry, incumbent, scores)
+        scores = [replace(one, anchor=losses.get((one.domain, one.row))) for one in scores]
+    return gate.decide(scores, config.release, incumbent=incumbent.experts, challenger=challenger.experts, looks=looks,
+                       tested_by=f"version {incumbent.version}", causes=_causes(compared)), anchors
+
+
+def _looks(versions: Sequence[MixtureVersion], scores: Sequence[gate.Score]) -> dict[str, int]:
+    """By domain, which look at its test rows the coming one is: one more than the last that counts.
+
+    Test rows only grow, but for rows that are taken out by hand. So an earlier look counts as long as the rows that it
+    saw make at least half of the present groups: arrivals refresh the test rows.
+    """
+    groups: dict[str, set[str]] = defaultdict(set)
+    for one in scores:
+        groups[one.domain].add(one.unit)
+    looks = dict.fromkeys(groups, 1)
+    for version in versions:
+        for domain, verdict in ((version.gate or {}).get("domains") or {}).items():
+            if domain in groups and 2 * (verdict["loss"].get("groups") or 0) >= len(groups[domain]):
+                looks[domain] = max(looks[domain], verdict.get("look", 1) + 1)
+    return looks
+
+
+def _anchors(registry: Registry, incumbent: MixtureVersion, scores: Sequence[gate.Score]) -> tuple[
+        dict[str, int], dict[tuple[str, str], float]]:
+    """By domain, the version of the best champion so far, and its losses by (domain, row) if it is not the incumbent.
+
+    The incumbent's own decision named the best one before it, so only these two are compared, on the rows that both
+    recorded: the better one stays, and where too few groups are left, the incumbent is the anchor.
+    """
+    former = dict((incumbent.gate or {}).get("anchors") or {})
+    mine = _routed_losses(registry.download(incumbent.version)) if former else {}
+    theirs = {version: _routed_losses(registry.download(version)) for version in set(former.values())}
+    anchors = dict.fromkeys(incumbent.experts, incumbent.version)
+    losses: dict[tuple[str, str], float] = {}
+    for domain, version in former.items():
+        pairs = [(one, theirs[version][key], mine[key]) for one in scores if one.domain == domain
+                 and (key := (one.domain, one.row)) in theirs[version] and key in mine]
+        if domain in anchors and gate.is_better(pairs, registry.config.release.min_rows):
+            anchors[domain] = version
+            losses |= {(domain, row): loss for (of, row), loss in theirs[version].items() if of == domain}
+    return anchors, losses
+
+
+def _routed_losses(release: Path) -> dict[tuple[str, str], float]:
+    return {(row["domain"], row["row"]): row["loss"] for row in read_rows(release) if row["system"] == "routed"}
 
 
 def _causes(compared: Mapping[str, Any]) -> dict[str, str]:
@@ -241,8 +309,10 @@ def _question(workspace: Workspace, config: Config, challenger: MixtureVersion,
 def _score(row: Mapping[str, Any]) -> gate.Score:
     names = ("challenger", "incumbent", "base")
     values: dict[str, Any] = {name: row.get(f"{name}_loss") for name in names}
-    values |= {key: row.get(key) for name in names for key in (f"{name}_score", f"{name}_routed") if key in row}
-    return gate.Score(domain=row["domain"], row=str(row["row"]), known=row.get("known", True),
+    values |= {key: row[key] for name in names for part in ("score", "routed", "abstained")
+               if (key := f"{name}_{part}") in row}
+    return gate.Score(domain=row["domain"], row=str(row["row"]), known=row.get("known", True), group=row.get("group"),
+                      tokens=row.get("tokens", 1), same_expert=row.get("same_expert", False),
                       same_answer=row.get("same_answer", False), **values)
 
 

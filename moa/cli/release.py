@@ -29,7 +29,7 @@ def gate(
     from flows.steps.release import examine
     from moa.reports.releases import gate_text
 
-    decision = examine(*opened(), version, against)
+    decision = examine(*opened(), version, against, record=False)
     print_result(decision, gate_text(decision), as_json)
     if not decision["promote"]:
         raise typer.Exit(1)

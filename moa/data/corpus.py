@@ -23,6 +23,7 @@ class Row:
     messages: tuple[Message, ...]
     prompt_tokens: int
     completion_tokens: int
+    group: str | None = None   # 16 hexadecimal digits
 
     @property
     def prompt(self) -> list[Message]:
@@ -52,7 +53,7 @@ def schema() -> Any:
 
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     return pa.schema([("id", pa.string()), ("messages", pa.list_(message)),
-                      ("prompt_tokens", pa.int32()), ("completion_tokens", pa.int32())])
+                      ("prompt_tokens", pa.int32()), ("completion_tokens", pa.int32()), ("group", pa.string())])
 
 
 def table(rows: Sequence[Row]) -> Any:
@@ -67,7 +68,8 @@ def table(rows: Sequence[Row]) -> Any:
     return pa.Table.from_arrays(
         [pa.array([row.id for row in rows], pa.string()), pa.ListArray.from_arrays(pa.array(offsets), turns),
          pa.array([row.prompt_tokens for row in rows], pa.int32()),
-         pa.array([row.completion_tokens for row in rows], pa.int32())], schema=columns)
+         pa.array([row.completion_tokens for row in rows], pa.int32()),
+         pa.array([row.group for row in rows], pa.string())], schema=columns)
 
 
 def read(corpus: Path, split: Split) -> list[Row]:
@@ -77,5 +79,6 @@ def read(corpus: Path, split: Split) -> list[Row]:
     path = corpus / f"{split}.parquet"
     if not (corpus / "manifest.json").is_file() or not path.is_file():
         raise ArtifactError(f"{corpus} holds no prepared corpus: run `moa prepare --domain {corpus.name}` first.")
-    return [Row(record["id"], tuple(record["messages"]), record["prompt_tokens"], record["completion_tokens"])
+    return [Row(record["id"], tuple(record["messages"]), record["prompt_tokens"], record["completion_tokens"],
+                record.get("group"))
             for record in pq.read_table(path).to_pylist()]

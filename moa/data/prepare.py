@@ -1,8 +1,8 @@
 """Stage `prepare`: raw rows to a corpus. Every row that is read is kept, rejected with a reason, or a duplicate.
 
 Rows are processed in batches, so that memory does not grow with their text. A row's split depends on its own group
-alone (moa.data.splits), so that new rows never move old ones. Of near-duplicates in two splits, the one that is not
-for training stays.
+(moa.data.splits), which the row alone decides but for replies of a closed set, so that new rows do not move old ones.
+Of near-duplicates in two splits, the one that is not for training stays.
 
     data/corpora/NAME/    train.parquet, validation.parquet, test.parquet, rejected.jsonl, near_duplicates.jsonl,
                           quality.json, manifest.json (last)
@@ -140,7 +140,7 @@ class RowFilter:
                 readable.append((raw, messages, self._pieces(messages)))
             except RowRejected as reason:
                 self._reject(raw, str(reason), rejections)
-        rows, positions = [], []
+        rows, groups = [], []
         lengths = self.encoder.lengths([pieces for _, _, pieces in readable])
         for (raw, messages, _), (prompt, completion) in zip(readable, lengths, strict=True):
             if not completion:
@@ -149,12 +149,12 @@ class RowFilter:
                 self._reject(raw, f"too long: {prompt + completion} tokens, prompt.max_tokens is "
                                   f"{self.encoder.max_tokens}", rejections)
             else:
-                group = group_value(raw.value, self.domain)
-                self.grouped += group is not None
+                column = group_value(raw.value, self.domain)
+                self.grouped += column is not None
                 row = Row(row_id(messages), tuple(messages), prompt, completion)
                 rows.append(row)
-                positions.append(splits.group_position(row.id, messages, group, self.domain))
-        self.store.add(rows, positions)
+                groups.append(splits.group(row.id, messages, column, self.domain))
+        self.store.add(rows, groups)
 
     def _messages(self, value: Any) -> list[Message]:
         """The redacted messages of a raw row. Raises RowRejected."""

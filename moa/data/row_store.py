@@ -18,7 +18,7 @@ import numpy as np
 from moa.data import corpus as corpora
 from moa.data.corpus import Row, Split
 from moa.data.near_duplicates import Sketches
-from moa.data.splits import ORDER
+from moa.data.splits import CANNED, ORDER, Group, alone, positions
 
 BUCKETS = 64             # by the first byte of the id
 FLUSH = 1 << 14          # rows in memory before they are written to their buckets
@@ -31,6 +31,7 @@ class RowFates:
     """Outcome of all N rows of a RowStore. Arrays are indexed by the order of arrival."""
 
     stays: np.ndarray       # bool [N]
+    group: np.ndarray       # uint64 [N], digest of the row's group
     side: np.ndarray        # int8 [N], the row's split, as an index of splits.ORDER
     double_of: np.ndarray   # int64 [N], the staying row that a removed row is a near-duplicate of, or -1
     duplicates: int         # number of exact copies of another row
@@ -61,15 +62,17 @@ class RowStore:
         self._sketches = Sketches(folder / "shingles", threshold) if threshold else None
         self._rows: list[Row] = []
         self._writers: dict[int, Any] = {}
-        self._parts: dict[str, list[np.ndarray]] = {"ids": [], "places": [], "prompt": [], "completion": []}
+        self._parts: dict[str, list[np.ndarray]] = {"ids": [], "groups": [], "answers": [], "prompt": [],
+                                                    "completion": []}
 
-    def add(self, rows: Sequence[Row], places: Sequence[float]) -> None:
-        """Add rows; `places` are the positions of their groups (`moa.data.splits.group_position`)."""
+    def add(self, rows: Sequence[Row], groups: Sequence[Group]) -> None:
+        """Add rows with their groups."""
         if not rows:
             return
         ids = np.frombuffer(bytes.fromhex("".join(row.id for row in rows)), ">u8").reshape(-1, 2).astype(np.uint64)
         self._parts["ids"].append(ids)
-        self._parts["places"].append(np.array(places))
+        self._parts["groups"].append(np.array([each.digest for each in groups], np.uint64))
+        self._parts["answers"].append(np.array([each.answer or 0 for each in groups], np.uint64))
         self._parts["prompt"].append(np.array([row.prompt_tokens for row in rows], np.int32))
         self._parts["completion"].append(np.array([row.completion_tokens for row in rows], np.int32))
         if self._sketches is not None:
@@ -123,11 +126,12 @@ class RowStore:
         Of exact copies the first to arrive stays; of near-duplicates the one whose split is first in splits.ORDER.
         """
         ids, arrived = self._joined("ids"), np.arange(self.count)
-        side = np.searchsorted(np.array(bounds), self._joined("places"), side="right").astype(np.int8)
         order = np.lexsort((arrived, ids[:, 1], ids[:, 0]))
         ordered = ids[order]
         first = np.concatenate(([True], (ordered[1:] != ordered[:-1]).any(1)))
         unique = order[first]   # of each id the first row to arrive, in the order of the ids
+        group = self._groups(unique)
+        side = np.searchsorted(np.array(bounds), positions(group), side="right").astype(np.int8)
         # Copies may be of several groups, and so of several splits: the first one in splits.ORDER counts.
         side[unique] = np.minimum.reduceat(side[order], np.flatnonzero(first))
         stays, double_of = np.zeros(self.count, bool), np.full(self.count, -1)
@@ -136,7 +140,15 @@ class RowStore:
             priority = np.full(self.count, -1)
             priority[unique[np.argsort(side[unique], kind="stable")]] = np.arange(len(unique))
             stays, double_of = self._sketches.survivors(priority)
-        return RowFates(stays, side, double_of, self.count - len(unique))
+        return RowFates(stays, group, side, double_of, self.count - len(unique))
+
+    def _groups(self, unique: np.ndarray) -> np.ndarray:
+        """The digest of every row's group, [N]; rows with a reply of a closed set are groups by themselves."""
+        groups, answers = self._joined("groups").copy(), self._joined("answers")
+        shared, counts = np.unique(answers[unique], return_counts=True)
+        canned = np.isin(answers, shared[(counts >= CANNED) & (shared != 0)])
+        groups[canned] = [alone(f"{high:016x}{low:016x}") for high, low in self._joined("ids")[canned].tolist()]
+        return groups
 
     def write(self, folder: Path, settled: RowFates) -> dict[Split, tuple[int, str]]:
         """Write the splits and `near_duplicates.jsonl` into `folder`. May be called once, after all rows are added.
@@ -155,7 +167,8 @@ class RowStore:
                 with pa.memory_map(str(self.folder / f"{bucket:02}.arrow")) as buffer:
                     table = pa.ipc.open_file(buffer).read_all().sort_by([("id", "ascending"), ("number", "ascending")])
                 numbers = table.column("number").to_numpy()
-                table = table.drop_columns("number")
+                names = pa.array([f"{digest:016x}" for digest in settled.group[numbers].tolist()], pa.string())
+                table = table.drop_columns(["number", "group"]).append_column("group", names)
                 for code, split in enumerate(ORDER):
                     in_split = settled.stays[numbers] & (settled.side[numbers] == code)
                     splits.append(split, table.filter(pa.array(in_split)))

@@ -17,6 +17,7 @@ from moa.base.load import load, pick_device
 from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
+from moa.evaluation.evaluate import read_rows
 from moa.evaluation.scoring import Content, Pair, generate_answers, pinned_rows, score_answers
 from moa.mixture.artifact import EXPERTS
 
@@ -32,6 +33,7 @@ class _Answers:
     def __init__(self, workspace: Workspace, config: Config, content: Content, tested: Tested) -> None:
         self.workspace, self.config, self.content = workspace, config, content
         self.losses: dict[Key, float] = {}
+        self.tokens: dict[int, int] = {}   # completion tokens by index of the row
         self.scores: dict[Key, float] = {}
         seen: dict[tuple[str, bool], int] = defaultdict(int)
         # Indices of the rows that are answered: the first of each domain, and the first known ones.
@@ -49,7 +51,8 @@ class _Answers:
     def losses_of(self, mixture: Any, pairs: Sequence[Pair]) -> list[float]:
         missing = [pair for pair in pairs if self.key(mixture, pair) not in self.losses]
         losses = mixture.losses([self.content[index][1].messages for index, _ in missing], [by for _, by in missing])
-        self.losses.update((self.key(mixture, pair), loss) for pair, (loss, _) in zip(missing, losses, strict=True))
+        for pair, (loss, tokens) in zip(missing, losses, strict=True):
+            self.losses[self.key(mixture, pair)], self.tokens[pair[0]] = loss, tokens
         return [self.losses[self.key(mixture, pair)] for pair in pairs]
 
     def scores_of(self, mixture: Any, pairs: Sequence[Pair]) -> list[float]:
@@ -70,15 +73,10 @@ def tested(release: Path) -> dict[str, set[str]] | None:
     Returns:
         None where the release recorded no rows.
     """
-    import pyarrow.parquet as pq
-
-    path = release.parent / "reports" / "rows.parquet"
-    if not path.is_file():
-        return None
     ids: dict[str, set[str]] = defaultdict(set)
-    for row in pq.read_table(path, columns=["domain", "row"]).to_pylist():
+    for row in read_rows(release):
         ids[row["domain"]].add(row["row"])
-    return dict(ids)
+    return dict(ids) or None
 
 
 def compare(workspace: Workspace, config: Config, incumbent: Path, challenger: Path) -> dict[str, Any]:
@@ -89,10 +87,12 @@ def compare(workspace: Workspace, config: Config, incumbent: Path, challenger: P
         challenger: folder of the challenger's mixture.
 
     Returns:
-        `rows`: for each test row `domain` and `row` (its id), then under the prefixes `incumbent`, `challenger` and
-        `base` the loss in nats per completion token, and the score of the answer for the first `release.metric_rows`
-        rows of each domain. `*_routed` is the router's best guess, `*_by` the label that answers. A domain that one
-        release lacks has figures of the other one only; a domain that the incumbent lacks also has the base's.
+        `rows`: for each test row `domain`, `row` (its id), `group` (rows of one depend on each other) and `tokens` (of
+        its completion), then under the prefixes `incumbent`, `challenger` and `base` the loss in nats per completion
+        token, and the score of the answer for the first `release.metric_rows` rows of each domain. `*_routed` is the
+        router's best guess, `*_by` the label that answers. A domain that one release lacks has figures of the other one
+        only; a domain that the incumbent lacks also has the base's. `same_expert` marks rows that one expert, by its
+        digest, answers in both releases.
         `same_answer` marks rows of domains whose answered rows go to the same experts in both releases: their answers
         are equal, so they are not generated. `known` tells whether the incumbent was tested on the row; all rows of the
         incumbent's domains are known where the incumbent recorded none.
@@ -103,7 +103,7 @@ def compare(workspace: Workspace, config: Config, incumbent: Path, challenger: P
     base = load(workspace, config.base, pick_device(config.execution.devices))
     before = tested(incumbent) or {}
     content = pinned_rows(workspace, config, sorted(config.domains), before)
-    rows: list[dict[str, Any]] = [{"domain": domain, "row": row.id} for domain, row in content]
+    rows: list[dict[str, Any]] = [{"domain": domain, "row": row.id, "group": row.group} for domain, row in content]
     routing: dict[str, dict[str, float]] = {}
     answers = _Answers(workspace, config, content, before)
     pairs_of: dict[str, list[Pair]] = {}
@@ -122,7 +122,8 @@ def compare(workspace: Workspace, config: Config, incumbent: Path, challenger: P
         decisions = mixture.route([content[index][1].prompt for index in indices])
         measure(mixture, name, [(index, answering(one)) for index, one in zip(indices, decisions, strict=True)])
         for index, one in zip(indices, decisions, strict=True):
-            rows[index] |= {f"{name}_routed": one.domain, f"{name}_by": answering(one)}
+            rows[index] |= {f"{name}_routed": one.domain, f"{name}_by": answering(one),
+                            f"{name}_abstained": one.abstained}
         right = [content[index][0] == one.domain for index, one in zip(indices, decisions, strict=True)]
         routing[name] = {"accuracy": sum(right) / max(len(right), 1),
                          "abstention": sum(one.abstained for one in decisions) / max(len(right), 1)}
@@ -144,7 +145,9 @@ def compare(workspace: Workspace, config: Config, incumbent: Path, challenger: P
             for (index, _), score in zip(pairs, answers.scores_of(mixture, pairs), strict=True):
                 rows[index][f"{system}_score"] = score
         mixture.unload()
-    for result, (domain, row) in zip(rows, content, strict=True):
+    for index, (result, (domain, row)) in enumerate(zip(rows, content, strict=True)):
+        result["tokens"] = answers.tokens.get(index, 1)
+        result["same_expert"] = index in keys["incumbent"] and keys["incumbent"][index] == keys["challenger"].get(index)
         result["known"] = domain in incumbent_domains and row.id in before.get(domain, {row.id})
     return {"rows": rows, "routing": routing, "parts": parts}
 

@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moa.base.load import load, pick_device
@@ -31,7 +32,8 @@ class Scored:
     """One test row under one system.
 
     `loss` is in nats per completion token and `tokens` counts these. `answer` and `score` are None for rows that were
-    scored by loss alone. `routed_to`, `confidence` and `abstained` are the router's decision, under every system.
+    scored by loss alone. `routed_to`, `confidence` and `abstained` are the router's decision, under every system. Rows
+    of one `group` depend on each other; None = the corpus names none, and the row is a group by itself.
     """
 
     domain: str
@@ -46,6 +48,7 @@ class Scored:
     routed_to: str
     confidence: float
     abstained: bool
+    group: str | None = None
 
 
 def evaluate(workspace: Workspace, config: Config) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def score(mixture: Any, workspace: Workspace, config: Config, cache: AnswerCache
             cache.add_answer(content[index][1].id, by, limits[content[index][0]], answers[index, by])
     scores = score_answers(config, content, answers)
     return [Scored(domain, row.id, system, by, *losses[index, by], answers.get((index, by)), row.reference,
-                   scores.get((index, by)), decision.domain, decision.confidence, decision.abstained)
+                   scores.get((index, by)), decision.domain, decision.confidence, decision.abstained, row.group)
             for system, answerers in by_system.items()
             for index, ((domain, row), by, decision) in enumerate(zip(content, answerers, decisions, strict=True))]
 
@@ -162,3 +165,21 @@ def _write_rows(path: Any, scored: Sequence[Scored]) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist([asdict(one) for one in scored]), path)
+
+
+def read_rows(release: Path) -> list[dict[str, Any]]:
+    """The evaluation that a release was registered with: the fields of `Scored`, a dict for each test row and system.
+
+    Args:
+        release: the release's mixture folder, as `Registry.download` gives it.
+
+    Returns:
+        An empty list where the release recorded none. `group` is None in releases from before groups were recorded.
+    """
+    import pyarrow.parquet as pq
+
+    path = release.parent / "reports" / "rows.parquet"
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return [{"group": None, **row} for row in rows]

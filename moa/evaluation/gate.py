@@ -1,19 +1,28 @@
 """Scores of two releases on the same rows in, a verdict for each domain and one decision out. Pure functions.
 
-A domain is compared by the mean of its paired differences, challenger minus incumbent, twice: `loss`, in nats per
-completion token, and `metric`, the domain's own score (0 to 1) of the rows that both answered. The intervals are
-bootstrapped (moa/evaluation/statistics.py).
+**What is compared.** A domain's difference is challenger minus incumbent, twice: `loss`, in nats per completion token
+over all tokens of its test rows, as reports show it, and `metric`, the domain's own score (0 to 1), the mean over the
+rows that both answered. Rows of one group (the group of the split, see moa/data/splits.py) depend on each other, so
+intervals resample groups, tests give each group one vote, and `min_rows` counts groups (moa/evaluation/statistics.py).
+Where the same expert answers every test row of a domain in both releases, its difference is zero, whatever its count.
 
-Loss is the sharper measure, so it must show that a domain is no worse. Scores are mostly 0 or 1 on few rows and can
-seldom show that: they refuse where they show that a domain is worse, and otherwise report that they cannot tell.
+**What refuses.** Loss is the sharper measure, so it must show that a domain is no worse: the upper end of its interval
+lies within `tolerance`. Scores are mostly 0 or 1 on few rows and can seldom show that: they refuse where they show that
+a domain is worse, and otherwise report that they cannot tell. The first release has only the base to be compared with:
+it is refused where a domain is shown to be worse than the base, and names the domains that cannot be judged.
 
-New data of an old domain brings test rows of its own. If the data is poisoned, so are these test rows, and an expert
-that learned the poison looks better on them. So the rows that the incumbent's release was tested on (`Score.known`) are
-also judged by themselves, and a domain that fails on them fails. They can only refuse: an improvement is judged on all
-rows. The routing of a domain's known prompts is judged by the sign test. New rows that mostly go to another domain,
-where the known ones do not, are refused as rows of that domain.
+**Known rows.** New data of an old domain brings test rows of its own. If the data is poisoned, so are these test rows,
+and an expert that learned the poison looks better on them. So the rows that the incumbent's release was tested on
+(`Score.known`) are also judged by themselves, and a domain that fails on them fails. They can only refuse: an
+improvement is judged on all rows. The routing of a domain's known prompts is judged by the sign test. New rows that
+mostly go to another domain, where the known ones do not, are refused as rows of that domain.
 
-Not covered: rows that depend on each other, and the choice of a challenger after many were gated on the same rows.
+**Many releases.** A loss within the tolerance is a loss all the same, and many of them add up. So a domain is also
+compared with its anchor, the best champion so far on these rows (`Score.anchor`), and may be worse than that by `DRIFT`
+times the tolerance at most. And every decision that could have promoted is a look at the same test rows, which one of
+many challengers passes by chance: at the k-th look an interval leaves out 1 / k^2 of what it leaves out at the first,
+so that over any number of looks a release worse than the tolerance passes with at most pi^2 / 6 = 1.64 times the share
+of one look (a spending rule without a horizon, by the union bound).
 """
 
 import math
@@ -25,14 +34,22 @@ from typing import Any, Literal
 import numpy as np
 
 from moa.core.config import ReleaseParams
-from moa.evaluation.statistics import RoutingChanges, exact_test, interval, resampled, routing_changes, sign_test
+from moa.evaluation.statistics import (
+    RoutingChanges,
+    exact_test,
+    group_means,
+    interval,
+    resampled,
+    routing_changes,
+    sign_test,
+)
 
 Verdict = Literal["pass", "fail", "not enough data"]
-Against = Literal["incumbent", "base"]
-Pairs = Sequence[tuple[float | None, float | None]]   # challenger, other
+Against = Literal["incumbent", "base", "anchor"]
 
 
 MIN_GAIN = 0.001     # nats; a fall of less than this is no improvement, however certain: rounding is certain
+DRIFT = 2            # tolerances by which a domain may be worse than its anchor
 RESAMPLES = 10_000   # of each bootstrap
 SEED = 0             # of the bootstraps
 
@@ -41,13 +58,18 @@ def rules_of(params: ReleaseParams) -> dict[str, float]:
     """Every number that a decision depends on, by name: kept with the decision."""
     return {"tolerance": params.tolerance, "min_gain": MIN_GAIN, "metric_tolerance": params.metric_tolerance,
             "min_rows": params.min_rows, "confidence": params.confidence, "accuracy_drop": params.accuracy_drop,
-            "abstention_rise": params.abstention_rise, "resamples": RESAMPLES, "seed": SEED}
+            "abstention_rise": params.abstention_rise, "drift": DRIFT, "resamples": RESAMPLES, "seed": SEED}
+
+
+def tail_share(confidence: float, look: int) -> float:
+    """What one end of an interval leaves out at the `look`-th look (from 1) at the same test rows."""
+    return (1 - confidence) / 2 / look**2
 
 
 @dataclass(frozen=True)
 class Score:
-    """One test row: mean loss per completion token, score of the answer, and the router's best guess; None where a
-    system has none."""
+    """One test row: mean loss per completion token, score of the answer, and the router's decision; None where a system
+    has none."""
 
     domain: str
     row: str
@@ -59,8 +81,19 @@ class Score:
     base_score: float | None = None
     same_answer: bool = False   # both releases give the row to the same expert, so no answer was generated
     known: bool = True          # the incumbent's release was tested on it
-    challenger_routed: str | None = None
+    challenger_routed: str | None = None   # the router's best guess
     incumbent_routed: str | None = None
+    challenger_abstained: bool | None = None
+    incumbent_abstained: bool | None = None
+    group: str | None = None    # rows of one group depend on each other; None = the row is a group by itself
+    tokens: int = 1             # completion tokens, the weight of its loss
+    same_expert: bool = False   # one expert, by its digest, answers it in both releases
+    anchor: float | None = None   # loss under the domain's best champion so far
+
+    @property
+    def unit(self) -> str:
+        """Name of the independent unit that the row belongs to, unique within its domain."""
+        return self.row if self.group is None else self.group
 
 
 @dataclass(frozen=True)
@@ -72,6 +105,7 @@ class Comparison:
     reason: str
     rows: int                                     # compared
     unmatched: int = 0                            # left out: one of the two systems has no value
+    groups: int = 0                               # independent groups among the rows compared
     point: float | None = None
     interval: tuple[float, float] | None = None   # at release.confidence: decides `verdict`
     improved: bool = False                        # at a confidence corrected for the number of comparisons
@@ -97,7 +131,9 @@ class DomainVerdict:
     loss: Comparison
     metric: Comparison | None = None
     known: Known | None = None
+    anchor: Comparison | None = None   # with the best champion so far; None where that is the incumbent
     cause: str | None = None   # of a failure, where it is known
+    look: int = 1              # which look at these test rows this was
 
 
 @dataclass(frozen=True)
@@ -112,23 +148,26 @@ class Decision:
     routing: dict[str, Any] = field(default_factory=dict)
     worse: list[str] = field(default_factory=list)        # domains that fail, or whose prompts are routed worse
     harm: bool = False                                    # refused as worse, not for want of rows or of a gain
+    unjudged: list[str] = field(default_factory=list)     # of a first release: domains with too few rows for a verdict
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def decide(scores: Iterable[Score], rules: ReleaseParams, *, incumbent: Collection[str], challenger: Collection[str],
-           routing: Mapping[str, Mapping[str, float]] | None = None, tested_by: str = "the incumbent",
+           first: bool = False, looks: Mapping[str, int] | None = None, tested_by: str = "the incumbent",
            causes: Mapping[str, str] | None = None) -> Decision:
     """Whether the challenger may take the incumbent's place.
 
     A challenger is promoted only if it is worse in no domain, has enough rows to show that in each, routes within the
-    bounds, and is significantly better in at least one domain.
+    bounds, and is significantly better in at least one domain. The first release is promoted unless a domain is shown
+    to be worse than the base.
 
     Args:
         incumbent, challenger: domains that each release has an expert for. A domain that the incumbent lacks is
             compared with the base.
-        routing: `accuracy` and `abstention` of each release, under "incumbent" and "challenger".
+        first: whether there was no release before; `incumbent` is empty then.
+        looks: by domain, which look at its test rows this is, from 1 (see `tail_share`); 1 where it is missing.
         tested_by: what reasons call the incumbent's release.
         causes: by domain, why it would be worse.
     """
@@ -137,57 +176,90 @@ def decide(scores: Iterable[Score], rules: ReleaseParams, *, incumbent: Collecti
         if score.domain in rows:
             rows[score.domain][score.row] = score
     chances = len(rows) + sum(any(_scores(one)[0] is not None for one in each.values()) for each in rows.values())
-    verdicts = {domain: judge(domain, rows[domain].values(), rules, chances=chances, new=domain not in incumbent,
-                              tested_by=tested_by) for domain in sorted(rows)}
-    routes = {domain: _routes(domain, rows[domain].values()) for domain in sorted(rows) if domain in incumbent}
-    strangers = {domain: _routes(domain, rows[domain].values(), known=False) for domain in routes}
+    verdicts = {domain: judge(domain, rows[domain].values(), rules, chances=chances, look=(looks or {}).get(domain, 1),
+                              new=domain not in incumbent, first=first, tested_by=tested_by)
+                for domain in sorted(rows)}
     verdicts |= {domain: replace(each, cause=(causes or {}).get(domain)) for domain, each in verdicts.items()
                  if each.verdict == "fail"}
     improved = [domain for domain, verdict in verdicts.items() if verdict.improved]
+    unjudged = [domain for domain, verdict in verdicts.items() if first and verdict.verdict == "not enough data"]
     removed = sorted(set(incumbent) - set(challenger))
     objections = [f"{domain}: {verdict.reason}" + (f", because {verdict.cause}" if verdict.cause else "")
-                  for domain, verdict in verdicts.items() if verdict.verdict != "pass"]
-    strayed = {domain: _strayed(found, strangers[domain], rules, tested_by) for domain, found in routes.items()}
-    objections += [each for found in strayed.values() for each in found]
-    objections += (lost := _routing_objections(routing or {}, rules))
+                  for domain, verdict in verdicts.items() if verdict.verdict != "pass" and domain not in unjudged]
+    old = {domain: list(rows[domain].values()) for domain in sorted(rows) if domain in incumbent}
+    routing, strayed, lost = _routing(old, rules, looks or {}, tested_by)
+    objections += [each for found in strayed.values() for each in found] + lost
     worse = [domain for domain, verdict in verdicts.items() if verdict.verdict == "fail" or strayed.get(domain)]
     if objections:
         promote, reason = False, "; ".join(objections)
+    elif first:
+        promote, reason = True, "; ".join(["First release", *(
+            f"{title}: {', '.join(names)}" for title, names in (
+                ("better than the base", improved),
+                ("cannot be judged", [f"{domain} ({verdicts[domain].reason})" for domain in unjudged])) if names)])
     elif improved:
         promote, reason = True, f"No domain is worse; better: {', '.join(improved)}"
     else:
         promote, reason = False, "No domain is worse, but none is really better either"
     if removed:
         reason += f"; removed: {', '.join(removed)}"
-    return Decision(promote, f"{reason}.", verdicts, improved, removed,
-                    {who: dict(values) for who, values in (routing or {}).items()}
-                    | ({"domains": {domain: asdict(found) | {"new": strangers[domain].after}
-                                    for domain, found in routes.items()}}
-                       if any(found.rows for found in routes.values()) else {}), worse, bool(worse or lost))
+    return Decision(promote, f"{reason}.", verdicts, improved, removed, routing, worse, bool(worse or lost), unjudged)
 
 
-def judge(domain: str, scores: Iterable[Score], rules: ReleaseParams, *, chances: int = 1, new: bool = False,
-          tested_by: str = "the incumbent") -> DomainVerdict:
+@dataclass(frozen=True)
+class _Terms:
+    """What the comparisons of one domain have in common."""
+
+    domain: str
+    rules: ReleaseParams
+    chances: int = 1
+    look: int = 1
+    first: bool = False
+    tested_by: str | None = None   # name of the incumbent's release, where only the rows it was tested on are compared
+
+    @property
+    def share(self) -> float:
+        return tail_share(self.rules.confidence, self.look)
+
+    def on(self, rows: int, what: str) -> str:
+        """The rows that a figure is of, in words."""
+        if self.tested_by is None:
+            return f"on {rows} {what}"
+        what = "test rows" if what == "rows" else f"{what} to test rows"
+        return f"on the {rows} {what} that {self.tested_by} was tested on"
+
+
+def judge(domain: str, scores: Iterable[Score], rules: ReleaseParams, *, chances: int = 1, look: int = 1,
+          new: bool = False, first: bool = False, tested_by: str = "the incumbent") -> DomainVerdict:
     """The verdict on one domain.
 
-    The domain fails when either comparison does, on all rows or on the known ones, and passes when its loss does. A
-    metric that cannot tell does not refuse, and neither do too few known rows.
+    The domain fails when a comparison does, on all rows, on the known ones, or with the anchor, and passes when its
+    loss does. A metric that cannot tell does not refuse, and neither do too few known rows.
 
     Args:
         chances: number of comparisons of this decision, for the Bonferroni correction of `improved`.
+        look: which look at these test rows this is, from 1.
         new: whether the incumbent lacks the domain, so that the base is the other system.
+        first: whether there is no incumbent: only what is shown to be worse than the base fails.
         tested_by: what reasons call the incumbent's release.
     """
     everything = sorted(scores, key=lambda score: score.row)   # so that the order of `scores` does not matter
-    verdict = _all_rows(domain, everything, rules, chances, "base" if new else "incumbent")
-    known = [one for one in everything if one.known]
-    if new or len(known) == len(everything):
+    terms = _Terms(domain, rules, chances, look, first)
+    verdict = _all_rows(everything, terms, "base" if new else "incumbent")
+    if new:
         return verdict
-    found = _known_rows(domain, known, rules, tested_by)
-    reasons = [each.reason for each in (found.loss, found.metric) if each is not None and each.verdict == "fail"]
+    reasons = []
+    known = [one for one in everything if one.known]
+    if len(known) < len(everything):
+        found = _known_rows(known, replace(terms, chances=1, tested_by=tested_by))
+        verdict = replace(verdict, known=found)
+        reasons = [each.reason for each in (found.loss, found.metric) if each is not None and each.verdict == "fail"]
+    if (anchor := _anchor(everything, replace(terms, chances=1))) is not None:
+        verdict = replace(verdict, anchor=anchor)
+        reasons += [anchor.reason] if anchor.verdict == "fail" and verdict.verdict != "fail" else []
     if not reasons:
-        return replace(verdict, known=found)
-    return replace(verdict, verdict="fail", reason=", and ".join(reasons), improved=False, known=found)
+        return verdict
+    return replace(verdict, verdict="fail", reason=", and ".join(reasons), improved=False)
 
 
 def _scores(one: Score, new: bool = False) -> tuple[float | None, float | None]:
@@ -197,129 +269,215 @@ def _scores(one: Score, new: bool = False) -> tuple[float | None, float | None]:
     return one.challenger_score, one.base_score if new else one.incumbent_score
 
 
-def _all_rows(domain: str, scores: Sequence[Score], rules: ReleaseParams, chances: int,
-              against: Against) -> DomainVerdict:
-    new = against == "base"
-    loss = _loss(domain, [(one.challenger, one.base if new else one.incumbent) for one in scores], rules, chances,
-                 against)
-    metric = _answers(domain, [_scores(one, new) for one in scores], rules, chances, against)
+def _all_rows(scores: Sequence[Score], terms: _Terms, against: Against) -> DomainVerdict:
+    loss = _loss(scores, terms, against)
+    metric = _metric(scores, terms, against)
     if metric is not None and metric.verdict == "fail":
         reason = metric.reason if loss.verdict == "pass" else f"{loss.reason}, and {metric.reason}"
-        return DomainVerdict("fail", reason, against, False, loss, metric)
+        return DomainVerdict("fail", reason, against, False, loss, metric, look=terms.look)
     improved = loss.verdict == "pass" and (loss.improved or (metric is not None and metric.improved))
-    return DomainVerdict(loss.verdict, loss.reason, against, improved, loss, metric)
+    return DomainVerdict(loss.verdict, loss.reason, against, improved, loss, metric, look=terms.look)
 
 
-def _known_rows(domain: str, known: Sequence[Score], rules: ReleaseParams, tested_by: str) -> Known:
+def _known_rows(known: Sequence[Score], terms: _Terms) -> Known:
     """Both comparisons on known rows. Fewer than `min_rows` fail where the sign test shows that most are worse by more
     than the tolerance."""
     if not known:
-        return Known(Comparison("not enough data", f"none of the test rows that {tested_by} was tested on is left", 0))
-    pairs = [(one.challenger, one.incumbent) for one in known]
-    loss = _loss(domain, pairs, rules, 1, "incumbent", tested_by)
-    if loss.verdict == "not enough data":
-        rises = [mine - other for mine, other in pairs if mine is not None and other is not None]
-        worse = sum(rise > rules.tolerance for rise in rises)
-        if rises and sign_test(worse, len(rises) - worse) <= (1 - rules.confidence) / 2:
-            loss = replace(loss, verdict="fail", reason=f"worse than the tolerance of {rules.tolerance:g} allows in "
-                                                        f"{worse} answers {_on(loss.rows, 'rows', tested_by)}")
-    return Known(loss, _answers(domain, [_scores(one) for one in known], rules, 1, "incumbent", tested_by))
+        return Known(Comparison("not enough data", f"none of the test rows that {terms.tested_by} was tested on is "
+                                                   "left", 0))
+    loss = _loss(known, terms, "incumbent")
+    if loss.verdict == "not enough data" and loss.groups:
+        sample = _Sample.of([(one, one.challenger, one.incumbent) for one in known], by_tokens=True)
+        worse = int((sample.values > terms.rules.tolerance).sum())
+        if sign_test(worse, len(sample.values) - worse) <= terms.share:
+            loss = replace(loss, verdict="fail", reason=f"worse than the tolerance of {terms.rules.tolerance:g} allows "
+                                                        f"in {worse} answers {terms.on(loss.rows, 'rows')}")
+    return Known(loss, _metric(known, terms, "incumbent"))
 
 
-def _answers(domain: str, scores: Pairs, rules: ReleaseParams, chances: int, against: Against,
-             tested_by: str | None = None) -> Comparison | None:
-    """The metric's comparison of the rows that were answered; None where the challenger answered none."""
-    if all(mine is None for mine, _ in scores):
+def _anchor(scores: Sequence[Score], terms: _Terms) -> Comparison | None:
+    """The comparison with the domain's best champion so far; None where no row has its loss, or too few groups do."""
+    with_anchor = [one for one in scores if one.anchor is not None]
+    if not with_anchor:
         return None
-    return _metric(domain, [pair for pair in scores if pair != (None, None)], rules, chances, against, tested_by)
+    found = _loss(with_anchor, terms, "anchor")
+    return found if found.verdict != "not enough data" else None
 
 
-def _loss(domain: str, scores: Pairs, rules: ReleaseParams, chances: int, against: Against,
-          tested_by: str | None = None) -> Comparison:
-    pairs = [(mine, other) for mine, other in scores
-             if mine is not None and other is not None and math.isfinite(other)]
+def is_better(pairs: Sequence[tuple[Score, float, float]], least: int) -> bool:
+    """Whether the first of two losses of the same rows is lower on the whole; False for fewer than `least` groups.
+
+    The anchor is chosen by this. It is the lowest of several losses and so a little too low, which makes the comparison
+    with it stricter, not laxer.
+    """
+    sample = _Sample.of(pairs, by_tokens=True)
+    return len(sample.values) >= least and sample.point < 0
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Paired differences of one measure, challenger minus other, a value and a weight for each group."""
+
+    rows: int
+    values: np.ndarray    # (G,)
+    weights: np.ndarray   # (G,)
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Score, float | None, float | None]], by_tokens: bool) -> "_Sample":
+        """Pairs of which neither part is missing. `by_tokens`: rows weigh as many completion tokens as they have."""
+        complete = [(one, mine - other) for one, mine, other in pairs if mine is not None and other is not None]
+        if not complete:
+            return cls(0, np.zeros(0), np.zeros(0))
+        values, weights = group_means(np.array([difference for _, difference in complete]),
+                                      [f"{one.domain} {one.unit}" for one, _ in complete],
+                                      np.array([one.tokens if by_tokens else 1 for one, _ in complete], float))
+        return cls(len(complete), values, weights)
+
+    @property
+    def point(self) -> float:
+        return float((self.values * self.weights).sum() / self.weights.sum())
+
+    def too_few(self, what: str, least: int) -> str | None:
+        """Why there are too few groups for an interval, in words; None where there are enough."""
+        if len(self.values) >= least:
+            return None
+        if len(self.values) == self.rows:
+            return f"{self.rows} {what} to compare, {least} are needed"
+        return f"{self.rows} {what} in {len(self.values)} groups to compare, {least} groups are needed"
+
+    def intervals(self, terms: _Terms, measure: str) -> tuple[tuple[float, float], tuple[float, float]]:
+        """The interval of the mean, and the wider one corrected for `chances` comparisons (Bonferroni)."""
+        seed = [SEED, zlib.crc32(f"{terms.domain} {measure}".encode())]
+        means, spreads = resampled(self.values, RESAMPLES, seed, self.weights)
+        one, all_ = (interval(self.values, means, spreads, tail, self.weights)
+                     for tail in (terms.share, terms.share / terms.chances))
+        return one, all_
+
+
+def _loss(scores: Sequence[Score], terms: _Terms, against: Against) -> Comparison:
+    rules = terms.rules
+    pairs = [(one, one.challenger, other) for one in scores
+             if one.challenger is not None and (other := getattr(one, against)) is not None and math.isfinite(other)]
     count, unmatched = len(pairs), len(scores) - len(pairs)
-    if broken := sum(not math.isfinite(mine) for mine, _ in pairs):
-        return Comparison("fail", f"{broken} of {count} rows have no finite loss", count, unmatched)
-    if count < rules.min_rows:
-        return Comparison("not enough data", f"{count} rows to compare, {rules.min_rows} are needed", count, unmatched)
-    point, (low, high), (_, sure) = _intervals(domain, "loss", pairs, rules, chances)
+    groups = len({one.unit for one, _, _ in pairs})
+    if broken := sum(not math.isfinite(mine) for _, mine, _ in pairs):
+        return Comparison("fail", f"{broken} of {count} rows have no finite loss", count, unmatched, groups)
+    if against == "incumbent" and count == len(scores) and all(one.same_expert for one in scores) and count:
+        return Comparison("pass", f"the same expert answers all {count} rows in both releases", count, unmatched,
+                          groups, 0.0, (0.0, 0.0))
+    sample = _Sample.of(pairs, by_tokens=True)
+    if too_few := sample.too_few("rows", rules.min_rows):
+        return Comparison("not enough data", too_few, count, unmatched, groups)
+    (low, high), (_, sure) = sample.intervals(terms, "loss")
+    point = sample.point
     improved = point < 0 and sure < -MIN_GAIN
-    numbers = (f"loss {point:+.4f} nats against the {against} {_on(count, 'rows', tested_by)}, interval {low:+.4f} to "
-               f"{high:+.4f}")
-    if high <= rules.tolerance:
-        return Comparison("pass", numbers, count, unmatched, point, (low, high), improved)
+    other, limit = "the " + against, rules.tolerance
+    if against == "anchor":
+        other, limit = "its best champion so far", DRIFT * rules.tolerance
+    numbers = f"loss {point:+.4f} nats against {other} {terms.on(count, 'rows')}, interval {low:+.4f} to {high:+.4f}"
+    facts = (count, unmatched, groups, point, (low, high))
+    if high <= limit or (terms.first and low <= 0):
+        return Comparison("pass", numbers, *facts, improved)
+    if terms.first:
+        return Comparison("fail", f"worse than the base: {numbers}", *facts)
     what = "worse" if low > 0 else "may be worse"
-    return Comparison("fail", f"{what} than the tolerance of {rules.tolerance:g} allows: {numbers}",
-                      count, unmatched, point, (low, high))
+    return Comparison("fail", f"{what} than the tolerance of {limit:g} allows: {numbers}", *facts)
 
 
-def _metric(domain: str, scores: Pairs, rules: ReleaseParams, chances: int, against: Against,
-            tested_by: str | None = None) -> Comparison:
-    pairs = [(mine, other) for mine, other in scores if mine is not None and other is not None]
-    count, unmatched = len(pairs), len(scores) - len(pairs)
-    if count < rules.min_rows:
-        return Comparison("not enough data", f"{count} answers to compare, {rules.min_rows} are needed",
-                          count, unmatched)
-    point, (low, high), (sure, _) = _intervals(domain, "metric", pairs, rules, chances)
-    wins, losses = sum(mine > other for mine, other in pairs), sum(mine < other for mine, other in pairs)
+def _metric(scores: Sequence[Score], terms: _Terms, against: Against) -> Comparison | None:
+    """The comparison of the rows that were answered; None where the challenger answered none."""
+    pairs = [(one, *_scores(one, against == "base")) for one in scores]
+    if all(mine is None for _, mine, _ in pairs):
+        return None
+    pairs = [(one, mine, other) for one, mine, other in pairs if (mine, other) != (None, None)]
+    rules, sample = terms.rules, _Sample.of(pairs, by_tokens=False)
+    unmatched, groups = len(pairs) - sample.rows, len(sample.values)
+    if too_few := sample.too_few("answers", rules.min_rows):
+        return Comparison("not enough data", too_few, sample.rows, unmatched, groups)
+    (low, high), (sure, _) = sample.intervals(terms, "metric")
+    wins, losses = int((sample.values > 0).sum()), int((sample.values < 0).sum())
     # Where few answers differ the bootstrap interval is too narrow; the sign test is exact there.
-    share = (1 - rules.confidence) / 2
-    improved = sure > 0 and sign_test(wins, losses) <= share / chances
-    numbers = (f"score {point:+.3f} against the {against} {_on(count, 'answers', tested_by)}, interval {low:+.3f} to "
-               f"{high:+.3f}")
+    improved = sure > 0 and sign_test(wins, losses) <= terms.share / terms.chances
+    numbers = (f"score {sample.point:+.3f} against the {against} {terms.on(sample.rows, 'answers')}, interval "
+               f"{low:+.3f} to {high:+.3f}")
+    facts = (sample.rows, unmatched, groups, sample.point, (low, high))
     if low >= -rules.metric_tolerance:
-        return Comparison("pass", numbers, count, unmatched, point, (low, high), improved)
-    if high < 0 and sign_test(losses, wins) <= share:
-        return Comparison("fail", f"worse than the tolerance of {rules.metric_tolerance:g} allows: {numbers}",
-                          count, unmatched, point, (low, high))
-    return Comparison("not enough data", f"cannot tell whether within {rules.metric_tolerance:g}: {numbers}",
-                      count, unmatched, point, (low, high), improved)
+        return Comparison("pass", numbers, *facts, improved)
+    if high < 0 and sign_test(losses, wins) <= terms.share:
+        return Comparison("fail", f"worse than the tolerance of {rules.metric_tolerance:g} allows: {numbers}", *facts)
+    return Comparison("not enough data", f"cannot tell whether within {rules.metric_tolerance:g}: {numbers}", *facts,
+                      improved)
 
 
-def _intervals(domain: str, measure: str, pairs: Pairs, rules: ReleaseParams,
-               chances: int) -> tuple[float, tuple[float, float], tuple[float, float]]:
-    """Mean paired difference, its interval, and the wider interval corrected for `chances` comparisons (Bonferroni)."""
-    values = np.array([float(mine or 0) - float(other or 0) for mine, other in pairs])
-    means, spreads = resampled(values, RESAMPLES, [SEED, zlib.crc32(f"{domain} {measure}".encode())])
-    share = (1 - rules.confidence) / 2
-    one, all_ = (interval(values, means, spreads, tail) for tail in (share, share / chances))
-    return float(values.mean()), one, all_
+# Routing, of the incumbent's domains alone: the prompts of a new domain say nothing of how those of old ones fare.
+
+def _routing(rows: Mapping[str, Sequence[Score]], rules: ReleaseParams, looks: Mapping[str, int],
+             tested_by: str) -> tuple[dict[str, Any], dict[str, list[str]], list[str]]:
+    """What the router does with the prompts that both releases routed.
+
+    Returns:
+        The figures for the decision; objections by domain; objections to the release as a whole.
+    """
+    old = {domain: _routes(domain, each) for domain, each in rows.items()}
+    new = {domain: _routes(domain, each, known=False) for domain, each in rows.items()}
+    strayed = {domain: [*_strayed(old[domain], new[domain], rules, tail_share(rules.confidence, looks.get(domain, 1)),
+                                  tested_by), *_abstained(domain, rows[domain], rules,
+                                                          tail_share(rules.confidence, looks.get(domain, 1)))]
+               for domain in rows}
+    both = [one for each in rows.values() for one in each
+            if one.incumbent_routed is not None and one.challenger_routed is not None]
+    if not both:
+        return {}, strayed, []
+    figures: dict[str, Any] = {
+        name: {"accuracy": float(np.mean([one.domain == getattr(one, f"{name}_routed") for one in both])),
+               "abstention": float(np.mean([bool(getattr(one, f"{name}_abstained")) for one in both]))}
+        for name in ("incumbent", "challenger")}
+    before, after = figures["incumbent"], figures["challenger"]
+    figures["domains"] = {domain: asdict(found) | {"new": new[domain].after} for domain, found in old.items()}
+    lost, level = [], 1 - rules.confidence
+    changes = [(one, float(one.domain != one.challenger_routed), float(one.domain != one.incumbent_routed))
+               for one in both]
+    if before["accuracy"] - after["accuracy"] > rules.accuracy_drop and _rises(changes) <= level:
+        lost.append(f"routing accuracy fell from {before['accuracy']:.1%} to {after['accuracy']:.1%}")
+    changes = [(one, float(bool(one.challenger_abstained)), float(bool(one.incumbent_abstained))) for one in both]
+    if after["abstention"] - before["abstention"] > rules.abstention_rise and _rises(changes) <= level:
+        lost.append(f"abstentions rose from {before['abstention']:.1%} to {after['abstention']:.1%}")
+    return figures, strayed, lost
 
 
-def _on(count: int, what: str, tested_by: str | None) -> str:
-    """The rows that a figure is of, in words."""
-    if tested_by is None:
-        return f"on {count} {what}"
-    return f"on the {count} {'test rows' if what == 'rows' else f'{what} to test rows'} that {tested_by} was tested on"
+def _rises(pairs: Sequence[tuple[Score, float, float]]) -> float:
+    """P-value of the sign test over groups that the first value of a pair is larger than the second."""
+    sample = _Sample.of(pairs, by_tokens=False)
+    return sign_test(int((sample.values > 0).sum()), int((sample.values < 0).sum()))
 
 
 def _routes(domain: str, scores: Iterable[Score], known: bool = True) -> RoutingChanges:
-    return routing_changes(domain, [(one.incumbent_routed,
-                                     one.challenger_routed) for one in scores if one.known == known
-                                    and one.incumbent_routed is not None and one.challenger_routed is not None])
+    return routing_changes(domain, [(one.unit, one.incumbent_routed, one.challenger_routed) for one in scores
+                                    if one.known == known and one.incumbent_routed is not None
+                                    and one.challenger_routed is not None])
 
 
-def _strayed(known: RoutingChanges, new: RoutingChanges, rules: ReleaseParams, tested_by: str) -> Iterator[str]:
+def _strayed(known: RoutingChanges, new: RoutingChanges, rules: ReleaseParams, share: float,
+             tested_by: str) -> Iterator[str]:
     """Objections to the routing of a domain's prompts. A few dozen prompts cannot show that a tolerance of a few per
     cent holds, so the challenger is refused only for a fall that is significantly beyond it."""
-    share = (1 - rules.confidence) / 2
     if known.fall > rules.accuracy_drop and known.chance <= share:
-        yield f"{known.domain}: its routing accuracy fell {known.text}, {_on(known.rows, 'rows', tested_by)}"
+        where = _Terms(known.domain, rules, tested_by=tested_by).on(known.rows, "rows")
+        yield f"{known.domain}: its routing accuracy fell {known.text}, {where}"
     beyond = known.rows and new.rows and new.missed / new.rows - known.missed / known.rows > rules.accuracy_drop
-    if beyond and exact_test(new.missed, new.rows, known.missed, known.rows) <= share:
+    if beyond and exact_test(new.groups_missed, new.groups, known.groups_missed, known.groups) <= share:
         gone = ", ".join(f"{count} go to {guess}" for guess, count in new.after.items() if guess != new.domain)
         yield (f"{new.domain}: of its {new.rows} new test rows {gone}, as those that {tested_by} was tested on do not: "
                "they may be another domain's")
 
 
-def _routing_objections(routing: Mapping[str, Mapping[str, float]], rules: ReleaseParams) -> list[str]:
-    before, after = routing.get("incumbent", {}), routing.get("challenger", {})
-    objections = []
-    if ("accuracy" in before and "accuracy" in after
-            and not after["accuracy"] >= before["accuracy"] - rules.accuracy_drop):
-        objections.append(f"routing accuracy fell from {before['accuracy']:.1%} to {after['accuracy']:.1%}")
-    if ("abstention" in before and "abstention" in after
-            and not after["abstention"] <= before["abstention"] + rules.abstention_rise):
-        objections.append(f"abstentions rose from {before['abstention']:.1%} to {after['abstention']:.1%}")
-    return objections
+def _abstained(domain: str, scores: Sequence[Score], rules: ReleaseParams, share: float) -> Iterator[str]:
+    """The objection that the base answers more of a domain's prompts, where that is significantly beyond the bound."""
+    pairs = [(one, float(one.challenger_abstained), float(one.incumbent_abstained)) for one in scores
+             if one.challenger_abstained is not None and one.incumbent_abstained is not None]
+    sample = _Sample.of(pairs, by_tokens=False)
+    if not sample.rows or sample.point <= rules.abstention_rise:
+        return
+    if _rises(pairs) <= share:
+        now = sum(bool(one.challenger_abstained) for one, _, _ in pairs)
+        yield f"{domain}: {now} of {sample.rows} rows go to the base now, {sample.point:+.1%}"

@@ -1,20 +1,44 @@
-"""Statistics of the gate and of reports: bootstrap intervals, routing changes, exact tests. Pure functions.
+"""Statistics of the gate and of reports: bootstrap intervals, routing changes, exact tests. Pure functions on arrays.
+
+Rows of one group (paraphrases of a question, questions of one template) are not independent, so groups are the units:
+intervals resample whole groups (the cluster bootstrap; Cameron, Gelbach and Miller 2008, "Bootstrap-Based Improvements
+for Inference with Clustered Errors"), and in a test each group has one vote.
 
 `interval` is a bootstrap interval of a mean. Each end is the further one of two (Hesterberg 2015, "What Teachers Should
-Know About the Bootstrap"): the percentile interval, expanded because it is too short on few rows (section 5.3), and
-bootstrap t, which follows skew (section 5.5).
+Know About the Bootstrap"): the percentile interval, expanded because it is too short on few units (section 5.3), and
+bootstrap t, which follows skew (section 5.5). Groups are assumed to be independent draws of one population.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 CHUNK = 1 << 22   # resampled values held at once
+RESOLVED = 25     # fewest bootstrap samples beyond a quantile that is read off them; further ones are extrapolated
+
+
+def group_means(values: np.ndarray, groups: Sequence[str], weights: np.ndarray | None = None) -> tuple[
+        np.ndarray, np.ndarray]:
+    """Rows to groups, in the order of the groups' names.
+
+    Args:
+        values: (N,).
+        groups: each row's group, N names.
+        weights: (N,), positive; None = equal weights.
+
+    Returns:
+        The weighted mean and the total weight of each of the G groups, (G,) each. The weighted mean over groups is
+        that over rows.
+    """
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
+    _, place = np.unique(np.asarray(groups, str), return_inverse=True)
+    total = np.bincount(place, weights)
+    return np.bincount(place, weights * values) / total, total
 
 
 def resampled(values: np.ndarray, resamples: int, seed: list[int],
@@ -22,7 +46,7 @@ def resampled(values: np.ndarray, resamples: int, seed: list[int],
     """Means and standard deviations of bootstrap samples.
 
     Args:
-        values: (N,).
+        values: (N,), one for each unit: rows, or groups of `group_means`.
         resamples: number of samples, each of N values drawn with replacement.
         seed: of numpy's generator.
         weights: (N,) of a weighted mean, drawn together with the values; None = equal weights.
@@ -62,35 +86,30 @@ def interval(values: np.ndarray, means: np.ndarray, spreads: np.ndarray, share: 
     share an expert. Bootstrap t has no bounds: for rows that are equal except one large gain, it would include a loss.
     So the interval is cut at the smallest and the largest value.
 
+    A quantile beyond which fewer than RESOLVED samples lie is not read off them: the one with RESOLVED samples beyond
+    it is extended by the ratio of Student's t quantiles of both shares.
+
     Args:
         values: (N,) with N of two or more.
         means, spreads: of `resampled`.
         share: of one tail, such as 0.025 for a 95 % interval.
         weights: the same as for `resampled`.
     """
-    tail = _tail(share, len(values))
-    low, high = np.quantile(means, [tail, 1 - tail])
+    freedom = len(values) - 1
+    read = max(share, min(RESOLVED / len(means), 0.25))
+    stretch = float(stats.t.isf(share, freedom) / stats.t.isf(read, freedom)) if read > share else 1.0
+    # Hesterberg 2015: the tail of the bootstrap distribution that stands for `read` is Phi(-sqrt(n / (n - 1)) t).
+    tail = float(stats.norm.cdf(-stats.t.isf(read, freedom) * math.sqrt(len(values) / freedom)))
     mean, spread = _moments(values, weights)
+    low, high = mean + (np.quantile(means, [tail, 1 - tail]) - mean) * stretch
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.nan_to_num((means - mean) / spreads, nan=0.0, posinf=np.inf, neginf=-np.inf)
-    lowest, highest = (np.quantile(t, end, method="nearest") for end in (share, 1 - share))
+    lowest, highest = (np.quantile(t, end, method="nearest") * stretch for end in (read, 1 - read))
     if np.isfinite(highest):
         low = min(low, mean - highest * spread)
     if np.isfinite(lowest):
         high = max(high, mean - lowest * spread)
     return float(max(low, values.min())), float(min(high, values.max()))
-
-
-def _tail(share: float, count: int) -> float:
-    """Tail of the bootstrap distribution that stands for `share`, expanded for few rows.
-
-    Hesterberg 2015: Phi(-sqrt(n / (n - 1)) * t_{share, n - 1}); the t quantile by its expansion in 1 / degrees of
-    freedom (Abramowitz and Stegun 26.7.5), right to three digits from five rows on.
-    """
-    z, v = NormalDist().inv_cdf(1 - share), count - 1
-    t = (z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3))
-    return NormalDist().cdf(-t * math.sqrt(count / v))
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,10 @@ class RoutingChanges:
     after: dict[str, int]
     lost: dict[str, int]   # routed right before, wrong now: by the domain they go to now
     gained: int            # routed wrong before, right now
+    groups: int            # independent groups among these prompts
+    groups_lost: int       # with more prompts lost than gained
+    groups_gained: int
+    groups_missed: int     # most of whose prompts are routed wrong now
 
     @property
     def fall(self) -> float:
@@ -111,8 +134,8 @@ class RoutingChanges:
 
     @property
     def chance(self) -> float:
-        """P-value of the sign test: at least so many lost among the changed ones, if both directions were as likely."""
-        return sign_test(sum(self.lost.values()), self.gained)
+        """P-value of the sign test: so many groups lost among the changed ones, if both directions were as likely."""
+        return sign_test(self.groups_lost, self.groups_gained)
 
     @property
     def text(self) -> str:
@@ -128,26 +151,36 @@ class RoutingChanges:
         return self.rows - self.after.get(self.domain, 0)
 
 
-def routing_changes(domain: str, pairs: Iterable[tuple[str, str]]) -> RoutingChanges:
-    """Count the routing of a domain's prompts; `pairs` are the best guesses (before, after) of each prompt."""
-    pairs = list(pairs)
+def routing_changes(domain: str, prompts: Iterable[tuple[str, str, str]]) -> RoutingChanges:
+    """Count the routing of a domain's prompts.
+
+    Args:
+        prompts: of each prompt its group, and the router's best guess before and after.
+    """
+    prompts = list(prompts)
     before, after, lost = (_counted(guesses) for guesses in (
-        [old for old, _ in pairs], [new for _, new in pairs], [new for old, new in pairs if old == domain != new]))
-    return RoutingChanges(domain, len(pairs), before, after, lost, sum(new == domain != old for old, new in pairs))
+        [old for _, old, _ in prompts], [new for _, _, new in prompts],
+        [new for _, old, new in prompts if old == domain != new]))
+    balance: Counter[str] = Counter()   # prompts gained minus prompts lost
+    misses: Counter[str] = Counter()    # prompts routed wrong minus prompts routed right
+    for group, old, new in prompts:
+        balance[group] += (new == domain) - (old == domain)
+        misses[group] += 1 if new != domain else -1
+    return RoutingChanges(domain, len(prompts), before, after, lost,
+                          sum(new == domain != old for _, old, new in prompts), len(balance),
+                          sum(each < 0 for each in balance.values()), sum(each > 0 for each in balance.values()),
+                          sum(each > 0 for each in misses.values()))
 
 
 def sign_test(for_it: int, against_it: int) -> float:
     """P-value of the one-sided sign test: at least `for_it` heads among `for_it + against_it` tosses of a fair coin."""
-    tosses = for_it + against_it
-    return sum(math.comb(tosses, heads) for heads in range(for_it, tosses + 1)) / 2**tosses
+    return float(stats.binom.sf(for_it - 1, for_it + against_it, 0.5))
 
 
 def exact_test(missed: int, rows: int, others_missed: int, others: int) -> float:
     """P-value of Fisher's exact test, one-sided: at least `missed` of all misses fall on these `rows`, if the `others`
     were as likely to be missed."""
-    total = missed + others_missed
-    ways = sum(math.comb(rows, here) * math.comb(others, total - here) for here in range(missed, min(rows, total) + 1))
-    return ways / math.comb(rows + others, total)
+    return float(stats.hypergeom.sf(missed - 1, rows + others, missed + others_missed, rows))
 
 
 def _counted(guesses: Iterable[str]) -> dict[str, int]:

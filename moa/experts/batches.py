@@ -1,6 +1,6 @@
-"""Rows of token ids to padded tensors, and the completion loss of each row.
+"""Batches of training rows: their grouping by length, their padding to tensors, and the loss of each row.
 
-Shapes: B rows, T positions, N target tokens of a batch, V vocabulary, E experts.
+Shapes: B rows, T positions, N target tokens of a batch, V words, C targets of a chunk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,17 @@ from torch.autograd.function import once_differentiable
 
 from moa.base.encoding import Encoded
 
-CALL = 96    # padded tokens that take as long as one more forward and backward
-CHUNK = 64   # targets whose logits are converted to full precision at a time
+CALL_COST = 96      # fixed cost of a forward and backward: the number of padded tokens that take as long
+TARGET_CHUNK = 64   # targets whose logits are converted to float32 at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded rows. A causal model needs no attention mask for these: padding comes after every real token, so no
-    real token sees it, and no target lies in it."""
+    """Rows padded on the right, with their target tokens.
+
+    A causal model needs no attention mask for them: padding comes after a row's tokens, which do not attend to it, and
+    padding is never a target.
+    """
 
     ids: Tensor         # (B, T)
     owners: Tensor      # (B,) expert of each row
@@ -33,16 +36,24 @@ class Batch:
 
 
 def microbatches(rows: Sequence[tuple[int, Encoded]], tokens: int) -> list[list[int]]:
-    """Indices of `rows` (expert, row), grouped by length so that no group has more than `tokens` padded tokens
-    (a single longer row makes a group of its own). The total cost of padding and calls is the least possible. Which
-    rows share a forward does not change their losses."""
+    """Group rows of similar length into microbatches of the least total cost of padding and calls (`CALL_COST`).
+
+    Dynamic programming over the rows in order of length finds the minimum. The grouping does not change a row's loss.
+
+    Args:
+        rows: (expert, row) pairs.
+        tokens: most padded tokens of a group; a longer row is a group of its own.
+
+    Returns:
+        Indices of `rows` by group.
+    """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][1].ids))
     lengths = [len(rows[index][1].ids) for index in order]
-    costs, starts = [0.0], [0]   # of the first n rows; where the last group of these begins
+    costs, starts = [0.0], [0]   # [n]: least cost of the n shortest rows, and where the last of their groups begins
     for stop in range(1, len(order) + 1):
         longest = lengths[stop - 1]
         first = max(0, min(stop - 1, stop - tokens // longest))
-        cost, start = min((costs[start] + (stop - start) * longest + CALL, start) for start in range(first, stop))
+        cost, start = min((costs[start] + (stop - start) * longest + CALL_COST, start) for start in range(first, stop))
         costs.append(cost)
         starts.append(start)
     groups: list[list[int]] = []
@@ -54,7 +65,7 @@ def microbatches(rows: Sequence[tuple[int, Encoded]], tokens: int) -> list[list[
 
 
 def collate(rows: Sequence[tuple[int, Encoded]], device: str | torch.device = "cpu") -> Batch:
-    """Pad (expert, row) pairs on the right with token 0."""
+    """Make a batch of (expert, row) pairs on `device`, padded with token 0."""
     longest = max(len(row.ids) for _, row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     positions, targets, owner_rows = [], [], []
@@ -73,9 +84,10 @@ def collate(rows: Sequence[tuple[int, Encoded]], device: str | torch.device = "c
 
 @contextmanager
 def projecting_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Within the block, the output projection reads only these flat positions: logits are (N, V), not (B, T, V).
+    """Within the block, the model projects only these hidden states to logits: (N, V) instead of (B, T, V).
 
-    A hook on the projection leaves what the model does to its logits afterwards unchanged.
+    `positions` (N) are flat positions b * T + t. The hook is on the projection, so that whatever the model does to its
+    logits afterwards still happens.
     """
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0].flatten(0, 1)[positions], *args[1:])
@@ -99,13 +111,16 @@ def row_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class TargetLoss(torch.autograd.Function):
-    """Negative log-likelihood of each target (N,), in float32 at least. Of logits in half precision no copy in full is
-    made but for a few rows at a time: with large vocabularies that copy is the largest tensor of a step."""
+    """Negative log-likelihood of each target, in nats: logits (N, V) and targets (N) to (N), in float32 at least.
+
+    Logits in half precision are converted to float32 in chunks, forward and backward: with a large vocabulary, a whole
+    copy of the logits would be the largest tensor of a training step.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets: Tensor) -> Tensor:
-        nll = [nn.functional.cross_entropy(_full(part_CV), target, reduction="none")
-               for part_CV, target in zip(logits_NV.split(CHUNK), targets.split(CHUNK), strict=True)]
+        nll = [nn.functional.cross_entropy(_at_least_float32(chunk_CV), target, reduction="none")
+               for chunk_CV, target in zip(logits_NV.split(TARGET_CHUNK), targets.split(TARGET_CHUNK), strict=True)]
         ctx.save_for_backward(logits_NV, targets)
         return torch.cat(nll)
 
@@ -114,13 +129,14 @@ class TargetLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
         logits_NV, targets = ctx.saved_tensors
         grad_NV = torch.empty_like(logits_NV)
-        for part_CV, target, grad, out in zip(*(each.split(CHUNK) for each in (logits_NV, targets, grad_N, grad_NV)),
-                                              strict=True):
-            likely_CV = _full(part_CV).softmax(-1)
-            likely_CV[torch.arange(len(target), device=target.device), target] -= 1
-            out.copy_(likely_CV.mul_(grad.unsqueeze(1)))
+        chunks = (tensor.split(TARGET_CHUNK) for tensor in (logits_NV, targets, grad_N, grad_NV))
+        for chunk_CV, target, grad, chunk_grad in zip(*chunks, strict=True):
+            # The gradient of cross-entropy is softmax(logits) - onehot(target).
+            softmax_CV = _at_least_float32(chunk_CV).softmax(-1)
+            softmax_CV[torch.arange(len(target), device=target.device), target] -= 1
+            chunk_grad.copy_(softmax_CV.mul_(grad.unsqueeze(1)))
         return grad_NV, None
 
 
-def _full(logits: Tensor) -> Tensor:
+def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype.itemsize < 4 else logits

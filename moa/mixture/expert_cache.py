@@ -78,7 +78,7 @@ class ExpertLoader:
     def _layout(self, slot: int, head: Head) -> _Layout | None:
         """Layout by which files with this head are copied; `peft_format` has just loaded such a file into `slot`.
 
-        None where a matrix is missing from the file, is not in float32, or has a lower rank than the slot.
+        None where a matrix is missing from the file, is not in float32, or has another shape than in the slot.
         """
         stack, tensors, ranges = self.stack, json.loads(head[1]), []
         row_P = stack.weights[slot]

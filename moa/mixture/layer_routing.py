@@ -1,7 +1,7 @@
-"""Routing inside the forward: each decoder layer's head reads what enters the layer, and may choose its experts.
+"""Routing within the forward: the head of each decoder layer reads the layer's input and can select its experts.
 
-This is the router of Feng et al. 2024: it sees the stream that the experts of the layers below have shaped. Joint
-training learns with it (`moa.mixture.joint_training`), and a mixture trained so is routed by it.
+This is the router of Feng et al. 2024: a head reads hidden states that the experts of the layers below have computed.
+Joint training uses it (`moa.mixture.joint_training`), and so does a jointly trained mixture when it routes.
 
 Shapes: B rows, T positions, D hidden size, C domains (one expert each, in the router's order).
 """
@@ -21,7 +21,10 @@ Use = Literal["labels", "choose", "blend"]
 
 
 class Heads(nn.Module):
-    """The heads of a router as trainable parameters. The standardisation of their inputs stays fixed."""
+    """A router's heads as a module with trainable weights. The standardisation of their inputs is fixed.
+
+    `forward` takes the number of a level and mean hidden states (B, D) of the prompts, and returns logits (B, C).
+    """
 
     def __init__(self, router: Router) -> None:
         super().__init__()
@@ -35,7 +38,7 @@ class Heads(nn.Module):
         return standard_BD @ self.weight_LCD[level].T + self.bias_LC[level]
 
     def into(self, router: Router) -> None:
-        """Give the router these weights."""
+        """Copy the trained weights into the router."""
         router.weight_LCD = self.weight_LCD.detach().cpu().clone()
         router.bias_LC = self.bias_LC.detach().cpu().clone()
 
@@ -43,19 +46,19 @@ class Heads(nn.Module):
 @contextmanager
 def layer_routing(model: nn.Module, stack: ExpertStack, heads: Heads, prompts_BT: Tensor, use: Use) -> Iterator[
         list[Tensor]]:
-    """Within the block, each decoder layer's head reads the prompt as it enters the layer.
+    """Within the block, the head of each decoder layer reads the prompts where they enter the layer.
 
     Args:
-        model: the base.
-        stack: the experts on it.
+        model: the base, with the layers of `stack` in it.
+        stack: the experts, in the order of the heads' domains.
         heads: the router's heads.
-        prompts_BT: True on the prompts' positions.
+        prompts_BT: True at the positions of the prompts.
         use: "labels" leaves the selection of experts as it is; "choose" selects the most probable expert for each
-            layer; "blend" all experts by their probabilities. The selection of the first forward holds for later ones,
-            which are decoding steps.
+            layer; "blend" blends all experts by their probabilities. The first forward decides for each layer, and
+            later forwards, which are decoding steps, repeat its decisions.
 
     Yields:
-        The heads' logits (B, C) by level, which the forward appends.
+        An empty list, to which the first forward appends the logits (B, C) of each level.
     """
     logits: list[Tensor] = []
 
@@ -77,7 +80,8 @@ def layer_routing(model: nn.Module, stack: ExpertStack, heads: Heads, prompts_BT
 
 
 def choice(stack: ExpertStack, logits_BC: Tensor, *, blend: bool) -> None:
-    """Select experts for the next layers by a head's logits: all by their probability, or the most probable."""
+    """Select experts for the next layers by a head's logits (B, C): a blend of all by their probabilities, or the most
+    probable one."""
     if blend:
         stack.blend(logits_BC.softmax(-1))
     else:
@@ -85,7 +89,10 @@ def choice(stack: ExpertStack, logits_BC: Tensor, *, blend: bool) -> None:
 
 
 def layer_selector(stack: ExpertStack, router: Router) -> Callable[[int, Tensor], None] | None:
-    """What `moa.mixture.router.features` needs to follow a jointly trained router; None for one that reads the base."""
+    """The callback of `moa.mixture.router.features` that selects experts layer by layer for a jointly trained router.
+
+    None for a router whose heads read the base without experts.
+    """
     if router.stream == "base":
         return None
     heads = Heads(router).to(stack.weights.device)
@@ -98,6 +105,6 @@ def layer_selector(stack: ExpertStack, router: Router) -> Callable[[int, Tensor]
 
 
 def prompt_mask(batch: Batch) -> Tensor:
-    """True on the positions before a row's last answer, which the router reads when it serves: (B, T)."""
-    places_T = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    return places_T < batch.prompts[:, None]
+    """True at the positions before each row's last answer, (B, T): the prompts that the router reads in serving."""
+    positions_T = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    return positions_T < batch.prompts[:, None]

@@ -1,8 +1,9 @@
-"""Selection of the expert that a new domain's training starts from: few experts, tried on few rows of the new corpus.
+"""Selection of the parent expert from which the training of a new domain starts.
 
-The mixture's router names the candidates: the experts that it would send the new domain's prompts to. So the cost does
-not grow with the number of experts. The base alone is tried as well: an expert must have a lower loss than it, else the
-training starts afresh. `moa.workspace.warm_starts` records the choice.
+The mixture's router shortlists the experts to which it routes the new domain's prompts, so the cost does not grow with
+the number of experts. Each candidate's loss is measured on some validation rows of the new domain. An expert becomes
+the parent if its loss is sufficiently below that of the base without an expert, else the training starts afresh.
+`moa.workspace.warm_starts` records the choice.
 """
 
 import math
@@ -23,43 +24,50 @@ if TYPE_CHECKING:
     from moa.experts.lora import ExpertStack
     from moa.mixture.router import Router
 
-TOKENS = 2048   # padded tokens in one forward without gradients
+FORWARD_TOKENS = 2048   # most padded tokens in one forward without gradients
 
 
 def candidates(workspace: Workspace, config: Config, domain: str) -> dict[str, Any]:
-    """The experts tried as parents of `domain`, each one's loss (nats per completion token, over the same validation
-    rows), and the choice with its reason.
+    """Measure candidates for the parent of `domain` and choose one, or none.
 
-    `shortlisted_by` is the router's mean probability for the domain's prompts, null without a mixture. An expert is
-    chosen if it saves at least `adapt.candidate_gain` of the base's loss. Raises ArtifactError without a corpus.
+    An expert is chosen if its loss is lower than the base's by at least the share `adapt.candidate_gain` of it.
+
+    Returns:
+        `domain`, `rows` (number of validation rows), `table`, `chosen` (a domain or None) and `reason` (a sentence).
+        `table` has an entry for the base, whose `parent` is None, and for each candidate: its `loss` in nats per
+        completion token, and `shortlisted_by`, the router's mean probability for it, None without a mixture.
+
+    Raises:
+        ConfigError: the domain is not configured.
+        ArtifactError: the domain has no prepared corpus.
     """
     config.require_domain(domain)
     adapt = config.adapt
     validation = corpus.read(workspace.corpus(domain), "validation")[:adapt.candidate_rows]
-    found: dict[str, Any] = {"domain": domain, "rows": len(validation), "table": [], "chosen": None}
+    report: dict[str, Any] = {"domain": domain, "rows": len(validation), "table": [], "chosen": None}
     others = sorted(name for name in config.domains
                     if name != domain and (workspace.expert(name) / MANIFEST).is_file())
     if not (adapt.candidates and others):
-        why = "There is no other expert" if adapt.candidates else "adapt.candidates is 0"
-        return found | {"reason": f"{why}: the training begins afresh."}
+        cause = "There is no other expert" if adapt.candidates else "adapt.candidates is 0"
+        return report | {"reason": f"{cause}: the training begins afresh."}
     base = load(workspace, config.base, pick_device(config.execution.devices))
     encoder = ChatEncoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
     similar = _similarity(workspace, base, [encoder.prompt(row.prompt)[-encoder.max_tokens:] for row in validation])
     if similar is not None:
         others = sorted((name for name in others if name in similar), key=lambda name: -similar[name])
-    stack, tried = _stack(workspace, config, base, others)
+    stack, tried = _stack_candidates(workspace, config, base, others)
     measured = losses(base, stack, len(tried), [encoder.row(row.messages) for row in validation])
     stack.remove()
-    found["table"] = [{"parent": name, "loss": loss, "shortlisted_by": similar[name] if name and similar else None}
-                      for name, loss in zip([None, *tried], measured, strict=True)]
-    return found | choose(found["table"], adapt.candidate_gain)
+    report["table"] = [{"parent": name, "loss": loss, "shortlisted_by": similar[name] if name and similar else None}
+                       for name, loss in zip([None, *tried], measured, strict=True)]
+    return report | choose(report["table"], adapt.candidate_gain)
 
 
 def _similarity(workspace: Workspace, base: Base, prompts: Sequence[list[int]]) -> dict[str, float] | None:
-    """Mean probability that the mixture's router gives each domain, over prompts; None without a mixture.
+    """The router's mean probability of each domain over prompts in token ids; None without a mixture.
 
-    After joint training the heads read the base under experts; here they read the base alone, which is near enough for
-    a shortlist, and spares loading every expert.
+    A jointly trained router reads hidden states that experts have changed. Here it reads those of the base alone, which
+    spares loading every expert and is exact enough for a shortlist.
     """
     from moa.mixture.router import features
 
@@ -70,8 +78,8 @@ def _similarity(workspace: Workspace, base: Base, prompts: Sequence[list[int]]) 
 
 
 def _router(workspace: Workspace, base: BasePin) -> "Router | None":
-    """The mixture's router alone: its experts need not be read. None where it is missing, damaged, or another base's;
-    the next `assemble` makes it anew."""
+    """The mixture's router, without reading the experts. None where it is missing, damaged or of another base: the next
+    `moa assemble` replaces it."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -88,8 +96,12 @@ def _router(workspace: Workspace, base: BasePin) -> "Router | None":
         return None
 
 
-def _stack(workspace: Workspace, config: Config, base: Base, names: Sequence[str]) -> tuple["ExpertStack", list[str]]:
-    """The first experts that a training could begin at, `adapt.candidates` at most, on the base; and their names."""
+def _stack_candidates(workspace: Workspace, config: Config, base: Base,
+                      names: Sequence[str]) -> tuple["ExpertStack", list[str]]:
+    """A stack on the base with the first of the named experts that training can start from, and their names.
+
+    There are at most `adapt.candidates` of them.
+    """
     from moa.experts import peft_format
     from moa.experts.lora import ExpertStack, LoraSpec
 
@@ -105,7 +117,7 @@ def _stack(workspace: Workspace, config: Config, base: Base, names: Sequence[str
 
 
 def losses(base: Base, stack: "ExpertStack", tried: int, content: Sequence[Encoded]) -> list[float]:
-    """Mean loss over all completion tokens of the rows: of the base, then of each expert tried, in mixed batches."""
+    """Mean loss in nats per completion token of the base, then of the stack's first `tried` experts, over `content`."""
     import torch
 
     from moa.experts.batches import collate, microbatches, row_losses
@@ -115,7 +127,7 @@ def losses(base: Base, stack: "ExpertStack", tried: int, content: Sequence[Encod
     work = [(system, row) for system in systems for row in content]
     sums = dict.fromkeys(systems, 0.0)
     with torch.no_grad():
-        for group in microbatches(work, TOKENS):
+        for group in microbatches(work, FORWARD_TOKENS):
             batch = collate([work[index] for index in group], base.device.device)
             stack.select(batch.owners)
             for index, loss in zip(group, row_losses(base.model, batch).tolist(), strict=True):
@@ -126,27 +138,35 @@ def losses(base: Base, stack: "ExpertStack", tried: int, content: Sequence[Encod
 
 
 def choose(table: Sequence[Mapping[str, Any]], gain: float) -> dict[str, Any]:
-    """The best expert, if it saves enough of the base's loss."""
+    """Choose the candidate with the lowest loss, if that is below the base's by at least the share `gain`.
+
+    Args:
+        table: entries with `parent` and `loss`, as in `candidates`; the first is the base's.
+        gain: the least share of the base's loss that the parent must save.
+
+    Returns:
+        `chosen`, a domain or None, and `reason`, a sentence.
+    """
     base, *others = table
-    usable = [each for each in others if math.isfinite(each["loss"])]
+    usable = [entry for entry in others if math.isfinite(entry["loss"])]
     if not usable:
         return {"chosen": None, "reason": "No other expert has this base, rank, alpha and targets: "
                                           "the training begins afresh."}
-    best = min(usable, key=lambda each: (each["loss"], each["parent"]))
+    best = min(usable, key=lambda entry: (entry["loss"], entry["parent"]))   # ties go to the first name
     saved = (base["loss"] - best["loss"]) / base["loss"]
-    what = (f"{best['parent']} is the best, {best['loss']:.3f} against the base's {base['loss']:.3f}: it saves "
-            f"{saved:.1%} of the base's loss, and adapt.candidate_gain asks for {gain:.1%}")
+    comparison = (f"{best['parent']} is the best, {best['loss']:.3f} against the base's {base['loss']:.3f}: it saves "
+                  f"{saved:.1%} of the base's loss, and adapt.candidate_gain asks for {gain:.1%}")
     if saved < gain:
-        return {"chosen": None, "reason": f"{what}, so the training begins afresh."}
-    return {"chosen": best["parent"], "reason": f"{what}."}
+        return {"chosen": None, "reason": f"{comparison}, so the training begins afresh."}
+    return {"chosen": best["parent"], "reason": f"{comparison}."}
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """The table for a terminal."""
-    lines = [f"{'start':<24} {'loss':>8}  similarity"] if found["table"] else []
-    for each in found["table"]:
-        similar = "" if each["shortlisted_by"] is None else f"{each['shortlisted_by']:.3f}"
-        lines.append(f"{each['parent'] or 'none (the base)':<24} {each['loss']:>8.3f}  {similar}".rstrip())
+def text(report: Mapping[str, Any]) -> str:
+    """The result of `candidates` as a table for a terminal."""
+    lines = [f"{'start':<24} {'loss':>8}  similarity"] if report["table"] else []
+    for entry in report["table"]:
+        similar = "" if entry["shortlisted_by"] is None else f"{entry['shortlisted_by']:.3f}"
+        lines.append(f"{entry['parent'] or 'none (the base)':<24} {entry['loss']:>8.3f}  {similar}".rstrip())
     if lines:
-        lines += ["", f"Nats per completion token, over {found['rows']} validation rows of {found['domain']}."]
-    return "\n".join([*lines, found["reason"]])
+        lines += ["", f"Nats per completion token, over {report['rows']} validation rows of {report['domain']}."]
+    return "\n".join([*lines, report["reason"]])

@@ -18,6 +18,7 @@ from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.text import NOTHING_RELEASED, SHORT_DIGEST, shorten, table
 from moa.data.corpus import Row, read
+from moa.evaluation.evaluate import read_rows
 from moa.evaluation.scoring import generate_answers
 from moa.evaluation.statistics import RoutingChanges, routing_changes
 from moa.release.champion_history import previous_champion
@@ -72,10 +73,10 @@ def forgetting(workspace: Workspace, config: Config, old: int, new: int) -> dict
     asked = {domain: read(workspace.corpus(domain), "test")[:config.adapt.golden]
              for domain, expert in experts.items() if expert["change"] == "same" and domain in config.domains}
     golden = _golden(workspace, config, folders, {domain: rows for domain, rows in asked.items() if rows})
-    old_routes, new_routes = map(_routes, folders)
+    old_rows, new_rows = map(_routed, folders)
     return {"old": old, "new": new, "equal": all(answers["equal"] for answers in golden.values()),
             "experts": experts, "golden": golden, "table": _table(registry, releases),
-            "routing": {changes.domain: asdict(changes) for changes in paired(old_routes, new_routes)
+            "routing": {changes.domain: asdict(changes) for changes in _paired_rows(old_rows, new_rows)
                         if experts.get(changes.domain, {}).get("change") in ("same", "changed")}}
 
 
@@ -117,17 +118,29 @@ def figures(metrics: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     return by_domain
 
 
-def paired(old: Mapping[tuple[str, str], str], new: Mapping[tuple[str, str], str]) -> list[RoutingChanges]:
+def paired(old: Mapping[tuple[str, str], str], new: Mapping[tuple[str, str], str],
+           groups: Mapping[tuple[str, str], str] | None = None) -> list[RoutingChanges]:
     """How routing changed, by domain, on the rows that both releases were tested on.
 
-    `old` and `new` hold the router's best guess by (domain, id of the row).
+    Args:
+        old, new: the router's best guess by (domain, id of the row).
+        groups: the group of each row that shares one with other rows.
     """
     common = sorted(old.keys() & new.keys())
-    return [routing_changes(domain, [(old[key], new[key]) for key in common if key[0] == domain])
+    return [routing_changes(domain, [((groups or {}).get(key, key[1]), old[key], new[key])
+                                     for key in common if key[0] == domain])
             for domain in sorted({domain for domain, _ in common})]
 
 
+def _paired_rows(old: Mapping[tuple[str, str], Mapping[str, Any]],
+                 new: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[RoutingChanges]:
+    """`paired` of the rows that two releases recorded; the newer record names the groups."""
+    before, after = ({key: row["routed_to"] for key, row in rows.items()} for rows in (old, new))
+    return paired(before, after, {key: row["group"] for key, row in new.items() if row["group"] is not None})
+
+
 # Facts from the releases themselves.
+
 
 def _golden(workspace: Workspace, config: Config, folders: Sequence[Path],
             asked: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
@@ -152,15 +165,9 @@ def _golden(workspace: Workspace, config: Config, folders: Sequence[Path],
             for domain, rows in asked.items()}
 
 
-def _routes(release: Path) -> dict[tuple[str, str], str]:
-    """The router's best guess by (domain, id of the row), as a downloaded release recorded it; may be empty."""
-    import pyarrow.parquet as pq
-
-    path = release.parent / "reports" / "rows.parquet"
-    if not path.is_file():
-        return {}
-    return {(row["domain"], row["row"]): row["routed_to"] for row in pq.read_table(
-        path, columns=["domain", "row", "system", "routed_to"]).to_pylist() if row["system"] == "routed"}
+def _routed(release: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """The record of every test row as it was routed, by (domain, id of the row); empty where there is none."""
+    return {(row["domain"], row["row"]): row for row in read_rows(release) if row["system"] == "routed"}
 
 
 def _table(registry: Registry, releases: Sequence[MixtureVersion]) -> list[dict[str, Any]]:

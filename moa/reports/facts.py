@@ -17,7 +17,7 @@ from moa.core.config import Config
 from moa.core.errors import ArtifactError, RegistryError
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
-from moa.evaluation.statistics import interval, resampled
+from moa.evaluation.statistics import group_means, interval, resampled
 
 SYSTEMS = ("base", "forced", "routed")
 RESAMPLES = 2_000   # of the bootstrap
@@ -128,7 +128,9 @@ def _rows(path: Path) -> list[Row]:
         return []
     import pyarrow.parquet as pq
 
-    rows: list[Row] = pq.read_table(path, columns=["domain", "row", "system", "loss", "tokens", "score"]).to_pylist()
+    rows: list[Row] = pq.read_table(path).select(
+        [name for name in ("domain", "row", "system", "loss", "tokens", "score", "group")
+         if name in pq.read_schema(path).names]).to_pylist()
     return rows
 
 
@@ -140,8 +142,13 @@ def _figures(summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     answered = [row for row in rows if row["score"] is not None]
     return {"loss": summary.get("loss"), "score": summary.get("score"), "rows": summary.get("rows"),
             "answered": summary.get("answered"),
-            "loss_interval": weighted_interval([(row["loss"], row["tokens"]) for row in rows]),
-            "score_interval": weighted_interval([(row["score"], 1.0) for row in answered])}
+            "loss_interval": weighted_interval([(row["loss"], row["tokens"]) for row in rows], _groups(rows)),
+            "score_interval": weighted_interval([(row["score"], 1.0) for row in answered], _groups(answered))}
+
+
+def _groups(rows: Sequence[Row]) -> list[str]:
+    """Each row's group; the row's own id where none was recorded."""
+    return [row.get("group") or row["row"] for row in rows]
 
 
 def tax(forced: Sequence[Row], routed: Sequence[Row]) -> dict[str, Any]:
@@ -158,10 +165,12 @@ def tax(forced: Sequence[Row], routed: Sequence[Row]) -> dict[str, Any]:
     routed_by_id = {row["row"]: row for row in routed}
     pairs = [(row, routed_by_id[row["row"]]) for row in forced if row["row"] in routed_by_id]
     losses = [(by_router["loss"] - by_label["loss"], by_label["tokens"]) for by_label, by_router in pairs]
-    scores = [(by_label["score"] - by_router["score"], 1.0) for by_label, by_router in pairs
-              if by_label["score"] is not None and by_router["score"] is not None]
-    return {"loss": _mean(losses), "loss_interval": weighted_interval(losses),
-            "score": _mean(scores), "score_interval": weighted_interval(scores),
+    answered = [(by_label, by_router) for by_label, by_router in pairs
+                if by_label["score"] is not None and by_router["score"] is not None]
+    scores = [(by_label["score"] - by_router["score"], 1.0) for by_label, by_router in answered]
+    groups, answered_groups = (_groups([by_label for by_label, _ in part]) for part in (pairs, answered))
+    return {"loss": _mean(losses), "loss_interval": weighted_interval(losses, groups),
+            "score": _mean(scores), "score_interval": weighted_interval(scores, answered_groups),
             "rows": len(pairs), "answered": len(scores)}
 
 
@@ -171,20 +180,22 @@ def _mean(pairs: Sequence[tuple[float, float]]) -> float | None:
     return sum(value * weight for value, weight in pairs) / total if total else None
 
 
-def weighted_interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+def weighted_interval(pairs: Sequence[tuple[float, float]], groups: Sequence[str]) -> tuple[float, float] | None:
     """95 % bootstrap interval of a weighted mean, computed as the gate computes its intervals.
 
-    A bootstrap sample draws rows together with their weights.
+    A bootstrap sample draws groups of rows together with their weights.
 
     Args:
         pairs: (value, weight) of each row.
+        groups: each row's group; rows of one depend on each other.
 
     Returns:
-        None for fewer than two rows, or values that are not finite.
+        None for fewer than two groups, or values that are not finite.
     """
-    if len(pairs) < 2 or not all(math.isfinite(value) for value, _ in pairs):
+    if len(set(groups)) < 2 or not all(math.isfinite(value) for value, _ in pairs):
         return None
-    values, weights = (np.array(part, dtype=float) for part in zip(*pairs, strict=True))
+    values, weights = group_means(np.array([value for value, _ in pairs], float), groups,
+                                  np.array([weight for _, weight in pairs], float))
     return interval(values, *resampled(values, RESAMPLES, [0], weights), TAIL, weights)
 
 
@@ -192,13 +203,15 @@ def verdicts(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The gate's comparisons in a decision, one for each domain and measure; empty for a release without an incumbent.
 
     Known rows are those that the incumbent was tested on, too. They have comparisons of their own in domains that also
-    have other rows.
+    have other rows. The best champion so far has a comparison where it is not the incumbent.
     """
     lines = []
     for domain, verdict in decision.get("domains", {}).items():
         known = verdict.get("known") or {}
         for measure, comparison in (("loss", verdict.get("loss", verdict)), ("metric", verdict.get("metric")),
-                              ("loss, known rows", known.get("loss")), ("metric, known rows", known.get("metric"))):
+                                    ("loss, known rows", known.get("loss")),
+                                    ("metric, known rows", known.get("metric")),
+                                    ("loss, best champion", verdict.get("anchor"))):
             if comparison:
                 lines.append({"domain": domain, "measure": measure, "verdict": comparison["verdict"],
                               "difference": comparison.get("point"), "interval": comparison.get("interval"),

@@ -207,11 +207,16 @@ def gate_text(decision: Mapping[str, Any]) -> str:
         for domain, verdict in domains.items():
             known = verdict.get("known") or {}   # the same on the rows that the incumbent was tested on
             measures = [("loss", verdict.get("loss", verdict)), ("loss, known", known.get("loss")),
-                        ("metric", verdict.get("metric")), ("metric, known", known.get("metric"))]
+                        ("metric", verdict.get("metric")), ("metric, known", known.get("metric")),
+                        ("loss, best", verdict.get("anchor"))]
             lines += [f"  {domain:<{width}}  {_measure(name, each)}" for name, each in measures if each]
     if (before := decision.get("routing", {}).get("incumbent")) and (after := decision["routing"].get("challenger")):
         lines.append(f"  routing accuracy {before['accuracy']:.1%} -> {after['accuracy']:.1%}, "
                      f"abstention {before['abstention']:.1%} -> {after['abstention']:.1%}")
+    looks = {domain: verdict["look"] for domain, verdict in (domains or {}).items() if verdict.get("look", 1) > 1}
+    if looks:
+        lines.append(f"  looks at these test rows, this one included: "
+                     f"{', '.join(f'{domain} {look}' for domain, look in looks.items())}; intervals are wider by that")
     return "\n".join([*lines, f"  {decision['reason']}"])
 
 

@@ -26,7 +26,8 @@ def test_an_interval_of_a_weighted_mean_covers_it_about_as_often_as_it_says() ->
 
 @pytest.mark.parametrize(("lost", "gained", "chance"), [(0, 0, 1), (5, 0, 1 / 32), (6, 0, 1 / 64), (3, 3, 42 / 64)])
 def test_how_surely_prompts_stray(lost: int, gained: int, chance: float) -> None:
-    found = routing_changes("math", [("math", "sql")] * lost + [("sql", "math")] * gained + [("math", "math")] * 20)
+    guesses = [("math", "sql")] * lost + [("sql", "math")] * gained + [("math", "math")] * 20
+    found = routing_changes("math", [(str(row), *each) for row, each in enumerate(guesses)])
     assert found.chance == pytest.approx(chance) == sign_test(lost, gained)
     assert found.fall == pytest.approx((lost - gained) / (20 + lost + gained))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moa.base.encoding import Encoded
-from moa.experts.batches import CALL, TargetLoss, microbatches
+from moa.experts.batches import CALL_COST, TargetLoss, microbatches
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -47,7 +47,7 @@ def test_the_loss_of_half_precision_is_in_full_and_one_rows_nan_stays_its_own() 
 # Grouping.
 
 def cost(groups: list[list[int]], lengths: list[int]) -> int:
-    return sum(len(group) * max(lengths[index] for index in group) + CALL for group in groups)
+    return sum(len(group) * max(lengths[index] for index in group) + CALL_COST for group in groups)
 
 
 @settings(max_examples=60, deadline=None)

@@ -140,11 +140,16 @@ def test_figures_are_those_of_the_rows(workspace: Workspace) -> None:
     assert found["tax"]["sql"]["loss"] == 0.0 and found["tax"]["sql"]["loss_interval"] == (0.0, 0.0)
 
 
-def test_intervals_need_rows_and_finite_values() -> None:
-    assert report_facts.weighted_interval([]) is None and report_facts.weighted_interval([(1.0, 1.0)]) is None
-    assert report_facts.weighted_interval([(1.0, 1.0), (float("nan"), 1.0)]) is None
-    low, high = report_facts.weighted_interval([(float(number), 1.0) for number in range(5_000)]) or (0.0, 0.0)
+def test_intervals_need_groups_and_finite_values() -> None:
+    interval = report_facts.weighted_interval
+    assert interval([], []) is None and interval([(1.0, 1.0)], ["a"]) is None
+    assert interval([(1.0, 1.0), (2.0, 1.0)], ["a", "a"]) is None
+    assert interval([(1.0, 1.0), (float("nan"), 1.0)], ["a", "b"]) is None
+    rows = [(float(number), 1.0) for number in range(5_000)]
+    low, high = interval(rows, [str(number) for number in range(5_000)]) or (0.0, 0.0)
     assert 2_440 < low < 2_499.5 < high < 2_560   # mean and 1.96 standard errors: 2499.5 +- 40
+    low, high = interval(rows, [str(number // 50) for number in range(5_000)]) or (0.0, 0.0)
+    assert 2_150 < low < 2_499.5 < high < 2_850   # 100 groups of neighbours: +- 283
 
 
 def test_the_page_says_what_there_is(workspace: Workspace) -> None:
