@@ -43,6 +43,7 @@ class _RowStatistics(NamedTuple):
     answers: "_TextCounter"     # last answers
     openings: "_TextCounter"    # first OPENING words of last answers
     questions: list[str]        # last user messages of the sampled rows
+    training: int               # number of training rows, which are the first ones
 
 
 def quality_report(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,6 +87,11 @@ class _TextCounter:
             text = texts[int(first[index])]
             self._texts.setdefault(int(values[index]), (text[:SHOWN], len(text.split())))
 
+    def absent(self, first: int) -> int:
+        """How many of the texts that were added after the first so many are not among these."""
+        hashes = np.concatenate([np.zeros(0, np.int64), *self._hashes])
+        return int((~np.isin(hashes[first:], hashes[:first])).sum())
+
     def result(self, total: int) -> tuple[int, int, list[dict[str, Any]]]:
         """Summarise the counts; `total` is the number of rows that shares refer to.
 
@@ -126,9 +132,10 @@ def _statistics(folder: Path) -> _RowStatistics:
         done += size
     for file in files:
         file.close()
+    training = files[SPLITS.index("train")].metadata.num_rows
     empty = np.zeros(0, np.int32)
     return _RowStatistics(np.concatenate([empty, *prompts]), np.concatenate([empty, *completions]),
-                          np.concatenate([empty, *turns]), system, blank, answers, openings, questions)
+                          np.concatenate([empty, *turns]), system, blank, answers, openings, questions, training)
 
 
 def _conversations(messages: Any) -> tuple[np.ndarray, int, Any, Any]:
@@ -212,7 +219,8 @@ def _answers(statistics: _RowStatistics) -> dict[str, Any]:
     different, largest, frequent = statistics.answers.result(total)
     return {"different": different, "largest_group": largest, "most_frequent": frequent,
             "openings": statistics.openings.result(total)[2],
-            "short": int((statistics.completion <= SHORT).sum()), "blank": statistics.blank}
+            "short": int((statistics.completion <= SHORT).sum()), "blank": statistics.blank,
+            "untrained": statistics.answers.absent(statistics.training)}
 
 
 @cache
@@ -287,6 +295,7 @@ LABEL_WORDS = 4
 OPENING_SHARE = 0.05
 LANGUAGE_SHARE = 0.05   # of the second language
 SYSTEM_SHARE = 0.05     # of the rows with a system message, and of those without one
+CLOSED_SET = 4          # fewest rows for each different answer, on average, where the answers are a closed set
 SPLIT_ROWS = 20         # fewest validation or test rows: the gate needs as many for a verdict
 
 
@@ -295,7 +304,7 @@ def concerns(report: Mapping[str, Any]) -> list[str]:
 
     Warnings of lost rows come first, then those of answers, then those of mixed languages and system messages.
     """
-    return [*_row_warnings(report), *_answer_warnings(report["answers"], report["rows"]["kept"]),
+    return [*_row_warnings(report), *_answer_warnings(report["answers"], report["rows"]),
             *_mixture_warnings(report)]
 
 
@@ -321,8 +330,9 @@ def _row_warnings(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"The {split} split has {rows[split]} rows: too few to judge an expert by ({SPLIT_ROWS} or more)."
 
 
-def _answer_warnings(answers: Mapping[str, Any], kept: int) -> Iterator[str]:
-    """Warnings of blank, short and repeated answers. `kept` is the number of rows of the corpus."""
+def _answer_warnings(answers: Mapping[str, Any], rows: Mapping[str, int]) -> Iterator[str]:
+    """Warnings of blank, short and repeated answers, and of answers of a closed set that are never trained on."""
+    kept, held_out = rows["kept"], rows["validation"] + rows["test"]
     if answers["blank"] > BLANK_SHARE * kept:
         yield f"{_of(answers['blank'], kept)} answers say nothing (no letter, no digit, or a word such as N/A)."
     if answers["short"] > SHORT_SHARE * kept:
@@ -332,6 +342,10 @@ def _answer_warnings(answers: Mapping[str, Any], kept: int) -> Iterator[str]:
         if answer["share"] > (ANSWER_SHARE if answer["words"] >= LABEL_WORDS else LABEL_SHARE):
             warned[" ".join(answer["text"].split()[:OPENING])] = answer["count"]
             yield f"{_of(answer['count'], kept)} rows have the same answer: {_quoted(answer['text'])}"
+    if answers["untrained"] and kept >= CLOSED_SET * answers["different"]:
+        yield (f"{_of(answers['untrained'], held_out)} validation and test rows have an answer that no training row "
+               f"has, though there are only {answers['different']:,} different answers: add rows of the rare ones, or "
+               "set group_by: none.")
     for opening in answers["openings"]:
         if opening["share"] > OPENING_SHARE and warned.get(opening["text"]) != opening["count"]:
             yield f"{_of(opening['count'], kept)} answers begin alike: {_quoted(opening['text'])}"

@@ -131,9 +131,9 @@ class RowStore:
         first = np.concatenate(([True], (ordered[1:] != ordered[:-1]).any(1)))
         unique = order[first]   # of each id the first row to arrive, in the order of the ids
         group = self._groups(unique)
+        # Copies may be of several groups: the lowest counts, whose split is the first one in splits.ORDER.
+        group[unique] = np.minimum.reduceat(group[order], np.flatnonzero(first))
         side = np.searchsorted(np.array(bounds), positions(group), side="right").astype(np.int8)
-        # Copies may be of several groups, and so of several splits: the first one in splits.ORDER counts.
-        side[unique] = np.minimum.reduceat(side[order], np.flatnonzero(first))
         stays, double_of = np.zeros(self.count, bool), np.full(self.count, -1)
         stays[unique] = True
         if self._sketches is not None:

@@ -66,8 +66,8 @@ def seed_for(name: str, seed: int) -> int:
 def data_order(rows: int, params: TrainParams, seed: int) -> list[list[int]]:
     """Row indices of each optimizer step, over all epochs.
 
-    Epochs are consecutive parts of one stream, in which a shuffled corpus follows the other. So where an epoch is shorter
-    than the corpus (`rows_per_epoch`), every row is used before any is used again.
+    Epochs are consecutive parts of one stream of shuffled copies of the corpus. So where an epoch is shorter than the
+    corpus (`rows_per_epoch`), every row is used before any is used again.
     """
     generator = torch.Generator().manual_seed(seed)
     per_epoch = min(params.rows_per_epoch or rows, rows)
@@ -80,8 +80,11 @@ def data_order(rows: int, params: TrainParams, seed: int) -> list[list[int]]:
 
 
 def learning_rate(step: int, steps: int, params: TrainParams) -> float:
-    """Learning rate at `step` of `steps`: linear warm-up over the share `params.warmup` of the steps, then a cosine down
-    to the share `FINAL_RATE_SHARE` of `params.learning_rate`."""
+    """Learning rate at `step` of `steps`, counted from 0.
+
+    It rises linearly over the share `params.warmup` of the steps, then falls along a cosine to the share
+    `FINAL_RATE_SHARE` of `params.learning_rate`.
+    """
     warmup = max(1, round(params.warmup * steps))
     if step < warmup:
         return params.learning_rate * (step + 1) / warmup
@@ -315,8 +318,9 @@ def recomputing(model: Any, wanted: bool = True) -> Iterator[None]:
     """Within the block, use gradient checkpointing: the backward recomputes the activations of each decoder layer, with
     the selection of experts that the layer had in the forward.
 
-    Transformers checkpoints layers in training mode only. So the layers, without their submodules, are put into training
-    mode, and taken out of it while they compute: no dropout is switched on. With `wanted` False, nothing changes.
+    Transformers checkpoints layers in training mode only. So the layers, without their submodules, are put into
+    training mode, and taken out of it while they compute: no dropout is switched on. With `wanted` False, nothing
+    changes.
     """
     if not wanted:
         yield
@@ -327,13 +331,13 @@ def recomputing(model: Any, wanted: bool = True) -> Iterator[None]:
     selection = next((layer.selection for layer in model.modules() if isinstance(layer, StackedLoRA)), Selection())
 
     @contextmanager
-    def recomputation(snapshot: Any) -> Iterator[None]:
+    def recompute(snapshot: Any) -> Iterator[None]:
         with _training_mode(layers, False), selection.restored(snapshot):
             yield
 
     # Reentrant checkpoints need an input with a gradient, and a frozen embedding gives none.
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={
-        "use_reentrant": False, "context_fn": lambda: (_training_mode(layers, False), recomputation(selection.snapshot))})
+        "use_reentrant": False, "context_fn": lambda: (_training_mode(layers, False), recompute(selection.snapshot))})
     model.disable_input_require_grads()   # transformers enables them, for reentrant checkpoints alone
     try:
         with _training_mode(layers, True):

@@ -1,4 +1,4 @@
-"""The stacked LoRA layer: E experts over the linear layers of one model, each row of a batch using its own.
+"""Stacked LoRA: E experts on the linear layers of one model, where each row of a batch uses its own expert.
 
 Shapes: E experts, R largest rank, I and O a layer's inputs and outputs, B rows, T positions, P an expert's parameters,
 K = E * R. LoRA is Hu et al. 2021 (arXiv 2106.09685): y = Wx + scale * B(Ax), scale = alpha / rank, or
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from moa.core.errors import ArtifactError
 from moa.experts.lora_autograd import add_lora, slices
 
-BASE_ONLY = -1
+BASE_ONLY = -1   # in place of an expert's index: the base without an expert
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """Rank, scaling and targets of one expert."""
+    """Rank and scaling of a LoRA."""
 
     rank: int
     alpha: float
@@ -31,19 +31,21 @@ class LoraSpec:
 
     @property
     def scale(self) -> float:
+        """The factor of B(Ax)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class Selection:
-    """Which expert each row of the current batch uses, shared by all layers of a stack."""
+    """The experts of the rows of the current batch. One object is shared by all layers of a stack."""
 
     def __init__(self) -> None:
-        self.rows: Tensor | None = None      # (B,) expert of each row; None = no expert
-        self.inactive: Tensor | None = None  # (B, 1, 1) True where a row uses the base alone; None = nowhere
-        self.weights: Tensor | None = None   # (B, E) every expert by its weight, instead of one expert a row
-        self.generation = 0                  # changes whenever the choice or an expert does
+        self.rows: Tensor | None = None      # (B,) expert of each row, 0 where inactive; None = no selection
+        self.inactive: Tensor | None = None  # (B, 1, 1) True where a row has no expert; None = every row has one
+        self.weights: Tensor | None = None   # (B, E) weights of a blend of all experts, instead of `rows`
+        self.generation = 0                  # increases when the selection or an expert's weights change
 
     def set(self, rows: Tensor | None) -> None:
+        """Select expert `rows[b]`, or BASE_ONLY, for row b; None selects no expert for any batch."""
         self.generation += 1
         self.rows = self.inactive = self.weights = None
         if rows is None or bool((rows == BASE_ONLY).all()):
@@ -53,36 +55,47 @@ class Selection:
         self.inactive = inactive.view(-1, 1, 1) if bool(inactive.any()) else None
 
     def blend(self, weights_BE: Tensor) -> None:
+        """Select all experts for every row, by these weights."""
         self.set(None)
         self.weights = weights_BE
 
     @property
     def batch(self) -> int | None:
-        """Number of rows that the selection was made for; None when there is none."""
-        chosen = self.rows if self.weights is None else self.weights
-        return None if chosen is None else len(chosen)
+        """Number of rows of the selection; None without a selection."""
+        per_row = self.rows if self.weights is None else self.weights
+        return None if per_row is None else len(per_row)
 
     @property
     def snapshot(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The selection as it is now, for `restored`."""
+        """The current selection, for `restored`."""
         return self.rows, self.inactive, self.weights
 
     @contextmanager
-    def restored(self, choice: tuple[Tensor | None, Tensor | None, Tensor | None]) -> Iterator[None]:
+    def restored(self, snapshot: tuple[Tensor | None, Tensor | None, Tensor | None]) -> Iterator[None]:
         """Restore a saved selection within the block: gradient checkpointing runs the forward again."""
-        now = self.snapshot
-        self.rows, self.inactive, self.weights = choice
+        current = self.snapshot
+        self.rows, self.inactive, self.weights = snapshot
         self.generation += 1
         try:
             yield
         finally:
-            self.rows, self.inactive, self.weights = now
+            self.rows, self.inactive, self.weights = current
             self.generation += 1
 
 
 class StackedLoRA(nn.Module):
-    """A frozen linear layer with E stacked experts. Lower ranks are padded with zeros, which is exact:
-    a zero row of A and the zero column of B opposite get zero gradients from each other."""
+    """A frozen linear layer with E stacked experts: (B, T, I) to (B, T, O).
+
+    Experts of lower rank are padded with zeros. The padding stays zero in training: the gradient of a row of A is zero
+    if the corresponding column of B is zero, and vice versa.
+
+    Args:
+        base: the frozen layer.
+        a_ERI: the experts' matrices A.
+        b_EOR: the experts' matrices B.
+        scale_E: the experts' scales.
+        selection: the experts of the rows, shared with the other layers.
+    """
 
     def __init__(self, base: nn.Linear, a_ERI: Tensor, b_EOR: Tensor, scale_E: Tensor, selection: Selection) -> None:
         super().__init__()
@@ -102,29 +115,31 @@ class StackedLoRA(nn.Module):
                                 f"{batch} rows: only layers that see (row, position, feature) can be adapted; leave "
                                 "the others out of train.targets.")
         if self.selection.weights is None and torch.is_grad_enabled():
-            return self._learning(x)
+            return self._forward_with_gradients(x)
         y = self.base(x)
         if self.selection.weights is not None:
             return y + self._blended(x, self.selection.weights)
         a_BRI, b_BRO = self.gather(x.dtype)
         if x.shape[1] == 1 and x.device.type == "cpu":
-            # A step of decoding is matrix-vector products, and CPUs do these fastest in full precision.
+            # A decoding step consists of matrix-vector products, which CPUs compute fastest in float32.
             hidden_BR1 = torch.bmm(a_BRI, x.to(a_BRI.dtype).transpose(1, 2))
             return y.add_(torch.bmm(hidden_BR1.transpose(1, 2), b_BRO))
         hidden_BTR = torch.bmm(x, a_BRI.to(x.dtype).transpose(1, 2))
         return torch.baddbmm(y, hidden_BTR, b_BRO.to(x.dtype))
 
-    def _learning(self, x: Tensor) -> Tensor:
-        """The output when gradients are wanted."""
-        self._gathered = None                  # slices gathered for a validation are stale
-        plain = type(self.base) is nn.Linear   # other classes have gradients of their own
-        y = self.base(x.detach() if plain else x)
-        return add_lora(y, x, self.base.weight if plain else None, self.a_ERI, self.b_EOR, self.scale_E,
+    def _forward_with_gradients(self, x: Tensor) -> Tensor:
+        self._gathered = None   # slices that a validation gathered are stale, and would only take memory
+        # `add_lora` computes the input's gradient of a plain linear layer; subclasses have a backward of their own.
+        plain_linear = type(self.base) is nn.Linear
+        y = self.base(x.detach() if plain_linear else x)
+        return add_lora(y, x, self.base.weight if plain_linear else None, self.a_ERI, self.b_EOR, self.scale_E,
                         self.selection.rows, self.selection.inactive)
 
     def gather(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The selected slices for forwards without gradients, gathered once for all forwards of a selection.
-        On a CPU they are in float32 at least."""
+        """A (B, R, I) and scaled B (B, R, O) of each row's selected expert, for forwards without gradients.
+
+        They are gathered once for all forwards of a selection, in `dtype`, but on a CPU in float32 at least.
+        """
         if self.a_ERI.device.type == "cpu":
             dtype = torch.promote_types(dtype, torch.float32)
         key = self.selection.generation, dtype
@@ -139,13 +154,13 @@ class StackedLoRA(nn.Module):
         self._gathered = None
 
     def take_gathered(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The slices of `gather`, of which the layer keeps no reference."""
-        kept = self.gather(dtype)
+        """The result of `gather`; the layer frees its own reference, so that the caller decides when it is freed."""
+        gathered = self.gather(dtype)
         self._gathered = None
-        return kept
+        return gathered
 
     def _blended(self, x: Tensor, weights_BE: Tensor) -> Tensor:
-        """Every expert's product, weighted row by row; differentiable in the weights."""
+        """The sum of all experts' products, with the weights of each row; differentiable in the weights."""
         rank = self.a_ERI.shape[1]
         gate_B1K = (weights_BE * self.scale_E).repeat_interleave(rank, dim=1).unsqueeze(1)
         a_IK = self.a_ERI.flatten(0, 1).t().to(x.dtype)
@@ -154,9 +169,10 @@ class StackedLoRA(nn.Module):
 
 
 def target_layers(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers an expert adapts, by name in the model's order; the output projection never is.
+    """The linear layers that experts adapt, by name in the model's order; the output projection is never one.
 
-    `targets` are suffixes of layer names, or "all-linear". Raises ArtifactError when one matches nothing.
+    `targets` are layer names or their last parts (`matches`), or "all-linear". Raises ArtifactError when one of them
+    matches no layer.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linear = {name: module for name, module in model.named_modules()
@@ -178,30 +194,40 @@ def matches(name: str, suffix: str) -> bool:
 
 
 class ExpertStack:
-    """E experts on one frozen model. All weights of expert e are the row `weights[e]` of one matrix (E, P), and its
-    gradients the row `gradients[e]`, so that an expert can be clipped, stepped, saved and compared by itself.
+    """E experts on one frozen model, which replaces the model's target layers by `StackedLoRA`.
 
-    `select` says which expert the rows of the next forward use; `remove` gives the model back as it was.
+    All weights of expert e are the row `weights[e]` of one matrix (E, P), and its gradients the row `gradients[e]`. So
+    gradients are clipped, and weights updated and saved, expert by expert. `select` sets the experts of the following
+    forwards; `remove` restores the model.
+
+    Args:
+        model: a causal language model of transformers; its parameters are frozen.
+        specs: rank and scaling of each expert. The stack has the largest rank; weights are zero at first.
+        targets: the layers that experts adapt, as in `target_layers`.
+        dtype: of the experts' weights.
+
+    Raises:
+        ArtifactError: a target matches no linear layer.
     """
 
     def __init__(self, model: nn.Module, specs: Sequence[LoraSpec], targets: str | Sequence[str] = "all-linear",
                  dtype: torch.dtype = torch.float32) -> None:
         self.model = model
         self.specs = list(specs)
-        self.shapes: list[dict[str, LoraSpec]] = []   # of each expert, by the layers that it adapts
+        self.shapes: list[dict[str, LoraSpec]] = []   # of each expert: rank and scaling by adapted layer
         self.selection = Selection()
         self.layers: dict[str, StackedLoRA] = {}
         model.requires_grad_(False)
-        self.linear = list(target_layers(model, "all-linear"))   # names of all that could be adapted
-        found = target_layers(model, targets)
-        device = next(iter(found.values())).weight.device
+        self.linear = list(target_layers(model, "all-linear"))   # names of all layers that could be adapted
+        adapted = target_layers(model, targets)
+        device = next(iter(adapted.values())).weight.device
         count, rank = len(specs), max(spec.rank for spec in specs)
-        size = sum(rank * (layer.in_features + layer.out_features) for layer in found.values())
+        size = sum(rank * (layer.in_features + layer.out_features) for layer in adapted.values())
         self.weights = torch.zeros(count, size, dtype=dtype, device=device)
         self.gradients: Tensor | None = None
         scale_E = torch.tensor([spec.scale for spec in specs], dtype=dtype, device=device)
         start = 0
-        for name, layer in found.items():
+        for name, layer in adapted.items():
             middle = start + rank * layer.in_features
             stop = middle + rank * layer.out_features
             stacked = StackedLoRA(layer, self.weights[:, start:middle].view(count, rank, layer.in_features),
@@ -223,7 +249,7 @@ class ExpertStack:
             yield layer.b_EOR
 
     def trainable(self, wanted: bool) -> Self:
-        """Collect gradients into `gradients` (E, P), or stop doing so."""
+        """Set whether backward passes add to `gradients` (E, P), which begin at zero, and return the stack."""
         self.gradients = torch.zeros_like(self.weights) if wanted else None
         start = 0
         for parameter in self.parameters():
@@ -234,28 +260,33 @@ class ExpertStack:
         return self
 
     def select(self, rows: Tensor | None) -> None:
-        """Use expert `rows[b]` for row b of the following batches; -1, or None for all, is the base alone. Raises
-        IndexError when there is no such expert."""
+        """Use expert `rows[b]` for row b of the following batches, and for BASE_ONLY the base without an expert.
+
+        With None, batches of any size use the base. Raises IndexError for an expert that the stack does not have.
+        """
         if rows is not None and len(rows) and int(rows.max()) >= len(self):
             raise IndexError(f"There is no expert {int(rows.max())}: the stack has {len(self)}.")
         self.selection.set(rows)
 
     def blend(self, weights_BE: Tensor) -> None:
-        """Use every expert on each row of the following batches, by its weight, instead of one."""
+        """Use the sum of all experts, by these weights, for the rows of the following batches."""
         self.selection.blend(weights_BE)
 
     def changed(self) -> None:
-        """Discard gathered slices after weights were written from outside during a selection."""
+        """Invalidate gathered slices. Call this after writing to the experts' weights."""
         self.selection.generation += 1
 
     def forget(self) -> None:
-        """End the selection and free what was gathered for it."""
+        """End the selection and free its gathered slices."""
         self.select(None)
         for layer in self.layers.values():
             layer.forget_gathered()
 
     def initialise(self, expert: int, seed: int) -> None:
-        """PEFT's own start: A uniform in +-1/sqrt(I), B zero. Depends on nothing but the seed and the layers."""
+        """Set an expert's initial weights as PEFT does: A uniform in +-1/sqrt(I), B zero.
+
+        They depend on the seed, the expert's rank and the layers alone.
+        """
         generator = torch.Generator().manual_seed(seed)
         rank = self.specs[expert].rank
         for layer in self.layers.values():

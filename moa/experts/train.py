@@ -1,7 +1,7 @@
-"""The stage `train`: corpora in, one PEFT directory per domain out. An interrupted training continues.
+"""The stage `train`: trains one expert on the corpus of each domain. An interrupted training resumes.
 
-    data/experts/NAME/    adapter_config.json, adapter_model.safetensors, manifest.json (last)
-    .moa/training/        checkpoints of what is not finished, one file per process, replaced whole
+    data/experts/NAME/    adapter_config.json, adapter_model.safetensors, manifest.json (written last)
+    .moa/training/        checkpoints of unfinished trainings, one file per process, replaced atomically
 """
 
 import json
@@ -24,11 +24,11 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.data import corpus
 from moa.experts import warm_start
 
-CHECKPOINT_SECONDS = 20.0
+CHECKPOINT_SECONDS = 20.0   # between two checkpoints
 
 
 def fingerprint(workspace: Workspace, config: Config, domain: str) -> str:
-    """Digest of all inputs of the training of the expert of `domain`."""
+    """Digest of all inputs of a domain's training: corpus, base, parent, parameters and code."""
     start = warm_start.read(workspace).get(domain)
     return digests.of_json({
         "domain": domain, "start": asdict(start) if start else None, "base": pin(workspace).digest,
@@ -37,6 +37,7 @@ def fingerprint(workspace: Workspace, config: Config, domain: str) -> str:
 
 
 def corpus_digest(workspace: Workspace, domain: str) -> str:
+    """Digest of a domain's prepared corpus. Raises TrainingError without one."""
     path = workspace.corpus(domain) / MANIFEST
     if not path.is_file():
         raise TrainingError(f"Domain {domain!r} has no prepared corpus: run `moa prepare --domain {domain}` first.")
@@ -45,16 +46,22 @@ def corpus_digest(workspace: Workspace, domain: str) -> str:
 
 
 def finished(workspace: Workspace, config: Config, domain: str) -> bool:
-    """Whether the expert on disk was trained on the present inputs."""
+    """Whether the domain's expert on disk was trained on the current inputs (`fingerprint`)."""
     path = workspace.expert(domain) / MANIFEST
     return path.is_file() and read_json(path).get("fingerprint") == fingerprint(workspace, config, domain)
 
 
 def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: bool = False) -> None:
-    """Co-train the experts of `domains` on one copy of the base, and write each.
+    """Co-train the experts of `domains` on one copy of the base, and write them.
 
-    Experts that are already there for the same inputs are left alone unless `fresh`. Raises TrainingError naming the
-    experts that failed, after the others have been written.
+    Experts that were trained on the current inputs are skipped, and unfinished trainings resume from their checkpoint.
+    With `fresh`, all are trained from the beginning.
+
+    Raises:
+        ConfigError: a domain is not configured.
+        ArtifactError: the files of a parent expert are missing or changed.
+        TrainingError: a corpus is missing, or the training of an expert failed; the message names the experts, and the
+            others have been written.
     """
     for domain in domains:
         config.require_domain(domain)
@@ -64,7 +71,7 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
         return
     starts = {domain: start for domain, start in warm_start.read(workspace).items() if domain in todo}
     for start in starts.values():
-        warm_start.folder(workspace, start)   # before anything that takes long
+        warm_start.folder(workspace, start)   # raises for a missing parent before the base is loaded
     from moa.core.progress import track
     from moa.experts.cotraining import cotrain, recomputing
     from moa.experts.lora import ExpertStack, LoraSpec
@@ -75,7 +82,7 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
     params = config.train
     specs = [LoraSpec(params.rank, params.alpha, params.rslora)] * len(todo)
     stack = ExpertStack(base.model, specs, params.targets).trainable(True)
-    parents = {domain: _begin(workspace, stack, expert, domain, starts.get(domain), config, base.pin)
+    parents = {domain: _initialise(workspace, stack, expert, domain, starts.get(domain), config, base.pin)
                for expert, domain in enumerate(todo)}
     learners = [_learner(workspace, stack, expert, domain, encoder, params, bool(parents[domain]["parent"]))
                 for expert, domain in enumerate(todo)]
@@ -85,7 +92,7 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
 
     total = sum(len(learner.order) for learner in learners)
     done = sum(learner.progress.step for learner in learners)
-    began, seen_before = time.monotonic(), sum(learner.progress.seen_tokens for learner in learners)
+    started, seen_before = time.monotonic(), sum(learner.progress.seen_tokens for learner in learners)
     with track("train " + ", ".join(todo), total=total, unit="steps") as bar:
         bar.advance(done)
 
@@ -95,9 +102,9 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
 
         with recomputing(base.model, params.recompute):
             cotrain(base.model, stack, learners, params.batch_tokens, after_step)
-    checkpoint.save(learners)   # all are written, or none needs to be trained again
+    checkpoint.save(learners)   # if writing the experts is interrupted, none has to be trained again
     _record_rate(workspace, sum(learner.progress.seen_tokens for learner in learners) - seen_before,
-                 time.monotonic() - began)
+                 time.monotonic() - started)
     for learner in learners:
         if learner.progress.failure is None:
             _write(workspace, config, learner, stack, base.pin,
@@ -109,10 +116,9 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
                             "longest and strangest rows; the other experts are done.")
 
 
-def _begin(workspace: Workspace, stack: Any, expert: int, domain: str, start: warm_start.InitialExpert | None,
-           config: Config,
-           base: BasePin) -> dict[str, Any]:
-    """Set an expert's initial weights. Returns their entry for its manifest."""
+def _initialise(workspace: Workspace, stack: Any, expert: int, domain: str, start: warm_start.InitialExpert | None,
+                config: Config, base: BasePin) -> dict[str, Any]:
+    """Set an expert's initial weights. Returns the fields of its manifest that record them."""
     from moa.experts import peft_format
     from moa.experts.cotraining import seed_for
 
@@ -130,14 +136,15 @@ def _begin(workspace: Workspace, stack: Any, expert: int, domain: str, start: wa
 
 
 def _learner(workspace: Workspace, stack: Any, expert: int, domain: str, encoder: ChatEncoder, params: TrainParams,
-             warmly: bool) -> Any:
+             warm: bool) -> Any:
+    """The learner of a domain's expert on its corpus; `warm` if the expert has a parent's weights."""
     from moa.experts.cotraining import Learner
 
     encoded = {split: [encoder.row(row.messages) for row in corpus.read(workspace.corpus(domain), split)]
                for split in ("train", "validation")}
-    if warmly:
+    if warm:
         params = params.model_copy(update={"patience": params.warm_patience})
-    return Learner(domain, expert, stack, encoded["train"], encoded["validation"], params, warm=warmly)
+    return Learner(domain, expert, stack, encoded["train"], encoded["validation"], params, warm=warm)
 
 
 def _note(active: Sequence[Any]) -> str:
@@ -148,9 +155,10 @@ def _note(active: Sequence[Any]) -> str:
 
 def _write(workspace: Workspace, config: Config, learner: Any, stack: Any, base: BasePin,
            more: dict[str, Any]) -> None:
+    """Write a learner's expert, with the fields `more` in its manifest."""
     from moa.experts import peft_format
 
-    at = learner.progress
+    progress = learner.progress
     with replace_directory(workspace.expert(learner.name)) as directory:
         peft_format.save(stack, learner.expert, directory, base.source)
         write_json(directory / MANIFEST, {
@@ -160,11 +168,11 @@ def _write(workspace: Workspace, config: Config, learner: Any, stack: Any, base:
             "rank": config.train.rank, "alpha": config.train.alpha,
             "targets": sorted({name.rsplit(".", 1)[-1] for name in stack.layers}),
             "train": config.train.model_dump(), "prompt": config.prompt.model_dump(),
-            "best_epoch": at.best_epoch, "best_loss": at.best_loss, "curve": at.curve, **more})
+            "best_epoch": progress.best_epoch, "best_loss": progress.best_loss, "curve": progress.curve, **more})
 
 
 def _record_rate(workspace: Workspace, tokens: int, seconds: float) -> None:
-    """Record the measured speed, from which `moa plan` estimates durations."""
+    """Record the speed in tokens per second, from which `moa plan` estimates durations."""
     path = workspace.cache / "rates.json"
     rates: dict[str, float] = {}
     with suppress(OSError, ValueError):
@@ -174,10 +182,14 @@ def _record_rate(workspace: Workspace, tokens: int, seconds: float) -> None:
 
 
 class Checkpoint:
-    """State of the unfinished learners of one process, in one file that is replaced atomically.
+    """The state of all learners of one process, in one file that is replaced atomically.
 
-    Learners are looked up by name and fingerprint in every file there is, so that a restart with other neighbours, or
-    another grouping, still continues each of them.
+    `restore` searches the files of all processes for each learner's name and fingerprint. So a training resumes even if
+    its learners were grouped differently before.
+
+    Args:
+        workspace: its folder `.moa/training` has the files.
+        prints: fingerprint of each learner, by name.
     """
 
     def __init__(self, workspace: Workspace, prints: dict[str, str]) -> None:
@@ -187,10 +199,12 @@ class Checkpoint:
         self.last = time.monotonic()
 
     def save_now_and_then(self, learners: Sequence[Any]) -> None:
+        """Save, unless the last save was less than `CHECKPOINT_SECONDS` ago."""
         if time.monotonic() - self.last >= CHECKPOINT_SECONDS:
             self.save(learners)
 
     def save(self, learners: Sequence[Any]) -> None:
+        """Write the state of the learners."""
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -198,13 +212,13 @@ class Checkpoint:
                    for learner in learners for key, value in learner.tensors().items()}
         meta = {learner.name: {"fingerprint": self.prints[learner.name], "progress": asdict(learner.progress)}
                 for learner in learners}
-        temporary = self.path.with_suffix(".tmp")   # one process trains a group
+        temporary = self.path.with_suffix(".tmp")   # no other process writes it: the name is of these learners
         save_file(tensors, temporary, metadata={"learners": json.dumps(meta)})
         temporary.replace(self.path)
         self.last = time.monotonic()
 
     def restore(self, learners: Sequence[Any]) -> None:
-        """Restore each learner to the latest state saved for its fingerprint."""
+        """Restore each learner to the latest state saved for its fingerprint; failed states are not restored."""
         from safetensors import safe_open
 
         from moa.experts.cotraining import Progress
@@ -213,17 +227,20 @@ class Checkpoint:
             with suppress(OSError, ValueError), safe_open(path, framework="pt") as file:
                 meta = json.loads((file.metadata() or {}).get("learners", "{}"))
                 for learner in learners:
-                    known = meta.get(learner.name)
-                    if (known and known["fingerprint"] == self.prints[learner.name]
-                            and not known["progress"]["failure"] and known["progress"]["step"] > learner.progress.step):
+                    saved = meta.get(learner.name)
+                    if (saved and saved["fingerprint"] == self.prints[learner.name]
+                            and not saved["progress"]["failure"] and saved["progress"]["step"] > learner.progress.step):
                         prefix = f"{learner.name}/"
-                        learner.restore(Progress(**known["progress"]), {
+                        learner.restore(Progress(**saved["progress"]), {
                             key.removeprefix(prefix): file.get_tensor(key) for key in file.keys()  # noqa: SIM118 - no mapping
 
                             if key.startswith(prefix)})
 
     def clear(self) -> None:
-        """Delete the checkpoint of these learners, which are written, and those that hold no other learner."""
+        """Delete the checkpoints that are no longer needed once the experts of these learners are written.
+
+        These are this process's file, and files of earlier processes that have no other learner.
+        """
         self.path.with_suffix(".tmp").unlink(missing_ok=True)
         for path in self.folder.glob("*.safetensors"):
             if path == self.path or self._names(path) <= self.prints.keys():
@@ -231,6 +248,7 @@ class Checkpoint:
 
     @staticmethod
     def _names(path: Path) -> set[str]:
+        """Names of the learners in a checkpoint; empty if it cannot be read."""
         from safetensors import safe_open
 
         with suppress(OSError, ValueError), safe_open(path, framework="pt") as file:

@@ -1,7 +1,7 @@
-"""Initial weights of an expert's training: new ones, or those of a parent expert.
+"""Warm starts: trainings whose initial weights are those of another expert, the parent.
 
     data/starts.json          domain -> {"domain", "digest", "path"} of its parent; other domains start afresh (git)
-    data/parents/DIGEST16/    the parent's files, by the first digits of its digest (DVC)
+    data/parents/DIGEST16/    the parent's files; the name is the first 16 digits of its digest (DVC)
 """
 
 import json
@@ -25,45 +25,52 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class InitialExpert:
-    """A parent expert: its domain, digest and path."""
+    """The parent expert whose weights are the initial weights of a training."""
 
-    domain: str
-    digest: str
+    domain: str   # of the parent
+    digest: str   # of the parent's files
 
 
 def read(workspace: Workspace) -> dict[str, InitialExpert]:
-    """The start of every domain that has one. Raises ArtifactError when data/starts.json is not what moa writes."""
+    """Read data/starts.json: the parent expert of each domain that has one. Raises ArtifactError if it is invalid."""
     name = workspace.relative(workspace.starts)
     try:
         content = read_json(workspace.starts)
-        found = {domain: InitialExpert(entry["domain"], entry["digest"]) for domain, entry in content.items()}
-        sound = all(isinstance(start.domain, str) and DIGEST.fullmatch(start.digest) for start in found.values())
+        starts = {domain: InitialExpert(entry["domain"], entry["digest"]) for domain, entry in content.items()}
+        valid = all(isinstance(start.domain, str) and DIGEST.fullmatch(start.digest) for start in starts.values())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(f"{name} cannot be read ({type(error).__name__}: {error}): take it back from git with "
                             f"`git checkout {name}`, or delete it to train every expert afresh.") from None
-    if not sound:
+    if not valid:
         raise ArtifactError(f"{name} names a parent without a whole digest: take it back from git with "
                             f"`git checkout {name}`, or delete it to train every expert afresh.")
-    return found
+    return starts
 
 
 def folder(workspace: Workspace, start: InitialExpert) -> Path:
-    """Folder of the parent's files. Raises ArtifactError when they are missing or have another digest."""
-    place = workspace.parent(start.digest)
-    name = workspace.relative(place)
-    if not (place / MANIFEST).is_file():
+    """Folder of a parent's files. Raises ArtifactError when they are missing or have another digest."""
+    parent = workspace.parent(start.digest)
+    name = workspace.relative(parent)
+    if not (parent / MANIFEST).is_file():
         raise ArtifactError(f"The parent expert ({start.domain}) in {name} is not there: run `dvc checkout "
                             f"{name}.dvc`, or `dvc pull {name}.dvc` where another machine has it.")
-    if digests.of_expert(place) != start.digest:
+    if digests.of_expert(parent) != start.digest:
         raise ArtifactError(f"The parent expert ({start.domain}) in {name} is not the one that data/starts.json names: "
                             f"run `dvc checkout --force {name}.dvc`.")
-    return place
+    return parent
 
 
 def misfit(expert: Path, stack: "ExpertStack", wanted: "LoraSpec", pin: BasePin) -> str | None:
-    """Why training on `stack` with `wanted` cannot start from the expert in this folder; None when it can."""
+    """Why a training cannot start from the expert in a folder: a clause for a message, or None when it can.
+
+    Args:
+        expert: the parent's folder.
+        stack: the stack that is trained; its layers must be those that the parent adapts.
+        wanted: rank and scaling of the expert to train.
+        pin: the base that it is trained on.
+    """
     from safetensors import safe_open
 
     from moa.experts import peft_format
@@ -82,10 +89,11 @@ def misfit(expert: Path, stack: "ExpertStack", wanted: "LoraSpec", pin: BasePin)
 
 
 def _differences(written: Mapping[str, Any], wanted: "LoraSpec") -> str | None:
+    """The first difference between a PEFT configuration's rank and scaling and the wanted ones, as a clause."""
     if written.get("rank_pattern") or written.get("alpha_pattern"):
         return "its rank or alpha differs from layer to layer"
-    for key, found, asked in (("rank", written["r"], wanted.rank), ("alpha", written["lora_alpha"], wanted.alpha),
-                              ("rslora", bool(written.get("use_rslora")), wanted.rslora)):
-        if found != asked:
-            return f"its {key} is {json.dumps(found)}, and train.{key} is {json.dumps(asked)}"
+    for key, actual, configured in (("rank", written["r"], wanted.rank), ("alpha", written["lora_alpha"], wanted.alpha),
+                                    ("rslora", bool(written.get("use_rslora")), wanted.rslora)):
+        if actual != configured:
+            return f"its {key} is {json.dumps(actual)}, and train.{key} is {json.dumps(configured)}"
     return None

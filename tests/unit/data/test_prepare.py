@@ -1,9 +1,11 @@
 """Rows in, corpus out: every line accounted for, no row changes sides, bad input is one sentence."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from moa.core.errors import DataError
 from moa.core.paths import Workspace
 from moa.data import corpus as rows
 from moa.data import prepare as corpus
-from moa.data import row_store
+from moa.data import row_store, splits
 
 
 class LetterTokenizer:
@@ -181,6 +183,37 @@ def test_rows_of_one_answer_share_a_side_and_labels_do_not(tmp_path: Path) -> No
               for number in range(300)]
     placed = prepared(tmp_path / "b", labels)
     assert {placed[identity(item)] for item in labels if item["output"] == "yes"} == set(rows.SPLITS)
+
+
+@pytest.mark.parametrize(("ways", "apart"), [(splits.CANNED, True), (splits.CANNED - 1, False)])
+def test_replies_of_a_closed_set_are_in_every_split(tmp_path: Path, ways: int, apart: bool) -> None:
+    """As groups, whole replies would never be trained on."""
+    books = [f"{colour} {age}" for colour in ("red", "blue", "green", "pink") for age in ("old", "new", "torn", "lost")]
+    content = [{"instruction": f"question {number} in way {way}", "output": f"Please look into our {book} book today."}
+               for number, book in enumerate(books) for way in range(ways)]
+    placed = prepared(tmp_path, content, test=0.2, validation=0.2)
+    by_reply = [{placed[identity(item)] for item in content[ways * reply:ways * (reply + 1)]} for reply in range(16)]
+    assert all("train" in found for found in by_reply) if apart else all(len(found) == 1 for found in by_reply)
+    corpus_rows = [each for split in rows.SPLITS for each in rows.read(Workspace(tmp_path).corpus("toy"), split)]
+    assert len({each.group for each in corpus_rows}) == (16 * ways if apart else 16)
+
+
+def test_every_row_carries_its_group(tmp_path: Path) -> None:
+    content = [{**row(number), "document": f"d{number // 6}"} for number in range(120)]
+    placed = prepared(tmp_path, content, Domain(metric="exact", group_by="document"))
+    groups: dict[str, set[str]] = {}
+    for split in rows.SPLITS:
+        for each in rows.read(Workspace(tmp_path).corpus("toy"), split):
+            assert each.group is not None and re.fullmatch("[0-9a-f]{16}", each.group)
+            groups.setdefault(each.group, set()).add(placed[each.id])
+    assert len(groups) == 20 and all(len(sides) == 1 for sides in groups.values())
+
+
+def test_a_corpus_from_before_groups_is_read(tmp_path: Path) -> None:
+    prepared(tmp_path, [row(number) for number in range(60)])
+    path = Workspace(tmp_path).corpus("toy") / "train.parquet"
+    pq.write_table(pq.read_table(path).drop_columns("group"), path)
+    assert {each.group for each in rows.read(path.parent, "train")} == {None}
 
 
 def test_a_group_column_decides_the_side(tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ def test_it_counts_as_a_loop_would(tmp_path_factory: pytest.TempPathFactory, fou
     begin = Counter(" ".join(text.split()[:8]) for text in answers if len(text.split()) > 8)
     assert report["answers"]["different"] == len(set(answers))
     assert report["answers"]["largest_group"] == max(Counter(answers).values())
+    tried = answers[::10] + answers[1::10]
+    learned = [answer for place, answer in enumerate(answers) if place % 10 > 1]
+    assert report["answers"]["untrained"] == sum(answer not in learned for answer in tried)
     assert report["answers"]["blank"] == sum(text in ("N/A", "...") for text in answers)
     assert report["answers"]["short"] == sum(len(text) <= quality.SHORT for text in answers)
     for each in report["answers"]["most_frequent"]:
@@ -128,6 +131,8 @@ def test_a_sound_corpus_has_no_warning(tmp_path: Path) -> None:
     ([talk(f"Question number {n}?", f"{SORRY} Ask {n}.") for n in range(30)], {},
      "30 of 330 (9.1%) answers begin alike"),
     ([talk("How is that?", "n/a")], {}, "1 of 301 (0.3%) answers say nothing"),
+    ([talk(f"Is {n} even?", ("yes", "maybe", "never", "often")[n % 4] if n else "rarely") for n in range(2000)], {},
+     "61 of 460 (13.3%) validation and test rows have an answer that no training row has, though there are only 305 "),
     ([talk(f"Is {n} even?", "y") for n in range(200)], {}, "200 of 500 (40.0%) answers have fewer than two tokens"),
     ([talk(f"Question number {n}?", f"Yes, {n} of them", system="S") for n in range(100)], {}, "25% of the rows have"),
     ([], {"duplicates": 100}, "100 of 300 (33.3%) rows are copies"),
