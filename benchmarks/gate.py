@@ -26,7 +26,6 @@ DOMAINS = ("extract", "math", "python", "sql")
 ROWS = (20, 40, 80, 160)
 ANSWERED = 40
 RULES = ReleaseParams()
-gate.RESAMPLES = 2_000   # there are many thousands of decisions
 RIGHT, DIFFERENT = 0.6, 0.15   # share of right answers, and of answers that chance alone turns
 
 

@@ -69,9 +69,9 @@ def examine(workspace: Workspace, config: Config, challenger: int, against: int 
             record: bool = True) -> dict[str, Any]:
     """The gate's own answer about version `challenger`, against the champion or another release.
 
-    Kept with the version: the same question, down to the test rows, is not asked twice. One about another release than
-    the champion is kept beside, and decides nothing. Without `record` nothing is kept, and no look at the test rows is
-    counted, since such an answer promotes nothing.
+    Kept with the version: the same question, down to the test rows, is not asked twice. An answer against another
+    release than the champion decides nothing and is not kept. Neither is one without `record`; such an answer promotes
+    nothing, so it counts as no look at the test rows.
     """
     registry = Registry(workspace, config)
     wanted = registry.get(challenger)
@@ -82,14 +82,14 @@ def examine(workspace: Workspace, config: Config, challenger: int, against: int 
     if other is not None and other.digest == wanted.digest:
         same = ALREADY if aside is None else f"versions {other.version} and {wanted.version} are the same release"
         return {**question, **gate.Decision(False, same).as_dict()}
-    known = wanted.gate if aside is None else wanted.gate_against(aside)
+    known = wanted.gate if aside is None else None
     if known is not None and question.items() <= known.items():
         return known
     decision, anchors = (_first(config, registry, wanted) if other is None else
                          _compared(workspace, config, registry, other, wanted, aside is None))
     result = {**question, **decision.as_dict(), "anchors": anchors}
-    if record:
-        registry.record_gate(wanted.version, result, aside)
+    if record and aside is None:
+        registry.record_gate(wanted.version, result)
     return result
 
 
@@ -251,14 +251,16 @@ def _looks(versions: Sequence[MixtureVersion], scores: Sequence[gate.Score]) -> 
     """By domain, which look at its test rows the coming one is: one more than the last that counts.
 
     Test rows only grow, but for rows that are taken out by hand. So an earlier look counts as long as the rows that it
-    saw make at least half of the present groups: arrivals refresh the test rows.
+    saw make at least half of the present groups: arrivals refresh the test rows. The first release was compared with no
+    other, which is no look.
     """
     groups: dict[str, set[str]] = defaultdict(set)
     for one in scores:
         groups[one.domain].add(one.unit)
     looks = dict.fromkeys(groups, 1)
-    for version in versions:
-        for domain, verdict in ((version.gate or {}).get("domains") or {}).items():
+    decisions = [decision for version in versions if (decision := version.gate) and decision.get("against") is not None]
+    for decision in decisions:
+        for domain, verdict in (decision.get("domains") or {}).items():
             if domain in groups and 2 * (verdict["loss"].get("groups") or 0) >= len(groups[domain]):
                 looks[domain] = max(looks[domain], verdict.get("look", 1) + 1)
     return looks
@@ -269,9 +271,12 @@ def _anchors(registry: Registry, incumbent: MixtureVersion, scores: Sequence[gat
     """By domain, the version of the best champion so far, and its losses by (domain, row) if it is not the incumbent.
 
     The incumbent's own decision named the best one before it, so only these two are compared, on the rows that both
-    recorded: the better one stays, and where too few groups are left, the incumbent is the anchor.
+    recorded: the better one stays, and where too few groups are left, the incumbent is the anchor. An incumbent that
+    the gate did not judge, since it was promoted by force, is compared with the champion before it.
     """
     former = dict((incumbent.gate or {}).get("anchors") or {})
+    if not former and (entry := previous_champion([each for each in registry.history() if each.effective])):
+        former = dict.fromkeys(registry.get(entry.version).experts, entry.version)
     mine = _routed_losses(registry.download(incumbent.version)) if former else {}
     theirs = {version: _routed_losses(registry.download(version)) for version in set(former.values())}
     anchors = dict.fromkeys(incumbent.experts, incumbent.version)

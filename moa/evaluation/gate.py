@@ -26,7 +26,6 @@ of one look (a spending rule without a horizon, by the union bound).
 """
 
 import math
-import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -133,7 +132,7 @@ class DomainVerdict:
     known: Known | None = None
     anchor: Comparison | None = None   # with the best champion so far; None where that is the incumbent
     cause: str | None = None   # of a failure, where it is known
-    look: int = 1              # which look at these test rows this was
+    look: int = 1              # looks at these test rows so far, this one included
 
 
 @dataclass(frozen=True)
@@ -271,12 +270,18 @@ def _scores(one: Score, new: bool = False) -> tuple[float | None, float | None]:
 
 def _all_rows(scores: Sequence[Score], terms: _Terms, against: Against) -> DomainVerdict:
     loss = _loss(scores, terms, against)
+    # Where one expert answers all rows in both releases, nothing was looked at.
+    look = terms.look - (against == "incumbent" and _same_expert(scores))
     metric = _metric(scores, terms, against)
     if metric is not None and metric.verdict == "fail":
         reason = metric.reason if loss.verdict == "pass" else f"{loss.reason}, and {metric.reason}"
-        return DomainVerdict("fail", reason, against, False, loss, metric, look=terms.look)
+        return DomainVerdict("fail", reason, against, False, loss, metric, look=look)
     improved = loss.verdict == "pass" and (loss.improved or (metric is not None and metric.improved))
-    return DomainVerdict(loss.verdict, loss.reason, against, improved, loss, metric, look=terms.look)
+    return DomainVerdict(loss.verdict, loss.reason, against, improved, loss, metric, look=look)
+
+
+def _same_expert(scores: Sequence[Score]) -> bool:
+    return bool(scores) and all(one.same_expert for one in scores)
 
 
 def _known_rows(known: Sequence[Score], terms: _Terms) -> Known:
@@ -345,10 +350,9 @@ class _Sample:
             return f"{self.rows} {what} to compare, {least} are needed"
         return f"{self.rows} {what} in {len(self.values)} groups to compare, {least} groups are needed"
 
-    def intervals(self, terms: _Terms, measure: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    def intervals(self, terms: _Terms) -> tuple[tuple[float, float], tuple[float, float]]:
         """The interval of the mean, and the wider one corrected for `chances` comparisons (Bonferroni)."""
-        seed = [SEED, zlib.crc32(f"{terms.domain} {measure}".encode())]
-        means, spreads = resampled(self.values, RESAMPLES, seed, self.weights)
+        means, spreads = resampled(self.values, RESAMPLES, SEED, self.weights)
         one, all_ = (interval(self.values, means, spreads, tail, self.weights)
                      for tail in (terms.share, terms.share / terms.chances))
         return one, all_
@@ -362,13 +366,13 @@ def _loss(scores: Sequence[Score], terms: _Terms, against: Against) -> Compariso
     groups = len({one.unit for one, _, _ in pairs})
     if broken := sum(not math.isfinite(mine) for _, mine, _ in pairs):
         return Comparison("fail", f"{broken} of {count} rows have no finite loss", count, unmatched, groups)
-    if against == "incumbent" and count == len(scores) and all(one.same_expert for one in scores) and count:
+    if against == "incumbent" and not unmatched and _same_expert(scores):
         return Comparison("pass", f"the same expert answers all {count} rows in both releases", count, unmatched,
                           groups, 0.0, (0.0, 0.0))
     sample = _Sample.of(pairs, by_tokens=True)
     if too_few := sample.too_few("rows", rules.min_rows):
         return Comparison("not enough data", too_few, count, unmatched, groups)
-    (low, high), (_, sure) = sample.intervals(terms, "loss")
+    (low, high), (_, sure) = sample.intervals(terms)
     point = sample.point
     improved = point < 0 and sure < -MIN_GAIN
     other, limit = "the " + against, rules.tolerance
@@ -394,7 +398,7 @@ def _metric(scores: Sequence[Score], terms: _Terms, against: Against) -> Compari
     unmatched, groups = len(pairs) - sample.rows, len(sample.values)
     if too_few := sample.too_few("answers", rules.min_rows):
         return Comparison("not enough data", too_few, sample.rows, unmatched, groups)
-    (low, high), (sure, _) = sample.intervals(terms, "metric")
+    (low, high), (sure, _) = sample.intervals(terms)
     wins, losses = int((sample.values > 0).sum()), int((sample.values < 0).sum())
     # Where few answers differ the bootstrap interval is too narrow; the sign test is exact there.
     improved = sure > 0 and sign_test(wins, losses) <= terms.share / terms.chances

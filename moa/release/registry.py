@@ -31,7 +31,8 @@ from moa.release.champion_history import HISTORY, Entry, next_entry, parse
 
 CHAMPION = "champion"
 CURRENT_CHAMPION = -1   # for `instead_of`: whichever release is champion now
-GATE = "moa.gate"       # tag of the decision against the champion; GATE.N = against version N
+GATE = "moa.gate"   # tag of the decision against the champion
+TAG_CHARACTERS = 90_000   # longest value of a tag here; MLflow allows 100,000
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ class MixtureVersion:
     @property
     def gate(self) -> dict[str, Any] | None:
         """The gate's decision whether this release may become champion; None where the gate has not run."""
-        return json.loads(self.tags[GATE]) if GATE in self.tags else None
-
-    def gate_against(self, version: int) -> dict[str, Any] | None:
-        """The gate's decision against the release `version`, from `moa gate --against`; None where there is none."""
-        decision = self.tags.get(f"{GATE}.{version}")
-        return json.loads(decision) if decision else None
+        if GATE not in self.tags:
+            return None
+        decision: dict[str, Any] = json.loads(self.tags[GATE])
+        if "parts" in decision:
+            decision = json.loads("".join(self.tags[f"{GATE}.part.{part}"] for part in range(decision["parts"])))
+        return decision
 
 
 class Registry:
@@ -182,15 +183,19 @@ class Registry:
                     return None
                 raise
 
-    def record_gate(self, version: int, decision: dict[str, Any], against: int | None = None) -> None:
+    def record_gate(self, version: int, decision: dict[str, Any]) -> None:
         """Store the gate's decision on `version` as a tag, in the place of an older one.
 
-        With `against`, the decision compares with that release instead of the champion: it is stored under a tag of
-        its own and does not decide on promotion.
+        One on dozens of domains is longer than a tag may be. It is stored in parts, before the tag that counts them.
         """
-        tag = GATE if against is None else f"{GATE}.{against}"
+        text = json.dumps(decision)
+        parts = [text[begin:begin + TAG_CHARACTERS] for begin in range(0, len(text), TAG_CHARACTERS)]
+        tags = {GATE: text} if len(parts) == 1 else {
+            **{f"{GATE}.part.{number}": part for number, part in enumerate(parts)},
+            GATE: json.dumps({"parts": len(parts)} | {key: decision[key] for key in ("promote", "reason")})}
         with mlflow_client.mlflow_errors(self.address):
-            self.client.set_model_version_tag(self.mixture_name, str(version), tag, json.dumps(decision))
+            for key, value in tags.items():
+                self.client.set_model_version_tag(self.mixture_name, str(version), key, value)
 
     def params(self, version: MixtureVersion) -> dict[str, str]:
         """The parameters of a release and of its experts' training, the latter named `DOMAIN.train.KEY`."""

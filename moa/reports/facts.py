@@ -196,7 +196,7 @@ def weighted_interval(pairs: Sequence[tuple[float, float]], groups: Sequence[str
         return None
     values, weights = group_means(np.array([value for value, _ in pairs], float), groups,
                                   np.array([weight for _, weight in pairs], float))
-    return interval(values, *resampled(values, RESAMPLES, [0], weights), TAIL, weights)
+    return interval(values, *resampled(values, RESAMPLES, 0, weights), TAIL, weights)
 
 
 def verdicts(decision: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from flows.steps import release
@@ -398,7 +400,9 @@ def test_releases_become_champion_only_through_the_gate(workspace: Workspace, mo
 
     monkeypatch.setattr("flows.steps.release.compare", no_comparison)
     first = release.release(workspace, CONFIG)
-    assert (first["version"], first["champion"], first["decision"]["reason"]) == (1, 1, "first release")
+    assert (first["version"], first["champion"]) == (1, 1)
+    assert first["decision"]["reason"] == ("First release; cannot be judged: math (0 rows to compare, 20 are needed), "
+                                           "sql (0 rows to compare, 20 are needed).")
     again = release.release(workspace, CONFIG)
     assert (again["created"], again["decision"]["reason"]) == (False, "already champion")
     build(workspace, "worse")
@@ -415,6 +419,93 @@ def test_releases_become_champion_only_through_the_gate(workspace: Workspace, mo
     gate = registry.get(2).gate
     assert gate is not None and gate["against"] == 1 and "math" in gate["reason"]
     json.dumps(held)
+
+
+def evaluated(workspace: Workspace, **losses: float) -> None:
+    """The evaluation of what is built: by domain, the mean loss of forty routed rows; the base has 2 nats."""
+    pq.write_table(pa.Table.from_pylist([
+        {"domain": domain, "row": str(row), "group": f"{row:016x}", "system": system, "tokens": 3, "score": None,
+         "loss": (2.0 if system == "base" else loss) + row / 40 + (row % 5 - 2) / 100}
+        for domain, loss in losses.items() for row in range(40) for system in ("base", "routed", "forced")]),
+        workspace.reports / "rows.parquet")
+
+
+def test_a_first_release_is_compared_with_the_base(workspace: Workspace) -> None:
+    evaluated(workspace, math=2.5, sql=1.0)
+    worse = release.release(workspace, CONFIG)
+    assert worse["champion"] is None and worse["decision"]["worse"] == ["math"]
+    assert worse["decision"]["reason"].startswith("math: worse than the base: loss +0.5000 nats against the base")
+    build(workspace, "better")
+    evaluated(workspace, math=1.5, sql=1.0)
+    better = release.release(workspace, CONFIG)
+    assert (better["champion"], better["decision"]["reason"]) == (2, "First release; better than the base: math, sql.")
+
+
+def test_looks_are_counted_and_small_losses_add_up(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def challenge(content: str, math: float, sql: float, **options: Any) -> dict[str, Any]:
+        """Release what differs by so much from the champion, whose losses `champion` holds."""
+        build(workspace, content)
+        losses = {"math": champion["math"] + math, "sql": champion["sql"] + sql}
+        evaluated(workspace, **losses)
+        compared = {"rows": [{"domain": domain, "row": str(row),
+                              "incumbent_loss": champion[domain] + row / 40 + (row % 5 - 2) / 100,
+                              "challenger_loss": loss + row / 40 + (row % 5 - 2) / 100 + (row % 3 - 1) / 1000}
+                             for domain, loss in losses.items() for row in range(40)]}
+        monkeypatch.setattr("flows.steps.release.compare", lambda *_: compared)
+        done = release.release(workspace, CONFIG, **options)
+        if done["champion"] == done["version"]:
+            champion.update(losses)
+        return done
+
+    champion = {"math": 1.0, "sql": 1.0}
+    evaluated(workspace, **champion)
+    assert release.release(workspace, CONFIG)["champion"] == 1
+    second = challenge("second", 0.015, -0.1)
+    assert second["champion"] == 2 and second["decision"]["anchors"] == {"math": 1, "sql": 1}
+    assert {each["look"] for each in second["decision"]["domains"].values()} == {1}
+    assert {each["anchor"] for each in second["decision"]["domains"].values()} == {None}   # the incumbent is the best
+    held = challenge("third", 0.015, -0.1, promote=False)
+    assert held["waiting"] and {each["look"] for each in held["decision"]["domains"].values()} == {2}
+    assert held["decision"]["anchors"] == {"math": 1, "sql": 2}
+    assert held["decision"]["domains"]["math"]["anchor"]["point"] == pytest.approx(0.03, abs=1e-3)
+    assert release.release(workspace, CONFIG)["champion"] == 3   # the same question, and no look more
+    champion.update(math=1.03, sql=0.8)
+    fourth = challenge("fourth", 0.015, -0.1)
+    assert fourth["champion"] == 3 and {each["look"] for each in fourth["decision"]["domains"].values()} == {3}
+    assert "math: worse than the tolerance of 0.04 allows: loss +0.04" in fourth["decision"]["reason"]
+    assert "against its best champion so far" in fourth["decision"]["reason"]
+    refused = challenge("fifth", 0.5, 0.0)
+    assert {each["look"] for each in refused["decision"]["domains"].values()} == {4}
+    shown = release.examine(workspace, CONFIG, 3, against=1, record=False)
+    assert {each["look"] for each in shown["domains"].values()} == {1}
+    assert {each["look"] for each in Registry(workspace, CONFIG).get(5).gate["domains"].values()} == {4}   # type: ignore[index]
+
+
+def test_a_champion_by_force_does_not_make_the_gate_forget_the_best(workspace: Workspace,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated(workspace, math=1.0, sql=1.0)
+    release.release(workspace, CONFIG)
+    build(workspace, "forced")
+    evaluated(workspace, math=1.3, sql=1.0)
+    monkeypatch.setattr("flows.steps.release.compare", lambda *_: rows(+0.3))
+    Registry(workspace, CONFIG).register_mixture({
+        domain: Registry(workspace, CONFIG).register_expert(domain) for domain in CONFIG.domains})
+    release.approve(workspace, CONFIG, 2, force=True, note="the old one leaks")
+    build(workspace, "next")
+    monkeypatch.setattr("flows.steps.release.compare", lambda *_: rows(0.3))
+    decision = release.release(workspace, CONFIG)["decision"]
+    assert decision["anchors"]["math"] == 1 and decision["domains"]["math"]["anchor"]["verdict"] == "fail"
+
+
+def test_a_decision_on_many_domains_is_kept_whole(workspace: Workspace) -> None:
+    release.release(workspace, CONFIG)
+    registry = Registry(workspace, CONFIG)
+    decision = {"promote": True, "reason": "No domain is worse.", "domains": {
+        f"domain-{number}": {"verdict": "pass", "reason": "x" * 2000} for number in range(120)}}
+    registry.record_gate(1, decision)
+    assert Registry(workspace, CONFIG).get(1).gate == decision
+    registry.record_gate(1, {"promote": False, "reason": "short"})
+    assert Registry(workspace, CONFIG).get(1).gate == {"promote": False, "reason": "short"}
 
 
 def test_a_rollback_stays_and_a_question_is_asked_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

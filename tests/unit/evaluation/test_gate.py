@@ -416,6 +416,7 @@ def test_the_same_expert_on_every_row_is_no_difference_whatever_their_number(row
     scores = [replace(score, challenger=score.incumbent, same_expert=True) for score in simulated({"math": 0.0}, rows)]
     verdict = judge("math", scores, DEFAULTS)
     assert (verdict.verdict, verdict.loss.point, verdict.loss.interval) == ("pass", 0.0, (0.0, 0.0))
+    assert verdict.look == 0 and judge("math", scores, DEFAULTS, look=5).look == 4
     one = judge("math", [replace(scores[0], same_expert=False), *scores[1:]], DEFAULTS)
     assert (one.verdict == "pass") == (rows >= DEFAULTS.min_rows)
 

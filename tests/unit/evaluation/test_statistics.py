@@ -9,7 +9,7 @@ from moa.evaluation.statistics import exact_test, interval, resampled, routing_c
 def test_equal_weights_change_nothing() -> None:
     values = np.random.default_rng(0).normal(size=30)
     weights = np.full(30, 7.0)
-    plain, weighted = resampled(values, 500, [1]), resampled(values, 500, [1], weights)
+    plain, weighted = resampled(values, 500, 1), resampled(values, 500, 1, weights)
     assert weighted[0] == pytest.approx(plain[0]) and weighted[1] == pytest.approx(plain[1])
     assert interval(values, *weighted, 0.025, weights) == pytest.approx(interval(values, *plain, 0.025))
 
@@ -19,7 +19,7 @@ def test_an_interval_of_a_weighted_mean_covers_it_about_as_often_as_it_says() ->
     for trial in range(200):   # weights from 1 to 40, values that depend on them
         weights = rng.integers(1, 41, size=40).astype(float)
         values = weights + rng.normal(size=40)
-        low, high = interval(values, *resampled(values, 500, [trial], weights), 0.025, weights)
+        low, high = interval(values, *resampled(values, 500, trial, weights), 0.025, weights)
         covered += low <= 27.0 <= high   # E[w^2] / E[w] = (1 + 2 * 40) / 3
     assert covered >= 185
 
