@@ -187,15 +187,15 @@ def log_released(work: RunContext, release: Facts) -> Facts:
         release: the value of the last release step.
 
     Returns:
-        `state` (released, waiting, kept or refused), `version`, `champion`, `reason`, and `worse`: the domains that
-        would get worse.
+        `state` (released, waiting, kept or refused), `version`, `champion`, `reason`, `outcome` of the gate, and
+        `worse`: the domains that would get worse.
 
     Raises:
         PipelineError: the new champion was rolled back, because an expert that did not change answers otherwise.
     """
     decision, version = release["decision"], release["version"]
     facts: Facts = {"version": version, "reason": decision["reason"], "champion": release["champion"],
-                    "worse": decision.get("worse", [])}
+                    "worse": decision.get("worse", []), "outcome": decision.get("outcome")}
     work.say("gate", version=version, verdict="pass" if decision["promote"] else "refused", reason=decision["reason"],
              against=decision.get("against"))
     if release["waiting"]:

@@ -29,6 +29,18 @@ Split = Annotated[str | None, typer.Option(help="Of a hub's data set; train by d
 Subset = Annotated[str | None, typer.Option(help="Of a hub's data set that has several.", metavar="NAME")]
 
 
+# Exit codes of run, adapt, retrain, gate and promote beside 0 (promoted, nothing to do, or no better) and 1 (an error).
+REFUSED = 3   # the gate found that a domain would get worse
+WAITING = 4   # passed and waits for approval, or there is not enough data to tell
+
+
+def exit_code(outcome: str | None, waiting: bool = False) -> int:
+    """The exit code for the gate's outcome; `waiting`: the release passed, and waits for `moa release promote`."""
+    if outcome == "worse":
+        return REFUSED
+    return WAITING if waiting or outcome == "not enough data" else 0
+
+
 class Interrupted(MoaError):
     """Ctrl-C, with the exit code that shells use for it."""
 

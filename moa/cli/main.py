@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from moa import __version__
-from moa.cli.app import App, AsJson, opened, place, print_json, print_result
+from moa.cli.app import App, AsJson, exit_code, opened, place, print_json, print_result
 from moa.cli.domain import domain_app, expert_app
 from moa.cli.operate import adapt, drift, ingest, log, report, retrain, status, up
 from moa.cli.release import compare, export, gate, release_app
@@ -64,7 +64,10 @@ def run(
     as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the steps and Prefect print.")] = False,
 ) -> None:
-    """Bring everything up to date: base, corpora, experts, mixture."""
+    """Bring everything up to date (base, corpora, experts, mixture) and release it if the gate lets it.
+
+    Exit code 3 when a domain would get worse, 4 when the release waits for approval or data are too few to tell.
+    """
     from flows.launch import run as launch
     from flows.steps.session import BuildOptions
 
@@ -78,8 +81,12 @@ def run(
     from moa.core import config
     from moa.reports.text import run_summary
 
-    print(run_summary(workspace, config.load(workspace.params), result.release),
-          file=sys.stderr if as_json else sys.stdout)
+    settings = config.load(workspace.params)
+    print(run_summary(workspace, settings, result.release), file=sys.stderr if as_json else sys.stdout)
+    release = result.release if isinstance(result.release, dict) else {}
+    waiting = bool(release.get("waiting")) and settings.release.approval == "manual"
+    if code := exit_code((release.get("decision") or {}).get("outcome"), waiting):
+        raise typer.Exit(code)
 
 
 @app.command_without_workspace(rich_help_panel=DATA)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moa.cli.app import AsJson, Revision, Split, Subset, opened, place, print_json, print_result
+from moa.cli.app import AsJson, Revision, Split, Subset, exit_code, opened, place, print_json, print_result
 from moa.core.errors import UsageError
 from moa.core.paths import Workspace
 
@@ -50,8 +50,10 @@ def status(as_json: AsJson = False) -> None:
 
 
 def adapt(local: Local = False, as_json: AsJson = False, verbose: Verbose = False) -> None:
-    """Learn now what waits in data/incoming, without the delays of `adapt` in params.yaml. Exit code 1 when the gate
-    refuses the result."""
+    """Learn now what waits in data/incoming, without the delays of `adapt` in params.yaml.
+
+    Exit code 3 when a domain would get worse, 4 when the release waits for approval or data are too few to tell.
+    """
     from flows.launch import learn
 
     _print_outcome(learn(place.workspace(), "adapt", local=local, verbose=verbose, now=True), as_json)
@@ -64,8 +66,10 @@ def retrain(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train again what is stale by data, parameters, code or base, and release it if the gate lets it. Exit code 1 when
-    the gate refuses the result."""
+    """Train again what is stale by data, parameters, code or base, and release it if the gate lets it.
+
+    Exit code 3 when a domain would get worse, 4 when the release waits for approval or data are too few to tell.
+    """
     from flows.launch import learn
 
     options = {"from_scratch": True} if from_scratch else {}   # without it params.yaml decides
@@ -82,15 +86,15 @@ SENTENCES = {   # by `state` of an adaptation or retraining
 
 
 def _print_outcome(facts: dict[str, Any], as_json: bool) -> None:
-    """Print the facts of an adaptation or retraining. Raises typer.Exit with code 1 when the gate refused it."""
+    """Print the facts of an adaptation or retraining. Raises typer.Exit with the code of the gate's outcome."""
     if as_json:
         print_json(facts)
     else:
         print(SENTENCES[facts["state"]].format_map({"reason": "", **facts}))
         for name, files in facts.get("undone", {}).items():
             print(f"moa: {name} was restored as it was before, without {', '.join(files)}.", file=sys.stderr)
-    if facts["state"] == "refused":
-        raise typer.Exit(1)
+    if code := exit_code("worse" if facts["state"] == "refused" else facts.get("outcome"), facts["state"] == "waiting"):
+        raise typer.Exit(code)
 
 
 def ingest(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moa.cli.app import App, AsJson, opened, print_json, print_result
+from moa.cli.app import App, AsJson, exit_code, opened, print_json, print_result
 
 release_app = App(name="release", help="Show releases, approve one, roll back; the history of champions.")
 
@@ -25,14 +25,17 @@ def gate(
                                                 metavar="VERSION", min=1)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let the gate compare a release with the champion. Exit code 0 when the release passes, 1 when not."""
+    """Let the gate compare a release with the champion. Writes nothing.
+
+    Exit code 3 when a domain would get worse, 4 when there is not enough data to tell.
+    """
     from flows.steps.release import examine
     from moa.reports.releases import gate_text
 
     decision = examine(*opened(), version, against, record=False)
     print_result(decision, gate_text(decision), as_json)
-    if not decision["promote"]:
-        raise typer.Exit(1)
+    if code := exit_code(decision.get("outcome")):
+        raise typer.Exit(code)
 
 
 def compare(version: Version, against: Against = None, as_json: AsJson = False) -> None:

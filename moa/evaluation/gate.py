@@ -45,6 +45,7 @@ from moa.evaluation.statistics import (
 
 Verdict = Literal["pass", "fail", "not enough data"]
 Against = Literal["incumbent", "base", "anchor"]
+Outcome = Literal["promote", "no better", "worse", "not enough data"]
 
 
 MIN_GAIN = 0.001     # nats; a fall of less than this is no improvement, however certain: rounding is certain
@@ -148,6 +149,7 @@ class Decision:
     worse: list[str] = field(default_factory=list)        # domains that fail, or whose prompts are routed worse
     harm: bool = False                                    # refused as worse, not for want of rows or of a gain
     unjudged: list[str] = field(default_factory=list)     # of a first release: domains with too few rows for a verdict
+    outcome: Outcome = "no better"                        # what the reason comes to
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -202,7 +204,10 @@ def decide(scores: Iterable[Score], rules: ReleaseParams, *, incumbent: Collecti
         promote, reason = False, "No domain is worse, but none is really better either"
     if removed:
         reason += f"; removed: {', '.join(removed)}"
-    return Decision(promote, f"{reason}.", verdicts, improved, removed, routing, worse, bool(worse or lost), unjudged)
+    harm = bool(worse or lost)
+    outcome: Outcome = ("promote" if promote else "worse" if harm else
+                        "not enough data" if objections else "no better")
+    return Decision(promote, f"{reason}.", verdicts, improved, removed, routing, worse, harm, unjudged, outcome)
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,10 @@ class ReleaseWatcher:
 
 
 def prompt_length(release: Release, messages: Conversation, max_new_tokens: int) -> int:
-    """Number of tokens of the prompt. Raises UsageError when the base's context leaves no room for the answer."""
+    """Number of tokens of a request's prompt, as the release that serves encodes it.
+
+    Raises UsageError when the base's context leaves no room for the answer.
+    """
     mixture = release.mixture
     encoded = mixture.encoder.prompt(messages)
     engine.answer_budgets(mixture.base.model, [encoded], [max_new_tokens])
