@@ -82,7 +82,8 @@ def prepare(workspace: Workspace, config: Config, domain: str, encoder: ChatEnco
             "digest": digests.of_json({"rows": {split: digest for split, (_, digest) in written.items()},
                                        "tokenizer": base.tokenizer, "template": base.template,
                                        "prompt": config.prompt.model_dump()}),
-            "rows": counts, "reasons": dict(row_filter.reasons.most_common()),
+            "rows": counts, "groups": {split: settled.groups(split) for split in SPLITS},
+            "reasons": dict(row_filter.reasons.most_common()),
             "redacted": dict(sorted(row_filter.redacted.items())),
             "tokens": {part: _summary(store.tokens(part, settled)) for part in ("prompt", "completion")},
             "base": {"tokenizer": base.tokenizer, "template": base.template}}

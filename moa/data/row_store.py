@@ -47,6 +47,10 @@ class RowFates:
         removed = np.flatnonzero(self.double_of >= 0)
         return int((self.side[removed] != self.side[self.double_of[removed]]).sum())
 
+    def groups(self, split: Split) -> int:
+        """Number of groups that the rows of a split belong to."""
+        return len(np.unique(self.group[self.stays & (self.side == ORDER.index(split))]))
+
 
 class RowStore:
     """Takes the rows of a corpus in any order, decides with `settle` which stay, and writes the splits.

@@ -88,6 +88,8 @@ def text(report: Mapping[str, Any]) -> str:
                  ", ".join(f"{LANGUAGES.get(name, name)} {share:.0%}" for name, share in shares.items()))
     if "across" in report:
         parts.append(_across_text(report))
+    if report.get("power"):
+        parts.append(f"The gate: {report['power']}")
     warnings = [f"! {warning}" for warning in report["warnings"]] or ["Nothing stands out."]
     return "\n\n".join([f"Domain {report['domain']}", *parts, "\n".join(warnings)])
 

@@ -19,7 +19,7 @@ from moa.core.config import Config, Domain, DomainName
 from moa.core.errors import ArtifactError, UsageError
 from moa.core.files import read_json, write_json
 from moa.core.names import escaped, is_valid_unicode
-from moa.core.paths import Workspace
+from moa.core.paths import MANIFEST, Workspace
 from moa.core.transaction import transaction
 from moa.data import overlap
 from moa.data.conversations import fields
@@ -423,16 +423,21 @@ def check(workspace: Workspace, config: Config, domain: str, tell: Callable[[str
         tell: called with the name of each stage before it runs.
 
     Returns:
-        The content of the corpus's quality.json, with the comparison to other domains under `across`.
+        The content of the corpus's quality.json, with the comparison to other domains under `across`, and under `power`
+        a sentence on what the gate can tell from the domain's test rows.
 
     Raises PipelineError when the corpus cannot be prepared.
     """
+    from moa.evaluation import power  # imports scipy, which takes long
+
     pipeline = Pipeline(workspace)
     with pipeline.lock():
         _bring_up_to_date(pipeline, f"prepare@{config.require_domain(domain)}", tell)
         report: dict[str, Any] = read_json(workspace.corpus(domain) / "quality.json")
         compared = overlap.domain_overlap(workspace, config, domain)
-    return {**report, "across": compared, "warnings": [*report["warnings"], *compared.pop("warnings")]}
+        resolution = power.resolution(read_json(workspace.corpus(domain) / MANIFEST), config.release)
+    return {**report, "across": compared, "power": power.sentence(domain, resolution, config.release)
+            if resolution else None, "warnings": [*report["warnings"], *compared.pop("warnings")]}
 
 
 def _bring_up_to_date(pipeline: Pipeline, target: str, tell: Callable[[str], None]) -> None:

@@ -3,7 +3,7 @@
 All functions are pure except `Statistics.read`, which reads what earlier runs measured.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -48,6 +48,7 @@ class Plan:
     release: str | None            # what would be registered
     left_out: tuple[str, ...] = () # by --domain
     imported: tuple[str, ...] = () # those of `experts` that were imported; training replaces them
+    power: tuple[str, ...] = ()    # what the gate can tell from the test rows of `experts`, in words
 
     @property
     def stale(self) -> tuple[Step, ...]:
@@ -57,8 +58,9 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as a JSON value, for --json: the steps that would or might run, and the number of fresh ones."""
         return {"stale": [asdict(step) for step in self.stale], "fresh": len(self.steps) - len(self.stale),
-                "experts": list(self.experts), "imported": list(self.imported), "router": self.router,
-                "tokens": self.estimate.tokens, "minutes": self.estimate.minutes, "basis": self.estimate.basis,
+                "experts": list(self.experts), "imported": list(self.imported), "power": list(self.power),
+                "router": self.router, "tokens": self.estimate.tokens,
+                "minutes": self.estimate.minutes, "basis": self.estimate.basis,
                 "release": self.release, "left_out": list(self.left_out)}
 
     def text(self) -> str:
@@ -79,6 +81,8 @@ class Plan:
         if self.experts:
             lines.append(f"Training: about {self.estimate.tokens:,} tokens, {self.estimate.minutes:.1f} minutes "
                          f"({self.estimate.basis}).")
+        if self.power:
+            lines += ["What the gate can tell:", *(f"  {sentence}" for sentence in self.power)]
         if self.release:
             lines.append(f"Release: {self.release}")
         return "\n".join(lines)
@@ -120,7 +124,17 @@ def make_plan(snapshot: Snapshot, config: Config, statistics: Statistics) -> Pla
     return Plan(tuple(steps), experts, "assemble" in affected, estimate_training(experts, config, statistics),
                 "a new release, if its content is new; it becomes champion "
                 "if the gate passes it." if releases else None, tuple(sorted(snapshot.left_out)),
-                tuple(domain for domain in experts if domain in statistics.imported))
+                tuple(domain for domain in experts if domain in statistics.imported),
+                tuple(_power(experts, config, statistics)))
+
+
+def _power(experts: tuple[str, ...], config: Config, statistics: Statistics) -> Iterator[str]:
+    """What the gate can tell from the test rows of each domain whose corpus is prepared."""
+    from moa.evaluation import power  # imports scipy, which takes long
+
+    for domain in experts:
+        if resolution := power.resolution(statistics.corpora.get(domain, {}), config.release):
+            yield power.sentence(domain, resolution, config.release)
 
 
 def _step(snapshot: Snapshot, affected: set[str], name: str) -> Step:

@@ -1,6 +1,7 @@
 """A domain is checked on what is really prepared, and a row is found wherever it is: real DVC, real MLflow."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,7 @@ def test_check_prepares_one_domain_and_says_that_it_is_alone(unprepared: Workspa
     assert (report["rows"]["near_duplicates"], report["redacted"]) == (1, {"email": 1})
     assert report["rejected"][0]["example"]["line"] == 49
     assert report["across"]["neighbours"] is None and report["across"]["not_prepared"] == ["beta"]
+    assert re.match(r"alpha: \d+ test groups are too few for a verdict", report["power"])
     assert (workspace.root.parent / "report/alpha.html").read_text().startswith("<!doctype html>")
 
 

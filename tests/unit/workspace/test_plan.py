@@ -63,7 +63,16 @@ def test_reasons_experts_and_release() -> None:
     assert made.stale[1].reasons == ("upstream quickstart@math will run",)
     assert made.experts == ("math",) and made.router and made.release
     assert "train@math" in made.text() and "train@sql" not in made.text()
-    assert made.as_dict()["fresh"] == 4
+    assert made.as_dict()["fresh"] == 4 and made.power == ()
+
+
+def test_it_says_what_the_gate_can_tell_of_the_experts_to_be_trained() -> None:
+    manifest = {"groups": {"test": 59}, "rows": {"kept": 600, "train": 480},
+                "tokens": {"prompt": {"mean": 50.0}, "completion": {"mean": 10.0}}}
+    made = plan.make_plan(pipeline("train@math"), config(), plan.Statistics({"math": manifest, "sql": manifest}))
+    assert [sentence.split(":")[0] for sentence in made.power] == ["math"]
+    assert "math: 59 test groups can show a rise of loss from 0.043 nats on" in made.text()
+    assert made.as_dict()["power"] == list(made.power)
 
 
 def test_nothing_to_do() -> None:
