@@ -17,7 +17,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 CHUNK = 1 << 21   # resampled values held at once
 RESOLVED = 25     # fewest bootstrap samples beyond a quantile that is read off them; further ones are extrapolated
@@ -114,6 +113,8 @@ def interval(values: np.ndarray, means: np.ndarray, spreads: np.ndarray, share: 
         share: of one tail, such as 0.025 for a 95 % interval.
         weights: the same as for `resampled`.
     """
+    from scipy import stats  # takes long to import, and most commands need none of this
+
     freedom = len(values) - 1
     read = max(share, min(RESOLVED / len(means), 0.25))
     heavy = max(freedom / HEAVIER, 2.0)
@@ -194,12 +195,16 @@ def routing_changes(domain: str, prompts: Iterable[tuple[str, str, str]]) -> Rou
 
 def sign_test(for_it: int, against_it: int) -> float:
     """P-value of the one-sided sign test: at least `for_it` heads among `for_it + against_it` tosses of a fair coin."""
+    from scipy import stats  # takes long to import, and most commands need none of this
+
     return float(stats.binom.sf(for_it - 1, for_it + against_it, 0.5))
 
 
 def exact_test(missed: int, rows: int, others_missed: int, others: int) -> float:
     """P-value of Fisher's exact test, one-sided: at least `missed` of all misses fall on these `rows`, if the `others`
     were as likely to be missed."""
+    from scipy import stats  # takes long to import, and most commands need none of this
+
     return float(stats.hypergeom.sf(missed - 1, rows + others, missed + others_missed, rows))
 
 
