@@ -49,6 +49,7 @@ Outcome = Literal["promote", "no better", "worse", "not enough data"]
 
 
 MIN_GAIN = 0.001     # nats; a fall of less than this is no improvement, however certain: rounding is certain
+GAIN_SHARE = 0.8     # of what an interval leaves out, left out where it shows a gain: a tie is promoted in 2 % at most
 DRIFT = 2            # tolerances by which a domain may be worse than its anchor
 RESAMPLES = 10_000   # of each bootstrap
 SEED = 0             # of the bootstraps
@@ -56,7 +57,7 @@ SEED = 0             # of the bootstraps
 
 def rules_of(params: ReleaseParams) -> dict[str, float]:
     """Every number that a decision depends on, by name: kept with the decision."""
-    return {"tolerance": params.tolerance, "min_gain": MIN_GAIN, "metric_tolerance": params.metric_tolerance,
+    return {"tolerance": params.tolerance, "min_gain": MIN_GAIN, "gain_share": GAIN_SHARE, "metric_tolerance": params.metric_tolerance,
             "min_rows": params.min_rows, "confidence": params.confidence, "accuracy_drop": params.accuracy_drop,
             "abstention_rise": params.abstention_rise, "drift": DRIFT, "resamples": RESAMPLES, "seed": SEED}
 
@@ -225,6 +226,10 @@ class _Terms:
     def share(self) -> float:
         return tail_share(self.rules.confidence, self.look)
 
+    @property
+    def gain_share(self) -> float:
+        return GAIN_SHARE * self.share / self.chances
+
     def on(self, rows: int, what: str) -> str:
         """The rows that a figure is of, in words."""
         if self.tested_by is None:
@@ -356,10 +361,11 @@ class _Sample:
         return f"{self.rows} {what} in {len(self.values)} groups to compare, {least} groups are needed"
 
     def intervals(self, terms: _Terms) -> tuple[tuple[float, float], tuple[float, float]]:
-        """The interval of the mean, and the wider one corrected for `chances` comparisons (Bonferroni)."""
+        """The interval of the mean, and the wider one that shows a gain, corrected for `chances` comparisons
+        (Bonferroni)."""
         means, spreads = resampled(self.values, RESAMPLES, SEED, self.weights)
         one, all_ = (interval(self.values, means, spreads, tail, self.weights)
-                     for tail in (terms.share, terms.share / terms.chances))
+                     for tail in (terms.share, terms.gain_share))
         return one, all_
 
 
@@ -406,7 +412,7 @@ def _metric(scores: Sequence[Score], terms: _Terms, against: Against) -> Compari
     (low, high), (sure, _) = sample.intervals(terms)
     wins, losses = int((sample.values > 0).sum()), int((sample.values < 0).sum())
     # Where few answers differ the bootstrap interval is too narrow; the sign test is exact there.
-    improved = sure > 0 and sign_test(wins, losses) <= terms.share / terms.chances
+    improved = sure > 0 and sign_test(wins, losses) <= terms.gain_share
     numbers = (f"score {sample.point:+.3f} against the {against} {terms.on(sample.rows, 'answers')}, interval "
                f"{low:+.3f} to {high:+.3f}")
     facts = (sample.rows, unmatched, groups, sample.point, (low, high))
