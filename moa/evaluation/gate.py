@@ -57,9 +57,10 @@ SEED = 0             # of the bootstraps
 
 def rules_of(params: ReleaseParams) -> dict[str, float]:
     """Every number that a decision depends on, by name: kept with the decision."""
-    return {"tolerance": params.tolerance, "min_gain": MIN_GAIN, "gain_share": GAIN_SHARE, "metric_tolerance": params.metric_tolerance,
-            "min_rows": params.min_rows, "confidence": params.confidence, "accuracy_drop": params.accuracy_drop,
-            "abstention_rise": params.abstention_rise, "drift": DRIFT, "resamples": RESAMPLES, "seed": SEED}
+    return {"tolerance": params.tolerance, "min_gain": MIN_GAIN, "gain_share": GAIN_SHARE,
+            "metric_tolerance": params.metric_tolerance, "min_rows": params.min_rows, "confidence": params.confidence,
+            "accuracy_drop": params.accuracy_drop, "abstention_rise": params.abstention_rise, "drift": DRIFT,
+            "resamples": RESAMPLES, "seed": SEED}
 
 
 def tail_share(confidence: float, look: int) -> float:
