@@ -67,7 +67,8 @@ class PrefectRunner:
 def close_abandoned() -> None:
     """Set every flow run that is running or pending on the server to `Crashed`: a killed process left it so.
 
-    Only for a server of this workspace alone, under the workspace's lock: then no other flow run can be at work.
+    Only for a server of this workspace alone, and while no other process holds the workspace's lock: then no other flow
+    run can be at work.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType

@@ -27,6 +27,7 @@ from moa.core.files import write_private
 from moa.core.paths import Workspace
 from moa.core.supervisor import stop_all
 from moa.release import mlflow_client
+from moa.workspace.lock import LockHolder
 
 Say = Callable[[str], None]
 MOST_ENDS = 5   # ends of the Prefect server in a row; after one more `moa up` ends, for a service manager to restart
@@ -62,7 +63,8 @@ def up(workspace: Workspace, extra: ExtraServices, say: Say = _print, *, verbose
         prefect = stack.enter_context(prefect_server.running(workspace, verbose=verbose, ui=extra.ui))
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
         facts = {"pid": os.getpid(), "api": prefect.ready(), "since": _now()}
-        if prefect.own:
+        # A run at work may have a server of its own on the same database; its flow runs are not abandoned.
+        if prefect.own and not LockHolder.of(workspace).at_work():
             from flows.build import close_abandoned
 
             close_abandoned()

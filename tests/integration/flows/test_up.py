@@ -1,5 +1,6 @@
 """`moa up` as typed: a real Prefect server, its schedules and triggers, rows that arrive before and while it runs."""
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from flows.steps import event_log
 from moa.core import config
 from moa.core.paths import Workspace
 from moa.workspace import init
+from moa.workspace.lock import LockHolder
 from tests import tiny
 from tests.waiting import Gate, until
 
@@ -193,3 +195,28 @@ def test_sigterm_ends_all_of_it_and_kill_leaves_no_process_behind(tmp_path: Path
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate()
+
+
+CLOSES = """
+import pathlib, sys, flows.build
+flows.build.close_abandoned = lambda: pathlib.Path("closed").touch()
+sys.argv = ["moa", "up", "--no-ui"]
+from moa.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("at_work", [True, False])
+def test_flow_runs_of_a_run_at_work_are_not_taken_for_abandoned(tmp_path: Path, at_work: bool) -> None:
+    """Its server may be another one on the same database."""
+    workspace = empty(tmp_path)
+    workspace.lock.parent.mkdir(parents=True, exist_ok=True)
+    with LockHolder.of(workspace).seen() if at_work else contextlib.nullcontext():
+        process = subprocess.Popen([sys.executable, "-c", CLOSES], cwd=tmp_path, env=environment(), text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            until(workspace.up.exists, process)
+            assert (tmp_path / "closed").exists() != at_work
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate()
