@@ -140,9 +140,10 @@ def _learn(work: RunContext, attempt: AdaptationState) -> Facts:
     """Build and release what was taken in; what would make a domain worse is undone, and the rest tried again."""
     workspace = work.workspace
     undone: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
     while True:
         if attempt.refused:
-            reasons = dict(attempt.refused)
+            reasons.update(attempt.refused)
             for name, files in work.one("undo", lambda: attempt.undo(work.versions)).items():
                 undone[name] = files
                 work.say("undone", domains=[name], files=files, reason=reasons[name])
@@ -150,7 +151,7 @@ def _learn(work: RunContext, attempt: AdaptationState) -> Facts:
         if not touched:   # nothing is left of it: back to what the champion is made of, out of DVC's cache
             require_success(work.build(release=False))
             attempt.end(workspace)
-            return {"state": "refused", "undone": undone}
+            return {"state": "refused", "undone": undone, "reason": "; ".join(dict.fromkeys(reasons.values()))}
         facts = _try(work, attempt, touched)
         if facts is not None:
             attempt.end(workspace)

@@ -80,7 +80,7 @@ SENTENCES = {   # by `state` of an adaptation or retraining
     "released": "Version {version} is champion now: {reason}",
     "waiting": "Version {version} passed the gate and waits for `moa release promote {version}`: {reason}",
     "kept": "Version {version} was not promoted: {reason} New rows stay, and are learned with the next ones.",
-    "refused": "Nothing was released: the gate refused it. See `moa log`; refused files lie in data/incoming/.rejected",
+    "refused": "REFUSED, and the champion stays: {reason}",
     "skipped": "Nothing was done: {reason}",
 }
 
@@ -92,7 +92,8 @@ def _print_outcome(facts: dict[str, Any], as_json: bool) -> None:
     else:
         print(SENTENCES[facts["state"]].format_map({"reason": "", **facts}))
         for name, files in facts.get("undone", {}).items():
-            print(f"moa: {name} was restored as it was before, without {', '.join(files)}.", file=sys.stderr)
+            print(f"moa: {name} was restored as it was before, without {', '.join(files)}: they lie in "
+                  f"data/incoming/.rejected/{name}, each with its reason.", file=sys.stderr)
     if code := exit_code("worse" if facts["state"] == "refused" else facts.get("outcome"), facts["state"] == "waiting"):
         raise typer.Exit(code)
 

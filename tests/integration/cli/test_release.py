@@ -231,6 +231,8 @@ def test_sabotage_is_refused_for_what_it_is(shop: Shop, version: int, domain: st
     assert re.search(because, gate_text(decision))
     blamed = [name for name, each in decision["domains"].items() if each["cause"]]
     assert blamed == (list(DOMAINS) if version == SWAPPED else ["alpha"])
+    code, out, _ = shop.run("gate", str(version))
+    assert code == 3 and decision["reason"] in out
 
 
 @pytest.mark.parametrize("version", SABOTAGE)
