@@ -277,8 +277,12 @@ def _anchors(registry: Registry, incumbent: MixtureVersion, scores: Sequence[gat
     former = dict((incumbent.gate or {}).get("anchors") or {})
     if not former and (entry := previous_champion([each for each in registry.history() if each.effective])):
         former = dict.fromkeys(registry.get(entry.version).experts, entry.version)
-    mine = _routed_losses(registry.download(incumbent.version)) if former else {}
-    theirs = {version: _routed_losses(registry.download(version)) for version in set(former.values())}
+    folder = registry.download(incumbent.version)
+    mine, base = _routed_losses(folder) if former else {}, read_json(folder / MANIFEST)["base"]
+    folders = {version: registry.download(version) for version in set(former.values())}
+    # Losses under another base are of other tokens.
+    theirs = {version: _routed_losses(former_folder) if read_json(former_folder / MANIFEST)["base"] == base else {}
+              for version, former_folder in folders.items()}
     anchors = dict.fromkeys(incumbent.experts, incumbent.version)
     losses: dict[tuple[str, str], float] = {}
     for domain, version in former.items():

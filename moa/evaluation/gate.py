@@ -124,7 +124,7 @@ class Known:
 @dataclass(frozen=True)
 class DomainVerdict:
     """What the comparisons of a domain come to. `metric` is None where no answer was scored, `known` where all rows are
-    known or the domain is new."""
+    known, the domain is new, or the same expert answers all rows."""
 
     verdict: Verdict
     reason: str
@@ -256,7 +256,7 @@ def judge(domain: str, scores: Iterable[Score], rules: ReleaseParams, *, chances
     everything = sorted(scores, key=lambda score: score.row)   # so that the order of `scores` does not matter
     terms = _Terms(domain, rules, chances, look, first)
     verdict = _all_rows(everything, terms, "base" if new else "incumbent")
-    if new:
+    if new or _same_expert(everything):   # a domain that does not change answers for no earlier loss
         return verdict
     reasons = []
     known = [one for one in everything if one.known]

@@ -455,6 +455,13 @@ def test_small_losses_do_not_add_up() -> None:
     assert 1 <= promoted <= 3
 
 
+def test_a_domain_that_does_not_change_answers_for_no_earlier_loss() -> None:
+    scores = [replace(score, challenger=score.incumbent, same_expert=True, anchor=score.incumbent - 1)
+              for score in simulated({"math": 0.0}, 60) if score.incumbent is not None]
+    assert judge("math", scores, DEFAULTS).verdict == "pass"
+    assert judge("math", [replace(one, same_expert=False) for one in scores], DEFAULTS).verdict == "fail"
+
+
 def test_an_anchor_with_few_groups_left_binds_nobody() -> None:
     scores = simulated({"math": 0.0}, 60)
     anchored = [replace(score, anchor=score.incumbent - 1 if int(score.row) < 19 else None) for score in scores
