@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from moa.core.names import printable
+from moa.core.names import escaped, printable
 
 SHORT_DIGEST = 12   # characters of a digest in tables and messages
 NAMES_SHOWN = 12    # most names that a sentence lists
-NOTHING_RELEASED = "Nothing has been released yet: run `moa run`."
+NOTHING_RELEASED = "Nothing has been released yet, so there is no champion: run `moa run` first."
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] | range = ()) -> str:
@@ -18,8 +18,8 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] | range = ()) -> s
 
 
 def shorten(text: str, width: int) -> str:
-    """`text` on one line of at most `width` characters; an ellipsis stands for the rest."""
-    text = " ".join(text.split())
+    """`text` on one line of at most `width` printable characters; an ellipsis stands for the rest."""
+    text = escaped(" ".join(text.split()))   # rows may hold control characters, which a terminal obeys
     return text if len(text) <= width else f"{text[:width - 1]}…"
 
 

@@ -9,6 +9,7 @@ from moa.core.config import Config
 from moa.core.config import load as load_config
 from moa.core.errors import NothingReleased, UsageError
 from moa.core.paths import Workspace
+from moa.core.text import NOTHING_RELEASED
 
 
 def open_mixture(directory: Path, workspace: Workspace | None = None) -> Any:
@@ -52,9 +53,9 @@ def other_version(workspace: Workspace, config: Config, version: int, against: i
 
 def _require_champion(registry: Any) -> Any:
     """The champion of a registry. Raises NothingReleased when there is none."""
-    version = registry.champion()
+    version = registry.champion() if registry.exists() else None   # asking would make a database
     if version is None:
-        raise NothingReleased("Nothing has been released yet, so there is no champion: run `moa run` first.")
+        raise NothingReleased(NOTHING_RELEASED)
     return version
 
 

@@ -20,6 +20,7 @@ from moa.core.config import Config
 from moa.core.errors import ArtifactError, RegistryError, UsageError
 from moa.core.files import replace_directory, write_json
 from moa.core.paths import MANIFEST, Workspace
+from moa.core.text import NOTHING_RELEASED
 from moa.mixture import artifact
 
 FORMATS = ("peft", "vllm")
@@ -51,7 +52,7 @@ def export(workspace: Workspace, config: Config, target: Path, form: str, versio
     registry = Registry(workspace, config)
     release = registry.get(version) if version is not None else registry.champion() if registry.exists() else None
     if release is None:
-        raise RegistryError("Nothing has been released yet, so there is no champion: run `moa run` first.")
+        raise RegistryError(NOTHING_RELEASED)
     mixture = registry.download(release.version)
     manifest, router, folders = artifact.read(mixture, pin(workspace))
     names = {label: adapter_name(label, manifest["experts"][label]["digest"]) for label in folders}

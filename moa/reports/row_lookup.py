@@ -16,6 +16,7 @@ from moa.core.config import Config
 from moa.core.errors import UsageError
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
+from moa.core.text import shorten
 from moa.data.conversations import conversation
 from moa.data.corpus import SPLITS, row_id
 from moa.data.readers import RowRejected, raw_files, read
@@ -286,7 +287,7 @@ def text(report: Mapping[str, Any]) -> str:
     searched, lines = report["searched"], []
     for row in report["rows"]:
         lines += [f"{row['domain']}  {row['id'] or '(no id)'}  {row['split'] or 'in no split: ' + row['why']}",
-                  f"  {' '.join(row['text'].split())[:100]}"]
+                  f"  {shorten(row['text'], 100)}"]
         lines += [f"  {place}" for place in row["places"]] or ["  no longer in data/raw"]
         for split, use in USES.items():
             if numbers := [f"{release['version']}{' (champion)' if release['champion'] else ''}"

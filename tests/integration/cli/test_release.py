@@ -20,9 +20,10 @@ from moa.cli import main
 from moa.cli.app import place
 from moa.core import config, digests
 from moa.core.config import Config
-from moa.core.errors import ArtifactError, MoaError, RegistryError
+from moa.core.errors import ArtifactError, MoaError, NothingReleased, RegistryError
 from moa.core.files import read_json, replace_directory, write_json
 from moa.core.paths import MANIFEST, Workspace
+from moa.core.text import NOTHING_RELEASED
 from moa.data import prepare
 from moa.evaluation import gate
 from moa.evaluation.scoring import pinned_rows
@@ -395,7 +396,8 @@ def test_before_anything_was_released(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     empty = Shop(tiny.workspace(tmp_path / "empty", DOMAINS, rows=1))
     for words in (["list"], ["history"]):
-        assert empty.run("release", *words) == (0, "Nothing has been released yet: run `moa run`.\n", "")
+        assert empty.run("release", *words) == (0, f"{NOTHING_RELEASED}\n", "")
+    assert empty.run("ask", "What is 2?") == (NothingReleased.exit_code, "", f"moa: {NOTHING_RELEASED}\n")
     assert not empty.workspace.mlflow.exists()
     with pytest.raises(MoaError, match="has no version 1; its versions: none yet"):
         release.approve(empty.workspace, empty.settings, 1)

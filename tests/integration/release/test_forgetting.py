@@ -19,6 +19,7 @@ from moa.core.config import Config, PromptParams
 from moa.core.errors import PipelineError
 from moa.core.files import read_json, write_json
 from moa.core.paths import MANIFEST, Workspace
+from moa.core.text import NOTHING_RELEASED
 from moa.data import prepare
 from moa.evaluation.evaluate import evaluate
 from moa.experts import train
@@ -146,5 +147,5 @@ def test_a_flow_gets_the_commands_own_words(workspace: Workspace) -> None:
 
 def test_before_there_is_anything_to_forget(tmp_path: Path) -> None:
     empty = tiny.workspace(tmp_path / "empty", DOMAINS, rows=1)
-    assert moa(empty) == (1, "", "moa: Nothing has been released yet: run `moa run`.\n")
+    assert moa(empty) == (1, "", f"moa: {NOTHING_RELEASED}\n")
     assert not empty.mlflow.exists()
