@@ -220,6 +220,17 @@ def verdicts(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
     return lines
 
 
+def wear(decision: Mapping[str, Any]) -> str:
+    """How often a decision's test rows were looked at, in words; empty where this was the first time for all."""
+    looks = {domain: verdict["look"] for domain, verdict in (decision.get("domains") or {}).items()
+             if verdict.get("look", 1) > 1}
+    if not looks:
+        return ""
+    return ("looks at these test rows, this one included: "
+            f"{', '.join(f'{domain} {look}' for domain, look in looks.items())}; each makes the intervals wider, and "
+            "new rows of a domain refresh them")
+
+
 # Reading.
 
 def _digest(pin: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from moa.core.text import SHORT_DIGEST
 from moa.evaluation.summary import NAMES
 from moa.reports import html
-from moa.reports.facts import verdicts
+from moa.reports.facts import verdicts, wear
 from moa.reports.svg import Dot, Line, Node, curves, flow, whiskers
 
 Facts = Mapping[str, Any]
@@ -160,6 +160,8 @@ def _gates(facts: Facts) -> str:
                  comparison["verdict"] + (", better" if comparison["better"] else ""),
                  html.with_interval(comparison["difference"], comparison["interval"], "+"), comparison["rows"])
                 for comparison in verdicts(decision))))
+            if looks := wear(decision):
+                parts.append(f"<p>{escape(looks[0].upper() + looks[1:])}.</p>")
     return html.section("Gate", *parts) if parts else ""
 
 

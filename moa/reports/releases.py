@@ -11,6 +11,7 @@ from moa.core.project import Names
 from moa.core.text import NOTHING_RELEASED, SHORT_DIGEST, shorten, table
 from moa.release.champion_history import Entry
 from moa.release.registry import MixtureVersion, Registry
+from moa.reports.facts import wear
 
 # Facts.
 
@@ -213,10 +214,8 @@ def gate_text(decision: Mapping[str, Any]) -> str:
     if (before := decision.get("routing", {}).get("incumbent")) and (after := decision["routing"].get("challenger")):
         lines.append(f"  routing accuracy {before['accuracy']:.1%} -> {after['accuracy']:.1%}, "
                      f"abstention {before['abstention']:.1%} -> {after['abstention']:.1%}")
-    looks = {domain: verdict["look"] for domain, verdict in (domains or {}).items() if verdict.get("look", 1) > 1}
-    if looks:
-        lines.append(f"  looks at these test rows, this one included: "
-                     f"{', '.join(f'{domain} {look}' for domain, look in looks.items())}; intervals are wider by that")
+    if looks := wear(decision):
+        lines.append(f"  {looks}")
     return "\n".join([*lines, f"  {decision['reason']}"])
 
 

@@ -431,6 +431,8 @@ def test_each_look_at_the_same_rows_asks_for_more() -> None:
     assert all(later[0] < earlier[0] < earlier[1] < later[1]
                for earlier, later in itertools.pairwise(intervals))
     assert gate(scores).promote and not gate(scores, looks=dict.fromkeys(DOMAINS, 30)).promote
+    said = gate_text({"version": 5, "against": 4, **gate(scores, looks={"sql": 3}).as_dict()})
+    assert "looks at these test rows, this one included: sql 3; each makes the intervals wider" in said
 
 
 @given(st.floats(0.51, 0.999), st.integers(1, 10_000))
