@@ -41,6 +41,7 @@ from moa.workspace import domains, incoming, warm_starts
 from moa.workspace.incoming import Arrival
 
 SPARE = 1.25   # rows share sides by chance: the test split may be smaller than its share
+MOST_WAITS = 15   # times `adapt.settle` that an adaptation by hand waits for files that are being written
 ENVIRONMENT = ("No space left", "was interrupted", "Cannot allocate", "Input/output error")   # not the rows' fault
 
 
@@ -48,16 +49,31 @@ def adapt(workspace: Workspace, runner: Runner, trigger: str, *, now: bool = Fal
           after: After = do_nothing) -> Facts:
     """Learn everything that is due; what was done, `state` first: skipped, released, waiting, kept or refused.
 
-    `now` leaves out debounce, cool-down and fewest rows: a person asks. While another run works here this one is
-    skipped, because what is pending stays pending, and the sensor asks again.
+    `now` leaves out debounce, cool-down and fewest rows: a person asks, so files that were just written are waited for.
+    While another run works here this one is skipped, because what is pending stays pending, and the sensor asks again.
     """
     began = time.monotonic()
     try:
         with run_context(workspace, runner, verbose, after, wait=0.0) as work:
+            if now:
+                wait_until_settled(workspace, work.config.adapt.settle)
             return reconcile(work, trigger, now, began)
     except Busy as busy:
         event_log.append(workspace, "skipped", trigger=trigger, reason=str(busy))
         return {"state": "skipped", "reason": str(busy)}
+
+
+def wait_until_settled(workspace: Workspace, seconds: float) -> None:
+    """Wait until every file in data/incoming was last written so many seconds ago: half a copy cannot be learned.
+
+    A file that keeps growing is waited for MOST_WAITS times as long, and then left to the next run.
+    """
+    end = time.monotonic() + MOST_WAITS * seconds
+    while time.monotonic() < end:
+        arrivals = incoming.waiting_files(workspace)
+        if len(incoming.settled_files(arrivals, seconds, time.time())) == len(arrivals):
+            return
+        time.sleep(min(0.1, seconds))
 
 
 def reconcile(work: RunContext, trigger: str, now: bool, began: float) -> Facts:
