@@ -158,7 +158,7 @@ def ask(
     """Answer a question with the champion."""
     from moa.core.config import NO_DOMAIN
     from moa.release.champion import ask as answer
-    from moa.reports.text import trace_text
+    from moa.reports.text import answered_by, trace_text
 
     workspace, config = opened()
     try:
@@ -171,6 +171,7 @@ def ask(
         print_json(reply)
     else:
         print(reply["answer"])
+        print(f"moa: {answered_by(reply)}", file=sys.stderr)
         if trace:
             print(f"\n{trace_text(reply['trace'], reply['decision'])}")
 

@@ -78,6 +78,16 @@ def _mean(losses: list[float | None]) -> str:
     return f"{sum(known) / len(known):.3f}" if known else "-"
 
 
+def answered_by(reply: Mapping[str, Any]) -> str:
+    """Which expert answered a question and why, for `reply` of `moa.release.champion.ask`."""
+    if reply["abstained"]:
+        return (f"the base answered: the question is unlike the rows of {reply['domain']}, the nearest domain "
+                f"({reply['similarity']:.3f} < {reply['threshold']:.3f}); --domain {reply['domain']} forces its expert")
+    if reply["confidence"] is None:
+        return f"{reply['answered_by']} answered, as asked for"
+    return f"{reply['answered_by']} answered (confidence {reply['confidence']:.2f})"
+
+
 def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
     """The last lines of `moa run`: the table of figures, where the results are, and commands to try next.
 

@@ -1,6 +1,10 @@
 """Figures to text, against literal text."""
 
-from moa.reports.text import build_markdown, trace_text
+from typing import Any
+
+import pytest
+
+from moa.reports.text import answered_by, build_markdown, trace_text
 
 TRACE = [{"level": 0, "domain": "sql", "probability": 0.513}, {"level": 1, "domain": "math", "probability": 0.874},
          {"level": 2, "domain": "math", "probability": 1.0}]
@@ -22,6 +26,17 @@ def test_a_trace_says_why_the_router_abstains() -> None:
     assert told.count("<- read") == 3
     assert told.splitlines()[-1] == \
         "rule vote: math, confidence 87.4%; its score 1.94 is below 2.5, so the router abstains"
+
+
+@pytest.mark.parametrize(("reply", "said"), [
+    ({"abstained": False, "confidence": 0.987, "domain": "math", "answered_by": "math"},
+     "math answered (confidence 0.99)"),
+    ({"abstained": False, "confidence": None, "domain": "base", "answered_by": "base"}, "base answered, as asked for"),
+    ({"abstained": True, "confidence": 1.0, "domain": "support", "answered_by": "base", "similarity": 0.04,
+      "threshold": 0.16}, "the base answered: the question is unlike the rows of support, the nearest domain (0.040 < "
+                          "0.160); --domain support forces its expert")])
+def test_who_answered_is_said(reply: dict[str, Any], said: str) -> None:
+    assert answered_by(reply) == said
 
 
 EVALUATION = {

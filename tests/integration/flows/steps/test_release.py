@@ -94,9 +94,9 @@ def test_the_champion_answers(released: tuple[Workspace, Config, dict[str, Any]]
     workspace = released[0]
     reply = moa(workspace, "ask", tiny.row("alpha", 7)["instruction"], "--max-new-tokens", "4")
     assert set(reply) == {"answer", "domain", "confidence", "abstained", "finish", "tokens", "prompt_tokens",
-                          "release"}
+                          "answered_by", "release"}
     assert (reply["domain"], reply["release"]) == ("alpha", 1)
-    assert moa(workspace, "ask", "anything", "--domain", "beta", "--max-new-tokens", "4")["domain"] == "beta"
+    assert moa(workspace, "ask", "anything", "--domain", "beta", "--max-new-tokens", "4")["answered_by"] == "beta"
     table = moa(workspace, "eval")
     assert table["release"] == 1
     assert set(table["domains"]) == set(DOMAINS)
