@@ -86,6 +86,7 @@ def prepare(workspace: Workspace, config: Config, domain: str, encoder: ChatEnco
             "reasons": dict(row_filter.reasons.most_common()),
             "redacted": dict(sorted(row_filter.redacted.items())),
             "tokens": {part: _summary(store.tokens(part, settled)) for part in ("prompt", "completion")},
+            "longest_answer": int(store.tokens("completion", settled)[settled.untested].max()),
             "base": {"tokenizer": base.tokenizer, "template": base.template}}
         write_json(folder / "quality.json", quality_report(folder, manifest))
         write_json(folder / MANIFEST, manifest)

@@ -47,6 +47,11 @@ class RowFates:
         removed = np.flatnonzero(self.double_of >= 0)
         return int((self.side[removed] != self.side[self.double_of[removed]]).sum())
 
+    @property
+    def untested(self) -> np.ndarray:
+        """Of the rows that stay, whether each is a training or validation row: bool."""
+        return self.side[self.stays] != ORDER.index("test")
+
     def groups(self, split: Split) -> int:
         """Number of groups that the rows of a split belong to."""
         return len(np.unique(self.group[self.stays & (self.side == ORDER.index(split))]))

@@ -33,8 +33,12 @@ def pinned_rows(workspace: Workspace, config: Config, domains: Iterable[str],
 
 
 def answer_limit(workspace: Workspace, config: Config, domain: str) -> int:
-    """Most tokens of an answer in `domain`."""
-    longest = read_json(workspace.corpus(domain) / MANIFEST)["tokens"]["completion"]["max"]
+    """Most tokens of an answer in `domain`: a little more than the longest one of its training and validation rows.
+
+    A corpus from before `longest_answer` was recorded gives the longest of all rows.
+    """
+    manifest = read_json(workspace.corpus(domain) / MANIFEST)
+    longest = manifest.get("longest_answer", manifest["tokens"]["completion"]["max"])
     return min(config.evaluate.max_new_tokens, int(longest) + SPARE_TOKENS)
 
 

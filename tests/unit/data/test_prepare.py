@@ -209,6 +209,16 @@ def test_every_row_carries_its_group(tmp_path: Path) -> None:
     assert len(groups) == 20 and all(len(sides) == 1 for sides in groups.values())
 
 
+def test_no_test_row_decides_how_long_answers_may_be(tmp_path: Path) -> None:
+    prepared(tmp_path, [{**row(number), "output": "9" * (1 + number % 37)} for number in range(300)])
+    corpus_folder = Workspace(tmp_path).corpus("toy")
+    manifest = json.loads((corpus_folder / "manifest.json").read_text())
+    longest = {split: max(each.completion_tokens for each in rows.read(corpus_folder, split)) for split in rows.SPLITS}
+    assert manifest["longest_answer"] == max(longest["train"], longest["validation"])
+    assert manifest["groups"] == {split: len({each.group for each in rows.read(corpus_folder, split)})
+                                  for split in rows.SPLITS}
+
+
 def test_a_corpus_from_before_groups_is_read(tmp_path: Path) -> None:
     prepared(tmp_path, [row(number) for number in range(60)])
     path = Workspace(tmp_path).corpus("toy") / "train.parquet"
