@@ -16,6 +16,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows.steps import event_log
+from moa.cli.app import exit_code
 from moa.core import digests
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
@@ -314,7 +315,7 @@ def test_retraining(workspace: Workspace, tmp_path: Path) -> None:
     assert event_log.read(workspace, kinds=["undone"])[-1]["reason"] == "the training from scratch was interrupted"
     process = start(workspace, "retrain", "--from-scratch", "--local", "--json")
     done = json.loads(process.communicate()[0])
-    assert process.returncode == (done["state"] == "refused")
+    assert process.returncode == exit_code("worse" if done["state"] == "refused" else done["outcome"])
     if done["state"] == "released":
         assert experts(workspace) != before and champion(workspace) > version
         assert not (workspace.root / "data" / "starts.json").exists()
