@@ -139,7 +139,7 @@ class ReleaseParams(Group):
     metric_rows: int = Field(default=40, ge=0, description="gate: test rows per domain that both releases answer and "
                                                            "the domain's metric scores; 0 = loss alone")
     metric_tolerance: float = Field(default=0.05, ge=0, le=1, description="gate: largest fall of a domain's mean score")
-    min_rows: int = Field(default=20, ge=2, description="gate: fewest rows for a verdict")
+    min_rows: int = Field(default=20, ge=2, description="gate: fewest groups of rows for a verdict")
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     accuracy_drop: float = Field(default=0.02, ge=0, le=1, description="gate: routing accuracy may fall by this much")
     abstention_rise: float = Field(default=0.05, ge=0, le=1, description="gate: abstentions may rise by this share")

@@ -21,8 +21,8 @@ import numpy as np
 CHUNK = 1 << 21   # resampled values held at once
 RESOLVED = 25     # fewest bootstrap samples beyond a quantile that is read off them; further ones are extrapolated
 # Divisor of the degrees of freedom in that extrapolation. The t statistic of skewed values has heavier tails than
-# Student's: with 1, of 20 skewed groups that are worse by the tolerance 12 % passed once in thirty looks, with 5 it
-# was 7 % (benchmarks/gate.py, seed 0), and of 160 groups a gain of 0.05 nats was found as often.
+# Student's: with 1, 12 % of series of 20 skewed groups passed once in thirty looks although worse by the tolerance,
+# with 5 about 7 %, judged by eight of the looks (benchmarks/gate.py, seed 0). It costs power at late looks: LOG.md.
 HEAVIER = 5
 
 

@@ -1,4 +1,4 @@
-"""The append-only history of champions: which version, since when, by whom and why.
+"""The append-only history of champions: version, time, user and reason of each promotion.
 
 The functions are pure; `moa.release.registry` stores the entries as tags of the registered model.
 """
