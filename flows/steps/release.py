@@ -21,8 +21,10 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.core.subprocesses import moa_json
 from moa.evaluation import comparison, gate
 from moa.evaluation.evaluate import read_rows
+from moa.mixture import incumbent
 from moa.release.champion_history import Entry, previous_champion
 from moa.release.registry import CURRENT_CHAMPION, ExpertVersion, MixtureVersion, Registry
+from moa.workspace.data_versions import DataVersions
 
 ALREADY = "already champion"
 RESTORED = "restored: the alias was missing"
@@ -95,8 +97,25 @@ def examine(workspace: Workspace, config: Config, challenger: int, against: int 
 
 def promote(workspace: Workspace, config: Config, version: int, reason: str, by: str | None = None,
             instead_of: int | None = CURRENT_CHAMPION) -> dict[str, Any]:
-    """Make `version` champion, if the champion is still `instead_of`."""
-    return asdict(Registry(workspace, config).set_champion(version, reason, by or _user(), instead_of=instead_of))
+    """Make `version` champion, if the champion is still `instead_of`, and let the stages know it (data/champion)."""
+    registry = Registry(workspace, config)
+    entry = registry.set_champion(version, reason, by or _user(), instead_of=instead_of)
+    write_champion(workspace, registry)
+    return asdict(entry)
+
+
+def write_champion(workspace: Workspace, registry: Registry) -> None:
+    """Write the champion's calibration and losses to data/champion, and version them with DVC, if they changed.
+
+    The stages read them there. Without a champion they stay as they are.
+    """
+    champion = registry.champion()
+    if champion is None:
+        return
+    local = workspace.mixture
+    built = (local / MANIFEST).is_file() and read_json(local / MANIFEST)["digest"] == champion.digest
+    if incumbent.write(workspace, local if built else registry.download(champion.version)):
+        DataVersions(workspace).add(workspace.champion)
 
 
 def approve(workspace: Workspace, config: Config, version: int, *, force: bool = False,
@@ -187,6 +206,7 @@ def hooks(workspace: Workspace, config: Config, may_promote: bool = True) -> lis
         if may_promote and (approved or restored):
             promote(workspace, config, version, RESTORED if restored else decision["reason"],
                     instead_of=decision["against"])
+        write_champion(workspace, Registry(workspace, config))   # it may have been promoted on another machine
         champion = Registry(workspace, config).champion()
         return {**_described(state["mixture"]),
                 "experts": {domain: each.version for domain, each in state["experts"].items()},

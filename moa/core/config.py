@@ -111,7 +111,8 @@ class AssembleParams(Group):
     rule: Literal["early", "last", "vote"] = "early"
     tolerance: float = Field(default=0.0, ge=0, le=1, description="early: accuracy it may lose to the best layer")
     rows: int = Field(default=48, ge=2, description="training prompts per domain the router sees")
-    max_abstention: float = Field(default=0.01, ge=0, lt=1, description="share of known-domain validation prompts")
+    max_abstention: float | None = Field(default=0.01, ge=0, lt=1, description="share of each domain's fresh prompts "
+                                         "that may be left to the base, at 95 % confidence; null = none is")
     joint_epochs: int = Field(default=0, ge=0, description="all experts and heads together, as in the paper; 0 = off")
     joint_learning_rate: float = Field(default=5e-4, ge=0, description="of the experts; 0 = the router alone learns")
     joint_start: Annotated[Literal["experts", "random"], UNLISTED] = Field(default="experts",

@@ -118,6 +118,11 @@ class Workspace:
         return self.data / "mixture"
 
     @property
+    def champion(self) -> Path:
+        """Folder of what the stages know of the champion: see moa/mixture/incumbent.py (DVC)."""
+        return self.data / "champion"
+
+    @property
     def reports(self) -> Path:
         """Folder of the results of stage `evaluate`."""
         return self.data / "reports"
@@ -138,6 +143,11 @@ class Workspace:
     def projection(self) -> Path:
         """The entries of `starts`, with null for every other domain, which stages of dvc.yaml have as parameters."""
         return self.local / "starts.json"
+
+    @property
+    def calibration(self) -> Path:
+        """Which calibration stage `assemble` extends (moa/mixture/incumbent.py), a parameter of the stage."""
+        return self.local / "calibration.json"
 
     @property
     def lock(self) -> Path:

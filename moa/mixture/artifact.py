@@ -191,10 +191,10 @@ def _can_decide(router: "Router") -> bool:
     """Whether the router's scalars are valid, its heads fit them, and a decision on features of zeros succeeds."""
     import torch
 
-    from moa.mixture.router import Rule, Score, Stream
+    from moa.mixture.router import Rule, Stream
 
     L, C, D = (*router.weight_LCD.shape, 0, 0, 0)[:3]
-    choices = ((router.rule, Rule), (router.score, Score), (router.stream, Stream))
+    choices = ((router.rule, Rule), (router.stream, Stream))
     shapes = [tuple(tensor.shape) for tensor in (router.mean_LD, router.scale_LD, router.bias_LC)]
     if not (all(value in get_args(literal) for value, literal in choices) and 0 <= router.layer < L
             and len(router.labels) == C and shapes == [(L, D), (L, D), (L, C)] and router.temperature > 0):

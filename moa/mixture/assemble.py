@@ -1,14 +1,16 @@
 """The stage `assemble`: experts and a router to one mixture, pinned by digest.
 
     data/mixture/    what `moa.mixture.artifact` says
+    data/champion/   read only: the calibration that this one extends (`moa.mixture.incumbent`)
     .moa/cache/features/    router features by digest of what they come from, never recomputed for an old domain
 """
 
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moa.base.encoding import ChatEncoder
 from moa.base.load import Base, load, pick_device
@@ -20,10 +22,17 @@ from moa.core.files import read_json, replace_directory, write_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.data import corpus
 from moa.data.corpus import Row, Split
-from moa.mixture import artifact
+from moa.mixture import artifact, incumbent
 
-Content = dict[Split, dict[str, list[Row]]]   # the router's rows, by domain
-CALIBRATING: tuple[Split, Split] = ("train", "validation")
+if TYPE_CHECKING:
+    from moa.mixture.calibration import Prompts
+
+Part = Literal["train", "validation", "further"]   # heads, level and temperature, thresholds
+Content = dict[Part, dict[str, list[Row]]]         # the router's rows, by domain
+LEARNING: tuple[Split, Split] = ("train", "validation")
+# Rows that a domain's threshold rests on. 299 groups can promise 1 %, 473 the same with one prompt left to the base;
+# each costs a quarter of a prefill, once.
+PROMISING = 480
 
 
 def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
@@ -31,7 +40,7 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
 
     Raises ArtifactError when an expert is missing or was trained on another base.
     """
-    from moa.mixture.calibration import calibrate, train_heads
+    from moa.mixture.calibration import Prompts, calibrate, choose_level, grow_heads, train_heads
 
     labels = sorted(config.domains)
     params = config.assemble
@@ -40,18 +49,26 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
     folders = {domain: workspace.expert(domain) for domain in labels}
     base = load(workspace, config.base, pick_device(config.execution.devices))
     encoder = ChatEncoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
-    limits: dict[Split, int | None] = {"train": params.rows, "validation": None}
-    # Rows are ordered by their digests, so a limit takes a random sample.
-    content: Content = {split: {domain: corpus.read(workspace.corpus(domain), split)[:limit] for domain in labels}
-                        for split, limit in limits.items()}
-    seen = _base_features(workspace, base, encoder, content)
-    targets = _targets(content)
-    router = train_heads(labels, seen["train"], targets["train"])
+    content = _content(workspace, labels, params.rows)
+    seen = _base_features(workspace, base, encoder, content, params.rule)
+    champion, unfit = incumbent.calibration(workspace, config, base.pin)
+    if unfit:
+        print(f"The router is calibrated afresh, and not as the champion's successor: {unfit}.")
+    prompts = _prompts(content, seen)
+    grows = champion is not None and not set(labels).isdisjoint(champion.labels)
+    if champion is not None and grows:
+        known = Prompts.joined([prompts["validation"], prompts["further"]])
+        router = grow_heads(champion, labels, prompts["train"], known)
+    else:
+        router = train_heads(labels, prompts["train"])
     with tempfile.TemporaryDirectory() as temporary:
         if params.joint_epochs:
             folders, facts, seen = _joined(workspace, config, base, encoder, router, content, facts, Path(temporary))
-            router.train = seen["train"], targets["train"]
-        calibrate(router, seen["validation"], targets["validation"], rule=params.rule, tolerance=params.tolerance,
+            prompts = _prompts(content, seen)
+        if not grows:
+            choose_level(router, params.rule, params.tolerance, prompts["validation"])
+        router.figures |= {"extends": incumbent.extended(workspace), "settings": incumbent.settings(params)}
+        calibrate(router, prompts["train"], prompts["validation"], prompts["further"],
                   max_abstention=params.max_abstention)
         with replace_directory(workspace.mixture) as folder:
             return artifact.write(folder, base=base.pin, prompt=config.prompt.model_dump(), router=router,
@@ -75,35 +92,56 @@ def _expert(workspace: Workspace, domain: str) -> dict[str, Any]:
 
 # What the router sees.
 
-def _targets(content: Content) -> dict[Split, Any]:
-    """The number of the domain of each row, split by split."""
+def _content(workspace: Workspace, labels: Sequence[str], rows: int) -> Content:
+    """The router's rows. They are ordered by their digests, so that the first ones are a random sample."""
+    content: Content = {"train": {}, "validation": {}, "further": {}}
+    for domain in labels:
+        train, validation = (corpus.read(workspace.corpus(domain), split) for split in LEARNING)
+        content["train"][domain], content["validation"][domain] = train[:rows], validation
+        content["further"][domain] = train[rows:max(PROMISING - len(validation), rows)]
+    return content
+
+
+def _prompts(content: Content, seen: Mapping[Part, Any]) -> "dict[Part, Prompts]":
     import torch
 
-    return {split: torch.cat([torch.full((len(part),), label) for label, part in enumerate(domains.values())])
-            for split, domains in content.items()}
+    from moa.mixture.calibration import Prompts
+
+    return {part: Prompts(seen[part], torch.tensor([label for label, rows in enumerate(domains.values())
+                                                    for _ in rows], dtype=torch.long),
+                          [row.group or row.id for rows in domains.values() for row in rows])
+            for part, domains in content.items()}
 
 
-def _prompts(encoder: ChatEncoder, content: list[Row]) -> list[list[int]]:
+def _encoded(encoder: ChatEncoder, content: list[Row]) -> list[list[int]]:
     return [encoder.prompt(row.prompt)[-encoder.max_tokens:] for row in content]
 
 
-def _base_features(workspace: Workspace, base: Base, encoder: ChatEncoder, content: Content) -> dict[Split, Any]:
-    """Features of all rows' prompts under the base alone, (N, L, D) for each split."""
+def _base_features(workspace: Workspace, base: Base, encoder: ChatEncoder, content: Content, rule: str) -> dict[
+        Part, Any]:
+    """Features of all rows' prompts under the base alone, (N, L, D) for each part.
+
+    `further` rows decide no level, so under `early` they have only the levels that it may read.
+    """
     import torch
 
     from moa.core.progress import track
+    from moa.mixture.calibration import readable_levels
 
-    found: dict[Split, list[Any]] = {split: [] for split in content}
+    levels = base.model.config.num_hidden_layers
+    shallow = readable_levels(levels).stop if rule == "early" else levels
+    found: dict[Part, list[Any]] = {part: [] for part in content}
     with track("router features", total=sum(map(len, content.values())), unit="sets") as bar:
-        for split, domains in content.items():
-            for part in domains.values():
-                found[split].append(_cached_features(workspace, base, encoder, part))
+        for part, domains in content.items():
+            for rows in domains.values():
+                depth = shallow if part == "further" else levels
+                found[part].append(_cached_features(workspace, base, encoder, rows, depth))
                 bar.advance(1)
-    return {split: torch.cat(parts) for split, parts in found.items()}
+    return {part: torch.cat(each) for part, each in found.items()}
 
 
-def _cached_features(workspace: Workspace, base: Base, encoder: ChatEncoder, content: list[Row]) -> Any:
-    """The features of these rows' prompts, (N, L, D), from the cache when they were computed before."""
+def _cached_features(workspace: Workspace, base: Base, encoder: ChatEncoder, content: list[Row], depth: int) -> Any:
+    """The features of these rows' prompts, (N, depth, D), from the cache when they were computed before."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
@@ -111,11 +149,11 @@ def _cached_features(workspace: Workspace, base: Base, encoder: ChatEncoder, con
 
     key = digests.of_json({"base": base.pin.digest, "dtype": base.device.dtype, "system": encoder.system,
                            "code": code_version.of_modules("moa.mixture.router"),
-                           "max_tokens": encoder.max_tokens, "rows": [row.id for row in content]})
+                           "max_tokens": encoder.max_tokens, "depth": depth, "rows": [row.id for row in content]})
     path = workspace.cache / "features" / f"{key[:32]}.safetensors"
     with suppress(OSError, SafetensorError, KeyError):   # absent or damaged: it can be computed again
         return load_file(path)["features"]
-    result = features(base.model, _prompts(encoder, content))
+    result = features(base.model, _encoded(encoder, content), depth)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file({"features": result}, temporary)
@@ -127,7 +165,7 @@ def _cached_features(workspace: Workspace, base: Base, encoder: ChatEncoder, con
 
 def _joined(workspace: Workspace, config: Config, base: Base, encoder: ChatEncoder, router: Any, content: Content,
             facts: dict[str, dict[str, Any]], temporary: Path) -> tuple[
-                dict[str, Path], dict[str, dict[str, Any]], dict[Split, Any]]:
+                dict[str, Path], dict[str, dict[str, Any]], dict[Part, Any]]:
     """Continue all experts together with the router's heads; directories and facts of the new experts, and features.
 
     The experts as they were stay where they are: the mixture gets its own, and names their parents.
@@ -154,7 +192,7 @@ def _joined(workspace: Workspace, config: Config, base: Base, encoder: ChatEncod
     stack.trainable(True)
     for expert, domain in enumerate(labels):
         training, validation = ([encoder.row(row.messages) for row in corpus.read(workspace.corpus(domain), split)]
-                                for split in CALIBRATING)
+                                for split in LEARNING)
         learners.append(Learner(domain, expert, stack, training, validation, train))
     if not params.eta:
         forget_labels(router)
@@ -166,8 +204,8 @@ def _joined(workspace: Workspace, config: Config, base: Base, encoder: ChatEncod
         raise TrainingError(f"Joint training failed for {', '.join(failed)} ({'; '.join(map(str, failed.values()))}): "
                             "lower assemble.joint_learning_rate.")
     stack.trainable(False)
-    seen = {split: features(base.model, _prompts(encoder, [row for part in domains.values() for row in part]),
-                            choose=layer_selector(stack, router)) for split, domains in content.items()}
+    seen = {part: features(base.model, _encoded(encoder, [row for rows in domains.values() for row in rows]),
+                           choose=layer_selector(stack, router)) for part, domains in content.items()}
     folders, joined = {}, {}
     for learner in learners:
         domain, at = learner.name, learner.progress

@@ -19,11 +19,10 @@ from moa.base.encoding import Encoded
 from moa.experts.batches import collate, microbatches
 
 Rule = Literal["early", "last", "vote"]
-Score = Literal["max_probability", "nearest"]
 Stream = Literal["base", "experts", "blend"]   # no experts; those each layer chooses; all of them, by probability
-DECIDING = ("rule", "layer", "temperature", "threshold", "score", "stream")   # facts that a decision depends on
-FIGURES = ("accuracy", "best_level_accuracy", "ece", "ece_uncalibrated", "abstention", "validation_rows", "levels")
-MOST_ODDS = 1e6                        # in place of infinite log-odds, which JSON lacks
+DECIDING = ("rule", "layer", "temperature", "stream")   # facts that a decision depends on
+FIGURES = ("accuracy", "best_level_accuracy", "ece", "ece_uncalibrated", "abstention", "validation_rows", "levels",
+           "promises", "extends", "settings")
 FEATURE_TOKENS = 2048                  # padded tokens in one forward without gradients
 
 
@@ -101,9 +100,10 @@ class Decision:
     """The router's decision on one prompt. `domain` is its best guess; where it abstained, the base answers."""
 
     domain: str
-    confidence: float   # calibrated probability of `domain`
-    abstained: bool     # score < the router's threshold
-    score: float        # similarity of the prompt to the known domains; higher is more similar
+    confidence: float         # calibrated probability of `domain` among the known domains
+    abstained: bool           # the prompt is unlike every domain
+    score: float              # similarity to the training prompts of `domain`, -1 to 1; 0 before calibration
+    threshold: float | None   # least similarity of a prompt that is like `domain`; None = the router never abstains
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +127,11 @@ class Router:
     rule: Rule = "early"
     layer: int = 0                # the level that `early` reads
     temperature: float = 1.0
-    threshold: float = -math.inf  # least score that names a domain
-    score: Score = "max_probability"   # until calibration sets another; needs only the heads
     stream: Stream = "base"       # hidden states that the heads were trained on; recorded only
-    seen_MD: Tensor | None = None        # nearest: training prompts at level `reads`, standardised, of length one
-    seen_M: Tensor | None = None         # nearest: the domain of each
-    usual_C: Tensor | None = None        # nearest: mean cosine of each domain's own prompts
-    figures: dict[str, Any] = field(default_factory=dict)     # of the calibration; reported, never read
-    train: tuple[Tensor, Tensor] | None = field(default=None, repr=False)   # of `fit`, for `nearest`
+    seen_MD: Tensor | None = None        # training prompts at level `reads`, standardised, of length one
+    seen_M: Tensor | None = None         # the domain of each
+    threshold_C: Tensor | None = None    # least similarity to each domain's prompts; None = never abstain
+    figures: dict[str, Any] = field(default_factory=dict)     # of the calibration; reported, never decided by
 
     @property
     def depth(self) -> int:
@@ -174,33 +171,35 @@ class Router:
         """One level's features as the heads see them: (N, D), mean 0 and deviation 1 over the training prompts."""
         return (features_NLD[:, level] - self.mean_LD[level]) / self.scale_LD[level]
 
-    def scores(self, features_NLD: Tensor) -> Tensor:
-        """How similar each prompt is to the known domains, by `score`: (N,), float64, higher is more similar.
+    def similarities(self, features_NLD: Tensor) -> Tensor:
+        """Cosine of each prompt with the nearest training prompt of each domain: (N, C), float64, -1 to 1.
 
-        max_probability: log-odds of the best domain, best minus log-sum-exp of the others. They order prompts as its
-            probability does, also where that rounds to 1 (Hendrycks and Gimpel 2017, arXiv 1610.02136).
-        nearest: cosine with the nearest training prompt (Sun et al. 2022, arXiv 2204.06507, with one neighbour), less
-            half of the mean cosine of that prompt's domain. Domains differ in spread, and a new domain moves the origin
-            and with it all cosines of a domain, so that other prompts would fall below the threshold.
+        One nearest neighbour by cosine, as in Sun et al. 2022, arXiv 2204.06507. A domain's column depends on its own
+        training prompts and on the standardisation alone, so that no other domain changes which prompts are like it.
         """
-        if self.score == "max_probability":
-            log_NC = self.log_probabilities(features_NLD)
-            best = log_NC.max(-1, keepdim=True)
-            others = log_NC.scatter(-1, best.indices, -math.inf).logsumexp(-1)
-            return (best.values[:, 0] - others).clamp(max=MOST_ODDS)   # a single domain has no others
-        assert self.seen_MD is not None
-        standard_ND = self.standard(features_NLD, self.reads)
-        best = (nn.functional.normalize(standard_ND, dim=-1) @ self.seen_MD.T).max(1)
-        if self.seen_M is None or self.usual_C is None:   # a mixture made before these two were saved
-            return best.values.double()
-        return best.values.double() - self.usual_C[self.seen_M[best.indices]].double() / 2
+        assert self.seen_MD is not None and self.seen_M is not None, "the router keeps no training prompts"
+        cosine_NM = nn.functional.normalize(self.standard(features_NLD, self.reads), dim=-1) @ self.seen_MD.T
+        nearest_NC = torch.full((len(cosine_NM), len(self.labels)), -1.0)
+        return nearest_NC.scatter_reduce(1, self.seen_M.expand_as(cosine_NM), cosine_NM, "amax").double()
 
     def decide(self, features_NLD: Tensor) -> list[Decision]:
-        """The decision on each prompt."""
-        best = self.probabilities(features_NLD).max(-1)
-        return [Decision(self.labels[label], confidence, score < self.threshold, score)
-                for confidence, label, score in zip(best.values.tolist(), best.indices.tolist(),
-                                                    self.scores(features_NLD).tolist(), strict=True)]
+        """The decision on each prompt: the most probable of the domains that the prompt is like.
+
+        Where it is like none the router abstains, and its best guess is the most probable of all.
+        """
+        probability_NC = self.probabilities(features_NLD)
+        similarity_NC = self.similarities(features_NLD) if self.seen_MD is not None else None
+        abstained_N = torch.zeros(len(probability_NC), dtype=torch.bool)
+        allowed_NC = probability_NC
+        if self.threshold_C is not None and similarity_NC is not None:
+            like_NC = similarity_NC >= self.threshold_C
+            abstained_N = ~like_NC.any(1)
+            allowed_NC = probability_NC.where(like_NC | abstained_N[:, None], -1.0)
+        best_N = allowed_NC.argmax(-1)
+        return [Decision(self.labels[best], probability_NC[index, best].item(), abstained,
+                         0.0 if similarity_NC is None else similarity_NC[index, best].item(),
+                         None if self.threshold_C is None else self.threshold_C[best].item())
+                for index, (best, abstained) in enumerate(zip(best_N.tolist(), abstained_N.tolist(), strict=True))]
 
     def trace(self, features_NLD: Tensor) -> list[list[Choice]]:
         """For each prompt, what the head of each level given would choose alone, at the router's temperature."""
@@ -212,7 +211,7 @@ class Router:
     def tensors(self) -> dict[str, Tensor]:
         """The router's tensors by the names they are saved under, none of which is an adapter's."""
         found = {"mean": self.mean_LD, "scale": self.scale_LD, "weight": self.weight_LCD, "bias": self.bias_LC,
-                 "seen": self.seen_MD, "seen_of": self.seen_M, "usual": self.usual_C}
+                 "seen": self.seen_MD, "seen_of": self.seen_M, "threshold": self.threshold_C}
         return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
 
     def facts(self) -> dict[str, Any]:
@@ -221,8 +220,15 @@ class Router:
 
     @classmethod
     def restore(cls, labels: Sequence[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
-        """The inverse of `tensors` and `facts`; facts of other names are ignored."""
+        """The inverse of `tensors` and `facts`; facts of other names are ignored.
+
+        Routers used to have one threshold for the cosine less half of the domain's usual cosine: its threshold for each
+        domain is their sum. KeyError for a router that is older still.
+        """
+        threshold_C = tensors.get("threshold")
+        if threshold_C is None and facts.get("threshold") is not None:
+            threshold_C = facts["threshold"] + tensors["usual"].double() / 2
         return cls(list(labels), tensors["mean"], tensors["scale"], tensors["weight"], tensors["bias"],
-                   **{name: facts[name] for name in DECIDING},
-                   seen_MD=tensors.get("seen"), seen_M=tensors.get("seen_of"), usual_C=tensors.get("usual"),
+                   **{name: facts[name] for name in DECIDING}, seen_MD=tensors.get("seen"),
+                   seen_M=tensors.get("seen_of"), threshold_C=threshold_C,
                    figures={name: facts[name] for name in FIGURES if name in facts})

@@ -83,8 +83,8 @@ def ask(workspace: Workspace, config: Config, question: str, *, domain: str | No
 
     Returns:
         The fields of `moa.mixture.mixture.Answer`; `answered_by`, the expert's name or "base"; `release`, the
-        champion's version number; and where the router abstained, `similarity` of the question to the known domains
-        and the `threshold` that it lies below.
+        champion's version number; and where the router abstained, `similarity` of the question to the training
+        prompts of `domain` and the `threshold` that it lies below.
     """
     version, folder = champion(workspace, config)
     mixture = open_mixture(folder, workspace)
@@ -93,7 +93,7 @@ def ask(workspace: Workspace, config: Config, question: str, *, domain: str | No
     reply = {**asdict(answer), "answered_by": "base" if answer.abstained else answer.domain, "release": version.version}
     if answer.abstained:
         decision, = mixture.route([messages])
-        reply |= {"similarity": decision.score, "threshold": mixture.router.threshold}
+        reply |= {"similarity": decision.score, "threshold": decision.threshold}
     return reply | routing_trace(mixture, messages) if trace else reply
 
 
@@ -101,11 +101,11 @@ def routing_trace(mixture: Any, messages: list[dict[str, str]]) -> dict[str, Any
     """How the router decides on one conversation.
 
     Returns:
-        `trace`: the choice of every level's head; `decision`: the outcome of the router's rule, with the rule, its
-        threshold and the `levels` that it reads.
+        `trace`: the choice of every level's head; `decision`: the fields of `moa.mixture.router.Decision`, the router's
+        rule and the `levels` that it reads.
     """
     choices, (decision,) = mixture.trace(messages), mixture.route([messages])
     router = mixture.router
     levels = [choice.level for choice in choices] if router.rule == "vote" else [router.reads]
     return {"trace": [asdict(choice) for choice in choices],
-            "decision": {**asdict(decision), "threshold": router.threshold, "rule": router.rule, "levels": levels}}
+            "decision": {**asdict(decision), "rule": router.rule, "levels": levels}}

@@ -123,7 +123,7 @@ def register_mixture(registry: "Registry", experts: Mapping[str, "ExpertVersion"
              **lineage.of_workspace(workspace)},
             {"moa.experts": json.dumps(pins), "moa.files": json.dumps(digests.by_name(folder))},
             {"base": base["source"], "labels": ",".join(manifest["labels"]),
-             **{f"router.{key}": router[key] for key in ("rule", "layer", "temperature", "threshold") if key in router},
+             **{f"router.{key}": router[key] for key in ("rule", "layer", "temperature") if key in router},
              **{f"expert.{domain}": f"{pin['name']}/{pin['version']}" for domain, pin in pins.items()}},
             [*lineage.evaluation_metrics(workspace.reports / "summary.json"),
              *((f"router/level_{key}", each[key], each["level"]) for each in router.get("levels", ())

@@ -69,8 +69,10 @@ def trace_text(trace: list[dict[str, Any]], decision: dict[str, Any]) -> str:
         mark = "  <- read" if choice["level"] in decision["levels"] else ""
         lines.append(f"{choice['level']:>5}  {bar:░<{BAR}}  {choice['probability']:>10.1%}  {choice['domain']}{mark}")
     decided = f"rule {decision['rule']}: {decision['domain']}, confidence {decision['confidence']:.1%}"
-    unsure = f"; its score {decision['score']:.3g} is below {decision['threshold']:.3g}, so the router abstains"
-    return "\n".join([*lines, decided + (unsure if decision["abstained"] else "")])
+    if decision["abstained"]:
+        decided += (f"; similarity {decision['score']:.3g} is below {decision['threshold']:.3g}, as for every other "
+                    "domain, so the router abstains")
+    return "\n".join([*lines, decided])
 
 
 def _mean(losses: list[float | None]) -> str:
@@ -81,8 +83,8 @@ def _mean(losses: list[float | None]) -> str:
 def answered_by(reply: Mapping[str, Any]) -> str:
     """Which expert answered a question and why, for `reply` of `moa.release.champion.ask`."""
     if reply["abstained"]:
-        return (f"the base answered: the question is unlike the rows of {reply['domain']}, the nearest domain "
-                f"({reply['similarity']:.3f} < {reply['threshold']:.3f}); --domain {reply['domain']} forces its expert")
+        return (f"the base answered: the question is unlike {reply['domain']}'s rows ({reply['similarity']:.2f} < "
+                f"{reply['threshold']:.2f}), and every other domain's; --domain {reply['domain']} forces it")
     if reply["confidence"] is None:
         return f"{reply['answered_by']} answered, as asked for"
     return f"{reply['answered_by']} answered (confidence {reply['confidence']:.2f})"

@@ -271,8 +271,12 @@ def usage(answer: Any) -> dict[str, int]:
 
 
 def routing(answer: Any) -> dict[str, Any]:
-    """The routing of an answer: the field `moa` of completions and of streams' last chunks."""
-    return {"domain": answer.domain, "confidence": answer.confidence, "abstained": answer.abstained}
+    """The routing of an answer: the field `moa` of completions and of streams' last chunks.
+
+    `domain` is what answered, "base" where the router abstained; `nearest` is then the domain that it thought of.
+    """
+    return {"domain": "base" if answer.abstained else answer.domain, "confidence": answer.confidence,
+            "abstained": answer.abstained, "nearest": answer.domain if answer.abstained else None}
 
 
 class StreamTrimmer:

@@ -175,8 +175,9 @@ def _contents(oid: str, path_of: Callable[[str], str]) -> Iterator[str]:
             yield from (each["md5"] for each in json.loads(Path(path_of(oid)).read_bytes()))
 
 
-# What a release is made of: parameters, DVC's files, and where training begins.
-MADE_OF = ("params.yaml", "dvc.yaml", "dvc.lock", "data/starts.json", "data/raw", "data/parents", "data/.gitignore")
+# What a release is made of: parameters, DVC's files, where training begins, and the champion that it succeeds.
+MADE_OF = ("params.yaml", "dvc.yaml", "dvc.lock", "data/starts.json", "data/raw", "data/parents", "data/champion.dvc",
+           "data/.gitignore")
 
 
 def commit(workspace: Workspace, message: str = "moa: what the next release is made of") -> str | None:

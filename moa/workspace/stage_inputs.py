@@ -1,21 +1,28 @@
-"""Writes the inputs of stages that are not files to .moa/, where DVC reads them: code digests, and initial experts.
+"""Writes the inputs of stages that are not files to .moa/, where DVC reads them: code digests, initial experts, and the
+calibration that is extended.
 
 dvc.yaml names the keys of these files as parameters of its stages, so a changed value makes only its own stages stale.
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from moa.core import code_version
+from moa.core.config import load
+from moa.core.errors import ConfigError
 from moa.core.files import write_json_if_changed
 from moa.core.paths import Workspace
 from moa.experts.warm_start import InitialExpert, read
+from moa.mixture import incumbent
 
 
 def write_stage_inputs(workspace: Workspace) -> None:
-    """Bring both files up to date. Call this before DVC reads the pipeline."""
+    """Bring these files up to date. Call this before DVC reads the pipeline."""
     code_version.write(workspace)
     write_initial_experts(workspace)
+    with suppress(ConfigError):   # a params.yaml that cannot be read is reported later
+        incumbent.write_extended(workspace, load(workspace.params))
 
 
 def write_initial_experts(workspace: Workspace, domains: Iterable[str] | None = None) -> None:
