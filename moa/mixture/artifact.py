@@ -197,7 +197,8 @@ def _can_decide(router: "Router") -> bool:
     choices = ((router.rule, Rule), (router.stream, Stream))
     shapes = [tuple(tensor.shape) for tensor in (router.mean_LD, router.scale_LD, router.bias_LC)]
     if not (all(value in get_args(literal) for value, literal in choices) and 0 <= router.layer < L
-            and len(router.labels) == C and shapes == [(L, D), (L, D), (L, C)] and router.temperature > 0):
+            and len(router.labels) == C and shapes == [(L, D), (L, D), (L, C)] and router.temperature > 0
+            and (router.threshold_C is None or router.seen_MD is not None)):
         return False
     try:
         return router.decide(torch.zeros(1, router.depth, D))[0].domain in router.labels

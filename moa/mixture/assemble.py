@@ -147,6 +147,8 @@ def _cached_features(workspace: Workspace, base: Base, encoder: ChatEncoder, con
 
     from moa.mixture.router import features
 
+    if not content:
+        return features(base.model, [], depth)
     key = digests.of_json({"base": base.pin.digest, "dtype": base.device.dtype, "system": encoder.system,
                            "code": code_version.of_modules("moa.mixture.router"),
                            "max_tokens": encoder.max_tokens, "depth": depth, "rows": [row.id for row in content]})

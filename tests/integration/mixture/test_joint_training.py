@@ -192,4 +192,3 @@ def test_base_features_are_cached_and_those_under_experts_are_not(built: Built, 
     shutil.copytree(built[0].root, workspace.root)
     assemble(workspace, built[1])
     assert sorted(path.name for path in (workspace.cache / "features").iterdir()) == cached
-    assert stage.CALIBRATING == ("train", "validation")

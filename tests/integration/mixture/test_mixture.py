@@ -126,7 +126,7 @@ def test_the_callers_label_wins(built: tuple[Workspace, Config], mixture: Mixtur
 
 def test_an_unsure_router_leaves_the_answer_to_the_base(built: tuple[Workspace, Config], mixture: Mixture,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixture.router, "threshold", math.inf)
+    monkeypatch.setattr(mixture.router, "threshold_C", torch.full((2,), 2.0))   # no cosine reaches it
     prompt = prompts(built, "beta")[0]
     answer = mixture.chat(prompt, max_new_tokens=8)
     alone, = mixture.generate([prompt], [BASE], max_new_tokens=8)
@@ -331,7 +331,8 @@ def facts(folder: Path, **changes: Any) -> None:
 
 
 def deeper(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: torch.cat([tensor, tensor[:1]]) for name, tensor in found.items()}
+    return {name: torch.cat([tensor, tensor[:1]]) if name in ("mean", "scale", "weight", "bias") else tensor
+            for name, tensor in found.items()}
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -357,8 +358,10 @@ def deeper(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     (lambda folder: facts(folder, rule="best"), "does not fit"),
     (lambda folder: facts(folder, layer=2), "does not fit"),
     (lambda folder: facts(folder, layer="1"), "The router in .* cannot be read: TypeError"),
-    (lambda folder: facts(folder, score="mahalanobis"), "does not fit"),
-    (lambda folder: facts(folder, threshold="high"), "The router in .* cannot be read: TypeError"),
+    (lambda folder: facts(folder, stream="water"), "does not fit"),
+    (lambda folder: facts(folder, temperature="high"), "The router in .* cannot be read: TypeError"),
+    (lambda folder: tensors(folder, lambda found: {k: v for k, v in found.items() if k != "seen"}), "does not fit"),
+    (lambda folder: tensors(folder, lambda found: found | {"threshold": found["threshold"].repeat(2)}), "does not fit"),
     (lambda folder: pinned(folder, f"experts/beta/{WEIGHTS}", "?"), r"beta/adapter_model\.safetensors cannot be read"),
     (lambda folder: pinned(folder, "experts/beta/adapter_config.json", "{"), r"beta/.*json is no LoRA configuration"),
     (lambda folder: pinned(folder, "experts/beta/adapter_config.json", "[]"), r"beta/.*json is no LoRA configuration"),

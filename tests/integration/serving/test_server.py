@@ -241,7 +241,9 @@ def same(reply: dict[str, Any], answer: Answer) -> None:
     assert (choice["message"]["content"], choice["finish_reason"]) == (answer.answer, answer.finish)
     assert reply["usage"] == {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens,
                               "total_tokens": answer.prompt_tokens + answer.tokens}
-    assert (reply["moa"]["domain"], reply["moa"]["abstained"]) == (answer.domain, answer.abstained)
+    assert reply["moa"]["abstained"] == answer.abstained
+    assert reply["moa"]["domain"] == ("base" if answer.abstained else answer.domain)
+    assert reply["model"] == ("base" if answer.abstained else f"moa/{answer.domain}")
 
 
 def refusal(reply: httpx.Response, status: int, code: str) -> str:

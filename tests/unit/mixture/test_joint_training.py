@@ -14,7 +14,7 @@ from moa.experts.batches import Batch, collate, row_losses
 from moa.experts.cotraining import Learner, recomputing
 from moa.experts.lora import ExpertStack, LoraSpec
 from moa.mixture import joint_training
-from moa.mixture.calibration import train_heads
+from moa.mixture.calibration import Prompts, train_heads
 from moa.mixture.joint_training import forget_labels, train_jointly
 from moa.mixture.layer_routing import Heads, Use, layer_routing, layer_selector, prompt_mask
 from moa.mixture.router import Router, decoder_layers, features, mean_pool
@@ -55,7 +55,8 @@ class Scene:
         self.rows = [toy_rows(domain, 8) for domain in range(3)]
         self.validation = [toy_rows(domain, 4, seed=1) for domain in range(3)]
         targets = torch.arange(3).repeat_interleave(8)
-        self.router = train_heads(LABELS, features(self.model, self.prompts), targets)
+        groups = [str(number) for number in range(len(targets))]
+        self.router = train_heads(LABELS, Prompts(features(self.model, self.prompts), targets, groups))
         self.router.stream = stream
         self.stack = ExpertStack(self.model, [LoraSpec(2, 4.0), LoraSpec(3, 3.0), LoraSpec(1, 2.0)],
                                  dtype=torch.float64)

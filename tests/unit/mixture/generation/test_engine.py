@@ -26,7 +26,7 @@ from moa.base.load import Base, Device
 from moa.base.pin import BasePin
 from moa.core.errors import UsageError
 from moa.experts.lora import ExpertStack, LoraSpec
-from moa.mixture.calibration import train_heads
+from moa.mixture.calibration import Prompts, calibrate, train_heads
 from moa.mixture.generation import engine
 from moa.mixture.generation.decoding import Decoding
 from moa.mixture.generation.engine import GenerationBatch, GenerationConfig
@@ -55,8 +55,9 @@ def toy(architecture: str = "llama") -> Mixture:
     encoder = ChatEncoder(base.tokenizer, "", 256)
     prompts = [encoder.prompt(ask(f"{label} {number}")) for label in LABELS for number in range(8)]
     found = features(model, prompts)
-    router = train_heads(LABELS, found, torch.arange(2).repeat_interleave(8))
-    router.threshold = router.scores(found).median().item()
+    train = Prompts(found[::2], torch.arange(2).repeat_interleave(4), [str(number) for number in range(8)])
+    router = calibrate(train_heads(LABELS, train), train, train, max_abstention=None)
+    router.threshold_C = torch.full((2,), 0.9999)   # unlike each prompt but those that it was trained on
     stack = ExpertStack(model, [LoraSpec(2, 4.0), LoraSpec(3, 3.0, rslora=True)], dtype=torch.float64)
     with torch.no_grad():
         stack.weights.normal_(0, 0.3, generator=random)
@@ -519,7 +520,8 @@ def test_a_chat_body_is_answered_with_its_options() -> None:
     answer = mixture.chat(body()["messages"], "beta", max_new_tokens=6, **options)
     assert reply["choices"] == [{"index": 0, "finish_reason": answer.finish, "logprobs": None,
                                  "message": {"role": "assistant", "content": answer.answer, "refusal": None}}]
-    assert reply["model"] == "moa/beta" and reply["moa"] == {"domain": "beta", "confidence": None, "abstained": False}
+    assert reply["model"] == "moa/beta" and reply["moa"] == {"domain": "beta", "confidence": None, "abstained": False,
+                                                               "nearest": None}
     assert (reply["object"], reply["system_fingerprint"]) == ("chat.completion", None)
     assert reply["usage"] == {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens,
                               "total_tokens": answer.prompt_tokens + answer.tokens}
