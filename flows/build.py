@@ -83,13 +83,14 @@ def close_abandoned() -> None:
 
 @flow(name="build", persist_result=False, validate_parameters=False)
 def build(root: str = ".", domains: list[str] | None = None, force: list[str] | None = None,
-          promote: bool = True) -> dict[str, Any]:
+          promote: bool = True, recalibrate: bool = False) -> dict[str, Any]:
     """Bring every stage of the workspace at `root` up to date, then register the mixture, ask the gate and promote.
 
     Args:
         domains: only these domains' own stages; None = all.
         force: stages or steps to run although they are fresh.
         promote: whether a release that passes the gate becomes champion.
+        recalibrate: whether the router is made anew, and not as the champion's successor.
 
     Returns:
         `Result.as_dict`: stages by how they ended, and the release.
@@ -97,7 +98,7 @@ def build(root: str = ".", domains: list[str] | None = None, force: list[str] | 
     Raises:
         PipelineError: a stage or a release step failed; the others have ended.
     """
-    options = BuildOptions(tuple(domains) if domains is not None else None, tuple(force or ()), promote)
+    options = BuildOptions(tuple(domains) if domains is not None else None, tuple(force or ()), promote, recalibrate)
     with open_session(Workspace.find(Path(root)), options) as session:
         result = build_stages(session, PrefectRunner())
         artifacts.store_build(session, result)

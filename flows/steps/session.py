@@ -14,6 +14,7 @@ from moa.core.errors import ConfigError, PipelineError
 from moa.core.paths import Workspace
 from moa.core.progress import Screen
 from moa.evaluation import metrics
+from moa.mixture import incumbent
 from moa.workspace.pipeline import Pipeline
 from moa.workspace.stage_graph import FORCED, Snapshot, Stage
 
@@ -27,6 +28,7 @@ class BuildOptions:
     domains: tuple[str, ...] | None = None   # build only these domains' own stages; None = all
     force: tuple[str, ...] = ()              # stages or steps to run although they are fresh
     promote: bool = True                     # whether a release that passes the gate becomes champion
+    recalibrate: bool = False                # whether the router is made anew, and not as the champion's successor
 
 
 @dataclass
@@ -118,6 +120,7 @@ def open_session(workspace: Workspace, options: BuildOptions, *, verbose: bool =
     cluster.require_engine(config.execution)
     pipeline = held or Pipeline(workspace)
     with nullcontext() if held else pipeline.lock(), Screen(verbose=verbose) as screen:
+        incumbent.recalibrate(workspace, options.recalibrate)
         snapshot = pipeline.snapshot().limited(options.domains).forced(options.force)
         session = Session(workspace, config, pipeline, options, screen, snapshot,
                           finished=lambda domain: _finished(workspace, config, domain),

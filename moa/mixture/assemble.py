@@ -7,8 +7,10 @@
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +23,7 @@ from moa.core.errors import ArtifactError, TrainingError
 from moa.core.files import read_json, replace_directory, write_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.data import corpus
-from moa.data.corpus import Row, Split
+from moa.data.corpus import Row
 from moa.mixture import artifact, incumbent
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 Part = Literal["train", "validation", "further"]   # heads, level and temperature, thresholds
 Content = dict[Part, dict[str, list[Row]]]         # the router's rows, by domain
-LEARNING: tuple[Split, Split] = ("train", "validation")
+LEARNING: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
 # Rows that a domain's threshold rests on. 299 groups can promise 1 %, 473 the same with one prompt left to the base;
 # each costs a quarter of a prefill, once.
 PROMISING = 480
@@ -40,7 +42,7 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
 
     Raises ArtifactError when an expert is missing or was trained on another base.
     """
-    from moa.mixture.calibration import Prompts, calibrate, choose_level, grow_heads, train_heads
+    from moa.mixture.calibration import choose_level, complete, successor, train_heads
 
     labels = sorted(config.domains)
     params = config.assemble
@@ -50,26 +52,24 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
     base = load(workspace, config.base, pick_device(config.execution.devices))
     encoder = ChatEncoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
     content = _content(workspace, labels, params.rows)
-    seen = _base_features(workspace, base, encoder, content, params.rule)
+    features = _FrozenFeatures(workspace, base, encoder)
+    prompts: dict[Part, Prompts] = {part: features.prompts(content[part]) for part in LEARNING}
     champion, unfit = incumbent.calibration(workspace, config, base.pin)
     if unfit:
         print(f"The router is calibrated afresh, and not as the champion's successor: {unfit}.")
-    prompts = _prompts(content, seen)
     grows = champion is not None and not set(labels).isdisjoint(champion.labels)
-    if champion is not None and grows:
-        known = Prompts.joined([prompts["validation"], prompts["further"]])
-        router = grow_heads(champion, labels, prompts["train"], known)
-    else:
-        router = train_heads(labels, prompts["train"])
+    router = successor(champion, labels) if champion is not None and grows else train_heads(labels, prompts["train"])
+    further: Callable[[slice], Prompts] = partial(features.prompts, content["further"])
     with tempfile.TemporaryDirectory() as temporary:
         if params.joint_epochs:
             folders, facts, seen = _joined(workspace, config, base, encoder, router, content, facts, Path(temporary))
-            prompts = _prompts(content, seen)
+            prompts = {part: _labelled(content[part], seen[part]) for part in LEARNING}
+            further = _labelled(content["further"], seen["further"]).at
         if not grows:
             choose_level(router, params.rule, params.tolerance, prompts["validation"])
+        complete(router, prompts["train"], prompts["validation"], further, params.max_abstention,
+                 champion if grows else None)
         router.figures |= {"extends": incumbent.extended(workspace), "settings": incumbent.settings(params)}
-        calibrate(router, prompts["train"], prompts["validation"], prompts["further"],
-                  max_abstention=params.max_abstention)
         with replace_directory(workspace.mixture) as folder:
             return artifact.write(folder, base=base.pin, prompt=config.prompt.model_dump(), router=router,
                                   experts=folders, facts=facts)
@@ -102,65 +102,64 @@ def _content(workspace: Workspace, labels: Sequence[str], rows: int) -> Content:
     return content
 
 
-def _prompts(content: Content, seen: Mapping[Part, Any]) -> "dict[Part, Prompts]":
+def _labelled(content: Mapping[str, list[Row]], features: Any) -> "Prompts":
+    """Rows with the number of each one's domain and with their features, (N, L, D)."""
     import torch
 
     from moa.mixture.calibration import Prompts
 
-    return {part: Prompts(seen[part], torch.tensor([label for label, rows in enumerate(domains.values())
-                                                    for _ in rows], dtype=torch.long),
-                          [row.group or row.id for rows in domains.values() for row in rows])
-            for part, domains in content.items()}
+    numbers = [label for label, rows in enumerate(content.values()) for _ in rows]
+    return Prompts(features, torch.tensor(numbers, dtype=torch.long),
+                   [row.group or row.id for rows in content.values() for row in rows])
 
 
 def _encoded(encoder: ChatEncoder, content: list[Row]) -> list[list[int]]:
     return [encoder.prompt(row.prompt)[-encoder.max_tokens:] for row in content]
 
 
-def _base_features(workspace: Workspace, base: Base, encoder: ChatEncoder, content: Content, rule: str) -> dict[
-        Part, Any]:
-    """Features of all rows' prompts under the base alone, (N, L, D) for each part.
+@dataclass(frozen=True)
+class _FrozenFeatures:
+    """Features of prompts under the base alone, from the cache when they were computed before."""
 
-    `further` rows decide no level, so under `early` they have only the levels that it may read.
-    """
-    import torch
+    workspace: Workspace
+    base: Base
+    encoder: ChatEncoder
 
-    from moa.core.progress import track
-    from moa.mixture.calibration import readable_levels
+    def prompts(self, content: Mapping[str, list[Row]], levels: slice | None = None) -> "Prompts":
+        """The rows of each domain with their features of some levels; None = of all."""
+        import torch
 
-    levels = base.model.config.num_hidden_layers
-    shallow = readable_levels(levels).stop if rule == "early" else levels
-    found: dict[Part, list[Any]] = {part: [] for part in content}
-    with track("router features", total=sum(map(len, content.values())), unit="sets") as bar:
-        for part, domains in content.items():
-            for rows in domains.values():
-                depth = shallow if part == "further" else levels
-                found[part].append(_cached_features(workspace, base, encoder, rows, depth))
+        from moa.core.progress import track
+
+        found = []
+        with track("router features", total=len(content), unit="domains") as bar:
+            for rows in content.values():
+                found.append(self._cached(rows, levels or slice(0, self.base.model.config.num_hidden_layers)))
                 bar.advance(1)
-    return {part: torch.cat(each) for part, each in found.items()}
+        return _labelled(content, torch.cat(found))
 
+    def _cached(self, content: list[Row], levels: slice) -> Any:
+        """The features of these rows' prompts, (N, L, D)."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file, save_file
 
-def _cached_features(workspace: Workspace, base: Base, encoder: ChatEncoder, content: list[Row], depth: int) -> Any:
-    """The features of these rows' prompts, (N, depth, D), from the cache when they were computed before."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+        from moa.mixture.router import features
 
-    from moa.mixture.router import features
-
-    if not content:
-        return features(base.model, [], depth)
-    key = digests.of_json({"base": base.pin.digest, "dtype": base.device.dtype, "system": encoder.system,
-                           "code": code_version.of_modules("moa.mixture.router"),
-                           "max_tokens": encoder.max_tokens, "depth": depth, "rows": [row.id for row in content]})
-    path = workspace.cache / "features" / f"{key[:32]}.safetensors"
-    with suppress(OSError, SafetensorError, KeyError):   # absent or damaged: it can be computed again
-        return load_file(path)["features"]
-    result = features(base.model, _encoded(encoder, content), depth)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"features": result}, temporary)
-    temporary.replace(path)
-    return result
+        if not content:
+            return features(self.base.model, [], levels.stop)[:, levels]
+        key = digests.of_json({"base": self.base.pin.digest, "dtype": self.base.device.dtype,
+                               "system": self.encoder.system, "code": code_version.of_modules("moa.mixture.router"),
+                               "max_tokens": self.encoder.max_tokens, "levels": [levels.start, levels.stop],
+                               "rows": [row.id for row in content]})
+        path = self.workspace.cache / "features" / f"{key[:32]}.safetensors"
+        with suppress(OSError, SafetensorError, KeyError):   # absent or damaged: it can be computed again
+            return load_file(path)["features"]
+        result = features(self.base.model, _encoded(self.encoder, content), levels.stop)[:, levels].contiguous()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"features": result}, temporary)
+        temporary.replace(path)
+        return result
 
 
 # Joint training.

@@ -1,15 +1,17 @@
 """Training a router's heads on labelled prompts, and choosing level, temperature and thresholds on further prompts.
 
 **A router grows without moving.** A successor keeps the standardisation, the level and the heads of the incumbent's
-router. Only the heads of new domains are trained, beside the others, and each is then lowered until it wins no known
-prompt (`grow_heads`). Which prompts are like a domain depends on that domain's own prompts alone (moa.mixture.router,
-moa.mixture.abstention), so no other domain changes that either.
+router. A new domain gets a head of its own beside them, which tells its prompts from all others, and which is lowered
+until it wins no known prompt of an older domain (`add_heads`). Which prompts are like a domain depends on that domain's
+own prompts alone (moa.mixture.router, moa.mixture.abstention), so no other domain changes that either.
 
-Shapes: N prompts, M training prompts, L levels, D hidden size, C domains, F domains whose logits are given.
+Shapes: N prompts, M training prompts, L levels, D hidden size, C domains, J new domains.
 """
 
 import math
-from collections.abc import Sequence
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,12 +23,15 @@ from moa.mixture.router import Router, Rule
 
 # The levels that `early` may read, as shares of the layers. Test accuracy hardly depends on depth
 # (benchmarks/routing.py, levels 0, 5, 7, 29: nine corpora 0.961 0.978 0.983 0.986; eight databases 0.980 0.984 0.984
-# 0.973; 32 made domains 0.975 0.973 0.971 0.954), but the AUROC of the nearest training prompt does (benchmarks/out_of_domain.py): it
-# is 0.866 and 0.847 at level 0, 0.919 twice at 3, 0.971 and 0.986 at 7, 0.968 and 0.991 at 29. The upper bound keeps
-# routing under a quarter of a prefill.
+# 0.973; 32 made domains 0.975 0.973 0.971 0.954), but the AUROC of the similarity to the nearest training prompt does
+# (benchmarks/out_of_domain.py): 0.866 and 0.847 at level 0, 0.919 twice at 3, 0.971 and 0.986 at 7, 0.968 and 0.991 at
+# 29. The upper bound keeps routing under a quarter of a prefill.
 SHALLOWEST, DEEPEST = 1 / 6, 1 / 4
 TEMPERATURES = (0.01, 100.0)
 ITERATIONS, DECAY = 40, 1e-2   # L-BFGS on standardised features
+FOLDS = 5                      # of the cross-fitted scores that lower a new domain's head
+LEARNED = 16_000               # prompts that such a head is trained on, at most
+TAIL, FARTHER = 10, 2          # it wins one of FARTHER times as many known prompts, as the TAIL highest scores tell
 LOGITS = 1 << 27               # of heads trained at once; a few times as many numbers are in memory
 
 
@@ -42,12 +47,20 @@ class Prompts:
         """Which prompts are of a domain: (N,), bool."""
         return self.targets_N == domain
 
+    def at(self, levels: slice) -> Self:
+        """The prompts with the features of these levels alone."""
+        return type(self)(self.features_NLD[:, levels], self.targets_N, self.groups)
+
+    def where(self, kept_N: Tensor) -> Self:
+        """The prompts where `kept_N` is true."""
+        return type(self)(self.features_NLD[kept_N], self.targets_N[kept_N],
+                          [group for group, kept in zip(self.groups, kept_N.tolist(), strict=True) if kept])
+
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """The prompts of all parts, with as many levels as each of them has."""
-        depth = min(part.features_NLD.shape[1] for part in parts)
-        return cls(torch.cat([part.features_NLD[:, :depth] for part in parts]),
-                   torch.cat([part.targets_N for part in parts]), [group for part in parts for group in part.groups])
+        """The prompts of all parts, which have the same levels."""
+        return cls(torch.cat([part.features_NLD for part in parts]), torch.cat([part.targets_N for part in parts]),
+                   [group for part in parts for group in part.groups])
 
 
 def train_heads(labels: Sequence[str], train: Prompts) -> Router:
@@ -65,127 +78,197 @@ def train_heads(labels: Sequence[str], train: Prompts) -> Router:
         A router with these heads that is not calibrated.
     """
     mean_LD, scale_LD = train.features_NLD.mean(0), train.features_NLD.std(0).clamp(min=1e-6)
-    weight_LCD, bias_LC = _trained(train, mean_LD, scale_LD, len(labels))
+    levels, at_once = train.features_NLD.shape[1], max(LOGITS // (len(train.targets_N) * len(labels)), 1)
+    heads = [_heads(((train.features_NLD[:, some] - mean_LD[some]) / scale_LD[some]).transpose(0, 1).contiguous(),
+                    train.targets_N, len(labels))
+             for some in (slice(first, first + at_once) for first in range(0, levels, at_once))]
+    weight_LCD, bias_LC = (torch.cat(parts) for parts in zip(*heads, strict=True))
     return Router(list(labels), mean_LD, scale_LD, weight_LCD, bias_LC)
 
 
-def grow_heads(incumbent: Router, labels: Sequence[str], train: Prompts, known: Prompts) -> Router:
-    """Heads of a successor: the incumbent's for each domain that it had, and new ones beside them for the others.
+def _heads(standard_LND: Tensor, targets_N: Tensor, labels: int) -> tuple[Tensor, Tensor]:
+    """Weights (L, C, D) and biases (L, C) that minimise the loss."""
+    rows = len(targets_N)
+    counts_C = torch.bincount(targets_N, minlength=labels).clamp(min=1)
+    share_N = counts_C.reciprocal()[targets_N] / labels
+    return _minimised(standard_LND, labels, lambda logits_LNC: -(
+        logits_LNC.log_softmax(-1)[:, torch.arange(rows), targets_N] * share_N).sum())
+
+
+def _minimised(standard_LND: Tensor, heads: int, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Weights (L, C, D) and biases (L, C) of so many heads that minimise a loss of their logits and an L2 penalty."""
+    levels, _, width = standard_LND.shape
+    weight_LDC = torch.zeros(levels, width, heads, requires_grad=True)
+    bias_L1C = torch.zeros(levels, 1, heads, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight_LDC, bias_L1C], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def total() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(torch.baddbmm(bias_L1C, standard_LND, weight_LDC)) + DECAY / 2 * weight_LDC.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(total)
+    return weight_LDC.detach().transpose(1, 2).contiguous(), bias_L1C.detach()[:, 0].contiguous()
+
+
+# A successor's heads.
+
+def successor(incumbent: Router, labels: Sequence[str]) -> Router:
+    """A router with the incumbent's heads for each domain that it had; those of the others are 0, for `add_heads`.
 
     Args:
         incumbent: the router that the successor extends; it has at least one of `labels`.
         labels: the successor's domains.
-        train: training prompts of every domain, as for `train_heads`.
-        known: further prompts of every domain. Those of the incumbent's domains are to keep their domain.
 
     Returns:
         A router with the incumbent's standardisation, rule and level, and otherwise not calibrated.
     """
-    old = [label for label in labels if label in incumbent.labels]
-    new = [label for label in labels if label not in incumbent.labels]
-    order, at = [*old, *new], [incumbent.labels.index(label) for label in old]
-    grown = Router(order, incumbent.mean_LD, incumbent.scale_LD, incumbent.weight_LCD[:, at], incumbent.bias_LC[:, at],
-                   rule=incumbent.rule, layer=incumbent.layer)
-    if new:
-        place = torch.tensor([order.index(label) for label in labels])
-        mine, theirs = (Prompts(part.features_NLD, place[part.targets_N], part.groups) for part in (train, known))
-        weight_LCD, bias_LC = _trained(mine, grown.mean_LD, grown.scale_LD, len(new), grown.logits(mine.features_NLD))
-        bias_LC = bias_LC - _undeserved(grown, weight_LCD, bias_LC, Prompts.joined([mine, theirs]))
-        grown.weight_LCD, grown.bias_LC = (torch.cat(parts, 1) for parts in ((grown.weight_LCD, weight_LCD),
-                                                                             (grown.bias_LC, bias_LC)))
-    back = [order.index(label) for label in labels]
-    grown.labels = list(labels)
-    grown.weight_LCD, grown.bias_LC = grown.weight_LCD[:, back].contiguous(), grown.bias_LC[:, back].contiguous()
+    L, C, D = len(incumbent.weight_LCD), len(labels), incumbent.weight_LCD.shape[-1]
+    was_C = incumbent.generation_C if incumbent.generation_C is not None else torch.zeros(len(incumbent.labels)).long()
+    weight_LCD, bias_LC, generation_C = torch.zeros(L, C, D), torch.zeros(L, C), torch.full((C,), int(was_C.max()) + 1)
+    for at, label in enumerate(labels):
+        if label in incumbent.labels:
+            old = incumbent.labels.index(label)
+            weight_LCD[:, at], bias_LC[:, at] = incumbent.weight_LCD[:, old], incumbent.bias_LC[:, old]
+            generation_C[at] = was_C[old]
+    grown = Router(list(labels), incumbent.mean_LD, incumbent.scale_LD, weight_LCD, bias_LC, rule=incumbent.rule,
+                   layer=incumbent.layer)
+    grown.generation_C = generation_C if int(generation_C.max()) else None
     return grown
 
 
-def _undeserved(old: Router, weight_LCD: Tensor, bias_LC: Tensor, prompts: Prompts) -> Tensor:
-    """By how much each new head has to be lowered so that it wins no prompt of an old domain: (L, C), 0 or more."""
-    theirs = prompts.targets_N < len(old.labels)
-    features_NLD = prompts.features_NLD[theirs]
-    depth = features_NLD.shape[1]
-    best_NL = old.logits(features_NLD).amax(-1)
-    new = Router(["new"], old.mean_LD, old.scale_LD, weight_LCD, bias_LC)
-    lead_NLC = new.logits(features_NLD) - best_NL[..., None]
-    lowered_LC = torch.zeros_like(bias_LC)
-    lowered_LC[:depth] = (lead_NLC.amax(0) + abstention.ROUNDING).clamp(min=0)
-    return lowered_LC
+def add_heads(router: Router, incumbent: Collection[str], train: Prompts, validation: Prompts,
+              further: Prompts) -> None:
+    """Train the heads of the domains that the incumbent lacks. Changes `router`, whose thresholds are known.
+
+    A new domain's head tells its prompts from those of all other domains; each domain weighs the same, and the new one
+    as much as the others together. Then it is lowered until it wins no known prompt that is like the new domain: none
+    of `train` and `further`, scored by heads that were trained without the prompt's group, and none of `validation`.
+    Where known prompts come near to it, it is lowered further, until it would win one of FARTHER times as many, if
+    their scores have an exponential tail: the mean excess of the TAIL highest ones (Hill 1975 for its logarithm).
+
+    Args:
+        incumbent: the domains that keep their prompts.
+        train: training prompts, of all levels.
+        validation: prompts that train no head, of all levels.
+        further: more training prompts, of the levels that the rule decides by.
+    """
+    new = [at for at, label in enumerate(router.labels) if label not in incumbent]
+    if not new:
+        return
+    old_C = torch.tensor([label in incumbent for label in router.labels])
+    deciding, every = router.deciding, slice(0, len(router.weight_LCD))
+    _place(router, new, every, *_own_heads(router, train, new, every))   # of the other levels, for `Router.trace` alone
+    learning = _first(Prompts.joined([train.at(deciding), further]), LEARNED // len(router.labels))
+    fold_N = torch.tensor([zlib.crc32(group.encode()) % FOLDS for group in learning.groups])
+    scores_NLJ = torch.zeros(len(fold_N), len(router.weight_LCD[deciding]), len(new))
+    for fold in range(FOLDS):
+        inside_N = fold_N == fold
+        if inside_N.any() and not inside_N.all():
+            _place(router, new, deciding, *_own_heads(router, learning.where(~inside_N), new, deciding))
+            scores_NLJ[inside_N] = router.own_logits(learning.features_NLD[inside_N], deciding)[..., new]
+    _place(router, new, deciding, *_own_heads(router, learning, new, deciding))
+    held = validation.at(deciding)
+    scores_NLJ = torch.cat([scores_NLJ, router.own_logits(held.features_NLD, deciding)[..., new]])
+    known = Prompts.joined([learning, held])
+    theirs_N = old_C[known.targets_N]
+    like_NC = torch.ones(len(theirs_N), len(old_C), dtype=torch.bool)
+    if router.threshold_C is not None:
+        like_NC = router.similarities(known.features_NLD[:, -1]) >= router.threshold_C
+    for at, label in enumerate(new):
+        near_KL = scores_NLJ[theirs_N & like_NC[:, label], :, at]
+        router.bias_LC[deciding, label] -= torch.tensor([farthest(near_K) for near_K in near_KL.T])
 
 
-def _trained(train: Prompts, mean_LD: Tensor, scale_LD: Tensor, new: int, fixed_NLF: Tensor | None = None) -> tuple[
-        Tensor, Tensor]:
-    """Weights (L, C, D) and biases (L, C) of `new` heads; `targets_N` counts the F domains with fixed logits first."""
-    features_NLD, targets_N = train.features_NLD, train.targets_N
-    fixed_NLF = features_NLD.new_zeros(*features_NLD.shape[:2], 0) if fixed_NLF is None else fixed_NLF
-    levels, labels = features_NLD.shape[1], new + fixed_NLF.shape[-1]
-    at_once = max(LOGITS // (len(targets_N) * labels), 1)
-    heads = [_heads(((features_NLD[:, some] - mean_LD[some]) / scale_LD[some]).transpose(0, 1).contiguous(),
-                    fixed_NLF[:, some].transpose(0, 1).contiguous(), targets_N, labels)
-             for some in (slice(first, first + at_once) for first in range(0, levels, at_once))]
-    weight_LCD, bias_LC = (torch.cat(parts) for parts in zip(*heads, strict=True))
-    return weight_LCD, bias_LC
+def farthest(scores_K: Tensor) -> float:
+    """How high a score of FARTHER times as many known prompts would be, or 0 if that is higher: see `add_heads`."""
+    if not len(scores_K):
+        return 0.0
+    highest = scores_K.sort(descending=True).values[:TAIL].double()
+    excess = (highest - highest[-1]).mean().item()
+    return max(highest[0].item() + excess * math.log(FARTHER) + abstention.ROUNDING, 0.0)
 
 
-def _heads(standard_LND: Tensor, fixed_LNF: Tensor, targets_N: Tensor, labels: int) -> tuple[Tensor, Tensor]:
-    """Weights (L, C - F, D) and biases (L, C - F) that minimise the loss beside the fixed logits."""
-    levels, rows, width = standard_LND.shape
-    new = labels - fixed_LNF.shape[-1]
-    weight_LDC = torch.zeros(levels, width, new, requires_grad=True)
-    bias_L1C = torch.zeros(levels, 1, new, requires_grad=True)
-    counts_C = torch.bincount(targets_N, minlength=labels).clamp(min=1)
-    share_N = counts_C.reciprocal()[targets_N] / labels
-    optimizer = torch.optim.LBFGS([weight_LDC, bias_L1C], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+def _first(prompts: Prompts, count: int) -> Prompts:
+    """The first `count` prompts of each domain."""
+    seen: Counter[int] = Counter()
+    kept = []
+    for target in prompts.targets_N.tolist():
+        kept.append(seen[target] < count)
+        seen[target] += 1
+    return prompts.where(torch.tensor(kept, dtype=torch.bool))
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        logits_LNC = torch.cat([fixed_LNF, torch.baddbmm(bias_L1C, standard_LND, weight_LDC)], -1)
-        log_LNC = logits_LNC.log_softmax(-1)
-        total = -(log_LNC[:, torch.arange(rows), targets_N] * share_N).sum() + DECAY / 2 * weight_LDC.square().sum()
-        total.backward()
-        return total
 
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return weight_LDC.detach().transpose(1, 2).contiguous(), bias_L1C.detach()[:, 0].contiguous()
+def _own_heads(router: Router, prompts: Prompts, new: Sequence[int], levels: slice) -> tuple[Tensor, Tensor]:
+    """Weights (L, J, D) and biases (L, J) of heads that each tell a new domain's prompts from all others."""
+    standard_LND = ((prompts.features_NLD - router.mean_LD[levels]) / router.scale_LD[levels]).transpose(0, 1)
+    counts_C = torch.bincount(prompts.targets_N, minlength=len(router.labels)).clamp(min=1)
+    own_NJ = prompts.targets_N[:, None] == torch.tensor(new)
+    others = len(router.labels) - 1
+    share_NJ = (0.5 / counts_C[prompts.targets_N])[:, None] * torch.where(own_NJ, 1.0, 1 / others)
+    truth_NJ = own_NJ.float()
+    return _minimised(standard_LND.contiguous(), len(new), lambda logits_LNJ: (
+        nn.functional.binary_cross_entropy_with_logits(logits_LNJ, truth_NJ.expand_as(logits_LNJ), reduction="none")
+        * share_NJ).sum())
 
+
+def _place(router: Router, new: Sequence[int], levels: slice, weight_LJD: Tensor, bias_LJ: Tensor) -> None:
+    for at, label in enumerate(new):
+        router.weight_LCD[levels, label], router.bias_LC[levels, label] = weight_LJD[:, at], bias_LJ[:, at]
+
+
+# Calibration.
 
 def choose_level(router: Router, rule: Rule, tolerance: float, validation: Prompts) -> None:
     """Set the rule, and for `early` its level: the shallowest within `tolerance` of the best level's accuracy, among
     those from SHALLOWEST to DEEPEST."""
     right_NL = router.logits(validation.features_NLD).argmax(-1) == validation.targets_N[:, None]
     accuracy_L = right_NL.double().mean(0)
-    levels = readable_levels(len(accuracy_L))
-    allowed = accuracy_L[levels.start:levels.stop]
+    floor, ceiling = int(len(accuracy_L) * SHALLOWEST), int((len(accuracy_L) - 1) * DEEPEST)
+    allowed = accuracy_L[floor:max(floor, ceiling) + 1]
     router.rule = rule
-    router.layer = levels.start + int((allowed >= allowed.max() - tolerance - 1e-9).nonzero()[0])
+    router.layer = floor + int((allowed >= allowed.max() - tolerance - 1e-9).nonzero()[0])
 
 
-def readable_levels(levels: int) -> range:
-    """The levels that `early` may read, of a base with so many."""
-    floor, ceiling = int(levels * SHALLOWEST), int((levels - 1) * DEEPEST)
-    return range(floor, max(floor, ceiling) + 1)
-
-
-def calibrate(router: Router, train: Prompts, validation: Prompts, further: Prompts | None = None, *,
-              max_abstention: float | None) -> Router:
-    """Keep the training prompts, and choose temperature and thresholds. Changes `router` and returns it.
-
-    The temperature minimises the loss of the validation prompts (Guo et al. 2017, arXiv 1706.04599) against Platt's
-    targets. Each domain's threshold keeps the promise of `moa.mixture.abstention` on its own prompts.
+def set_thresholds(router: Router, train: Prompts, validation: Prompts, further: Prompts,
+                   max_abstention: float | None) -> None:
+    """Keep the training prompts, and choose each domain's threshold by `moa.mixture.abstention`. Changes `router`.
 
     Args:
-        train: the prompts that the heads were trained on. Those of each domain are kept, and tell how like a prompt is.
-        validation: prompts that no head was trained on.
-        further: more of them, for the thresholds alone; they may have fewer levels.
+        train: training prompts, of all levels. They are kept, and tell which prompts are like a domain.
+        validation: further prompts, of all levels.
+        further: more of them, of the levels that the rule decides by.
         max_abstention: the largest share of a domain's fresh prompts that is left to the base; None = none is.
+    """
+    router.seen_MD, router.seen_M = router.directions(train.features_NLD[:, router.reads]), train.targets_N
+    router.threshold_C = None
+    router.figures["promises"] = {}
+    if max_abstention is None:
+        return
+    deciding = router.deciding
+    prompts = Prompts.joined([train.at(deciding), validation.at(deciding), further])
+    promises = []
+    for domain in range(len(router.labels)):
+        own, kept = prompts.where(prompts.of(domain)), train.where(train.of(domain))
+        number = {group: at for at, group in enumerate(dict.fromkeys([*own.groups, *kept.groups]))}
+        same_NM = (torch.tensor([number[group] for group in own.groups])[:, None]
+                   == torch.tensor([number[group] for group in kept.groups]))
+        cosine_NM = router.directions(own.features_NLD[:, -1]) @ router.seen_MD[train.of(domain)].T
+        nearest_N = cosine_NM.masked_fill(same_NM, -1.0).amax(-1)
+        promises.append(abstention.promise(nearest_N.double().numpy(), own.groups, max_abstention))
+    router.threshold_C = torch.tensor([each.threshold for each in promises], dtype=torch.float64)
+    router.figures["promises"] = {label: each.as_dict() for label, each in zip(router.labels, promises, strict=True)}
+
+
+def calibrate(router: Router, validation: Prompts) -> None:
+    """Choose the temperature on validation prompts, and record the figures of the router. Changes `router`.
+
+    The temperature minimises the loss (Guo et al. 2017, arXiv 1706.04599) against Platt's targets.
     """
     before = _confidences(router, validation)
     router.temperature = _temperature(router, validation.features_NLD, validation.targets_N)
-    router.seen_MD = nn.functional.normalize(router.standard(train.features_NLD, router.reads), dim=-1)
-    router.seen_M, router.threshold_C = train.targets_N, None
-    promises = {} if max_abstention is None else _promises(router, train, validation, further, max_abstention)
-    if promises:
-        router.threshold_C = torch.tensor([promises[label].threshold for label in router.labels], dtype=torch.float64)
     decisions = router.decide(validation.features_NLD)
     correct = torch.tensor([decision.domain == router.labels[target]
                             for decision, target in zip(decisions, validation.targets_N.tolist(), strict=True)])
@@ -196,29 +279,38 @@ def calibrate(router: Router, train: Prompts, validation: Prompts, further: Prom
                        "ece": expected_calibration_error(confidence, correct),
                        "ece_uncalibrated": expected_calibration_error(*before),
                        "abstention": sum(decision.abstained for decision in decisions) / len(decisions),
-                       "validation_rows": len(decisions), "levels": levels,
-                       "promises": {label: each.as_dict() for label, each in promises.items()}}
+                       "validation_rows": len(decisions), "levels": levels}
+
+
+def fit(labels: Sequence[str], train: Prompts, validation: Prompts, further: Callable[[slice], Prompts] | None = None,
+        *, rule: Rule = "early", tolerance: float = 0.0, max_abstention: float | None = 0.01,
+        extends: Router | None = None) -> Router:
+    """A router of these domains: its heads, and all that is chosen on further prompts.
+
+    Args:
+        train: training prompts of every domain, of all levels.
+        validation: prompts that train no head, of all levels.
+        further: more prompts, of the levels asked for; None = there are none.
+        rule, tolerance: see `choose_level`.
+        max_abstention: see `set_thresholds`.
+        extends: the router that this one is a successor of, which must have one of the domains at least.
+    """
+    router = train_heads(labels, train) if extends is None else successor(extends, labels)
+    if extends is None:
+        choose_level(router, rule, tolerance, validation)
+    return complete(router, train, validation, further, max_abstention, extends)
+
+
+def complete(router: Router, train: Prompts, validation: Prompts, further: Callable[[slice], Prompts] | None,
+             max_abstention: float | None, extends: Router | None) -> Router:
+    """The part of `fit` that follows once rule and level are chosen. Changes `router` and returns it."""
+    more = further(router.deciding) if further else validation.at(router.deciding).where(
+        torch.zeros(len(validation.targets_N), dtype=torch.bool))
+    set_thresholds(router, train, validation, more, max_abstention)
+    if extends is not None:
+        add_heads(router, extends.labels, train, validation, more)
+    calibrate(router, validation)
     return router
-
-
-def _promises(router: Router, train: Prompts, validation: Prompts, further: Prompts | None, share: float) -> dict[
-        str, abstention.Promise]:
-    """The promise of each domain, from the similarity of its prompts to its training prompts of other groups."""
-    assert router.seen_MD is not None
-    prompts = Prompts.joined([train, validation, *([further] if further is not None else [])])
-    found = {}
-    for domain, label in enumerate(router.labels):
-        own = prompts.of(domain)
-        groups = [group for group, mine in zip(prompts.groups, own.tolist(), strict=True) if mine]
-        seen = [group for group, mine in zip(train.groups, train.of(domain).tolist(), strict=True) if mine]
-        standard_ND = nn.functional.normalize(router.standard(prompts.features_NLD[own], router.reads), dim=-1)
-        cosine_NM = standard_ND @ router.seen_MD[train.of(domain)].T
-        code = {group: number for number, group in enumerate(dict.fromkeys([*groups, *seen]))}
-        same_NM = (torch.tensor([code[group] for group in groups])[:, None]
-                   == torch.tensor([code[group] for group in seen]))
-        nearest_N = cosine_NM.masked_fill(same_NM, -1.0).amax(-1)
-        found[label] = abstention.promise(nearest_N.double().numpy(), groups, share)
-    return found
 
 
 def by_level(router: Router, features_NLD: Tensor, targets_N: Tensor) -> list[dict[str, float]]:

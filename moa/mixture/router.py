@@ -1,5 +1,7 @@
 """The router: per-layer linear heads over the hidden states of a prompt predict its domain, or abstain.
 
+Domains that arrive later have heads beside those of the domains before them, which stay as they are (`own_logits`).
+
 A *level* is a layer's input: level l is the mean, over a prompt's own tokens, of the hidden states that enter decoder
 layer l, as in the paper, where a layer's router reads that layer's input (Feng et al. 2024, arXiv 2403.03432, section
 3.2). Level 0 is the embeddings; reading level l costs l layers.
@@ -128,6 +130,7 @@ class Router:
     layer: int = 0                # the level that `early` reads
     temperature: float = 1.0
     stream: Stream = "base"       # hidden states that the heads were trained on; recorded only
+    generation_C: Tensor | None = None   # when each domain arrived; None = all at the same time, 0
     seen_MD: Tensor | None = None        # training prompts at level `reads`, standardised, of length one
     seen_M: Tensor | None = None         # the domain of each
     threshold_C: Tensor | None = None    # least similarity to each domain's prompts; None = never abstain
@@ -143,16 +146,43 @@ class Router:
         """The deepest level that the rule needs."""
         return self.layer if self.rule == "early" else len(self.weight_LCD) - 1
 
+    @property
+    def deciding(self) -> slice:
+        """The levels that the rule decides by: all under `vote`, else one."""
+        return slice(0, len(self.weight_LCD)) if self.rule == "vote" else slice(self.reads, self.reads + 1)
+
     def logits(self, features_NLD: Tensor) -> Tensor:
-        """Every level's own logits: (N, L, C); features of the first levels are enough for those levels."""
-        depth = features_NLD.shape[1]
-        standard = (features_NLD - self.mean_LD[:depth]) / self.scale_LD[:depth]
-        return torch.einsum("nld,lcd->nlc", standard, self.weight_LCD[:depth]) + self.bias_LC[:depth]
+        """Every level's logits: (N, L, C); features of the first levels are enough for those levels."""
+        return self._composed(self.own_logits(features_NLD, slice(0, features_NLD.shape[1])))
+
+    def own_logits(self, features_NLD: Tensor, levels: slice) -> Tensor:
+        """What each head says by itself, at these levels of which `features_NLD` are: (N, L, C).
+
+        For the first domains these are their logits. A domain that arrived later has a head of its own, which is above
+        0 where a prompt is the domain's rather than an older one's.
+        """
+        standard_NLD = (features_NLD - self.mean_LD[levels]) / self.scale_LD[levels]
+        return torch.einsum("nld,lcd->nlc", standard_NLD, self.weight_LCD[levels]) + self.bias_LC[levels]
+
+    def _composed(self, own_NLC: Tensor) -> Tensor:
+        """Logits: to what the head of a later domain says, the best logit of the older domains is added.
+
+        So the later domain wins where its head is above 0, and the order of the older domains stays as it was. An older
+        domain of -inf is out of the question; where all are, the later ones are compared with each other.
+        """
+        if self.generation_C is None:
+            return own_NLC
+        found_NLC = own_NLC.clone()
+        for generation in range(1, int(self.generation_C.max()) + 1):
+            older_C = self.generation_C < generation
+            if older_C.any():
+                best_NL1 = found_NLC[..., older_C].amax(-1, keepdim=True)
+                found_NLC[..., self.generation_C == generation] += best_NL1.where(best_NL1.isfinite(), 0.0)
+        return found_NLC
 
     def used(self, features_NLD: Tensor) -> Tensor:
-        """Logits of the levels that the rule decides by, all under `vote`, else one: (N, L, C), float64."""
-        used = slice(None) if self.rule == "vote" else slice(self.reads, self.reads + 1)
-        return self.logits(features_NLD)[:, used].double()
+        """Logits of the levels that the rule decides by: (N, L, C), float64."""
+        return self._composed(self.own_logits(features_NLD[:, self.deciding], self.deciding)).double()
 
     def log_probabilities(self, features_NLD: Tensor) -> Tensor:
         """Calibrated log-probabilities under the rule: (N, C), float64. `vote` averages the levels' probabilities."""
@@ -167,18 +197,21 @@ class Router:
         """Calibrated probabilities under the rule: (N, C), float64."""
         return self.log_probabilities(features_NLD).exp()
 
-    def standard(self, features_NLD: Tensor, level: int) -> Tensor:
-        """One level's features as the heads see them: (N, D), mean 0 and deviation 1 over the training prompts."""
-        return (features_NLD[:, level] - self.mean_LD[level]) / self.scale_LD[level]
+    def directions(self, features_ND: Tensor) -> Tensor:
+        """Features of the level `reads`, standardised as the heads see them, and of length one: (N, D)."""
+        return nn.functional.normalize((features_ND - self.mean_LD[self.reads]) / self.scale_LD[self.reads], dim=-1)
 
     def similarities(self, features_NLD: Tensor) -> Tensor:
         """Cosine of each prompt with the nearest training prompt of each domain: (N, C), float64, -1 to 1.
+
+        It takes features of the first levels, or of the level `reads` alone: (N, D).
 
         One nearest neighbour by cosine, as in Sun et al. 2022, arXiv 2204.06507. A domain's column depends on its own
         training prompts and on the standardisation alone, so that no other domain changes which prompts are like it.
         """
         assert self.seen_MD is not None and self.seen_M is not None, "the router keeps no training prompts"
-        cosine_NM = nn.functional.normalize(self.standard(features_NLD, self.reads), dim=-1) @ self.seen_MD.T
+        features_ND = features_NLD if features_NLD.dim() == 2 else features_NLD[:, self.reads]
+        cosine_NM = self.directions(features_ND) @ self.seen_MD.T
         nearest_NC = torch.full((len(cosine_NM), len(self.labels)), -1.0)
         return nearest_NC.scatter_reduce(1, self.seen_M.expand_as(cosine_NM), cosine_NM, "amax").double()
 
@@ -187,14 +220,16 @@ class Router:
 
         Where it is like none the router abstains, and its best guess is the most probable of all.
         """
-        probability_NC = self.probabilities(features_NLD)
+        own_NLC = self.own_logits(features_NLD[:, self.deciding], self.deciding)
+        probability_NC = self.calibrated(self._composed(own_NLC).double()).exp()
         similarity_NC = self.similarities(features_NLD) if self.seen_MD is not None else None
         abstained_N = torch.zeros(len(probability_NC), dtype=torch.bool)
         allowed_NC = probability_NC
         if self.threshold_C is not None and similarity_NC is not None:
             like_NC = similarity_NC >= self.threshold_C
             abstained_N = ~like_NC.any(1)
-            allowed_NC = probability_NC.where(like_NC | abstained_N[:, None], -1.0)
+            like_NC |= abstained_N[:, None]
+            allowed_NC = self.calibrated(self._composed(own_NLC.masked_fill(~like_NC[:, None], -math.inf)).double())
         best_N = allowed_NC.argmax(-1)
         return [Decision(self.labels[best], probability_NC[index, best].item(), abstained,
                          0.0 if similarity_NC is None else similarity_NC[index, best].item(),
@@ -211,7 +246,8 @@ class Router:
     def tensors(self) -> dict[str, Tensor]:
         """The router's tensors by the names they are saved under, none of which is an adapter's."""
         found = {"mean": self.mean_LD, "scale": self.scale_LD, "weight": self.weight_LCD, "bias": self.bias_LC,
-                 "seen": self.seen_MD, "seen_of": self.seen_M, "threshold": self.threshold_C}
+                 "generation": self.generation_C, "seen": self.seen_MD, "seen_of": self.seen_M,
+                 "threshold": self.threshold_C}
         return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
 
     def facts(self) -> dict[str, Any]:
@@ -229,6 +265,6 @@ class Router:
         if threshold_C is None and facts.get("threshold") is not None:
             threshold_C = facts["threshold"] + tensors["usual"].double() / 2
         return cls(list(labels), tensors["mean"], tensors["scale"], tensors["weight"], tensors["bias"],
-                   **{name: facts[name] for name in DECIDING}, seen_MD=tensors.get("seen"),
-                   seen_M=tensors.get("seen_of"), threshold_C=threshold_C,
+                   **{name: facts[name] for name in DECIDING}, generation_C=tensors.get("generation"),
+                   seen_MD=tensors.get("seen"), seen_M=tensors.get("seen_of"), threshold_C=threshold_C,
                    figures={name: facts[name] for name in FIGURES if name in facts})

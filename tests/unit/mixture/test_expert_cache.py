@@ -23,7 +23,7 @@ from moa.experts import peft_format
 from moa.experts.lora import BASE_ONLY, ExpertStack, LoraSpec
 from moa.experts.peft_format import WEIGHTS
 from moa.mixture import artifact
-from moa.mixture.calibration import Prompts, calibrate, train_heads
+from moa.mixture.calibration import Prompts, fit
 from moa.mixture.expert_cache import ExpertCache, ExpertLoader
 from moa.mixture.mixture import BASE, Mixture
 from moa.mixture.router import features
@@ -125,7 +125,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     prompts = [encoder.prompt(ask(label, number)) for label in LABELS for number in range(6)]
     seen, targets = features(loaded.model, prompts), torch.arange(len(LABELS)).repeat_interleave(6)
     train = Prompts(seen, targets, [str(number) for number in range(len(targets))])
-    router = calibrate(train_heads(LABELS, train), train, train, max_abstention=None)
+    router = fit(LABELS, train, train, max_abstention=None)
     stack = ExpertStack(loaded.model, SPECS)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

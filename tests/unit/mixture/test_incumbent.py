@@ -13,7 +13,7 @@ from moa.core.errors import ArtifactError
 from moa.core.files import read_json, write_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.mixture import incumbent
-from moa.mixture.calibration import Prompts, calibrate, train_heads
+from moa.mixture.calibration import Prompts, fit
 from tests import tiny
 
 PIN: Any = SimpleNamespace(weights="w", tokenizer="t", template="c")
@@ -34,7 +34,7 @@ def workspace(tmp_path: Path) -> Workspace:
 def mixture(workspace: Workspace, config: Config, digest: str, extends: str | None, **facts: Any) -> None:
     features, targets = torch.randn(12, 2, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
     prompts = Prompts(features, targets, [str(number) for number in range(12)])
-    router = calibrate(train_heads(list(EXPERTS), prompts), prompts, prompts, max_abstention=0.01)
+    router = fit(list(EXPERTS), prompts, prompts)
     router.figures |= {"extends": extends, "settings": incumbent.settings(config.assemble)}
     workspace.mixture.mkdir(parents=True, exist_ok=True)
     save_file(router.tensors(), workspace.mixture / "router.safetensors")

@@ -26,7 +26,7 @@ from moa.base.load import Base, Device
 from moa.base.pin import BasePin
 from moa.core.errors import UsageError
 from moa.experts.lora import ExpertStack, LoraSpec
-from moa.mixture.calibration import Prompts, calibrate, train_heads
+from moa.mixture.calibration import Prompts, fit
 from moa.mixture.generation import engine
 from moa.mixture.generation.decoding import Decoding
 from moa.mixture.generation.engine import GenerationBatch, GenerationConfig
@@ -56,7 +56,7 @@ def toy(architecture: str = "llama") -> Mixture:
     prompts = [encoder.prompt(ask(f"{label} {number}")) for label in LABELS for number in range(8)]
     found = features(model, prompts)
     train = Prompts(found[::2], torch.arange(2).repeat_interleave(4), [str(number) for number in range(8)])
-    router = calibrate(train_heads(LABELS, train), train, train, max_abstention=None)
+    router = fit(LABELS, train, train, max_abstention=None)
     router.threshold_C = torch.full((2,), 0.9999)   # unlike each prompt but those that it was trained on
     stack = ExpertStack(model, [LoraSpec(2, 4.0), LoraSpec(3, 3.0, rslora=True)], dtype=torch.float64)
     with torch.no_grad():
