@@ -60,6 +60,8 @@ def run(
     domain: Domains = None,
     force: Force = None,
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Let the release become champion.")] = True,
+    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Make the router anew, not as the champion's "
+                                                                    "successor.")] = False,
     local: Annotated[bool, typer.Option("--local", help="Without Prefect: the same steps, no server.")] = False,
     as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the steps and Prefect print.")] = False,
@@ -72,7 +74,7 @@ def run(
     from flows.steps.session import BuildOptions
 
     workspace = place.workspace()
-    options = BuildOptions(tuple(domain) if domain else None, tuple(force or ()), promote)
+    options = BuildOptions(tuple(domain) if domain else None, tuple(force or ()), promote, recalibrate)
     result = launch(workspace, options, local=local, verbose=verbose)
     if as_json:
         print_json(result.as_dict())

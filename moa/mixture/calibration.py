@@ -29,6 +29,9 @@ from moa.mixture.router import Router, Rule
 SHALLOWEST, DEEPEST = 1 / 6, 1 / 4
 TEMPERATURES = (0.01, 100.0)
 ITERATIONS, DECAY = 40, 1e-2   # L-BFGS on standardised features
+# How like a domain a prompt is: the nearest of KEPT training prompts, after the WITHIN directions in which prompts of
+# one domain differ most are made shorter. Chosen on the corpora of benchmarks/corpora.py that report nothing (LOG.md).
+KEPT, WITHIN, SHRINKAGE = 120, 64, 0.7
 FOLDS = 5                      # of the cross-fitted scores that lower a new domain's head
 LEARNED = 16_000               # prompts that such a head is trained on, at most
 TAIL, FARTHER = 10, 2          # it wins one of FARTHER times as many known prompts, as the TAIL highest scores tell
@@ -136,6 +139,7 @@ def successor(incumbent: Router, labels: Sequence[str]) -> Router:
     grown = Router(list(labels), incumbent.mean_LD, incumbent.scale_LD, weight_LCD, bias_LC, rule=incumbent.rule,
                    layer=incumbent.layer)
     grown.generation_C = generation_C if int(generation_C.max()) else None
+    grown.within_RD = incumbent.within_RD
     return grown
 
 
@@ -232,30 +236,53 @@ def choose_level(router: Router, rule: Rule, tolerance: float, validation: Promp
     router.layer = floor + int((allowed >= allowed.max() - tolerance - 1e-9).nonzero()[0])
 
 
+def choose_directions(router: Router, train: Prompts) -> None:
+    """Set `within_RD` from how the training prompts of each domain differ at the level that the rule reads.
+
+    The covariance within domains, shrunk towards a multiple of the identity by SHRINKAGE, is divided out in its first
+    WITHIN principal directions and left as it is, on average, in the others: whitening as for Fisher's discriminant.
+    """
+    standard_ND = ((train.features_NLD[:, router.reads] - router.mean_LD[router.reads])
+                   / router.scale_LD[router.reads]).double()
+    members_NC = nn.functional.one_hot(train.targets_N, len(router.labels)).double()
+    centres_CD = members_NC.T @ standard_ND / members_NC.sum(0).clamp(min=1)[:, None]
+    away_ND = standard_ND - centres_CD[train.targets_N]
+    rows, width = away_ND.shape
+    _, lengths_K, vectors_KD = torch.linalg.svd(away_ND, full_matrices=False)
+    variances_K = lengths_K.square() / rows
+    total, first = variances_K.sum(), min(WITHIN, len(variances_K), width - 1)
+    shrunk_R = (1 - SHRINKAGE) * variances_K[:first] + SHRINKAGE * total / width
+    rest = (1 - SHRINKAGE) * variances_K[first:].sum() / (width - first) + SHRINKAGE * total / width
+    shorter_R = (1 - (rest / shrunk_R).sqrt()).nan_to_num(0.0).clamp(min=0.0)   # 0 where nothing differs at all
+    router.within_RD = (shorter_R.sqrt()[:, None] * vectors_KD[:first]).float()
+
+
 def set_thresholds(router: Router, train: Prompts, validation: Prompts, further: Prompts,
                    max_abstention: float | None) -> None:
-    """Keep the training prompts, and choose each domain's threshold by `moa.mixture.abstention`. Changes `router`.
+    """Keep training prompts, and choose each domain's threshold by `moa.mixture.abstention`. Changes `router`.
 
     Args:
-        train: training prompts, of all levels. They are kept, and tell which prompts are like a domain.
-        validation: further prompts, of all levels.
-        further: more of them, of the levels that the rule decides by.
+        train: training prompts, of all levels. With `further`, the first KEPT of each domain are kept, and tell which
+            prompts are like the domain.
+        validation: prompts that train no head, of all levels.
+        further: more training prompts, of the levels that the rule decides by.
         max_abstention: the largest share of a domain's fresh prompts that is left to the base; None = none is.
     """
-    router.seen_MD, router.seen_M = router.directions(train.features_NLD[:, router.reads]), train.targets_N
+    deciding = router.deciding
+    seen = _first(Prompts.joined([train.at(deciding), further]), KEPT)
+    router.seen_MD, router.seen_M = router.directions(seen.features_NLD[:, -1]), seen.targets_N
     router.threshold_C = None
     router.figures["promises"] = {}
     if max_abstention is None:
         return
-    deciding = router.deciding
     prompts = Prompts.joined([train.at(deciding), validation.at(deciding), further])
     promises = []
     for domain in range(len(router.labels)):
-        own, kept = prompts.where(prompts.of(domain)), train.where(train.of(domain))
+        own, kept = prompts.where(prompts.of(domain)), seen.where(seen.of(domain))
         number = {group: at for at, group in enumerate(dict.fromkeys([*own.groups, *kept.groups]))}
         same_NM = (torch.tensor([number[group] for group in own.groups])[:, None]
                    == torch.tensor([number[group] for group in kept.groups]))
-        cosine_NM = router.directions(own.features_NLD[:, -1]) @ router.seen_MD[train.of(domain)].T
+        cosine_NM = router.directions(own.features_NLD[:, -1]) @ router.seen_MD[seen.of(domain)].T
         nearest_N = cosine_NM.masked_fill(same_NM, -1.0).amax(-1)
         promises.append(abstention.promise(nearest_N.double().numpy(), own.groups, max_abstention))
     router.threshold_C = torch.tensor([each.threshold for each in promises], dtype=torch.float64)
@@ -306,6 +333,8 @@ def complete(router: Router, train: Prompts, validation: Prompts, further: Calla
     """The part of `fit` that follows once rule and level are chosen. Changes `router` and returns it."""
     more = further(router.deciding) if further else validation.at(router.deciding).where(
         torch.zeros(len(validation.targets_N), dtype=torch.bool))
+    if extends is None:
+        choose_directions(router, train)
     set_thresholds(router, train, validation, more, max_abstention)
     if extends is not None:
         add_heads(router, extends.labels, train, validation, more)

@@ -131,7 +131,8 @@ class Router:
     temperature: float = 1.0
     stream: Stream = "base"       # hidden states that the heads were trained on; recorded only
     generation_C: Tensor | None = None   # when each domain arrived; None = all at the same time, 0
-    seen_MD: Tensor | None = None        # training prompts at level `reads`, standardised, of length one
+    within_RD: Tensor | None = None      # how prompts of one domain differ: see `directions`
+    seen_MD: Tensor | None = None        # `directions` of training prompts
     seen_M: Tensor | None = None         # the domain of each
     threshold_C: Tensor | None = None    # least similarity to each domain's prompts; None = never abstain
     figures: dict[str, Any] = field(default_factory=dict)     # of the calibration; reported, never decided by
@@ -198,8 +199,15 @@ class Router:
         return self.log_probabilities(features_NLD).exp()
 
     def directions(self, features_ND: Tensor) -> Tensor:
-        """Features of the level `reads`, standardised as the heads see them, and of length one: (N, D)."""
-        return nn.functional.normalize((features_ND - self.mean_LD[self.reads]) / self.scale_LD[self.reads], dim=-1)
+        """Features of the level `reads` as vectors of length one, whose products are similarities: (N, D).
+
+        They are standardised as the heads see them. Then the directions in which prompts of one domain differ most are
+        made shorter, since they say little about the domain: x - W'Wx, with W = `within_RD`.
+        """
+        standard_ND = (features_ND - self.mean_LD[self.reads]) / self.scale_LD[self.reads]
+        if self.within_RD is not None:
+            standard_ND = standard_ND - (standard_ND @ self.within_RD.T) @ self.within_RD
+        return nn.functional.normalize(standard_ND, dim=-1)
 
     def similarities(self, features_NLD: Tensor) -> Tensor:
         """Cosine of each prompt with the nearest training prompt of each domain: (N, C), float64, -1 to 1.
@@ -246,8 +254,8 @@ class Router:
     def tensors(self) -> dict[str, Tensor]:
         """The router's tensors by the names they are saved under, none of which is an adapter's."""
         found = {"mean": self.mean_LD, "scale": self.scale_LD, "weight": self.weight_LCD, "bias": self.bias_LC,
-                 "generation": self.generation_C, "seen": self.seen_MD, "seen_of": self.seen_M,
-                 "threshold": self.threshold_C}
+                 "generation": self.generation_C, "within": self.within_RD, "seen": self.seen_MD,
+                 "seen_of": self.seen_M, "threshold": self.threshold_C}
         return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
 
     def facts(self) -> dict[str, Any]:
@@ -266,5 +274,6 @@ class Router:
             threshold_C = facts["threshold"] + tensors["usual"].double() / 2
         return cls(list(labels), tensors["mean"], tensors["scale"], tensors["weight"], tensors["bias"],
                    **{name: facts[name] for name in DECIDING}, generation_C=tensors.get("generation"),
-                   seen_MD=tensors.get("seen"), seen_M=tensors.get("seen_of"), threshold_C=threshold_C,
+                   within_RD=tensors.get("within"), seen_MD=tensors.get("seen"), seen_M=tensors.get("seen_of"),
+                   threshold_C=threshold_C,
                    figures={name: facts[name] for name in FIGURES if name in facts})
