@@ -212,7 +212,8 @@ def _quality(facts: Facts) -> str:
     return html.section("Data", html.table(("domain", *COUNTS, "warnings"), rows),
                         html.table(("domain", "what deserves a look"), warnings)
                         or '<p class="soft">Nothing stands out.</p>',
-                        said and f"<h3>What the router can promise</h3>{said}")
+                        said and f"<h3>What the router {'promises' if facts['mixture']['router'] else 'can promise'}"
+                                 f"</h3>{said}")
 
 
 def _lineage(facts: Facts) -> str:
