@@ -54,9 +54,9 @@ def of_releases(workspace: Workspace, config: Config, before: int | None, now: i
     """
     from moa.release.registry import Registry
 
-    if before is None or before == now:
-        return None
     registry = Registry(workspace, config)
+    if before is None or before == now or not registry.exists():
+        return None
     try:
         folders = [registry.download(version) for version in (before, now)]
     except (RegistryError, ArtifactError):

@@ -101,6 +101,11 @@ def test_a_comparison_has_the_rows_that_both_releases_answered(workspace: Worksp
     assert changed_hands.text(found).startswith("1 known prompt changed hands from version 1 to version 2, the worst")
 
 
+def test_releases_of_a_workspace_without_a_registry_make_none(workspace: Workspace) -> None:
+    assert changed_hands.of_releases(workspace, CONFIG, 1, 2) is None and not workspace.mlflow.exists()
+    assert changed_hands.of_releases(workspace, CONFIG, None, 1) is None   # the first release
+
+
 def test_many_are_cut_short(workspace: Workspace) -> None:
     number = changed_hands.IN_PAGE + 5
     write(workspace.champion, rows(*[("law", 1.0)] * number))
