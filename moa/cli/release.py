@@ -30,10 +30,14 @@ def gate(
     Exit code 3 when a domain would get worse, 4 when there is not enough data to tell.
     """
     from flows.steps.release import examine
+    from moa.reports import changed_hands
     from moa.reports.releases import gate_text
 
-    decision = examine(*opened(), version, against, record=False)
-    print_result(decision, gate_text(decision), as_json)
+    workspace, config = opened()
+    decision = examine(workspace, config, version, against, record=False)
+    moved = changed_hands.of_releases(workspace, config, decision["against"], version)
+    text = "\n\n".join(filter(None, [gate_text(decision), changed_hands.text(moved)]))
+    print_result({**decision, "changed_hands": moved}, text, as_json)
     if code := exit_code(decision.get("outcome")):
         raise typer.Exit(code)
 
@@ -41,11 +45,14 @@ def gate(
 def compare(version: Version, against: Against = None, as_json: AsJson = False) -> None:
     """Compare two releases on the same test rows, as the gate does."""
     from moa.release.champion import compare_versions, other_version
+    from moa.reports import changed_hands
     from moa.reports.text import comparison_text
 
     workspace, config = opened()
     compared = compare_versions(workspace, config, other_version(workspace, config, version, against), version)
-    print_result(compared, comparison_text(compared), as_json)
+    moved = changed_hands.of_comparison(workspace, compared)
+    text = "\n\n".join(filter(None, [comparison_text(compared), changed_hands.text(moved)]))
+    print_result({**compared, "changed_hands": moved}, text, as_json)
 
 
 @release_app.command("list")

@@ -11,7 +11,7 @@ not again for an expert that did not change (`AnswerCache`).
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from moa.base.load import load, pick_device
 from moa.core.config import Config
 from moa.core.files import replace_directory, write_json
 from moa.core.paths import Workspace
-from moa.evaluation import metrics
+from moa.evaluation import metrics, routing
 from moa.evaluation.answer_cache import AnswerCache
 from moa.evaluation.scoring import Content, Pair, answer_limit, generate_answers, pinned_rows, score_answers
-from moa.evaluation.summary import table
+from moa.evaluation.summary import markdown
 
 SYSTEMS = ("base", "routed", "forced")
 
@@ -65,10 +65,10 @@ def evaluate(workspace: Workspace, config: Config) -> dict[str, Any]:
     cache = AnswerCache(workspace, mixture)
     scored = score(mixture, workspace, config, cache)
     cache.save()
-    summary = summarise(scored, mixture.labels)
+    summary = summarise(scored, mixture.labels, mixture.router.figures.get("promises"))
     with replace_directory(workspace.reports) as folder:
         _write_rows(folder / "rows.parquet", scored)
-        (folder / "report.md").write_text(f"```\n{table(summary)}\n```\n", encoding="utf-8")
+        (folder / "report.md").write_text(markdown(summary), encoding="utf-8")
         write_json(folder / "summary.json", summary)
     return summary
 
@@ -124,13 +124,20 @@ def _first_rows(content: Content, limit: int) -> set[int]:
     return chosen
 
 
-def summarise(scored: Sequence[Scored], labels: Sequence[str]) -> dict[str, Any]:
+def summarise(scored: Sequence[Scored], labels: Sequence[str],
+              promises: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Figures by domain and system (`domains`), and how well the router chose (`routing`).
+
+    Args:
+        scored: the rows of every system.
+        labels: the domains.
+        promises: what the router promises of abstention, by domain, as the mixture's manifest has it; None = nothing.
 
     `loss` is the mean over all completion tokens of the domain's rows, `perplexity` its exponential, `score` the mean
     of the domain's metric over the answered rows, `bleu` (0 to 100) and `rouge_l` over the same. `accuracy` is the
     share of rows whose own domain is the router's best guess, `abstention` the share that it left to the base, `ece`
-    the expected calibration error of its confidence; `confusion` counts rows by domain and best guess.
+    the expected calibration error of its confidence; `confusion` counts rows by domain and best guess. `by_domain` and
+    `reliability` are as `moa.evaluation.routing` computes them; `promises` are those given.
     """
     import torch
 
@@ -142,10 +149,13 @@ def summarise(scored: Sequence[Scored], labels: Sequence[str]) -> dict[str, Any]
     confusion = {domain: {guess: sum(one.domain == domain and one.routed_to == guess for one in routed)
                           for guess in labels} for domain in labels}
     right = [one.domain == one.routed_to for one in routed]
+    rows = [asdict(one) for one in routed]
     ece = expected_calibration_error(torch.tensor([one.confidence for one in routed]), torch.tensor(right))
     return {"domains": domains,
             "routing": {"accuracy": sum(right) / len(routed), "ece": ece,
-                        "abstention": sum(one.abstained for one in routed) / len(routed), "confusion": confusion}}
+                        "abstention": sum(one.abstained for one in routed) / len(routed), "confusion": confusion,
+                        "by_domain": routing.abstentions(rows), "reliability": routing.reliability(rows),
+                        **({} if promises is None else {"promises": promises})}}
 
 
 def _figures(scored: Sequence[Scored]) -> Mapping[str, float]:
@@ -159,8 +169,6 @@ def _figures(scored: Sequence[Scored]) -> Mapping[str, float]:
 
 
 def _write_rows(path: Any, scored: Sequence[Scored]) -> None:
-    from dataclasses import asdict
-
     import pyarrow as pa
     import pyarrow.parquet as pq
 

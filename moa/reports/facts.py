@@ -17,7 +17,9 @@ from moa.core.config import Config
 from moa.core.errors import ArtifactError, RegistryError
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
+from moa.evaluation import promises, routing
 from moa.evaluation.statistics import group_means, interval, resampled
+from moa.reports import changed_hands
 
 SYSTEMS = ("base", "forced", "routed")
 RESAMPLES = 2_000   # of the bootstrap
@@ -40,6 +42,8 @@ def gather(workspace: Workspace, config: Config) -> dict[str, Any]:
         "base": _base(_json(workspace.base_manifest)), "registry_trouble": trouble,
         "champion": release,
         "challenger": {"digest": mixture.get("digest"), **own, **challenger} if challenger else None,
+        "changed_hands": changed_hands.since_champion(workspace),
+        "promises": _promises(workspace, config, mixture.get("router", {})),
         "domains": {name: _domain(workspace, name) for name in config.domains},
         "mixture": {"digest": mixture.get("digest"), "labels": mixture.get("labels", []),
                     "experts": {label: _digest(pin) for label, pin in mixture.get("experts", {}).items()},
@@ -75,6 +79,14 @@ def _released(workspace: Workspace, config: Config, digest: str | None) -> tuple
             "router": manifest.get("router", {}), **(evaluation(folder.parent / "reports") or {})}, own, None
 
 
+def _promises(workspace: Workspace, config: Config, router: Mapping[str, Any]) -> list[str]:
+    """What the mixture's router promises about abstention, in words; without a router, what the corpora will allow."""
+    if router:
+        return promises.recorded(router.get("promises"))
+    corpora = {name: _json(workspace.corpus(name) / MANIFEST) for name in config.domains}
+    return promises.expected(corpora, config.assemble) if any(corpora.values()) else []
+
+
 def _domain(workspace: Workspace, name: str) -> dict[str, Any]:
     """The facts of one domain: its corpus, its quality and its expert, each None where it does not exist."""
     corpus, expert = _json(workspace.corpus(name) / MANIFEST), _json(workspace.expert(name) / MANIFEST)
@@ -103,7 +115,9 @@ def _base(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
 # Scores.
 
 def evaluation(reports: Path) -> dict[str, Any] | None:
-    """Read one evaluation: figures with intervals, routing tax and confusion; None where `reports` holds none.
+    """Read one evaluation: figures with intervals, routing tax, and routing; None where `reports` holds none.
+
+    Evaluations used to record neither `by_domain` nor `reliability`: both are computed from their rows.
 
     Args:
         reports: a folder with `summary.json` and `rows.parquet`, as stage `evaluate` writes them.
@@ -112,14 +126,22 @@ def evaluation(reports: Path) -> dict[str, Any] | None:
     if "domains" not in summary:
         return None
     by_domain: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in _rows(reports / "rows.parquet"):
+    rows = _rows(reports / "rows.parquet")
+    for row in rows:
         by_domain[row["domain"]][row["system"]].append(row)
     return {"scores": {domain: {system: _figures(systems[system], by_domain[domain][system])
                                 for system in SYSTEMS if system in systems}
                        for domain, systems in summary["domains"].items()},
             "tax": {domain: tax(systems["forced"], systems["routed"]) for domain, systems in by_domain.items()
                     if systems["forced"] and systems["routed"]},
-            "routing": summary.get("routing", {})}
+            "routing": {**_routing(rows), **summary.get("routing", {})}}
+
+
+def _routing(rows: Sequence[Row]) -> dict[str, Any]:
+    """Abstention by domain and reliability; empty for rows without the router's decisions."""
+    if not rows or not {"routed_to", "confidence", "abstained"} <= rows[0].keys():
+        return {}
+    return {"by_domain": routing.abstentions(rows), "reliability": routing.reliability(rows)}
 
 
 def _rows(path: Path) -> list[Row]:
@@ -129,7 +151,8 @@ def _rows(path: Path) -> list[Row]:
     import pyarrow.parquet as pq
 
     rows: list[Row] = pq.read_table(path).select(
-        [name for name in ("domain", "row", "system", "loss", "tokens", "score", "group")
+        [name for name in ("domain", "row", "system", "loss", "tokens", "score", "group", "routed_to", "confidence",
+                             "abstained")
          if name in pq.read_schema(path).names]).to_pylist()
     return rows
 

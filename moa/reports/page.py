@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moa.core.text import SHORT_DIGEST
-from moa.evaluation.summary import NAMES
-from moa.reports import html
+from moa.evaluation.summary import NAMES, promise_remark, reliability_cells
+from moa.reports import changed_hands, html
 from moa.reports.facts import verdicts, wear
-from moa.reports.svg import Dot, Line, Node, curves, flow, whiskers
+from moa.reports.svg import Dot, Line, Node, curves, flow, reliability, whiskers
 
 Facts = Mapping[str, Any]
 COUNTS = ("read", "kept", "rejected", "duplicates", "train", "validation", "test")
@@ -37,6 +37,7 @@ svg .edge{stroke:#9aa7b6;fill:none}svg .edge.old{stroke-dasharray:4 4;stroke:#c9
 td:first-child,th:first-child,td.n{white-space:nowrap}summary{cursor:pointer;color:var(--soft);font-size:13px}
 .aside{display:flex;flex-wrap:wrap;gap:12px 40px;align-items:flex-start}
 .aside>*{max-width:100%}.aside>:last-child{flex:1 1 min(420px,100%)}
+.square{flex:0 1 340px;min-width:240px}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:24px}
 .plot{overflow-x:auto}.plot svg{min-width:560px}.graph{overflow-x:auto}.graph svg{min-width:900px}
 """
@@ -45,7 +46,8 @@ td:first-child,th:first-child,td.n{white-space:nowrap}summary{cursor:pointer;col
 def render(facts: Facts) -> str:
     """Render the report as one HTML page; `facts` is the result of `moa.reports.facts.gather`."""
     body = "".join([_tiles(facts), _trouble(facts), _scores(facts), routing(_measured(facts), facts["mixture"]),
-                    _gates(facts), _learning(facts), _quality(facts), _lineage(facts)])
+                    changed_hands.section(facts.get("changed_hands")), _gates(facts), _learning(facts),
+                    _quality(facts), _lineage(facts)])
     return html.frame(f"{facts['name']}: report", facts["name"], f"Mixture-of-LoRAs, {facts['made_at']}", body,
                       STYLE)
 
@@ -206,9 +208,12 @@ def _quality(facts: Facts) -> str:
             warnings += [(domain, warning) for warning in each["quality"]["warnings"]]
     if not rows:
         return ""
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in facts.get("promises", ()))
     return html.section("Data", html.table(("domain", *COUNTS, "warnings"), rows),
                         html.table(("domain", "what deserves a look"), warnings)
-                        or '<p class="soft">Nothing stands out.</p>')
+                        or '<p class="soft">Nothing stands out.</p>',
+                        said and f"<h3>What the router {'promises' if facts['mixture']['router'] else 'can promise'}"
+                                 f"</h3>{said}")
 
 
 def _lineage(facts: Facts) -> str:
@@ -267,8 +272,42 @@ def routing(measured: Sequence[tuple[str, str, Facts]], mixture: Facts) -> str:
         rule = f"; rule {router['rule']}, reading {_read(router)}" if {"rule", "layer"} <= router.keys() else ""
         parts.append(f"<h3>{escape(name)}</h3><p>{escape(text + rule)}</p>"
                      f'<div class="aside"><div>{_matrix(figures.get("confusion", {}))}</div>'
-                     f"<div>{_tax(each['tax'])}</div></div>{_levels(router)}")
+                     f"<div>{_tax(each['tax'])}</div></div>{_abstention(figures, router)}{_reliability(figures)}"
+                     f"{_levels(router)}")
     return html.section("Routing", *parts) if parts else ""
+
+
+def _abstention(figures: Facts, router: Facts) -> str:
+    """How many test rows of each domain were left to the base, beside the router's promise; empty if not measured."""
+    by_domain = figures.get("by_domain")
+    if not by_domain:
+        return ""
+    promised = router.get("promises", figures.get("promises"))
+    none = {"share": None, "groups": "-", "more": "-"}
+    rows = []
+    for domain, each in by_domain.items():
+        promise = (promised or {}).get(domain, none)
+        at_most = "-" if promise["share"] is None else f"{promise['share']:.2%}"
+        rows.append((domain, each["rows"], each["groups"], each["abstained"], each["share"], each["limit"], at_most,
+                     promise["groups"], promise["more"]))
+    remark = promise_remark(promised)
+    table = html.table(("domain", "rows", "groups", "left to the base", "share", "at most (95 %)", "promised at most",
+                        "from groups", "more groups wanted"), rows)
+    return (f"<h3>Known prompts that are left to the base</h3>{table}"
+            + (f"<p>{escape(remark)}</p>" if remark else ""))
+
+
+def _reliability(figures: Facts) -> str:
+    """How often the router is right at each confidence, as a plot and a table; empty where it was not measured."""
+    bins = figures.get("reliability")
+    if not bins:
+        return ""
+    head, *rows = reliability_cells(bins)
+    return ('<h3>Reliability of the confidence</h3><div class="aside">'
+            f'<div class="square">{reliability(bins)}</div><div>{html.table(head, rows)}'
+            '<p class="soft">Dots: the share of test rows whose domain is the best guess, with Wilson&#x27;s intervals '
+            "(95 %, as if rows were independent); below the dashed line the router is too sure. Bars: how many rows "
+            "have this confidence.</p></div></div>")
 
 
 def _read(router: Facts) -> str:

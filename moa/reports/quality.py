@@ -90,6 +90,8 @@ def text(report: Mapping[str, Any]) -> str:
         parts.append(_across_text(report))
     if report.get("power"):
         parts.append(f"The gate: {report['power']}")
+    if report.get("promise"):
+        parts.append(f"The router: {report['promise']}")
     warnings = [f"! {warning}" for warning in report["warnings"]] or ["Nothing stands out."]
     return "\n\n".join([f"Domain {report['domain']}", *parts, "\n".join(warnings)])
 
@@ -130,7 +132,7 @@ def render(report: Mapping[str, Any]) -> str:
     """Render the quality report as one HTML page."""
     body = "".join([_tiles(report), html.warned(report["warnings"]), _length_section(report),
                     _rejection_section(report), _answer_section(report), _language_section(report),
-                    _across_section(report)])
+                    _across_section(report), _evidence_section(report)])
     return html.frame(f"{report['domain']}: label quality", report["domain"], "Label quality before training", body)
 
 
@@ -210,6 +212,13 @@ def _across_section(report: Mapping[str, Any]) -> str:
     if shared or alike:
         parts += ["<h3>Rows in common</h3>", shared, alike]
     return html.section("Beside the other domains", *parts)
+
+
+def _evidence_section(report: Mapping[str, Any]) -> str:
+    """What so many rows let the gate and the router tell; empty where the report does not say."""
+    said = [(who, report[key]) for who, key in (("The gate", "power"), ("The router", "promise")) if report.get(key)]
+    return html.section("What so many rows can show", *(f"<p>{escape(f'{who}: {sentence}')}</p>"
+                                                        for who, sentence in said)) if said else ""
 
 
 def _columns(bins: Sequence[tuple[str, int]]) -> str:

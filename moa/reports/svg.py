@@ -1,12 +1,13 @@
-"""Small plots as inline SVG: values with intervals, curves, a graph in columns. Every text is escaped.
+"""Small plots as inline SVG: values with intervals, curves, a reliability diagram, a graph in columns.
 
-Colours are numbers that select the page's CSS classes s0 to s4.
+Every text is escaped. Colours are numbers that select the page's CSS classes s0 to s4.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from moa.core.text import shorten
 from moa.reports.html import COLOURS
@@ -131,6 +132,43 @@ def curves(lines: Sequence[Line], unit: str = "step", form: str = ".2f", width: 
                    f'at {escape(unit)} {x_value:g}</title></circle>'
                    for (x, y), (x_value, value) in zip(placed, line.points, strict=True)]
     return _svg(width, height, shapes)
+
+
+def reliability(bins: Sequence[Mapping[str, Any]]) -> str:
+    """Draw a reliability diagram: the share that is right against the confidence, with intervals, above the counts.
+
+    Args:
+        bins: of `moa.evaluation.routing.reliability`. On the dashed diagonal, confidence is what it says.
+    """
+    if not bins:
+        return '<p class="soft">Nothing was measured.</p>'
+    width, left, top, side, foot, strip = 320, 46, 8, 240, 20, 36
+    bottom, most = top + side, max(each["rows"] for each in bins)
+    base = bottom + foot + strip   # of the bars that count rows
+
+    def at(confidence: float, right: float) -> tuple[float, float]:
+        return left + (width - left - 14) * confidence, bottom - side * right
+
+    (x_low, y_low), (x_high, y_high) = at(0, 0), at(1, 1)
+    shapes = [f'<line x1="{x_low:.1f}" x2="{x_high:.1f}" y1="{y_low:.1f}" y2="{y_high:.1f}" class="mark"></line>']
+    for share, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
+        x, y = at(share, share)
+        shapes += [_rule(left, width - 14, y), _text(left - 6, y + 4, f"{share:.0%}", "end"),
+                   _text(x, bottom + 14, f"{share:.0%}", anchor)]
+    for each in bins:
+        x, y = at(each["confidence"], each["right"])
+        low, high = (at(0, bound)[1] for bound in each["interval"])
+        first, last = (at(end, 0)[0] for end in (each["low"], each["high"]))
+        tall = max(strip * each["rows"] / most, 1)
+        words = (f"confidence {each['confidence']:.1%}, right {each['right']:.1%} ({each['interval'][0]:.1%} to "
+                 f"{each['interval'][1]:.1%}), {each['rows']:,} rows")
+        shapes += [f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" class="s1" stroke-width="2">'
+                   "</line>",
+                   f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="s1"><title>{escape(words)}</title></circle>',
+                   f'<rect x="{first + 1:.1f}" y="{base - tall:.1f}" width="{last - first - 2:.1f}" '
+                   f'height="{tall:.1f}"><title>{escape(words)}</title></rect>']
+    shapes.append(_text(left - 6, base, "rows", "end"))
+    return _svg(width, base + 4, shapes)
 
 
 def flow(columns: Sequence[str], nodes: Sequence[Node], edges: Sequence[tuple[str, str, bool]]) -> str:

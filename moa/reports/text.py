@@ -12,8 +12,11 @@ from moa.core.paths import Workspace
 from moa.core.text import table
 from moa.data import corpus
 from moa.evaluation import summary
+from moa.reports import changed_hands
 
-COLUMNS = ("loss", "perplexity", "score")   # figures of `champion_table`
+# Figures of `champion_table`.
+COLUMNS = ("loss", "perplexity", "score")
+ROUTING = ("accuracy", "abstention", "ece", "by_domain", "promises", "reliability")
 BAR = 20   # characters of a probability of 1
 
 
@@ -32,14 +35,13 @@ def champion_table(workspace: Workspace, config: Config, *, rerun: bool = False)
         from moa.evaluation.evaluate import score, summarise
 
         mixture = open_mixture(folder, workspace)
-        measured = summarise(score(mixture, workspace, config), mixture.labels)
+        measured = summarise(score(mixture, workspace, config), mixture.labels, mixture.router.figures.get("promises"))
     else:
         measured = read_json(folder.parent / "reports" / "summary.json")
     return {"release": version.version,
             "domains": {domain: {system: {key: figures[key] for key in COLUMNS} for system, figures in systems.items()}
                         for domain, systems in measured["domains"].items()},
-            "routing": {key: measured["routing"][key] for key in ("accuracy", "abstention", "ece")
-                        if key in measured["routing"]}}
+            "routing": {key: measured["routing"][key] for key in ROUTING if key in measured["routing"]}}
 
 
 def comparison_text(compared: dict[str, Any]) -> str:
@@ -106,7 +108,7 @@ def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
     waiting = ([f"waiting   version {version} passed the gate: `moa release promote {version}` makes it champion"]
                if release.get("waiting") else [])
     return "\n".join([
-        "", summary.table(measured), "",
+        "", summary.table(measured), "", *_changed_hands(workspace, config, release),
         f"release   version {version} of {release.get('name', config.release.name)} ({verdict}); {serving}",
         *waiting,
         f"report    {workspace.relative(workspace.reports)}/report.md, rows.parquet, summary.json",
@@ -116,6 +118,14 @@ def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
         f"  moa ask {question}",
         f"  moa ask --domain {domain} --json {question}",
         "  moa plan"])
+
+
+def _changed_hands(workspace: Workspace, config: Config, release: Mapping[str, Any]) -> list[str]:
+    """Lines on the known prompts that changed hands since the release that this one was compared with, if any."""
+    if not (against := (release.get("decision") or {}).get("against")):
+        return []
+    said = changed_hands.text(changed_hands.of_releases(workspace, config, against, release["version"]))
+    return [said, ""] if said else []
 
 
 def _question(workspace: Workspace, domain: str) -> str:
@@ -157,8 +167,8 @@ def released_line(release: Mapping[str, Any]) -> str:
 
 
 def _routing(evaluation: Mapping[str, Any], router: Mapping[str, Any]) -> list[str]:
-    """The parts on routing: figures, confusion, routing tax and agreement of the levels."""
-    routing = evaluation["routing"]
+    """The parts on routing: figures, confusion, abstention, reliability, routing tax and agreement of the levels."""
+    routing, promised = evaluation["routing"], router.get("promises")
     figures = ", ".join(f"{title} {routing[key]:.1%}" for title, key in (
         ("accuracy", "accuracy"), ("abstention", "abstention"), ("calibration error", "ece")) if key in routing)
     parts = [f"### Routing\n\n{figures}"]
@@ -166,6 +176,15 @@ def _routing(evaluation: Mapping[str, Any], router: Mapping[str, Any]) -> list[s
         parts.append(_grid(("rows of / best guess", *confusion),
                            ((domain, *(counts.get(guess, 0) for guess in confusion))
                             for domain, counts in confusion.items())))
+    if by_domain := routing.get("by_domain"):
+        parts.append(_grid(("domain", "rows / groups", summary.LEFT), (
+            (domain, f"{each['rows']} / {each['groups']}",
+             summary.abstention_text(each, (promised or {}).get(domain))) for domain, each in by_domain.items())))
+    if remark := summary.promise_remark(promised):
+        parts.append(remark)
+    if bins := routing.get("reliability"):
+        head, *rows = summary.reliability_cells(bins)
+        parts.append(_grid(head, rows))
     if tax := evaluation.get("tax"):
         parts.append(_grid(("routing tax", "loss, routed - forced", "metric, forced - routed"), (
             (domain, _bounded(each["loss"], each["loss_interval"]), _bounded(each["score"], each["score_interval"]))

@@ -423,21 +423,25 @@ def check(workspace: Workspace, config: Config, domain: str, tell: Callable[[str
         tell: called with the name of each stage before it runs.
 
     Returns:
-        The content of the corpus's quality.json, with the comparison to other domains under `across`, and under `power`
-        a sentence on what the gate can tell from the domain's test rows.
+        The content of the corpus's quality.json, with the comparison to other domains under `across`, under `power` a
+        sentence on what the gate can tell from the domain's test rows, and under `promise` one on what the router can
+        promise of prompts that it leaves to the base.
 
     Raises PipelineError when the corpus cannot be prepared.
     """
-    from moa.evaluation import power  # imports scipy, which takes long
+    from moa.evaluation import power, promises  # imports scipy, which takes long
 
     pipeline = Pipeline(workspace)
     with pipeline.lock():
         _bring_up_to_date(pipeline, f"prepare@{config.require_domain(domain)}", tell)
         report: dict[str, Any] = read_json(workspace.corpus(domain) / "quality.json")
         compared = overlap.domain_overlap(workspace, config, domain)
-        resolution = power.resolution(read_json(workspace.corpus(domain) / MANIFEST), config.release)
+        manifest = read_json(workspace.corpus(domain) / MANIFEST)
+        resolution = power.resolution(manifest, config.release)
+    promise = promises.expected({domain: manifest}, config.assemble)
     return {**report, "across": compared, "power": power.sentence(domain, resolution, config.release)
-            if resolution else None, "warnings": [*report["warnings"], *compared.pop("warnings")]}
+            if resolution else None, "promise": promise[0] if promise else None,
+            "warnings": [*report["warnings"], *compared.pop("warnings")]}
 
 
 def _bring_up_to_date(pipeline: Pipeline, target: str, tell: Callable[[str], None]) -> None:

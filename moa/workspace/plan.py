@@ -49,6 +49,8 @@ class Plan:
     left_out: tuple[str, ...] = () # by --domain
     imported: tuple[str, ...] = () # those of `experts` that were imported; training replaces them
     power: tuple[str, ...] = ()    # what the gate can tell from the test rows of `experts`, in words
+    # What the router promises about abstention, in words: the present one, or the one that will be trained.
+    promises: tuple[str, ...] = ()
 
     @property
     def stale(self) -> tuple[Step, ...]:
@@ -59,14 +61,17 @@ class Plan:
         """The plan as a JSON value, for --json: the steps that would or might run, and the number of fresh ones."""
         return {"stale": [asdict(step) for step in self.stale], "fresh": len(self.steps) - len(self.stale),
                 "experts": list(self.experts), "imported": list(self.imported), "power": list(self.power),
+                "promises": list(self.promises),
                 "router": self.router, "tokens": self.estimate.tokens,
                 "minutes": self.estimate.minutes, "basis": self.estimate.basis,
                 "release": self.release, "left_out": list(self.left_out)}
 
     def text(self) -> str:
         """The plan as text for a terminal."""
+        promised = [f"What the router {'can promise' if self.router else 'promises'}:",
+                    *(f"  {sentence}" for sentence in self.promises)] if self.promises else []
         if not self.stale:
-            return f"Nothing to do: all {len(self.steps)} steps are fresh."
+            return "\n".join([f"Nothing to do: all {len(self.steps)} steps are fresh.", *promised])
         width = max(len(step.name) for step in self.stale)
         marks = {"stale": "run  ", "maybe": "maybe", "fresh": ""}
         lines = [f"  {marks[step.state]}  {step.name:<{width}}  {'; '.join(step.reasons)}" for step in self.stale]
@@ -83,6 +88,7 @@ class Plan:
                          f"({self.estimate.basis}).")
         if self.power:
             lines += ["What the gate can tell:", *(f"  {sentence}" for sentence in self.power)]
+        lines += promised
         if self.release:
             lines.append(f"Release: {self.release}")
         return "\n".join(lines)
@@ -95,6 +101,7 @@ class Statistics:
     corpora: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)   # manifests of prepared corpora, by domain
     rates: Mapping[str, float] = field(default_factory=dict)                 # tokens a second, by step
     imported: frozenset[str] = frozenset()                                   # domains with an imported expert
+    promises: Mapping[str, Any] | None = None   # of the mixture's router, by domain; None = it has recorded none
 
     @classmethod
     def read(cls, workspace: Workspace, config: Config) -> "Statistics":
@@ -109,8 +116,13 @@ class Statistics:
         except (OSError, ValueError):
             rates = {}
         experts = {domain: workspace.expert(domain) / MANIFEST for domain in config.domains}
+        try:
+            promises = read_json(workspace.mixture / MANIFEST)["router"].get("promises")
+        except (OSError, ValueError, KeyError):
+            promises = None
         return cls(corpora, rates, frozenset(domain for domain, path in experts.items()
-                                             if path.is_file() and read_json(path).get("source") == "imported"))
+                                             if path.is_file() and read_json(path).get("source") == "imported"),
+                   promises)
 
 
 def make_plan(snapshot: Snapshot, config: Config, statistics: Statistics) -> Plan:
@@ -125,7 +137,8 @@ def make_plan(snapshot: Snapshot, config: Config, statistics: Statistics) -> Pla
                 "a new release, if its content is new; it becomes champion "
                 "if the gate passes it." if releases else None, tuple(sorted(snapshot.left_out)),
                 tuple(domain for domain in experts if domain in statistics.imported),
-                tuple(_power(experts, config, statistics)))
+                tuple(_power(experts, config, statistics)),
+                tuple(_promises("assemble" in affected, config, statistics)))
 
 
 def _power(experts: tuple[str, ...], config: Config, statistics: Statistics) -> Iterator[str]:
@@ -135,6 +148,13 @@ def _power(experts: tuple[str, ...], config: Config, statistics: Statistics) -> 
     for domain in experts:
         if resolution := power.resolution(statistics.corpora.get(domain, {}), config.release):
             yield power.sentence(domain, resolution, config.release)
+
+
+def _promises(anew: bool, config: Config, statistics: Statistics) -> list[str]:
+    """What the router promises about abstention; with `anew`, what it will, of domains whose corpus is prepared."""
+    from moa.evaluation import promises  # imports numpy, which other commands on a plan do not need
+
+    return promises.expected(statistics.corpora, config.assemble) if anew else promises.recorded(statistics.promises)
 
 
 def _step(snapshot: Snapshot, affected: set[str], name: str) -> Step:

@@ -251,6 +251,19 @@ def test_sabotage_is_refused_every_time(shop: Shop, version: int, monkeypatch: p
     assert version not in [entry.version for entry in shop.registry.history()]
 
 
+def test_a_comparison_names_the_prompts_that_changed_hands(shop: Shop) -> None:
+    compared = shop.json("compare", str(SWAPPED), "--against", str(WEAK))
+    moved = compared["changed_hands"]["rows"]
+    expected = {row["row"]: row for row in compared["rows"] if row["incumbent_by"] != row["challenger_by"]}
+    assert {row["row"] for row in moved} == expected.keys() and len(moved) > 10
+    assert [row["rise"] for row in moved] == sorted((row["rise"] for row in moved), reverse=True)
+    for row in moved:
+        assert row["question"] and (row["before"], row["after"]) == (expected[row["row"]]["incumbent_by"],
+                                                                     expected[row["row"]]["challenger_by"])
+    code, out, _ = shop.run("compare", str(EQUAL), "--against", str(WEAK))
+    assert code == 0 and out.endswith("\n\nNo known prompt changed hands.\n")
+
+
 def test_an_equal_release_is_not_promoted(shop: Shop) -> None:
     decision = shop.results[EQUAL]["decision"]
     assert shop.results[EQUAL]["champion"] == WEAK and not any(each["cause"] for each in decision["domains"].values())
@@ -269,6 +282,7 @@ def test_the_gate_reports_loss_and_metric_of_every_domain(shop: Shop) -> None:
             low, high = each[measure]["interval"]
             assert low <= each[measure]["point"] <= high and each[measure]["reason"]
     assert decision["domains"]["beta"]["loss"]["interval"] == [0, 0]   # the same expert: computed once
+    assert decision.pop("changed_hands") is None   # these releases have recorded no evaluation
     assert shop.registry.get(BETTER).gate == decision
     text = shop.run("gate", str(NOISE))
     assert text[0] == 3 and "alpha" in text[1] and "fail" in text[1] and "routing accuracy" in text[1]

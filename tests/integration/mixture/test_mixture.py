@@ -26,6 +26,7 @@ from moa.core.files import read_json, write_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.data import corpus, prepare
 from moa.evaluation.evaluate import evaluate
+from moa.evaluation.routing import abstentions, reliability
 from moa.experts import train
 from moa.experts.peft_format import WEIGHTS
 from moa.mixture import artifact
@@ -233,6 +234,9 @@ def test_the_summary_is_what_the_rows_come_to(built: tuple[Workspace, Config]) -
     routed = [row for row in scored if row["system"] == "routed"]
     assert summary["routing"]["accuracy"] == sum(row["domain"] == row["routed_to"] for row in routed) / len(routed)
     assert summary["routing"]["abstention"] == sum(row["abstained"] for row in routed) / len(routed)
+    assert summary["routing"]["by_domain"] == abstentions(scored)
+    assert summary["routing"]["reliability"] == reliability(scored)
+    assert summary["routing"]["promises"] == read_json(workspace.mixture / MANIFEST)["router"]["promises"]
     for row in scored:
         by = {"base": BASE, "forced": row["domain"], "routed": BASE if row["abstained"] else row["routed_to"]}
         assert row["answered_by"] == by[row["system"]]

@@ -15,8 +15,10 @@ from moa.core.config import Config
 from moa.core.errors import UsageError
 from moa.core.files import write_json
 from moa.core.paths import MANIFEST, Workspace
+from moa.evaluation.routing import abstentions, reliability
 from moa.reports import facts as report_facts
 from moa.reports import page as report_page
+from moa.reports import svg
 
 EVIL = "</td></table></svg><script>alert(1)</script><img src=x onerror='alert(2)'>&amp;\"'"
 CONFIG = Config.model_validate({"base": {"source": "path:toy"}, "domains": {
@@ -191,6 +193,69 @@ def with_router(facts: dict[str, Any], router: dict[str, Any]) -> dict[str, Any]
     return facts | {"mixture": facts["mixture"] | {"router": router}}
 
 
+def decided(workspace: Workspace) -> None:
+    """Gives the rows of data/reports the router's decisions, as evaluations have them: every tenth row is abstained."""
+    path = workspace.reports / "rows.parquet"
+    every = [{**row, "routed_to": "sql" if number % 20 == 7 else row["domain"], "confidence": 0.5 + number % 10 / 20,
+              "abstained": number % 10 == 3, "group": f"g{number % 5}", "answered_by": row["domain"]}
+             for number, row in enumerate(pq.read_table(path).to_pylist())]
+    pq.write_table(pa.Table.from_pylist(every), path)
+
+
+def test_abstention_and_reliability_are_shown_by_domain(workspace: Workspace) -> None:
+    assert "left to the base" not in report_page.render(report_facts.gather(workspace, CONFIG))   # rows of before
+    decided(workspace)
+    facts = report_facts.gather(workspace, CONFIG)
+    routing = facts["challenger"]["routing"]
+    rows = [row for row in pq.read_table(workspace.reports / "rows.parquet").to_pylist() if row["system"] == "routed"]
+    assert routing["by_domain"] == abstentions(rows) and routing["reliability"] == reliability(rows)
+    assert routing["by_domain"]["law"]["abstained"] > 0 and len(routing["reliability"]) > 3
+    router = facts["mixture"]["router"]
+    promises = {"law": {"groups": 117, "share": 0.02528, "wanted": 0.01, "more": 182},
+                "sql": {"groups": 500, "share": 0.0095, "wanted": 0.01, "more": 0}}
+    html = report_page.render(with_router(facts, router | {"promises": promises}))
+    page, law = Page(html), routing["by_domain"]["law"]
+    assert not page.open
+    assert (f"<td>law</td><td class=n>20</td><td class=n>{law['groups']}</td><td class=n>{law['abstained']}</td>"
+            f"<td class=n>{law['share']:.1%}</td><td class=n>{law['limit']:.1%}</td><td>2.53%</td><td class=n>117</td>"
+            "<td class=n>182</td>") in html
+    assert "Too few groups to promise 1.00%: law (at most 2.53%, 182 more groups)." in page.text
+    for each in routing["reliability"]:
+        assert f"confidence {each['confidence']:.1%}, right {each['right']:.1%} (" in page.text
+    never = Page(report_page.render(with_router(facts, router | {"promises": {}}))).text
+    assert "No prompt is left to the base (assemble.max_abstention is null)." in never
+    before = Page(report_page.render(facts)).text   # a router from before promises
+    assert "Known prompts that are left to the base" in before and "Too few groups" not in before
+
+
+def test_the_reliability_diagram_places_dots_intervals_and_counts() -> None:
+    bins = [{"low": 0.0, "high": 0.5, "rows": 5, "confidence": 0.25, "right": 0.5, "interval": [0.25, 0.75]},
+            {"low": 0.5, "high": 1.0, "rows": 10, "confidence": 1.0, "right": 1.0, "interval": [0.8, 1.0]}]
+    drawn = svg.reliability(bins)
+    diagonal = re.search(r'<line x1="([\d.]+)" x2="([\d.]+)" y1="([\d.]+)" y2="([\d.]+)" class="mark"', drawn)
+    dots = [tuple(map(float, dot)) for dot in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)]
+    assert diagonal
+    left, right, bottom, top = map(float, diagonal.groups())
+    assert dots == [(pytest.approx(left + (right - left) / 4, abs=0.06), pytest.approx((bottom + top) / 2, abs=0.06)),
+                    (right, top)]
+    heights = [float(each) for each in re.findall(r'<rect [^>]* height="([\d.]+)"', drawn)]
+    assert heights[1] == 2 * heights[0]
+    whiskers = re.findall(r'y1="([\d.]+)" y2="([\d.]+)" class="s1"', drawn)
+    assert float(whiskers[0][0]) == pytest.approx(bottom + (top - bottom) / 4, abs=0.06)
+    assert "<svg" not in svg.reliability([])
+
+
+def test_before_training_the_page_says_what_the_corpora_will_promise(workspace: Workspace) -> None:
+    write_json(workspace.corpus("law") / MANIFEST, {"digest": "l" * 64, "rows": {"train": 100, "validation": 17},
+                                                   "groups": {"train": 100, "validation": 17, "test": 12}})
+    assert report_facts.gather(workspace, CONFIG)["promises"] == []   # this mixture's router promises nothing
+    (workspace.mixture / MANIFEST).unlink()
+    facts = report_facts.gather(workspace, CONFIG)
+    assert facts["promises"] == ["law: of fresh prompts at most 2.53% are left to the base (95 % confidence, 117 "
+                                 "groups); 1.00% takes 182 more groups."]
+    assert facts["promises"][0] in Page(report_page.render(facts)).text
+
+
 def test_the_gates_comparisons_are_shown_pair_by_pair(workspace: Workspace) -> None:
     assert [(one["domain"], one["measure"], one["verdict"], one["difference"], one["better"])
             for one in report_facts.verdicts(DECISION)] == [
@@ -230,7 +295,12 @@ def test_nothing_in_a_workspace_can_write_into_the_page(workspace: Workspace) ->
             return type(value)(spoiled(each) for each in value)
         return EVIL + value if isinstance(value, str) else value
 
+    decided(workspace)
     facts = report_facts.gather(workspace, CONFIG)
+    moved = {"domain": "law", "row": "0" * 32, "before": "law", "after": "sql", "loss_before": 1.0, "loss_after": 2.0,
+             "rise": 1.0, "question": "Why?"}
+    facts["changed_hands"] = {"before": "the champion", "now": "this workspace", "rows": [moved]}
+    facts["promises"] = ["law promises"]
     champion = {"name": "m", "version": 3, "since": "2026-01-01", "reason": "better", "experts": {},
                 "router": facts["mixture"]["router"], "gate": DECISION, **facts["challenger"], "digest": "8" * 64}
     known = keys({**facts, "champion": champion}) - {"law", "sql", "new"}

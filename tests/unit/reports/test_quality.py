@@ -78,6 +78,16 @@ def test_the_text_is_for_a_terminal(tmp_path: Path) -> None:
     assert quality_page.text(report).startswith("Domain toy\n")   # without the comparison, too
 
 
+def test_text_and_page_say_what_so_many_rows_can_show(tmp_path: Path) -> None:
+    report = corpus(tmp_path, [plain(number) for number in range(20)])
+    said = {**report, "power": "toy: 3 test groups are too few.", "promise": "toy: at most 12 % < 20 %."}
+    shown = "The gate: toy: 3 test groups are too few.\n\nThe router: toy: at most 12 % < 20 %."
+    assert shown in quality_page.text(said)
+    assert "<p>The router: toy: at most 12 % &lt; 20 %.</p>" in quality_page.render(said)
+    assert "The router:" not in quality_page.text({**said, "promise": None}) + quality_page.text(report)
+    assert "so many rows" not in quality_page.render(report)
+
+
 def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     report = corpus(tmp_path / "corpus", [plain(number) for number in range(20)])
     quality_page.write(tmp_path / "new/page.html", report)

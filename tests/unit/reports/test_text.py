@@ -88,3 +88,25 @@ accuracy 97.5%, abstention 1.0%, calibration error 2.0%
 def test_markdown_leaves_out_what_there_is_not() -> None:
     assert build_markdown(None, {}, None) == "\n"
     assert build_markdown(None, {}, {"version": 1}) == "**Release** version 1 of ?; there is no champion yet.\n"
+
+
+def test_a_build_shows_abstention_and_reliability_where_they_were_measured() -> None:
+    routing = {**EVALUATION["routing"], "by_domain": {"sql": {
+        "rows": 40, "groups": 35, "abstained": 1, "groups_abstained": 1, "share": 0.025, "limit": 0.1291}},
+        "reliability": [{"low": 0.9, "high": 1.0, "rows": 40, "confidence": 0.99, "right": 0.975,
+                         "interval": [0.8711, 0.9956]}]}
+    router = {**ROUTER, "promises": {"sql": {"groups": 117, "share": 0.02528, "wanted": 0.01, "more": 182}}}
+    said = build_markdown({**EVALUATION, "routing": routing}, router, RELEASE)
+    assert """\
+| domain | rows / groups | left to the base (95 % limit, promise) |
+| --- | --- | --- |
+| sql | 40 / 35 | 2.5% (12.9%, 2.53%) |
+
+Too few groups to promise 1.00%: sql (at most 2.53%, 182 more groups).
+
+| confidence | mean | right | 95 % interval | rows |
+| --- | --- | --- | --- | --- |
+| 90% to 100% | 99.0% | 97.5% | 87.1% to 99.6% | 40 |
+""" in said
+    never = build_markdown({**EVALUATION, "routing": routing}, {**ROUTER, "promises": {}}, RELEASE)
+    assert "No prompt is left to the base (assemble.max_abstention is null)." in never

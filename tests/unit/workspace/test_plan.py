@@ -1,5 +1,6 @@
 """moa.graph and moa.workspace.plan: pure, so checked over random graphs."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 
 from moa.core.config import Config
 from moa.core.errors import UsageError
+from moa.core.files import write_json
+from moa.core.paths import MANIFEST, Workspace
 from moa.workspace import plan
 from moa.workspace.stage_graph import CHANGED, Graph, Reason, Snapshot, Stage
 
@@ -73,6 +76,37 @@ def test_it_says_what_the_gate_can_tell_of_the_experts_to_be_trained() -> None:
     assert [sentence.split(":")[0] for sentence in made.power] == ["math"]
     assert "math: 59 test groups can show a rise of loss from 0.043 nats on" in made.text()
     assert made.as_dict()["power"] == list(made.power)
+
+
+def test_it_says_what_the_router_will_promise_in_every_prepared_domain() -> None:
+    manifest = {"groups": {"train": 100, "validation": 17, "test": 59},
+                "rows": {"kept": 176, "train": 100, "validation": 17}, "tokens": {}}
+    statistics = plan.Statistics({"math": manifest, "sql": manifest}, promises={"math": {"groups": 9, "wanted": 0.01}})
+    made = plan.make_plan(pipeline("train@math"), config(), statistics)
+    assert [sentence.split(":")[0] for sentence in made.promises] == ["math", "sql"]
+    assert "What the router can promise:\n  math: of fresh prompts at most 2.53% are left to the base" in made.text()
+    assert made.as_dict()["promises"] == list(made.promises)
+    many = Config.model_validate({"base": {"source": "path:x"}, "domains": {
+        f"d{number}": {"metric": "m"} for number in range(40)}})
+    corpora = dict.fromkeys(many.domains, manifest)
+    assert len(plan.make_plan(pipeline("assemble"), many, plan.Statistics(corpora)).promises) == 2
+
+
+def test_a_router_that_stays_keeps_its_recorded_promises() -> None:
+    recorded = {"math": {"groups": 300, "wanted": 0.01, "share": 0.00994, "more": 0}}
+    said = plan.make_plan(pipeline(), config(), plan.Statistics(promises=recorded)).text()
+    assert said == ("Nothing to do: all 9 steps are fresh.\nWhat the router promises:\n  math: of fresh prompts at "
+                    "most 0.99% are left to the base (95 % confidence, 300 groups).")
+    assert "No prompt is left to the base" in plan.make_plan(pipeline(), config(), plan.Statistics(promises={})).text()
+    assert plan.make_plan(pipeline(), config(), plan.Statistics()).promises == ()   # a router from before promises
+
+
+def test_statistics_have_the_recorded_promises(tmp_path: Path) -> None:
+    workspace, recorded = Workspace(tmp_path), {"math": {"groups": 300}}
+    assert plan.Statistics.read(workspace, config()).promises is None
+    for router, found in (({"promises": recorded}, recorded), ({"rule": "early"}, None)):
+        write_json(workspace.mixture / MANIFEST, {"router": router})
+        assert plan.Statistics.read(workspace, config()).promises == found
 
 
 def test_nothing_to_do() -> None:

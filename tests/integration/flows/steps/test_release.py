@@ -24,6 +24,8 @@ from moa.experts import train
 from moa.experts.peft_format import CONFIG, WEIGHTS
 from moa.mixture.assemble import assemble
 from moa.release.registry import Registry
+from moa.reports import changed_hands
+from moa.reports.text import run_summary
 from tests import tiny
 
 DOMAINS = ("alpha", "beta")
@@ -103,7 +105,8 @@ def test_the_champion_answers(released: tuple[Workspace, Config, dict[str, Any]]
     for systems in table["domains"].values():
         assert set(systems) == {"base", "routed", "forced"}
         assert all(set(figures) == {"loss", "perplexity", "score"} for figures in systems.values())
-    assert set(table["routing"]) == {"accuracy", "abstention", "ece"}
+    assert set(table["routing"]) == {"accuracy", "abstention", "ece", "by_domain", "promises", "reliability"}
+    assert set(table["routing"]["by_domain"]) == set(table["routing"]["promises"]) == set(DOMAINS)
     again = moa(workspace, "eval", "--rerun")
     assert again["domains"]["alpha"]["forced"]["loss"] == pytest.approx(table["domains"]["alpha"]["forced"]["loss"])
 
@@ -133,6 +136,9 @@ def test_a_spoilt_expert_is_refused_by_name_and_what_is_equal_is_not_promoted(
     assert not result["decision"]["promote"]
     assert result["decision"]["domains"]["alpha"]["verdict"] == "fail"
     assert result["decision"]["domains"]["beta"]["verdict"] == "pass"
+    moved = changed_hands.of_releases(workspace, settings, 1, 2)   # the router is the same
+    assert moved == {"before": "version 1", "now": "version 2", "rows": []}
+    assert "\nNo known prompt changed hands.\n" in run_summary(workspace, settings, result)
     compared = moa(workspace, "compare", "2", "--against", "1")
     beta = [row for row in compared["rows"] if row["domain"] == "beta"]
     assert beta
