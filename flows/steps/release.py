@@ -114,7 +114,8 @@ def write_champion(workspace: Workspace, registry: Registry) -> None:
         return
     local = workspace.mixture
     built = (local / MANIFEST).is_file() and read_json(local / MANIFEST)["digest"] == champion.digest
-    if incumbent.write(workspace, local if built else registry.download(champion.version)):
+    changed = incumbent.write(workspace, local if built else registry.download(champion.version))
+    if changed and (workspace.root / ".dvc").is_dir():
         DataVersions(workspace).add(workspace.champion)
 
 

@@ -15,18 +15,15 @@ EACH = 4   # most domains that have a sentence each
 NEVER = "No prompt is left to the base (assemble.max_abstention is null)."
 
 
-def groups_of(manifest: Mapping[str, Any], params: AssembleParams) -> int | None:
+def groups_of(manifest: Mapping[str, Any]) -> int | None:
     """How many groups the promise of a domain will rest on; None where its corpus's manifest counts no groups.
 
-    The router reads all validation rows and a random sample of the training rows, `PROMISING` in all where there are as
-    many. So many of the training groups are expected in the sample, if all of them have the same size.
+    The router reads a row at least of each training and validation group, until there are `PROMISING` groups.
     """
-    groups, rows = manifest.get("groups") or {}, manifest.get("rows") or {}
-    if not groups.get("train") or not rows.get("train"):
+    groups = manifest.get("groups") or {}
+    if not groups.get("train"):
         return None
-    read = min(rows["train"], max(PROMISING - rows.get("validation", 0), params.rows))
-    missed = (1 - read / rows["train"]) ** (rows["train"] / groups["train"])
-    return round(groups["train"] * (1 - missed)) + int(groups.get("validation", 0))
+    return min(int(groups["train"]) + int(groups.get("validation", 0)), PROMISING)
 
 
 def expected(corpora: Mapping[str, Mapping[str, Any]], params: AssembleParams) -> list[str]:
@@ -35,7 +32,7 @@ def expected(corpora: Mapping[str, Mapping[str, Any]], params: AssembleParams) -
     Args:
         corpora: manifests of prepared corpora, by domain.
     """
-    counted = {domain: groups_of(manifest, params) for domain, manifest in corpora.items()}
+    counted = {domain: groups_of(manifest) for domain, manifest in corpora.items()}
     return sentences({domain: groups for domain, groups in counted.items() if groups is not None},
                      params.max_abstention)
 

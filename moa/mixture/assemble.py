@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Part = Literal["train", "validation", "further"]   # heads, level and temperature, thresholds
 Content = dict[Part, dict[str, list[Row]]]         # the router's rows, by domain
 LEARNING: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
-# Rows that a domain's threshold rests on. 299 groups can promise 1 %, 473 the same with one prompt left to the base;
+# Groups that a domain's threshold rests on. 299 groups can promise 1 %, 473 the same with one prompt left to the base;
 # each costs a quarter of a prefill, once.
 PROMISING = 480
 
@@ -93,12 +93,18 @@ def _expert(workspace: Workspace, domain: str) -> dict[str, Any]:
 # What the router sees.
 
 def _content(workspace: Workspace, labels: Sequence[str], rows: int) -> Content:
-    """The router's rows. They are ordered by their digests, so that the first ones are a random sample."""
+    """The router's rows. They are ordered by their digests, so that the first ones are a random sample.
+
+    `further` has a row of each of the other groups: more of them would promise nothing more.
+    """
     content: Content = {"train": {}, "validation": {}, "further": {}}
     for domain in labels:
         train, validation = (corpus.read(workspace.corpus(domain), split) for split in LEARNING)
         content["train"][domain], content["validation"][domain] = train[:rows], validation
-        content["further"][domain] = train[rows:max(PROMISING - len(validation), rows)]
+        known = {row.group or row.id for row in (*train[:rows], *validation)}
+        others = {row.group or row.id: row for row in reversed(train[rows:])}   # the first row of each group
+        fresh = [row for group, row in reversed(others.items()) if group not in known]
+        content["further"][domain] = fresh[:max(PROMISING - len(known), 0)]
     return content
 
 

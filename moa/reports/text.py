@@ -85,8 +85,8 @@ def _mean(losses: list[float | None]) -> str:
 def answered_by(reply: Mapping[str, Any]) -> str:
     """Which expert answered a question and why, for `reply` of `moa.release.champion.ask`."""
     if reply["abstained"]:
-        return (f"the base answered: the question is unlike {reply['domain']}'s rows ({reply['similarity']:.2f} < "
-                f"{reply['threshold']:.2f}), and every other domain's; --domain {reply['domain']} forces it")
+        return (f"the base answered: unlike {reply['domain']}'s rows ({reply['similarity']:.2f} < "
+                f"{reply['threshold']:.2f}); --domain {reply['domain']} forces it")
     if reply["confidence"] is None:
         return f"{reply['answered_by']} answered, as asked for"
     return f"{reply['answered_by']} answered (confidence {reply['confidence']:.2f})"

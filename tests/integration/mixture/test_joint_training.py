@@ -20,7 +20,6 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.data import corpus, prepare
 from moa.experts import train
 from moa.experts.peft_format import WEIGHTS
-from moa.mixture import assemble as stage
 from moa.mixture.assemble import assemble
 from moa.mixture.mixture import Mixture
 from moa.release.registration import _check_experts

@@ -8,7 +8,7 @@ from moa.reports.text import answered_by, build_markdown, trace_text
 
 TRACE = [{"level": 0, "domain": "sql", "probability": 0.513}, {"level": 1, "domain": "math", "probability": 0.874},
          {"level": 2, "domain": "math", "probability": 1.0}]
-DECISION = {"domain": "math", "confidence": 0.874, "abstained": False, "score": 1.94, "threshold": 0.5,
+DECISION = {"domain": "math", "confidence": 0.874, "abstained": False, "score": 0.19, "threshold": 0.1,
             "rule": "early", "levels": [1]}
 
 
@@ -22,10 +22,10 @@ rule early: math, confidence 87.4%"""
 
 
 def test_a_trace_says_why_the_router_abstains() -> None:
-    told = trace_text(TRACE, {**DECISION, "abstained": True, "threshold": 2.5, "rule": "vote", "levels": [0, 1, 2]})
+    told = trace_text(TRACE, {**DECISION, "abstained": True, "threshold": 0.25, "rule": "vote", "levels": [0, 1, 2]})
     assert told.count("<- read") == 3
     assert told.splitlines()[-1] == \
-        "rule vote: math, confidence 87.4%; its score 1.94 is below 2.5, so the router abstains"
+        "rule vote: math, confidence 87.4%; similarity 0.19 is below 0.25, as for every other domain, so the router abstains"
 
 
 @pytest.mark.parametrize(("reply", "said"), [
@@ -33,8 +33,7 @@ def test_a_trace_says_why_the_router_abstains() -> None:
      "math answered (confidence 0.99)"),
     ({"abstained": False, "confidence": None, "domain": "base", "answered_by": "base"}, "base answered, as asked for"),
     ({"abstained": True, "confidence": 1.0, "domain": "support", "answered_by": "base", "similarity": 0.04,
-      "threshold": 0.16}, "the base answered: the question is unlike the rows of support, the nearest domain (0.040 < "
-                          "0.160); --domain support forces its expert")])
+      "threshold": 0.16}, "the base answered: unlike support's rows (0.04 < 0.16); --domain support forces it")])
 def test_who_answered_is_said(reply: dict[str, Any], said: str) -> None:
     assert answered_by(reply) == said
 

@@ -138,7 +138,8 @@ def test_dvc_and_the_workspace_speak_of_the_same_paths() -> None:
 def test_a_stage_lists_the_parameters_it_reads(stage: str) -> None:
     entries, place = stages()[stage]["params"], Workspace(Path("/"))
     assert entries[-1] == {place.relative(place.code): [stage]}
-    own = [{place.relative(place.projection): ["${key}"]}] if stage == "train" else []
+    own = {"train": [{place.relative(place.projection): ["${key}"]}],
+           "assemble": [{place.relative(place.calibration): ["extends"]}]}.get(stage, [])
     assert [entry for entry in entries[:-1] if not isinstance(entry, str)] == own
     listed = {entry.removesuffix(".${key}") for entry in entries[:-1] if isinstance(entry, str)}
     assert listed <= Config.model_fields.keys()
