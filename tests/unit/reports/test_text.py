@@ -25,7 +25,8 @@ def test_a_trace_says_why_the_router_abstains() -> None:
     told = trace_text(TRACE, {**DECISION, "abstained": True, "threshold": 0.25, "rule": "vote", "levels": [0, 1, 2]})
     assert told.count("<- read") == 3
     assert told.splitlines()[-1] == \
-        "rule vote: math, confidence 87.4%; similarity 0.19 is below 0.25, as for every other domain, so the router abstains"
+        ("rule vote: math, confidence 87.4%; similarity 0.19 is below 0.25, as for every other domain, so the router "
+         "abstains")
 
 
 @pytest.mark.parametrize(("reply", "said"), [
