@@ -223,10 +223,12 @@ def _first(config: Config, registry: Registry, challenger: MixtureVersion) -> tu
     """The decision on a release that none came before, against the base, from the evaluation it was registered with."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in read_rows(registry.download(challenger.version)):
-        if row["system"] in ("base", "routed"):
+        kept = rows.setdefault((row["domain"], row["row"]), {key: row[key] for key in ("domain", "row", "group",
+                                                                                       "tokens")})
+        if row["system"] == "forced":
+            kept |= {"own_loss": row["loss"], "swapped_loss": row.get("swapped_loss")}
+        else:
             name = {"base": "base", "routed": "challenger"}[row["system"]]
-            kept = rows.setdefault((row["domain"], row["row"]), {key: row[key] for key in ("domain", "row", "group",
-                                                                                           "tokens")})
             kept |= {f"{name}_loss": row["loss"], f"{name}_score": row["score"]}
     return gate.decide(map(_score, rows.values()), config.release, incumbent=(), challenger=challenger.experts,
                        first=True), {}
@@ -321,6 +323,7 @@ def _score(row: Mapping[str, Any]) -> gate.Score:
     values |= {key: row[key] for name in names for part in ("score", "routed", "abstained")
                if (key := f"{name}_{part}") in row}
     return gate.Score(domain=row["domain"], row=str(row["row"]), known=row.get("known", True), group=row.get("group"),
+                      own=row.get("own_loss"), swapped=row.get("swapped_loss"),
                       tokens=row.get("tokens", 1), same_expert=row.get("same_expert", False),
                       same_answer=row.get("same_answer", False), **values)
 

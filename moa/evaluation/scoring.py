@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
+from moa.base.encoding import Message
 from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
@@ -30,6 +31,35 @@ def pinned_rows(workspace: Workspace, config: Config, domains: Iterable[str],
     return [(domain, row) for domain in domains
             for place, row in enumerate(corpus.read(workspace.corpus(domain), "test"))
             if limit is None or place < limit or row.id in (also or {}).get(domain, ())]
+
+
+def with_other_questions(content: Content) -> dict[int, list[Message]]:
+    """Conversations of the rows with the last user message, the question, of another row; the answer stays.
+
+    The other row is the next one of the domain, around its end, that belongs to another group and has another question,
+    and another answer too if there is one: rows with equal answers would tell nothing of whether questions help.
+
+    Returns:
+        By index into `content`; rows without a question, and rows for which there is no other row, are left out.
+    """
+    by_domain: dict[str, list[int]] = defaultdict(list)
+    for index, (domain, row) in enumerate(content):
+        if row.question:
+            by_domain[domain].append(index)
+    exchanged: dict[int, list[Message]] = {}
+    for places in by_domain.values():
+        for place, index in enumerate(places):
+            row = content[index][1]
+            others = [content[each][1] for each in (*places[place + 1:], *places[:place])]
+            others = [each for each in others if (each.group or each.id) != (row.group or row.id)
+                      and each.question != row.question]
+            other = next((each for each in others if each.reference != row.reference), next(iter(others), None))
+            if other is not None:
+                messages = [dict(message) for message in row.messages]
+                asked = max(turn for turn, message in enumerate(messages) if message["role"] == "user")
+                messages[asked]["content"] = other.question
+                exchanged[index] = messages
+    return exchanged
 
 
 def answer_limit(workspace: Workspace, config: Config, domain: str) -> int:
