@@ -52,9 +52,14 @@ class RunContext:
             raise outcome.error
         return outcome.value
 
-    def build(self, *, release: bool = True) -> Result:
-        """Build every stale stage and, if `release`, run the release steps. Failures are in the result, not raised."""
-        with open_session(self.workspace, BuildOptions(), verbose=self.verbose, held=self.versions) as session:
+    def build(self, *, release: bool = True, promote: bool = True) -> Result:
+        """Build every stale stage and, if `release`, run the release steps. Failures are in the result, not raised.
+
+        Args:
+            promote: whether a release that passes the gate becomes champion.
+        """
+        options = BuildOptions(promote=promote)
+        with open_session(self.workspace, options, verbose=self.verbose, held=self.versions) as session:
             if not release:
                 session.hooks = ()
             elif self.config.adapt.commit:

@@ -65,11 +65,6 @@ def lacking_groups(manifest: Mapping[str, Any], rules: ReleaseParams) -> int:
     return 0 if groups is None else max(rules.min_rows - groups, 0)
 
 
-def waiting_reason(domain: str, rows: int) -> str:
-    """Why a domain cannot be judged yet, as the event log and `moa status` say it."""
-    return f"not enough data: {rows:,} more row{'' if rows == 1 else 's'} of {domain}"
-
-
 def sentence(domain: str, found: Resolution, rules: ReleaseParams) -> str:
     """A `Resolution` in words."""
     if found.rise is None:
