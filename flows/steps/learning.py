@@ -266,7 +266,7 @@ def _try(work: RunContext, attempt: AdaptationState, touched: Sequence[str]) -> 
             _start(work, attempt, name)
         if attempt.deferred:   # some have too few test rows, which is known before any training
             return None
-        result = work.build(promote=not attempt.accepted)
+        result = work.build(touched=touched, accepted=bool(attempt.accepted))
     except PipelineError as error:
         _blame(work, attempt, {f"prepare@{name}": error for name in touched
                                if f"prepare@{name} failed" in str(error)}, error)
@@ -347,7 +347,7 @@ def _overruled(work: RunContext, attempt: AdaptationState, release: Facts) -> Fa
     reason = "; ".join(f"accepted {name}: {why}" for name, why in sorted(attempt.accepted.items()))
     work.one("promote", lambda: releasing.promote(work.workspace, work.config, version, reason,
                                                   instead_of=decision["against"]))
-    return {**release, "champion": version, "waiting": False}
+    return {**release, "champion": version, "waiting": False, "accepted": f"{reason}."}
 
 
 def _blame(work: RunContext, attempt: AdaptationState, errors: dict[str, Any], otherwise: Exception) -> None:

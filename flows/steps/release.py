@@ -19,7 +19,7 @@ from moa.core.errors import PipelineError, RegistryError, UsageError
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.subprocesses import moa_json
-from moa.evaluation import comparison, gate
+from moa.evaluation import comparison, gate, power
 from moa.evaluation.evaluate import read_rows
 from moa.release.champion_history import Entry, previous_champion
 from moa.release.registry import CURRENT_CHAMPION, ExpertVersion, MixtureVersion, Registry
@@ -303,6 +303,14 @@ def _routed_losses(release: Path) -> dict[tuple[str, str], float]:
 def _causes(compared: Mapping[str, Any]) -> dict[str, str]:
     parts = compared.get("parts")
     return comparison.attribute_regressions(compared["rows"], parts["incumbent"], parts["challenger"]) if parts else {}
+
+
+def lacking_rows(workspace: Workspace, config: Config, decision: Mapping[str, Any]) -> dict[str, int]:
+    """By domain that the gate cannot judge yet, about how many more rows of data it takes, from its prepared corpus."""
+    return {domain: power.rows_for(groups, read_json(path), config.prepare.test)
+            for domain, verdict in (decision.get("domains") or {}).items()
+            if verdict["verdict"] == "not enough data" and (groups := verdict.get("more_groups"))
+            and (path := workspace.corpus(domain) / MANIFEST).is_file()}
 
 
 def _question(workspace: Workspace, config: Config, challenger: MixtureVersion,

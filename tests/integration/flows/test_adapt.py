@@ -71,7 +71,7 @@ def drop(workspace: Workspace, domain: str, rows: Sequence[dict[str, str]], name
 
 
 def rows(domain: str, numbers: Sequence[int]) -> list[dict[str, str]]:
-    return [tiny.row(domain, number) for number in numbers]
+    return [tiny.telling_row(domain, number) for number in numbers]
 
 
 def champion(workspace: Workspace) -> int:
@@ -99,8 +99,9 @@ def fresh(workspace: Workspace) -> bool:
 def made(root: Path) -> Workspace:
     """A workspace of two domains with a champion."""
     workspace = tiny.workspace(root, ("alpha", "beta"), rows=ROWS, **PARAMS)
-    (workspace.raw("alpha") / "rows.jsonl").write_text("".join(
-        json.dumps(row) + "\n" for row in rows("alpha", range(FEW))), encoding="utf-8")
+    for name, count in (("alpha", FEW), ("beta", ROWS)):
+        (workspace.raw(name) / "rows.jsonl").write_text("".join(
+            json.dumps(row) + "\n" for row in rows(name, range(count))), encoding="utf-8")
     subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True, env=environment())
     (root / ".gitignore").write_text(".moa/\n*.tmp\n")

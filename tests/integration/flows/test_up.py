@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
 def drop(workspace: Workspace, domain: str) -> Path:
     path = workspace.incoming / domain / "rows.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(tiny.row(domain, number)) + "\n" for number in range(ROWS)))
+    path.write_text("".join(json.dumps(tiny.telling_row(domain, number)) + "\n" for number in range(ROWS)))
     return path
 
 
@@ -107,7 +107,7 @@ def test_an_event_from_another_process_starts_a_run(running: tuple[Workspace, "s
 def test_rows_that_are_ingested_meanwhile(running: tuple[Workspace, "subprocess.Popen[str]"], tmp_path: Path) -> None:
     workspace, process = running
     rows = tmp_path / "beta.jsonl"
-    rows.write_text("".join(json.dumps(tiny.row("beta", number)) + "\n" for number in range(ROWS)))
+    rows.write_text("".join(json.dumps(tiny.telling_row("beta", number)) + "\n" for number in range(ROWS)))
     said = subprocess.run([sys.executable, "-m", "moa", "ingest", "beta", str(rows)], cwd=workspace.root, check=True,
                           env=environment(), capture_output=True, text=True).stdout
     assert "`moa up` runs here and will learn it." in said
