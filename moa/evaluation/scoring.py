@@ -18,6 +18,7 @@ from moa.evaluation import metrics
 
 Content = Sequence[tuple[str, Row]]   # (domain, test row)
 Pair = tuple[int, str]                # (index of a row, label of the expert that answers it, or "base")
+MOST_STEPS = 200   # rows that are looked at for another question: with thousands of rows, all pairs would take long
 SPARE_TOKENS = 8   # an answer may be this much longer than the longest one in the corpus
 
 
@@ -36,8 +37,9 @@ def pinned_rows(workspace: Workspace, config: Config, domains: Iterable[str],
 def with_other_questions(content: Content) -> dict[int, list[Message]]:
     """Conversations of the rows with the last user message, the question, of another row; the answer stays.
 
-    The other row is the next one of the domain, around its end, that belongs to another group and has another question,
-    and another answer too if there is one: rows with equal answers would tell nothing of whether questions help.
+    The other row is the next one of the domain, around its end, that belongs to another group and has another question.
+    One with another answer is preferred, since rows with equal answers would not tell whether questions help, and then
+    one whose question was not used before, so that the pairs depend less on each other.
 
     Returns:
         By index into `content`; rows without a question, and rows for which there is no other row, are left out.
@@ -48,16 +50,18 @@ def with_other_questions(content: Content) -> dict[int, list[Message]]:
             by_domain[domain].append(index)
     exchanged: dict[int, list[Message]] = {}
     for places in by_domain.values():
+        used: set[int] = set()
         for place, index in enumerate(places):
             row = content[index][1]
-            others = [content[each][1] for each in (*places[place + 1:], *places[:place])]
-            others = [each for each in others if (each.group or each.id) != (row.group or row.id)
-                      and each.question != row.question]
-            other = next((each for each in others if each.reference != row.reference), next(iter(others), None))
-            if other is not None:
+            near = (places[(place + step) % len(places)] for step in range(1, min(len(places), MOST_STEPS)))
+            others = [each for each in near if (content[each][1].group or content[each][1].id) != (row.group or row.id)
+                      and content[each][1].question != row.question]
+            if others:   # `min` takes the nearest of the best
+                other = min(others, key=lambda each: (content[each][1].reference == row.reference, each in used))
+                used.add(other)
                 messages = [dict(message) for message in row.messages]
                 asked = max(turn for turn, message in enumerate(messages) if message["role"] == "user")
-                messages[asked]["content"] = other.question
+                messages[asked]["content"] = content[other][1].question
                 exchanged[index] = messages
     return exchanged
 
