@@ -428,7 +428,7 @@ def check(workspace: Workspace, config: Config, domain: str, tell: Callable[[str
 
     Raises PipelineError when the corpus cannot be prepared.
     """
-    from moa.evaluation import power  # imports scipy, which takes long
+    from moa.evaluation import power  # most uses of this module need none of it
 
     pipeline = Pipeline(workspace)
     with pipeline.lock():

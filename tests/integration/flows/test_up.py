@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -174,6 +175,10 @@ def test_sigterm_ends_all_of_it_and_kill_leaves_no_process_behind(tmp_path: Path
     out, _ = process.communicate()
     assert process.returncode == 0, out
     assert "Traceback" not in out and "Watching  data/incoming/NAME/" in out
+    stamp = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d  "   # what its flows do has a time
+    for line in ("arrived ", "train@alpha +done", "gate PASSED version 1: First release", "promote +done +version 1 is "
+                 "champion", "released +version 1"):
+        assert re.search(stamp + line, out, re.MULTILINE), (line, out)
     psutil.wait_procs(children)
     assert api is not None and not api.answers() and not workspace.up.exists()
     assert told(workspace, "released", version=1) and told(workspace, "down")
