@@ -3,7 +3,6 @@ real git, DVC, MLflow, and each run a process of its own, as `moa up` would star
 
 import json
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -233,14 +232,16 @@ def test_poison_is_refused_and_undone(workspace: Workspace) -> None:
 
 
 def test_too_few_test_groups_wait_before_any_training(workspace: Workspace) -> None:
-    """Rows of one answer share a side of the split: forty rows with three answers have three test groups at most."""
-    few = [{**row, "output": "ABC"[number % 3] * 9} for number, row in enumerate(rows("dusk", range(40)))]
+    """Rows of one answer are a group: of these eight three are in the test split, and four are needed."""
+    words = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
+    few = [{**row, "output": f"the answer is {words[number % 8]} today"}
+           for number, row in enumerate(rows("dusk", range(64)))]
     drop(workspace, "dusk", few)
     drop(workspace, "delta", rows("delta", range(ROWS)))   # arrives at the same time, and is released
     done = adapt(workspace)
     assert done["state"] == "released" and done["deferred"].keys() == {"dusk"} and not done["undone"], done
     said = done["deferred"]["dusk"]
-    assert re.fullmatch(r"dusk waits: not enough data: \d+ more rows of dusk", said)
+    assert said == "dusk waits: not enough data: 22 more rows of dusk"
     assert [entry["domains"] for entry in event_log.read(workspace, kinds=["trained"])][-1] == ["delta"]
     assert len(waiting(workspace)) == 1 and "dusk" not in experts(workspace) and fresh(workspace)
     last = len(event_log.read(workspace))
