@@ -324,7 +324,8 @@ def _new_domain(scores: Sequence[Score], verdict: DomainVerdict, terms: _Terms) 
     if reasons:
         if verdict.verdict == "fail":
             reasons.append(verdict.reason)
-        return replace(verdict, verdict="fail", reason=", and ".join(reasons), brief=reasons[0], improved=False)
+        return replace(verdict, verdict="fail", reason=", and ".join(reasons), brief=reasons[0], improved=False,
+                       more_groups=0)
     if verdict.verdict == "pass" and not verdict.improved:
         return replace(verdict, verdict="no better", brief="is no better than what answers today",
                        reason=f"no better than what answers today: {verdict.reason}")
