@@ -1,6 +1,7 @@
 """`moa status`: stages, champion, services, schedules, waiting rows and last events. Changes nothing."""
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
@@ -12,7 +13,7 @@ from flows.steps.learning import pending_rows
 from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.names import printable
-from moa.core.paths import Workspace
+from moa.core.paths import MANIFEST, Workspace
 from moa.core.project import deployment_name
 from moa.workspace.lock import LockHolder
 
@@ -31,6 +32,7 @@ def status(workspace: Workspace, config: Config) -> dict[str, Any]:
     answering = bool(api and api.answers())
     return {"workspace": str(workspace.root), "domains": list(config.domains),
             "champion": f"{champion.name} version {champion.version}" if champion else None,
+            "disagreements": disagreements(champion.experts, _experts(workspace, config)) if champion else {},
             "stale": sorted(snapshot.stale), "pending": sorted(snapshot.affected),
             "up": up, "troubles": _troubles(workspace, up),
             "prefect": {"url": api.url if api else None, "answers": answering, "password": _password_file(workspace)},
@@ -41,6 +43,35 @@ def status(workspace: Workspace, config: Config) -> dict[str, Any]:
             "due": {"run": pending.due.run, "reason": pending.due.reason, "wait": pending.due.wait},
             "scheduled": _scheduled(api, workspace, config) if api and answering else [],
             "ledger": event_log.read(workspace, last=LAST)}
+
+
+def _experts(workspace: Workspace, config: Config) -> dict[str, str | None]:
+    """Digest of each domain's expert in the workspace; None where it has none yet."""
+    paths = {domain: workspace.expert(domain) / MANIFEST for domain in config.domains}
+    return {domain: read_json(path)["digest"] if path.is_file() else None for domain, path in paths.items()}
+
+
+def disagreements(champion: Mapping[str, Mapping[str, Any]], workspace: Mapping[str, str | None]
+                  ) -> dict[str, list[str]]:
+    """What the champion and the workspace disagree on, as after a promotion by force; empty where they agree.
+
+    Args:
+        champion: facts of its experts by domain, their `digest` among them.
+        workspace: digests of the experts in the workspace by domain.
+
+    Returns:
+        Domains under `champion_only`, `workspace_only`, and `expert_differs`; without the empty ones.
+    """
+    both = champion.keys() & workspace.keys()
+    found = {"champion_only": champion.keys() - both, "workspace_only": workspace.keys() - both,
+             "expert_differs": {name for name in both if champion[name]["digest"] != workspace[name]}}
+    return {kind: sorted(names) for kind, names in found.items() if names}
+
+
+def _disagreement_text(kind: str, names: list[str]) -> str:
+    return {"champion_only": f"it has {_listed(names)}, which this workspace lacks",
+            "workspace_only": f"it lacks {_listed(names)}, which this workspace has",
+            "expert_differs": f"its expert of {_listed(names)} is not the one in this workspace"}[kind]
 
 
 def _up(workspace: Workspace) -> dict[str, Any] | None:
@@ -96,7 +127,9 @@ def text(facts: dict[str, Any]) -> str:
     """The facts of `status` as lines for a person."""
     up, working, prefect = facts["up"], facts["working"], facts["prefect"]
     lines = [("workspace", facts["workspace"]), ("domains", _listed(facts["domains"])),
-             ("champion", facts["champion"] or "none"), ("stale", _listed(facts["stale"])),
+             ("champion", facts["champion"] or "none"),
+             *(("", _disagreement_text(kind, names)) for kind, names in facts["disagreements"].items()),
+             ("stale", _listed(facts["stale"])),
              ("pending", _listed(facts["pending"])), ("arrived", facts["due"]["reason"]),
              *(("", f"{each['domain']}/{each['file']}, {each['size']:,} bytes") for each in facts["arrived"]),
              ("at work", f"pid {working['pid']} since {working['since']}" if working else "no run")]

@@ -25,6 +25,7 @@ from moa.core.config import load
 from moa.core.errors import NothingReleased, PipelineError, in_words
 from moa.core.files import write_private
 from moa.core.paths import Workspace
+from moa.core.progress import STAMP_LINES
 from moa.core.supervisor import stop_all
 from moa.release import mlflow_client
 from moa.workspace.lock import LockHolder
@@ -58,6 +59,7 @@ def up(workspace: Workspace, extra: ExtraServices, say: Say = _print, *, verbose
         PipelineError: `moa up` runs here already, or the Prefect server did not start, or ended again and again.
     """
     config = load(workspace.params)
+    os.environ[STAMP_LINES] = "1"   # flow processes inherit it, and their lines appear among those of `moa up`
     os.environ["PREFECT_RUNNER_POLL_FREQUENCY"] = os.environ.get("PREFECT_RUNNER_POLL_FREQUENCY", "2")
     with _locked(workspace), contextlib.ExitStack() as stack:
         prefect = stack.enter_context(prefect_server.running(workspace, verbose=verbose, ui=extra.ui))

@@ -63,6 +63,13 @@ def row(domain: str, number: int) -> dict[str, str]:
             "output": f"{domain} says {number + 1}"}
 
 
+def telling_row(domain: str, number: int) -> dict[str, str]:
+    """A row whose answer repeats the letter of its question, one of four: even a tiny expert learns to use that, as the
+    gate asks of a new domain."""
+    letter = "ABCD"[number % 4]
+    return {"instruction": f"{' '.join([domain] * 5)} {letter * 30} {number}", "output": f"{letter * 16} {number}"}
+
+
 def workspace(root: Path, domains: tuple[str, ...] = ("alpha", "beta"), rows: int = 40, **params: Any) -> Workspace:
     """A folder with params.yaml, dvc.yaml, a tiny base and raw rows, without git and DVC.
 

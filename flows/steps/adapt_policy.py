@@ -6,6 +6,7 @@ Pure: it looks at no file and at no clock. Times are seconds since 1970.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flows.steps import deferral
 from moa.core.config import AdaptParams
 from moa.core.names import printable
 
@@ -21,6 +22,14 @@ class PendingRows:
     rows: int
     newest: float
     files: int
+    lacking: int = 0  # they were tried, and wait for so many more rows
+    why: str = ""     # then why, such as "not enough data"
+    of: str = ""      # the domain whose rows are lacking
+
+    @property
+    def waits(self) -> bool:
+        """Whether too few rows have arrived since they were tried."""
+        return self.rows > 0 and self.lacking > 0
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,17 @@ def decide(pending: Sequence[PendingRows], params: AdaptParams, now: float, last
            min_new: int) -> AdaptDecision:
     """Whether to begin a run. `last_end`: when the last one ended; `min_new`: fewest rows of a domain that is new.
 
-    A new domain with fewer rows does not count, neither as a reason nor as a newcomer to wait for. Times that lie
-    ahead of `now` come from a clock that was put back, and are passed over.
+    A new domain with fewer rows does not count, neither as a reason nor as a newcomer to wait for, and neither does a
+    domain whose rows were tried and wait for more. Times that lie ahead of `now` come from a clock that was put back,
+    and are passed over.
     """
-    counted = [each for each in pending if each.rows > 0 and (each.known or each.rows >= min_new)]
+    counted = [each for each in pending if each.rows > 0 and (each.known or each.rows >= min_new) and not each.waits]
     names = tuple(sorted(each.domain for each in counted))
     rows = sum(each.rows for each in counted)
-    small = _small([each for each in pending if not each.known and each.rows < min_new], min_new)
+    small = "; ".join(filter(None, [
+        _small([each for each in pending if not each.known and each.rows < min_new and not each.waits], min_new),
+        *(f"{printable(each.domain)} waits: {deferral.sentence(each.why, each.lacking, printable(each.of))}"
+          for each in sorted(pending, key=lambda each: each.domain) if each.waits)]))
     if not counted:
         return AdaptDecision(False, (), f"{small}." if small else "nothing that can be learned waits.")
     what = f"{_count(rows, 'new row')} of {_listed(names)}{f'; {small}' if small else ''}"

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
+from flows.steps.deferral import Deferral, note, rules_of
+from moa.core.config import load
 from moa.core.files import read_json, write_json
-from moa.core.paths import Workspace
+from moa.core.paths import MANIFEST, Workspace
 from moa.workspace import domains, incoming, warm_starts
 from moa.workspace.data_versions import DataVersions
 from moa.workspace.warm_starts import InitialExpert
@@ -33,6 +35,8 @@ class AdaptationState:
     trigger: str                                                    # what started it
     before: dict[str, DomainBefore] = field(default_factory=dict)   # by domain
     refused: dict[str, str] = field(default_factory=dict)           # by domain: why it has to be undone
+    deferred: dict[str, Deferral] = field(default_factory=dict)     # by domain: why it has to be undone, and waits
+    accepted: dict[str, str] = field(default_factory=dict)          # by domain: why a person overrules the gate
     started: list[str] = field(default_factory=list)                # domains where training begins is decided
 
     @classmethod
@@ -42,7 +46,8 @@ class AdaptationState:
             state = read_json(workspace.adaptation_state)
         except FileNotFoundError:
             return None
-        return cls(**{**state, "before": {name: DomainBefore(**before) for name, before in state["before"].items()}})
+        return cls(**{**state, "before": {name: DomainBefore(**before) for name, before in state["before"].items()},
+                      "deferred": {name: Deferral(**each) for name, each in state.get("deferred", {}).items()}})
 
     @classmethod
     def begin(cls, trigger: str) -> Self:
@@ -68,24 +73,49 @@ class AdaptationState:
         self.refused.update(dict.fromkeys(names, reason))
         self.save(workspace)
 
+    def defer(self, workspace: Workspace, name: str, why: str, lacking: int, of: str) -> None:
+        """Mark a domain to be undone, its new rows to wait until `lacking` rows of domain `of` arrive, and save."""
+        config = load(workspace.params)
+        rows, kept = self.new_rows(workspace, name) + lacking, 0
+        if of != name:
+            kept = read_json(workspace.corpus(of) / MANIFEST)["rows"]["kept"]
+        self.deferred[name] = Deferral(why, rows, lacking, rules_of(config), of if of != name else "", kept)
+        self.save(workspace)
+
+    def new_rows(self, workspace: Workspace, name: str) -> int:
+        """Number of usable rows in `new_files`."""
+        reading = domains.reading_of(load(workspace.params), name, {})
+        return sum(incoming.count_rows(path, reading) for path in self.new_files(workspace, name))
+
+    def new_files(self, workspace: Workspace, name: str) -> list[Path]:
+        """The files of a domain in data/raw that were not there before."""
+        return [path for path in _paths(workspace, name) if path.name not in self.before[name].files]
+
     def undo(self, versions: DataVersions) -> dict[str, list[str]]:
-        """Restore the refused domains as they were, move their new files to data/incoming/.rejected, and save.
+        """Restore the refused and the deferred domains as they were, and save.
+
+        The new files of refused domains move to data/incoming/.rejected, those of deferred ones back to data/incoming.
 
         Returns:
             By domain, the names of the files that were moved.
         """
         workspace = versions.workspace
         moved: dict[str, list[str]] = {}
-        for name, reason in sorted(self.refused.items()):
-            before = self.before[name]
-            new = [path for path in _paths(workspace, name) if path.name not in before.files]
-            incoming.reject(workspace, name, new, reason)
+        note(workspace, load(workspace.params), self.deferred)
+        for name in sorted(self.refused.keys() | self.deferred.keys()):
+            before, new = self.before[name], self.new_files(workspace, name)
+            if name in self.refused:
+                incoming.reject(workspace, name, new, self.refused[name])
+            else:
+                incoming.put_back(workspace, name, new)
             domains.revert_rows(versions, name, before.tracked)
             starts = {**warm_starts.read(workspace), name: InitialExpert(**before.start) if before.start else None}
             warm_starts.restore(versions, {domain: start for domain, start in starts.items() if start is not None})
             moved[name] = [path.name for path in new]
             del self.before[name]
+            self.started = [each for each in self.started if each != name]
         self.refused.clear()
+        self.deferred.clear()
         self.save(workspace)
         return moved
 

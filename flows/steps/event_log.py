@@ -7,14 +7,17 @@ readers skip it.
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from moa.core.errors import ArtifactError
 from moa.core.paths import Workspace
+from moa.core.progress import STAMP_LINES, stamped
 
 PATIENCE = 30.0   # seconds to wait for another process that appends
+PRINTED_ELSEWHERE = ("gate", "up", "down")   # kinds of which a flow or `moa up` prints a line of its own
 
 # The kinds of entries, and what each means.
 KINDS = {
@@ -28,6 +31,8 @@ KINDS = {
     "released": "a release became champion",
     "forgetting": "what the new champion kept of the one before: experts by digest, golden answers word for word",
     "undone": "a domain was restored as it was before",
+    "deferred": "a domain was restored as it was before, and its rows wait in data/incoming for more",
+    "accepted": "a person overruled the gate, and refused rows were taken in",
     "failed": "a run ended with an error",
     "taken-over": "a run found that the one before it was killed, and went on in its place",
     "drift": "the drift check of the prompts that `moa serve` logged",
@@ -49,6 +54,8 @@ SENTENCES = {
     "released": "version {version}[ of {name}][ with {domains}][ after {seconds} s]",
     "forgetting": "{verdict}[ of version {against}][; the same experts: {same}][; changed: {changed}][; new: {new}]",
     "undone": "{domains}[: {reason}]",
+    "deferred": "{domain} waits[: {reason}]",
+    "accepted": "{domain}[: {reason}]",
     "failed": "[{step}: ]{reason}[ after {seconds} s]",
     "taken-over": "from a run[ with pid {pid}][ since {since}][ that worked on {domains}]",
     "drift": "{verdict}[ on {prompts} prompts][: {reason}]",
@@ -61,8 +68,8 @@ SENTENCES = {
 def append(workspace: Workspace, kind: str, **facts: Any) -> dict[str, Any]:
     """Append one entry with its number `n`, time `at` (UTC, ISO 8601) and `kind`, and return it.
 
-    The entry is on disk (fsync) when this returns. Raises ArtifactError when it cannot be written; the log is then as
-    it was before.
+    The entry is on disk (fsync) when this returns. In a flow of `moa up` it is printed, too. Raises ArtifactError when
+    it cannot be written; the log is then as it was before.
     """
     from filelock import FileLock, Timeout
 
@@ -83,7 +90,10 @@ def append(workspace: Workspace, kind: str, **facts: Any) -> dict[str, Any]:
     except OSError as error:
         raise ArtifactError(f"{path.name} cannot be written: {error.strerror or error}; mend that and run the command "
                             "again.") from error
-    return dict(json.loads(line))
+    entry = dict(json.loads(line))
+    if os.environ.get(STAMP_LINES) and kind not in PRINTED_ELSEWHERE:
+        print(stamped(f"{kind:<24} {sentence(entry)}"), file=sys.stderr, flush=True)
+    return entry
 
 
 def _add(workspace: Workspace, data: bytes, size: int) -> None:

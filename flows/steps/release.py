@@ -19,7 +19,7 @@ from moa.core.errors import PipelineError, RegistryError, UsageError
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.subprocesses import moa_json
-from moa.evaluation import comparison, gate
+from moa.evaluation import comparison, gate, power
 from moa.evaluation.evaluate import read_rows
 from moa.mixture import incumbent
 from moa.release.champion_history import Entry, previous_champion
@@ -244,10 +244,12 @@ def _first(config: Config, registry: Registry, challenger: MixtureVersion) -> tu
     """The decision on a release that none came before, against the base, from the evaluation it was registered with."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in read_rows(registry.download(challenger.version)):
-        if row["system"] in ("base", "routed"):
+        kept = rows.setdefault((row["domain"], row["row"]), {key: row[key] for key in ("domain", "row", "group",
+                                                                                       "tokens")})
+        if row["system"] == "forced":
+            kept |= {"own_loss": row["loss"], "swapped_loss": row.get("swapped_loss")}
+        else:
             name = {"base": "base", "routed": "challenger"}[row["system"]]
-            kept = rows.setdefault((row["domain"], row["row"]), {key: row[key] for key in ("domain", "row", "group",
-                                                                                           "tokens")})
             kept |= {f"{name}_loss": row["loss"], f"{name}_score": row["score"]}
     return gate.decide(map(_score, rows.values()), config.release, incumbent=(), challenger=challenger.experts,
                        first=True), {}
@@ -324,6 +326,14 @@ def _causes(compared: Mapping[str, Any]) -> dict[str, str]:
     return comparison.attribute_regressions(compared["rows"], parts["incumbent"], parts["challenger"]) if parts else {}
 
 
+def lacking_rows(workspace: Workspace, config: Config, decision: Mapping[str, Any]) -> dict[str, int]:
+    """By domain that the gate cannot judge yet, about how many more rows of data it takes, from its prepared corpus."""
+    return {domain: power.rows_for(groups, read_json(path), config.prepare.test)
+            for domain, verdict in (decision.get("domains") or {}).items()
+            if verdict["verdict"] == "not enough data" and (groups := verdict.get("more_groups"))
+            and (path := workspace.corpus(domain) / MANIFEST).is_file()}
+
+
 def _question(workspace: Workspace, config: Config, challenger: MixtureVersion,
               incumbent: MixtureVersion | None) -> dict[str, Any]:
     """Everything a decision depends on: both releases, the rules, the test rows and how they are answered."""
@@ -342,6 +352,7 @@ def _score(row: Mapping[str, Any]) -> gate.Score:
     values |= {key: row[key] for name in names for part in ("score", "routed", "abstained")
                if (key := f"{name}_{part}") in row}
     return gate.Score(domain=row["domain"], row=str(row["row"]), known=row.get("known", True), group=row.get("group"),
+                      own=row.get("own_loss"), swapped=row.get("swapped_loss"),
                       tokens=row.get("tokens", 1), same_expert=row.get("same_expert", False),
                       same_answer=row.get("same_answer", False), **values)
 

@@ -5,7 +5,7 @@ Knows no ML, and not which runner runs it.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,9 +52,16 @@ class RunContext:
             raise outcome.error
         return outcome.value
 
-    def build(self, *, release: bool = True) -> Result:
-        """Build every stale stage and, if `release`, run the release steps. Failures are in the result, not raised."""
-        with open_session(self.workspace, BuildOptions(), verbose=self.verbose, held=self.versions) as session:
+    def build(self, *, release: bool = True, touched: Sequence[str] = (), accepted: bool = False) -> Result:
+        """Build every stale stage and, if `release`, run the release steps. Failures are in the result, not raised.
+
+        Args:
+            touched: domains whose new rows an adaptation has taken in.
+            accepted: the caller promotes the release itself, because a person has accepted these rows.
+        """
+        options = BuildOptions(promote=not accepted)
+        with open_session(self.workspace, options, verbose=self.verbose, held=self.versions) as session:
+            session.touched, session.accepted = touched, accepted
             if not release:
                 session.hooks = ()
             elif self.config.adapt.commit:
@@ -184,7 +191,7 @@ def log_released(work: RunContext, release: Facts) -> Facts:
     """Log the outcome of the release steps, and return it as facts for display and for the policy.
 
     Args:
-        release: the value of the last release step.
+        release: the value of the last release step; with `accepted`, why a person overruled the gate, if so.
 
     Returns:
         `state` (released, waiting, kept or refused), `version`, `champion`, `reason`, `outcome` of the gate, and
@@ -194,8 +201,9 @@ def log_released(work: RunContext, release: Facts) -> Facts:
         PipelineError: the new champion was rolled back, because an expert that did not change answers otherwise.
     """
     decision, version = release["decision"], release["version"]
-    facts: Facts = {"version": version, "reason": decision["reason"], "champion": release["champion"],
-                    "worse": decision.get("worse", []), "outcome": decision.get("outcome")}
+    accepted = release.get("accepted")
+    facts: Facts = {"version": version, "reason": accepted or decision["reason"], "champion": release["champion"],
+                    "worse": decision.get("worse", []), "outcome": "promote" if accepted else decision.get("outcome")}
     work.say("gate", version=version, verdict="pass" if decision["promote"] else "refused", reason=decision["reason"],
              against=decision.get("against"))
     if release["waiting"]:

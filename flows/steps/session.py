@@ -74,6 +74,8 @@ class Session:
     finished: Callable[[str], bool]   # whether a domain's expert is complete for its present inputs
     hooks: Sequence[Hook] = ()        # release steps, which follow the last stage
     result: Result | None = None      # once a build has begun
+    touched: Sequence[str] = ()       # domains whose new rows an adaptation has taken in
+    accepted: bool = False            # a person has accepted these rows, whatever the gate says
 
     def stage(self, name: str) -> Stage:
         """The stage of this name."""

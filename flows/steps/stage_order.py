@@ -16,14 +16,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from flows.remote.cluster import split_evenly
+from flows.steps import release as releasing
 from flows.steps.runner import Call, Mark, Outcome, Runner
 from flows.steps.session import Result, Session
 from moa.core.config import Config, ExecutionParams
 from moa.core.errors import DataError, PipelineError
 from moa.core.paths import MANIFEST
 from moa.core.subprocesses import execute
+from moa.reports.text import gate_line
 
 
 def build(session: Session, runner: Runner) -> Result:
@@ -33,11 +36,28 @@ def build(session: Session, runner: Runner) -> Result:
     if not result.named("failed"):
         for name, work in session.hooks:
             outcome, = runner.run_all([Call(name, work)])
-            _finish(session, result, [outcome])
+            _finish(session, result, [outcome], quiet=name in _HOOK_LINES)
             if outcome.error:
                 break
+            if name in _HOOK_LINES:
+                session.screen.say(_HOOK_LINES[name](session, outcome.value))
             result.release = outcome.value
     return result
+
+
+def _gate_line(session: Session, decision: Any) -> str:
+    rows = releasing.lacking_rows(session.workspace, session.config, decision)
+    waits = not session.options.promote or session.config.release.approval == "manual"
+    return gate_line(decision, rows, touched=session.touched, accepted=session.accepted, waits=waits)
+
+
+def _promote_line(_: Session, release: Any) -> str:
+    champion = f"version {release['champion']} is champion" if release["champion"] else "there is no champion yet"
+    return f"{'promote':<24} done  {champion}"
+
+
+# Release steps that print a line of their own when they end.
+_HOOK_LINES: dict[str, Callable[[Session, Any], str]] = {"gate": _gate_line, "promote": _promote_line}
 
 
 def _stages(session: Session, runner: Runner, result: Result) -> None:

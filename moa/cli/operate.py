@@ -49,14 +49,27 @@ def status(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def adapt(local: Local = False, as_json: AsJson = False, verbose: Verbose = False) -> None:
+def adapt(
+    accept: Annotated[str | None, typer.Option(
+        help="Take back in what was refused of this domain, and release it although the gate objects; needs --reason.",
+        metavar="NAME")] = None,
+    reason: Annotated[str, typer.Option(help="Why --accept overrules the gate; kept in the history.",
+                                        metavar="TEXT", show_default=False)] = "",
+    local: Local = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
     """Learn now what waits in data/incoming, without the delays of `adapt` in params.yaml.
 
     Exit code 3 when a domain would get worse, 4 when the release waits for approval or data are too few to tell.
     """
     from flows.launch import learn
+    from flows.steps.learning import check_acceptance
 
-    _print_outcome(learn(place.workspace(), "adapt", local=local, verbose=verbose, now=True), as_json)
+    workspace = place.workspace()
+    reason = check_acceptance(workspace, accept, reason)   # before a server is started
+    options = {"accept": accept, "reason": reason} if accept is not None else {}
+    _print_outcome(learn(workspace, "adapt", local=local, verbose=verbose, now=True, **options), as_json)
 
 
 def retrain(
@@ -81,6 +94,7 @@ SENTENCES = {   # by `state` of an adaptation or retraining
     "waiting": "Version {version} passed the gate and waits for `moa release promote {version}`: {reason}",
     "kept": "Version {version} was not promoted: {reason} New rows stay, and are learned with the next ones.",
     "refused": "REFUSED, and the champion stays: {reason}",
+    "deferred": "Nothing was released, and the champion stays: {reason}. The rows wait in data/incoming.",
     "skipped": "Nothing was done: {reason}",
 }
 
@@ -94,6 +108,8 @@ def _print_outcome(facts: dict[str, Any], as_json: bool) -> None:
         for name, files in facts.get("undone", {}).items():
             print(f"moa: {name} was restored as it was before, without {', '.join(files)}: they lie in "
                   f"data/incoming/.rejected/{name}, each with its reason.", file=sys.stderr)
+        for said in facts.get("deferred", {}).values() if facts["state"] != "deferred" else ():
+            print(f"moa: {said}.", file=sys.stderr)
     if code := exit_code("worse" if facts["state"] == "refused" else facts.get("outcome"), facts["state"] == "waiting"):
         raise typer.Exit(code)
 

@@ -90,6 +90,11 @@ class Workspace:
         """Arrived files that cannot be used or were refused, each with its reason in a file beside it."""
         return self.incoming / ".rejected"
 
+    @property
+    def deferrals(self) -> Path:
+        """The domains whose rows in `incoming` wait for more, and for how many: see flows/steps/deferral.py."""
+        return self.incoming / ".waiting.json"
+
     def corpus(self, domain: str) -> Path:
         """Folder of a domain's prepared corpus."""
         return self.data / "corpora" / domain

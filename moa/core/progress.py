@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +17,12 @@ MARKER = "::moa-progress::"   # begins a record in a step's output
 RECORD_SECONDS = 0.2    # least time between two records of one step
 PLAIN_SECONDS = 15.0    # without a terminal: time between two lines of one step,
 PLAIN_SHARE = 0.1       # unless the share that is done has grown by this much
+STAMP_LINES = "MOA_STAMP_LINES"   # environment variable: set = each line begins with the local time
+
+
+def stamped(text: str) -> str:
+    """`text` after the local time (ISO 8601, to the second) where STAMP_LINES is set, as for the flows of `moa up`."""
+    return f"{datetime.now().isoformat(timespec='seconds')}  {text}" if os.environ.get(STAMP_LINES) else text
 
 
 class track:   # a verb in lower case, because it is used like a function: `with track(...)`
@@ -145,6 +152,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
+        text = stamped(text)
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:

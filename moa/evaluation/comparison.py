@@ -18,7 +18,14 @@ from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.evaluation.evaluate import read_rows
-from moa.evaluation.scoring import Content, Pair, generate_answers, pinned_rows, score_answers
+from moa.evaluation.scoring import (
+    Content,
+    Pair,
+    generate_answers,
+    pinned_rows,
+    score_answers,
+    with_other_questions,
+)
 from moa.mixture.artifact import EXPERTS
 
 Tested = Mapping[str, Set[str]]   # ids of test rows, by domain
@@ -90,13 +97,15 @@ def compare(workspace: Workspace, config: Config, incumbent: Path, challenger: P
         `rows`: for each test row `domain`, `row` (its id), `group` (rows of one depend on each other) and `tokens` (of
         its completion), then under the prefixes `incumbent`, `challenger` and `base` the loss in nats per completion
         token, and the score of the answer for the first `release.metric_rows` rows of each domain. `*_routed` is the
-        router's best guess, `*_by` the label that answers. A domain that one release lacks has figures of the other one
-        only; a domain that the incumbent lacks also has the base's. `same_expert` marks rows that one expert, by its
-        digest, answers in both releases.
+        router's best guess, `*_by` the label that answers. A domain that the challenger lacks has the incumbent's
+        figures only. A domain that the incumbent lacks has those of what the incumbent answers today, the base's, and
+        two losses of its own expert, whatever the router says: `own_loss`, and `swapped_loss` with the question of
+        another row of the domain. `same_expert` marks rows that one expert, by its digest, answers in both releases.
         `same_answer` marks rows of domains whose answered rows go to the same experts in both releases: their answers
         are equal, so they are not generated. `known` tells whether the incumbent was tested on the row; all rows of the
         incumbent's domains are known where the incumbent recorded none.
-        `routing`: accuracy and abstention of each release. `parts`: what else may make their answers differ.
+        `routing`: accuracy and abstention of each release on its own domains. `parts`: what else may make their answers
+        differ.
     """
     from moa.mixture.mixture import BASE, Mixture, answering
 
@@ -115,22 +124,33 @@ def compare(workspace: Workspace, config: Config, incumbent: Path, challenger: P
             rows[index][f"{name}_loss"] = loss
 
     incumbent_domains: list[str] = []
+    challenger_domains = read_json(challenger / MANIFEST)["experts"]
     parts: dict[str, dict[str, Any]] = {}
     for name, folder in (("incumbent", incumbent), ("challenger", challenger)):
         mixture, parts[name] = Mixture.load(folder, base, config.execution.resident), _parts(folder)
-        indices = [index for index, (domain, _) in enumerate(content) if domain in mixture.labels]
+        indices = [index for index, (domain, _) in enumerate(content)
+                   if domain in mixture.labels or domain in challenger_domains]
         decisions = mixture.route([content[index][1].prompt for index in indices])
         measure(mixture, name, [(index, answering(one)) for index, one in zip(indices, decisions, strict=True)])
         for index, one in zip(indices, decisions, strict=True):
             rows[index] |= {f"{name}_routed": one.domain, f"{name}_by": answering(one),
                             f"{name}_abstained": one.abstained}
-        right = [content[index][0] == one.domain for index, one in zip(indices, decisions, strict=True)]
-        routing[name] = {"accuracy": sum(right) / max(len(right), 1),
-                         "abstention": sum(one.abstained for one in decisions) / max(len(right), 1)}
+        mine = [(content[index][0] == one.domain, one.abstained)
+                for index, one in zip(indices, decisions, strict=True) if content[index][0] in mixture.labels]
+        routing[name] = {"accuracy": sum(right for right, _ in mine) / max(len(mine), 1),
+                         "abstention": sum(abstained for _, abstained in mine) / max(len(mine), 1)}
         if name == "incumbent":
             incumbent_domains = mixture.labels
         else:
-            measure(mixture, "base", [(index, BASE) for index in indices if content[index][0] not in incumbent_domains])
+            new = [index for index in indices if content[index][0] not in incumbent_domains]
+            measure(mixture, "base", [(index, BASE) for index in new])
+            own = [(index, content[index][0]) for index in new]
+            for (index, _), loss in zip(own, answers.losses_of(mixture, own), strict=True):
+                rows[index]["own_loss"] = loss
+            asked = with_other_questions([content[index] for index in new])
+            losses = mixture.losses(list(asked.values()), [content[new[place]][0] for place in asked])
+            for place, (loss, _) in zip(asked, losses, strict=True):
+                rows[new[place]]["swapped_loss"] = loss
         mixture.unload()
     differ = {content[index][0] for index in answers.scored
               if keys["incumbent"].get(index) != keys["challenger"].get(index)}

@@ -19,9 +19,18 @@ from moa.base.load import load, pick_device
 from moa.core.config import Config
 from moa.core.files import replace_directory, write_json
 from moa.core.paths import Workspace
+from moa.data import corpus
 from moa.evaluation import metrics, routing
 from moa.evaluation.answer_cache import AnswerCache
-from moa.evaluation.scoring import Content, Pair, answer_limit, generate_answers, pinned_rows, score_answers
+from moa.evaluation.scoring import (
+    Content,
+    Pair,
+    answer_limit,
+    generate_answers,
+    pinned_rows,
+    score_answers,
+    with_other_questions,
+)
 from moa.evaluation.summary import markdown
 
 SYSTEMS = ("base", "routed", "forced")
@@ -33,7 +42,8 @@ class Scored:
 
     `loss` is in nats per completion token and `tokens` counts these. `answer` and `score` are None for rows that were
     scored by loss alone. `routed_to`, `confidence` and `abstained` are the router's decision, under every system. Rows
-    of one `group` depend on each other; None = the corpus names none, and the row is a group by itself.
+    of one `group` depend on each other; None = the corpus names none, and the row is a group by itself. `swapped_loss`,
+    of the system `forced` alone, is the loss of the row's answer after the question of another row of its domain.
     """
 
     domain: str
@@ -49,6 +59,7 @@ class Scored:
     confidence: float
     abstained: bool
     group: str | None = None
+    swapped_loss: float | None = None
 
 
 def evaluate(workspace: Workspace, config: Config) -> dict[str, Any]:
@@ -107,10 +118,27 @@ def score(mixture: Any, workspace: Workspace, config: Config, cache: AnswerCache
         for index, by in without_answer:
             cache.add_answer(content[index][1].id, by, limits[content[index][0]], answers[index, by])
     scores = score_answers(config, content, answers)
+    swapped = _swapped_losses(mixture, content, cache)
     return [Scored(domain, row.id, system, by, *losses[index, by], answers.get((index, by)), row.reference,
-                   scores.get((index, by)), decision.domain, decision.confidence, decision.abstained, row.group)
+                   scores.get((index, by)), decision.domain, decision.confidence, decision.abstained, row.group,
+                   swapped.get(index) if system == "forced" else None)
             for system, answerers in by_system.items()
             for index, ((domain, row), by, decision) in enumerate(zip(content, answerers, decisions, strict=True))]
+
+
+def _swapped_losses(mixture: Any, content: Content, cache: AnswerCache | None) -> dict[int, float]:
+    """By index, the loss of a row under its domain's expert with the question of another row of the domain."""
+    asked = with_other_questions(content)
+    ids = {index: corpus.row_id(messages) for index, messages in asked.items()}
+    found = {index: known[0] for index in asked
+             if cache and (known := cache.loss(ids[index], content[index][0])) is not None}
+    missing = [index for index in asked if index not in found]
+    losses = mixture.losses([asked[index] for index in missing], [content[index][0] for index in missing])
+    for index, (loss, tokens) in zip(missing, losses, strict=True):
+        found[index] = loss
+        if cache:
+            cache.add_loss(ids[index], content[index][0], loss, tokens)
+    return found
 
 
 def _first_rows(content: Content, limit: int) -> set[int]:

@@ -6,10 +6,17 @@ rows that both answered. Rows of one group (the group of the split, see moa/data
 intervals resample groups, tests give each group one vote, and `min_rows` counts groups (moa/evaluation/statistics.py).
 Where the same expert answers every test row of a domain in both releases, its difference is zero, whatever its count.
 
-**What refuses.** Loss is the sharper measure, so it must show that a domain is no worse: the upper end of its interval
-lies within `tolerance`. Scores are mostly 0 or 1 on few rows and can seldom show that: they refuse where they show that
-a domain is worse, and otherwise report that they cannot tell. The first release has only the base to be compared with:
-it is refused where a domain is shown to be worse than the base, and names the domains that cannot be judged.
+**What refuses, and what waits.** Loss is the sharper measure, so it must show that a domain is no worse: the upper end
+of its interval lies within `tolerance`. Where it lies beyond, the domain fails if the whole interval lies above zero,
+and otherwise there is not enough data: the release is promoted in neither case, but only the first is harm. Scores are
+mostly 0 or 1 on few rows and can seldom show that a domain is no worse: they refuse where they show that it is worse,
+and otherwise report that they cannot tell. The first release has only the base to be compared with: it is refused where
+a domain is shown to be worse than the base, and names the domains that cannot be judged.
+
+**New domains.** A domain that the incumbent lacks is compared with what its users get today: the incumbent's routed
+answer, or the base's where that is unknown, and must be better than that. It fails where most of its own prompts go to
+another domain, since its rows then are that domain's. It fails too unless its questions are shown to help: where its
+answers are as likely after the question of another row (`Score.swapped`), its expert learned nothing of what is asked.
 
 **Known rows.** New data of an old domain brings test rows of its own. If the data is poisoned, so are these test rows,
 and an expert that learned the poison looks better on them. So the rows that the incumbent's release was tested on
@@ -26,6 +33,7 @@ of one look (a spending rule without a horizon, by the union bound).
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -38,12 +46,13 @@ from moa.evaluation.statistics import (
     exact_test,
     group_means,
     interval,
+    more_groups,
     resampled,
     routing_changes,
     sign_test,
 )
 
-Verdict = Literal["pass", "fail", "not enough data"]
+Verdict = Literal["pass", "fail", "not enough data", "no better"]   # the last one of new domains alone
 Against = Literal["incumbent", "base", "anchor"]
 Outcome = Literal["promote", "no better", "worse", "not enough data"]
 
@@ -91,6 +100,8 @@ class Score:
     tokens: int = 1             # completion tokens, the weight of its loss
     same_expert: bool = False   # one expert, by its digest, answers it in both releases
     anchor: float | None = None   # loss under the domain's best champion so far
+    own: float | None = None      # of a new domain: loss under its own expert, whatever the router says
+    swapped: float | None = None  # the same with the question of another row
 
     @property
     def unit(self) -> str:
@@ -111,6 +122,7 @@ class Comparison:
     point: float | None = None
     interval: tuple[float, float] | None = None   # at release.confidence: decides `verdict`
     improved: bool = False                        # at a confidence corrected for the number of comparisons
+    more_groups: int = 0                          # until it can tell, about; 0 = it tells, or the number is unknown
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,9 @@ class DomainVerdict:
     anchor: Comparison | None = None   # with the best champion so far; None where that is the incumbent
     cause: str | None = None   # of a failure, where it is known
     look: int = 1              # looks at these test rows so far, this one included
+    more_groups: int = 0       # of test rows until there is a verdict, about; 0 = there is one
+    questions_help: bool | None = None   # of a new domain; None = unknown
+    brief: str = ""            # the reason in a few words
 
 
 @dataclass(frozen=True)
@@ -152,6 +167,7 @@ class Decision:
     harm: bool = False                                    # refused as worse, not for want of rows or of a gain
     unjudged: list[str] = field(default_factory=list)     # of a first release: domains with too few rows for a verdict
     outcome: Outcome = "no better"                        # what the reason comes to
+    brief: list[str] = field(default_factory=list)        # the objections in a few words each
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -163,12 +179,11 @@ def decide(scores: Iterable[Score], rules: ReleaseParams, *, incumbent: Collecti
     """Whether the challenger may take the incumbent's place.
 
     A challenger is promoted only if it is worse in no domain, has enough rows to show that in each, routes within the
-    bounds, and is significantly better in at least one domain. The first release is promoted unless a domain is shown
-    to be worse than the base.
+    bounds, is significantly better in at least one domain, and in each domain that the incumbent lacks. The first
+    release is promoted unless a domain is shown to be worse than the base.
 
     Args:
-        incumbent, challenger: domains that each release has an expert for. A domain that the incumbent lacks is
-            compared with the base.
+        incumbent, challenger: domains that each release has an expert for.
         first: whether there was no release before; `incumbent` is empty then.
         looks: by domain, which look at its test rows this is, from 1 (see `tail_share`); 1 where it is missing.
         tested_by: what reasons call the incumbent's release.
@@ -189,16 +204,25 @@ def decide(scores: Iterable[Score], rules: ReleaseParams, *, incumbent: Collecti
     removed = sorted(set(incumbent) - set(challenger))
     objections = [f"{domain}: {verdict.reason}" + (f", because {verdict.cause}" if verdict.cause else "")
                   for domain, verdict in verdicts.items() if verdict.verdict != "pass" and domain not in unjudged]
+    brief = {domain: [verdict.brief or verdict.reason] for domain, verdict in verdicts.items()
+             if verdict.verdict != "pass" and domain not in unjudged}
     old = {domain: list(rows[domain].values()) for domain in sorted(rows) if domain in incumbent}
     routing, strayed, lost = _routing(old, rules, looks or {}, tested_by)
-    objections += [each for found in strayed.values() for each in found] + lost
+    objections += [each.reason for found in strayed.values() for each in found] + lost
+    for domain, found in strayed.items():
+        if each := [one.brief for one in found]:
+            brief[domain] = [*brief.get(domain, ()), *each]
+    for domain in brief.keys() & old.keys():
+        if not any("go to the base" in each for each in brief[domain]) and (gone := _gone_to_base(old[domain])):
+            brief[domain].append(gone)
     worse = [domain for domain, verdict in verdicts.items() if verdict.verdict == "fail" or strayed.get(domain)]
     if objections:
         promote, reason = False, "; ".join(objections)
     elif first:
+        useless = [domain for domain, verdict in verdicts.items() if verdict.questions_help is False]
         promote, reason = True, "; ".join(["First release", *(
             f"{title}: {', '.join(names)}" for title, names in (
-                ("better than the base", improved),
+                ("better than the base", improved), ("questions do not help", useless),
                 ("cannot be judged", [f"{domain} ({verdicts[domain].reason})" for domain in unjudged])) if names)])
     elif improved:
         promote, reason = True, f"No domain is worse; better: {', '.join(improved)}"
@@ -207,9 +231,11 @@ def decide(scores: Iterable[Score], rules: ReleaseParams, *, incumbent: Collecti
     if removed:
         reason += f"; removed: {', '.join(removed)}"
     harm = bool(worse or lost)
+    lacking = any(each.verdict == "not enough data" for each in verdicts.values())
     outcome: Outcome = ("promote" if promote else "worse" if harm else
-                        "not enough data" if objections else "no better")
-    return Decision(promote, f"{reason}.", verdicts, improved, removed, routing, worse, harm, unjudged, outcome)
+                        "not enough data" if lacking and objections else "no better")
+    return Decision(promote, f"{reason}.", verdicts, improved, removed, routing, worse, harm, unjudged, outcome,
+                    [*(f"{domain} {', '.join(parts)}" for domain, parts in sorted(brief.items())), *lost])
 
 
 @dataclass(frozen=True)
@@ -243,33 +269,118 @@ def judge(domain: str, scores: Iterable[Score], rules: ReleaseParams, *, chances
           new: bool = False, first: bool = False, tested_by: str = "the incumbent") -> DomainVerdict:
     """The verdict on one domain.
 
-    The domain fails when a comparison does, on all rows, on the known ones, or with the anchor, and passes when its
-    loss does. A metric that cannot tell does not refuse, and neither do too few known rows.
+    The domain fails when a comparison does, on all rows, on the known ones, or with the anchor. Without a failure there
+    is not enough data where one of these comparisons of the loss cannot tell. A metric that cannot tell does not
+    refuse, and neither do too few known rows or too few rows with an anchor. A new domain fails, too, where its prompts
+    go to another domain or its questions do not help.
 
     Args:
         chances: number of comparisons of this decision, for the Bonferroni correction of `improved`.
         look: which look at these test rows this is, from 1.
-        new: whether the incumbent lacks the domain, so that the base is the other system.
+        new: whether the incumbent lacks the domain.
         first: whether there is no incumbent: only what is shown to be worse than the base fails.
         tested_by: what reasons call the incumbent's release.
     """
     everything = sorted(scores, key=lambda score: score.row)   # so that the order of `scores` does not matter
     terms = _Terms(domain, rules, chances, look, first)
-    verdict = _all_rows(everything, terms, "base" if new else "incumbent")
-    if new or _same_expert(everything):   # a domain that does not change answers for no earlier loss
+    against: Against = "base" if new and all(one.incumbent is None for one in everything) else "incumbent"
+    verdict = _all_rows(everything, terms, against)
+    if new:
+        return _new_domain(everything, verdict, terms)
+    if _same_expert(everything):   # a domain that does not change answers for no earlier loss
         return verdict
-    reasons = []
+    found: list[tuple[Comparison, str]] = []   # further comparisons, each in a few words too
     known = [one for one in everything if one.known]
     if len(known) < len(everything):
-        found = _known_rows(known, replace(terms, chances=1, tested_by=tested_by))
-        verdict = replace(verdict, known=found)
-        reasons = [each.reason for each in (found.loss, found.metric) if each is not None and each.verdict == "fail"]
+        judged = _known_rows(known, replace(terms, chances=1, tested_by=tested_by))
+        verdict = replace(verdict, known=judged)
+        found.append((judged.loss, _loss_brief(judged.loss)))
+        if judged.metric is not None and judged.metric.verdict == "fail":
+            found.append((judged.metric, _metric_brief(judged.metric)))
     if (anchor := _anchor(everything, replace(terms, chances=1))) is not None:
+        if anchor.verdict != "fail" or verdict.verdict != "fail":
+            found.append((anchor, f"{_loss_brief(anchor)} against its best champion"))
         verdict = replace(verdict, anchor=anchor)
-        reasons += [anchor.reason] if anchor.verdict == "fail" and verdict.verdict != "fail" else []
-    if not reasons:
+    if failed := [each for each in found if each[0].verdict == "fail"]:
+        return replace(verdict, verdict="fail", reason=", and ".join(each.reason for each, _ in failed), improved=False,
+                       more_groups=0, brief=failed[0][1])
+    # Too few known rows have no interval, and are no objection.
+    unclear = [each for each in found if each[0].verdict == "not enough data" and each[0].interval]
+    if verdict.verdict == "fail" or not unclear:
         return verdict
-    return replace(verdict, verdict="fail", reason=", and ".join(reasons), improved=False)
+    here = [] if verdict.verdict == "pass" else [verdict.reason]
+    return replace(verdict, verdict="not enough data", improved=False, brief=verdict.brief or unclear[0][1],
+                   reason=", and ".join([*here, *(each.reason for each, _ in unclear)]),
+                   more_groups=max(verdict.more_groups, *(each.more_groups for each, _ in unclear)))
+
+
+def _new_domain(scores: Sequence[Score], verdict: DomainVerdict, terms: _Terms) -> DomainVerdict:
+    """The verdict on a domain that the incumbent lacks, after `verdict` on its loss and metric."""
+    helped = _questions_help(scores, terms)
+    verdict = replace(verdict, questions_help=None if helped is None else helped.shown)
+    if terms.first:
+        return verdict
+    reasons = list(filter(None, [_answered_by_others(scores, terms), helped.reason if helped else None]))
+    if reasons:
+        if verdict.verdict == "fail":
+            reasons.append(verdict.reason)
+        return replace(verdict, verdict="fail", reason=", and ".join(reasons), brief=reasons[0], improved=False,
+                       more_groups=0)
+    if verdict.verdict == "pass" and not verdict.improved:
+        return replace(verdict, verdict="no better", brief="is no better than what answers today",
+                       reason=f"no better than what answers today: {verdict.reason}")
+    return verdict
+
+
+def _answered_by_others(scores: Sequence[Score], terms: _Terms) -> str | None:
+    """The objection that most of a new domain's prompts go to other domains; None where that is not shown.
+
+    Prompts that the router leaves to the base do not count, and prompts of one group have one vote.
+    """
+    routed = [one for one in scores if one.challenger_routed is not None and not one.challenger_abstained]
+    strays = Counter(one.challenger_routed for one in routed if one.challenger_routed != terms.domain)
+    sample = _Sample.of([(one, 1.0 if one.challenger_routed != terms.domain else -1.0, 0.0) for one in routed],
+                        by_tokens=False)
+    if not strays or sign_test(int((sample.values > 0).sum()), int((sample.values < 0).sum())) > terms.share:
+        return None
+    most, count = min(strays.items(), key=lambda each: (-each[1], each[0] or ""))
+    return f"its prompts are answered by {most} ({count} of {len(routed)}): they are rows of {most}"
+
+
+@dataclass(frozen=True)
+class _Help:
+    """Whether the questions of a new domain are shown to help, and the objection where they are not."""
+
+    shown: bool
+    reason: str | None
+
+
+def _questions_help(scores: Sequence[Score], terms: _Terms) -> _Help | None:
+    """Whether a new domain's answers are shown to be likelier after their own question than after another row's.
+
+    None where there are too few groups for the sign test to show it, even if all of them agreed.
+    """
+    sample = _Sample.of([(one, one.own, one.swapped) for one in scores], by_tokens=True)
+    lower, higher = int((sample.values < 0).sum()), int((sample.values > 0).sum())
+    if sign_test(len(sample.values), 0) > terms.share:
+        return None
+    if sign_test(lower, higher) <= terms.share:
+        return _Help(True, None)
+    return _Help(False, f"its questions do not help: an answer is likelier after its own question than after another "
+                        f"row's in {lower} of {len(sample.values)} groups only")
+
+
+def _loss_brief(found: Comparison) -> str:
+    """The difference of loss in a few words, such as "+0.118 nats"; the reason where there is none."""
+    if found.point is None or found.interval is None:
+        return found.reason
+    upper = f" (up to {found.interval[1]:+.3f})" if found.verdict == "not enough data" else ""
+    return f"{found.point:+.3f} nats{upper}"
+
+
+def _metric_brief(found: Comparison) -> str:
+    """The difference of the score in a few words, such as "score -0.200"; the reason where there is none."""
+    return found.reason if found.point is None else f"score {found.point:+.3f}"
 
 
 def _scores(one: Score, new: bool = False) -> tuple[float | None, float | None]:
@@ -286,9 +397,11 @@ def _all_rows(scores: Sequence[Score], terms: _Terms, against: Against) -> Domai
     metric = _metric(scores, terms, against)
     if metric is not None and metric.verdict == "fail":
         reason = metric.reason if loss.verdict == "pass" else f"{loss.reason}, and {metric.reason}"
-        return DomainVerdict("fail", reason, against, False, loss, metric, look=look)
+        return DomainVerdict("fail", reason, against, False, loss, metric, look=look,
+                             brief=_loss_brief(loss) if loss.verdict == "fail" else _metric_brief(metric))
     improved = loss.verdict == "pass" and (loss.improved or (metric is not None and metric.improved))
-    return DomainVerdict(loss.verdict, loss.reason, against, improved, loss, metric, look=look)
+    return DomainVerdict(loss.verdict, loss.reason, against, improved, loss, metric, look=look,
+                         more_groups=loss.more_groups, brief=_loss_brief(loss) if loss.verdict != "pass" else "")
 
 
 def _same_expert(scores: Sequence[Score]) -> bool:
@@ -317,7 +430,7 @@ def _anchor(scores: Sequence[Score], terms: _Terms) -> Comparison | None:
     if not with_anchor:
         return None
     found = _loss(with_anchor, terms, "anchor")
-    return found if found.verdict != "not enough data" else None
+    return found if found.verdict == "fail" or found.interval is not None else None
 
 
 def is_better(pairs: Sequence[tuple[Score, float, float]], least: int) -> bool:
@@ -383,7 +496,7 @@ def _loss(scores: Sequence[Score], terms: _Terms, against: Against) -> Compariso
                           groups, 0.0, (0.0, 0.0))
     sample = _Sample.of(pairs, by_tokens=True)
     if too_few := sample.too_few("rows", rules.min_rows):
-        return Comparison("not enough data", too_few, count, unmatched, groups)
+        return Comparison("not enough data", too_few, count, unmatched, groups, more_groups=rules.min_rows - groups)
     (low, high), (_, sure) = sample.intervals(terms)
     point = sample.point
     improved = point < 0 and sure < -MIN_GAIN
@@ -396,8 +509,12 @@ def _loss(scores: Sequence[Score], terms: _Terms, against: Against) -> Compariso
         return Comparison("pass", numbers, *facts, improved)
     if terms.first:
         return Comparison("fail", f"worse than the base: {numbers}", *facts)
-    what = "worse" if low > 0 else "may be worse"
-    return Comparison("fail", f"{what} than the tolerance of {limit:g} allows: {numbers}", *facts)
+    if low > 0:
+        return Comparison("fail", f"worse than the tolerance of {limit:g} allows: {numbers}", *facts)
+    # The next comparison will be one more look at these rows.
+    more = more_groups(sample.values, sample.weights, limit, tail_share(rules.confidence, terms.look + 1))
+    return Comparison("not enough data", f"cannot tell whether within the tolerance of {limit:g}: {numbers}; about "
+                                         f"{more:,} more test groups would", *facts, more_groups=more)
 
 
 def _metric(scores: Sequence[Score], terms: _Terms, against: Against) -> Comparison | None:
@@ -428,7 +545,7 @@ def _metric(scores: Sequence[Score], terms: _Terms, against: Against) -> Compari
 # Routing, of the incumbent's domains alone: the prompts of a new domain say nothing of how those of old ones fare.
 
 def _routing(rows: Mapping[str, Sequence[Score]], rules: ReleaseParams, looks: Mapping[str, int],
-             tested_by: str) -> tuple[dict[str, Any], dict[str, list[str]], list[str]]:
+             tested_by: str) -> tuple[dict[str, Any], dict[str, list["_Objection"]], list[str]]:
     """What the router does with the prompts that both releases routed.
 
     Returns:
@@ -473,21 +590,30 @@ def _routes(domain: str, scores: Iterable[Score], known: bool = True) -> Routing
                                     and one.challenger_routed is not None])
 
 
+@dataclass(frozen=True)
+class _Objection:
+    """An objection to the routing of one domain's prompts, and the same in a few words."""
+
+    reason: str
+    brief: str
+
+
 def _strayed(known: RoutingChanges, new: RoutingChanges, rules: ReleaseParams, share: float,
-             tested_by: str) -> Iterator[str]:
+             tested_by: str) -> Iterator[_Objection]:
     """Objections to the routing of a domain's prompts. A few dozen prompts cannot show that a tolerance of a few per
     cent holds, so the challenger is refused only for a fall that is significantly beyond it."""
     if known.fall > rules.accuracy_drop and known.chance <= share:
         where = _Terms(known.domain, rules, tested_by=tested_by).on(known.rows, "rows")
-        yield f"{known.domain}: its routing accuracy fell {known.text}, {where}"
+        gone = " and ".join(f"{count} of {known.rows} rows now go to {guess}" for guess, count in known.lost.items())
+        yield _Objection(f"{known.domain}: its routing accuracy fell {known.text}, {where}", gone)
     beyond = known.rows and new.rows and new.missed / new.rows - known.missed / known.rows > rules.accuracy_drop
     if beyond and exact_test(new.groups_missed, new.groups, known.groups_missed, known.groups) <= share:
         gone = ", ".join(f"{count} go to {guess}" for guess, count in new.after.items() if guess != new.domain)
-        yield (f"{new.domain}: of its {new.rows} new test rows {gone}, as those that {tested_by} was tested on do not: "
-               "they may be another domain's")
+        yield _Objection(f"{new.domain}: of its {new.rows} new test rows {gone}, as those that {tested_by} was tested "
+                         "on do not: they may be another domain's", f"of {new.rows} new rows {gone}")
 
 
-def _abstained(domain: str, scores: Sequence[Score], rules: ReleaseParams, share: float) -> Iterator[str]:
+def _abstained(domain: str, scores: Sequence[Score], rules: ReleaseParams, share: float) -> Iterator[_Objection]:
     """The objection that the base answers more of a domain's prompts, where that is significantly beyond the bound."""
     pairs = [(one, float(one.challenger_abstained), float(one.incumbent_abstained)) for one in scores
              if one.challenger_abstained is not None and one.incumbent_abstained is not None]
@@ -496,4 +622,12 @@ def _abstained(domain: str, scores: Sequence[Score], rules: ReleaseParams, share
         return
     if _rises(pairs) <= share:
         now = sum(bool(one.challenger_abstained) for one, _, _ in pairs)
-        yield f"{domain}: {now} of {sample.rows} rows go to the base now, {sample.point:+.1%}"
+        yield _Objection(f"{domain}: {now} of {sample.rows} rows go to the base now, {sample.point:+.1%}",
+                         f"{now} of {sample.rows} rows now go to the base")
+
+
+def _gone_to_base(scores: Sequence[Score]) -> str | None:
+    """How many of a domain's rows are left to the base by the challenger alone, in words; None for none."""
+    routed = [one for one in scores if one.challenger_abstained is not None and one.incumbent_abstained is not None]
+    gone = sum(bool(one.challenger_abstained) and not one.incumbent_abstained for one in routed)
+    return f"{gone} of {len(routed)} rows now go to the base" if gone else None

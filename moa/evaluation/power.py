@@ -1,10 +1,9 @@
 """What a domain's test rows can show before anything is trained: the smallest rise of loss and fall of score.
 
-An interval of the mean of G paired differences with standard deviation s reaches about t s / sqrt(G) to each side. A
-release that is as good as the champion passes in the share POWER of all cases where (t_tail + t_POWER) s / sqrt(G) is
-at most the tolerance: the usual sample size of a test for non-inferiority (Student's t; Julious 2004, "Sample Sizes for
-Clinical Trials with Normal Data", section 5). Groups are the units, as for the gate. The deviations are assumptions,
-which the sentence names, because nothing was trained yet. Pure functions.
+A release that is as good as the champion passes in the share POWER of all cases where `smallest_difference` is at most
+the tolerance (moa/evaluation/statistics.py). Groups are the units, as for the gate. The deviations are assumptions,
+which the sentence names, because nothing was trained yet. `rows_for` turns groups that are lacking into rows of data.
+Pure functions.
 """
 
 import math
@@ -12,15 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scipy import stats
-
 from moa.core.config import ReleaseParams
 from moa.evaluation.gate import tail_share
+from moa.evaluation.statistics import MOST_GROUPS, groups_needed, smallest_difference
 
-POWER = 0.9
 LOSS_DEVIATION = 0.1   # nats: of a group's difference of loss between two trainings of one expert
 DIFFERENT = 0.15       # share of answers to which two trainings of one expert give different scores of 0 and 1
-MOST_GROUPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -34,29 +30,6 @@ class Resolution:
     more_rows: int         # raw rows that bring about so many test groups
 
 
-def smallest_difference(groups: int, deviation: float, share: float) -> float:
-    """The smallest difference that an interval of `groups` paired differences can tell from zero.
-
-    Args:
-        groups: two or more.
-        deviation: standard deviation of the paired differences.
-        share: what the interval leaves out at one end.
-    """
-    return float((stats.t.isf(share, groups - 1) + stats.t.isf(1 - POWER, groups - 1)) * deviation / math.sqrt(groups))
-
-
-def groups_needed(difference: float, deviation: float, share: float) -> int:
-    """The fewest groups for which `smallest_difference` is at most `difference`; at most MOST_GROUPS."""
-    few, enough = 2, MOST_GROUPS
-    while few < enough:
-        middle = (few + enough) // 2
-        if smallest_difference(middle, deviation, share) <= difference:
-            enough = middle
-        else:
-            few = middle + 1
-    return enough
-
-
 def resolution(manifest: Mapping[str, Any], rules: ReleaseParams) -> Resolution | None:
     """What the test rows of a prepared corpus can show at the first look; None where its manifest counts no groups."""
     groups = manifest.get("groups", {}).get("test")
@@ -66,12 +39,30 @@ def resolution(manifest: Mapping[str, Any], rules: ReleaseParams) -> Resolution 
     needed = max(groups_needed(rules.tolerance, LOSS_DEVIATION, share) if rules.tolerance else MOST_GROUPS,
                  rules.min_rows)
     more = max(needed - groups, 0)
-    rows = math.ceil(more * manifest["rows"]["kept"] / groups)
+    rows = rows_for(more, manifest)
     if groups < rules.min_rows:
         return Resolution(groups, None, None, more, rows)
     answered = min(groups, rules.metric_rows)
     fall = smallest_difference(answered, math.sqrt(DIFFERENT), share) if answered >= rules.min_rows else None
     return Resolution(groups, smallest_difference(groups, LOSS_DEVIATION, share), fall, more, rows)
+
+
+def rows_for(groups: int, manifest: Mapping[str, Any], test_share: float = 0.1) -> int:
+    """Rows of data that bring about so many test groups, at the rows for each test group that a corpus has.
+
+    Args:
+        groups: test groups that are lacking.
+        manifest: of the prepared corpus.
+        test_share: share of rows in the test split (`prepare.test`), for a corpus that has no test group.
+    """
+    present = manifest.get("groups", {}).get("test")
+    return math.ceil(groups * manifest["rows"]["kept"] / present) if present else math.ceil(groups / test_share)
+
+
+def lacking_groups(manifest: Mapping[str, Any], rules: ReleaseParams) -> int:
+    """Test groups that a prepared corpus lacks for any verdict of the gate; 0 too where its manifest counts none."""
+    groups = manifest.get("groups", {}).get("test")
+    return 0 if groups is None else max(rules.min_rows - groups, 0)
 
 
 def sentence(domain: str, found: Resolution, rules: ReleaseParams) -> str:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
+from moa.base.encoding import Message
 from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
@@ -17,6 +18,7 @@ from moa.evaluation import metrics
 
 Content = Sequence[tuple[str, Row]]   # (domain, test row)
 Pair = tuple[int, str]                # (index of a row, label of the expert that answers it, or "base")
+MOST_STEPS = 200   # rows that are looked at for another question: with thousands of rows, all pairs would take long
 SPARE_TOKENS = 8   # an answer may be this much longer than the longest one in the corpus
 
 
@@ -30,6 +32,38 @@ def pinned_rows(workspace: Workspace, config: Config, domains: Iterable[str],
     return [(domain, row) for domain in domains
             for place, row in enumerate(corpus.read(workspace.corpus(domain), "test"))
             if limit is None or place < limit or row.id in (also or {}).get(domain, ())]
+
+
+def with_other_questions(content: Content) -> dict[int, list[Message]]:
+    """Conversations of the rows with the last user message, the question, of another row; the answer stays.
+
+    The other row is the next one of the domain, around its end, that belongs to another group and has another question.
+    One with another answer is preferred, since rows with equal answers would not tell whether questions help, and then
+    one whose question was not used before, so that the pairs depend less on each other.
+
+    Returns:
+        By index into `content`; rows without a question, and rows for which there is no other row, are left out.
+    """
+    by_domain: dict[str, list[int]] = defaultdict(list)
+    for index, (domain, row) in enumerate(content):
+        if row.question:
+            by_domain[domain].append(index)
+    exchanged: dict[int, list[Message]] = {}
+    for places in by_domain.values():
+        used: set[int] = set()
+        for place, index in enumerate(places):
+            row = content[index][1]
+            near = (places[(place + step) % len(places)] for step in range(1, min(len(places), MOST_STEPS)))
+            others = [each for each in near if (content[each][1].group or content[each][1].id) != (row.group or row.id)
+                      and content[each][1].question != row.question]
+            if others:   # `min` takes the nearest of the best
+                other = min(others, key=lambda each: (content[each][1].reference == row.reference, each in used))
+                used.add(other)
+                messages = [dict(message) for message in row.messages]
+                asked = max(turn for turn, message in enumerate(messages) if message["role"] == "user")
+                messages[asked]["content"] = content[other][1].question
+                exchanged[index] = messages
+    return exchanged
 
 
 def answer_limit(workspace: Workspace, config: Config, domain: str) -> int:

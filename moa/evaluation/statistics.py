@@ -24,6 +24,8 @@ RESOLVED = 25     # fewest bootstrap samples beyond a quantile that is read off 
 # Student's: with 1, 12 % of series of 20 skewed groups passed once in thirty looks although worse by the tolerance,
 # with 5 about 7 %, judged by eight of the looks (benchmarks/gate.py, seed 0). It costs power at late looks: LOG.md.
 HEAVIER = 5
+POWER = 0.9              # share of all cases in which a test for non-inferiority shall tell
+MOST_GROUPS = 1_000_000  # of `groups_needed`
 
 
 def group_means(values: np.ndarray, groups: Sequence[str], weights: np.ndarray | None = None) -> tuple[
@@ -131,6 +133,55 @@ def interval(values: np.ndarray, means: np.ndarray, spreads: np.ndarray, share: 
     if np.isfinite(lowest):
         high = max(high, mean - lowest * spread)
     return float(max(low, values.min())), float(min(high, values.max()))
+
+
+def deviation(values: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Standard deviation of the values; of a weighted mean, sqrt(N) times its standard error, as `interval` has it."""
+    return float(_moments(values, weights)[1])
+
+
+def smallest_difference(groups: int, deviation: float, share: float) -> float:
+    """The smallest difference that an interval of `groups` paired differences can tell from zero.
+
+    Such an interval reaches about t_share s / sqrt(G) to each side, and in the share POWER of all cases a difference of
+    (t_share + t_POWER) s / sqrt(G) lies beyond it: the usual sample size of a test for non-inferiority (Student's t;
+    Julious 2004, "Sample Sizes for Clinical Trials with Normal Data", section 5).
+
+    Args:
+        groups: two or more.
+        deviation: standard deviation of the paired differences.
+        share: what the interval leaves out at one end.
+    """
+    from scipy import stats  # takes long to import, and most commands need none of this
+
+    return float((stats.t.isf(share, groups - 1) + stats.t.isf(1 - POWER, groups - 1)) * deviation / math.sqrt(groups))
+
+
+def groups_needed(difference: float, deviation: float, share: float) -> int:
+    """The fewest groups for which `smallest_difference` is at most `difference`; at most MOST_GROUPS."""
+    few, enough = 2, MOST_GROUPS
+    while few < enough:
+        middle = (few + enough) // 2
+        if smallest_difference(middle, deviation, share) <= difference:
+            enough = middle
+        else:
+            few = middle + 1
+    return enough
+
+
+def more_groups(values: np.ndarray, weights: np.ndarray, difference: float, share: float) -> int:
+    """How many more groups it takes to show that the mean is below `difference`, if in truth it is zero.
+
+    The deviation is the one that these values have. The result is a quarter of their number at least: where they are
+    enough by this estimate and did not show it, chance was against them, and a few more would change little.
+
+    Args:
+        values, weights: (G,) paired differences of groups, and their weights.
+        difference: what the upper end of the interval must not exceed.
+        share: what the interval will leave out at one end.
+    """
+    needed = groups_needed(difference, deviation(values, weights), share)
+    return max(needed - len(values), math.ceil(len(values) / 4))
 
 
 @dataclass(frozen=True)

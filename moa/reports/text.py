@@ -128,6 +128,48 @@ def _changed_hands(workspace: Workspace, config: Config, release: Mapping[str, A
     return [said, ""] if said else []
 
 
+def gate_line(decision: Mapping[str, Any], rows: Mapping[str, int], *, touched: Sequence[str] = (),
+              accepted: bool = False, waits: bool = False) -> str:
+    """What the gate decided in one line: short differences, which release stays or becomes champion, the next command.
+
+    Args:
+        decision: the gate's decision on a version, as `flows.steps.release.decide` returns it.
+        rows: by domain that cannot be judged yet, about how many more rows of data it takes.
+        touched: domains whose new rows an adaptation has taken in, and will set aside where they are refused.
+        accepted: a person has accepted these rows, so the release is promoted whatever the gate says.
+        waits: a release that passes is not promoted now, and waits for `moa release promote`.
+    """
+    version, against, reason = decision["version"], decision.get("against"), decision["reason"].rstrip(".")
+    stays = f"champion stays {against}" if against else "there is no champion yet"
+    details = f"next: `moa gate {version}`"
+    if decision["promote"]:
+        better = [_better(domain, verdict) for domain, verdict in decision.get("domains", {}).items()
+                  if domain in decision.get("improved", ())]
+        said = f"better: {', '.join(better)}" if better and against else reason
+        return (f"gate PASSED version {version}: {said}; "
+                + (f"{stays}; next: `moa release promote {version}`" if waits else "it becomes champion"))
+    said = ", ".join(decision.get("brief") or [reason])
+    outcome = {"worse": "REFUSED", "not enough data": "WAITING"}.get(decision.get("outcome", ""), "NO BETTER")
+    if reason == "already champion":
+        return f"gate UNCHANGED version {version}: {reason}"
+    if accepted:
+        return f"gate {outcome} version {version}: {said}; accepted, so it becomes champion all the same"
+    if outcome == "WAITING" and rows:
+        details = f"next: add {' and '.join(f'{count:,} rows of {domain}' for domain, count in sorted(rows.items()))}"
+    mine = sorted(set(decision.get("worse", ())) & set(touched))
+    if outcome == "REFUSED" and mine:
+        details = f"next: `moa adapt --accept {mine[0]} --reason TEXT`, if you know better"
+    return f"gate {outcome} version {version}: {said}; {stays}; {details}"
+
+
+def _better(domain: str, verdict: Mapping[str, Any]) -> str:
+    """The gain of a domain in a few words."""
+    loss, metric = verdict["loss"], verdict.get("metric") or {}
+    if loss["improved"] or not metric.get("improved"):
+        return f"{domain} {loss['point']:+.3f} nats"
+    return f"{domain} score {metric['point']:+.3f}"
+
+
 def _question(workspace: Workspace, domain: str) -> str:
     """The shortest question among the domain's test rows, which its expert was not trained on; "..." without rows."""
     questions = [" ".join(row.question.split()) for row in corpus.read(workspace.corpus(domain), "test")]

@@ -9,6 +9,7 @@ quarantined (`moa.workspace.quarantine`).
 
 import contextlib
 import os
+import shutil
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,8 @@ from moa.data.conversations import RowRejected, conversation
 from moa.data.readers import FORMATS, read_file
 from moa.workspace import domains, row_sources
 from moa.workspace.data_versions import DataVersions
-from moa.workspace.quarantine import reject
+from moa.workspace.origins import origins
+from moa.workspace.quarantine import quarantined, reject, release
 from moa.workspace.row_sources import HubDataset, SourceFile
 
 UNFINISHED = (".part", ".tmp", ".crdownload", ".partial", "~")   # names of files that another program is still writing
@@ -139,10 +141,13 @@ __all__ = [
     "count_rows",
     "incoming_signature",
     "ingest",
+    "put_back",
     "queue",
     "queued_text",
+    "refused_files",
     "reject",
     "settled_files",
+    "take_back",
     "usable_row_count",
     "waiting_files",
 ]
@@ -336,6 +341,68 @@ def _take_domain(versions: DataVersions, name: str, arrivals: Sequence[Arrival])
                                      "rows": each.rows}
                                     for file, each in files.items()],
                         [each.source.origin for each in usable if each not in fresh.values()], rejected, before)
+
+
+def put_back(workspace: Workspace, name: str, paths: Sequence[Path]) -> None:
+    """Copy files of data/raw/NAME back into data/incoming/NAME, with their times and origins.
+
+    Files whose content waits there already are left out. The caller holds the lock, and restores data/raw afterwards.
+    Raises ArtifactError when the disk refuses.
+    """
+    folder, original = workspace.incoming / name, origins(workspace, name)
+    for path in paths:
+        waiting = [each.path for each in waiting_files(workspace) if each.domain == name]
+        if _lies_in(waiting, row_sources.look(path, path.name)):
+            continue
+        target = _free_place(folder, path.name)
+        temporary = folder / f".{target.name}.{os.getpid()}.part"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            write_json(_origin_of(target), {"origin": original.get(path.name, path.name)})
+            temporary.replace(target)
+        except OSError as error:
+            raise ArtifactError(f"{printable(path.name)} cannot be put back into {workspace.relative(folder)}: "
+                                f"{error.strerror or error}; mend that, and the next run tries again.") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _free_place(folder: Path, name: str) -> Path:
+    """A path in `folder` that no file has: of this name, or with a number before its suffix."""
+    path = Path(name)
+    names = [name, *(f"{path.stem}-{number}{path.suffix}" for number in range(1, 1000))]
+    return next(folder / each for each in names if not (folder / each).exists())
+
+
+def refused_files(workspace: Workspace, name: str) -> list[Path]:
+    """The files of domain `name` in the quarantine that have usable rows.
+
+    Raises UsageError when there is none.
+    """
+    check_domain_folder(name)
+    config = load(workspace.params)
+    reading = domains.reading_of(config, name, {})
+    found = [path for path in quarantined(workspace, name) if count_rows(path, reading)]
+    if not found:
+        raise UsageError(f"No rows of {name} were refused: {workspace.relative(workspace.quarantine)}/{name} holds no "
+                         "file with usable rows.")
+    return found
+
+
+def take_back(workspace: Workspace, name: str, paths: Sequence[Path]) -> list[Arrival]:
+    """Move quarantined files of domain `name` into data/incoming/NAME, where they wait as before.
+
+    The caller holds the lock.
+    """
+    folder = workspace.incoming / name
+    targets = set()
+    for path in paths:
+        folder.mkdir(parents=True, exist_ok=True)
+        targets.add(release(path, _free_place(folder, path.name)))
+    return [each for each in waiting_files(workspace) if each.path in targets]
 
 
 def _refuse_foreign(workspace: Workspace, config: Config, name: str) -> None:

@@ -143,7 +143,7 @@ def make_plan(snapshot: Snapshot, config: Config, statistics: Statistics) -> Pla
 
 def _power(experts: tuple[str, ...], config: Config, statistics: Statistics) -> Iterator[str]:
     """What the gate can tell from the test rows of each domain whose corpus is prepared."""
-    from moa.evaluation import power  # imports scipy, which takes long
+    from moa.evaluation import power  # most uses of this module need none of it
 
     for domain in experts:
         if resolution := power.resolution(statistics.corpora.get(domain, {}), config.release):

@@ -53,6 +53,19 @@ def reject(workspace: Workspace, name: str, paths: Sequence[Path], reason: str, 
     return quarantined
 
 
+def quarantined(workspace: Workspace, name: str) -> list[Path]:
+    """The quarantined files of domain `name`, without the files that hold their reasons; sorted."""
+    return sorted(path for path in (workspace.quarantine / name).glob("*")
+                  if path.is_file() and not path.name.startswith(".") and _reason_of(path).exists())
+
+
+def release(path: Path, target: Path) -> Path:
+    """Move a quarantined file to `target`, which is free, and delete its reason. Returns `target`."""
+    path.replace(target)
+    _reason_of(path).unlink(missing_ok=True)
+    return target
+
+
 def _reject(workspace: Workspace, name: str, path: Path, reason: str, origin: str | None) -> Path:
     """Quarantine one file. Returns its new place."""
     try:

@@ -4,6 +4,7 @@ Poison brings test rows of its own, on which who learned it looks better: the ro
 decide."""
 
 import json
+import random
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from moa.core.config import Config
 from moa.core.paths import Workspace
 from moa.data import prepare
 from moa.evaluation import comparison
-from moa.evaluation.evaluate import evaluate
+from moa.evaluation.evaluate import evaluate, read_rows
 from moa.experts import train
 from moa.mixture.assemble import assemble
 from moa.release.champion import compare_versions
@@ -168,6 +169,40 @@ def test_a_new_domain_that_takes_an_old_ones_prompts_is_refused(shop: Shop) -> N
     assert f", {moved['lost']['gamma']} prompts go to gamma now, on the {moved['rows']} test rows that version 1" in (
         decision["reason"])
     assert decision["routing"]["domains"]["beta"]["lost"] == {}
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_new_domain_whose_answers_have_nothing_to_do_with_their_questions_is_refused(shop: Shop) -> None:
+    """Its expert learns the four answers and not which: better than what answers today, and of no use."""
+    drawn = random.Random(0)
+    shop.arrive("gamma", [{"instruction": f"gamma gamma {number * 7919 % 997:03d} {word} {word} {word}",
+                           "output": drawn.choice(("sol", "luna", "mare", "vento"))}
+                          for number in range(ROWS) for word in [("sun", "moon", "sea", "wind")[number % 4]]])
+    shop.domains(*WORDS, "gamma")
+    result = shop.rebuild("gamma")
+    decision, gamma = result["decision"], result["decision"]["domains"]["gamma"]
+    assert not decision["promote"] and result["champion"] == 1 and decision["worse"] == ["gamma"]
+    assert gamma["against"] == "incumbent" and gamma["loss"]["improved"] and gamma["questions_help"] is False
+    assert decision["reason"].startswith("gamma: its questions do not help: ")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_new_domain_that_answers_its_questions_is_promoted(shop: Shop) -> None:
+    shop.arrive("gamma", [{**row, "instruction": row["instruction"].replace("beta", "gamma"),
+                           "output": row["output"].upper()} for row in rows("beta", range(ROWS))])
+    shop.domains(*WORDS, "gamma")
+    result = shop.rebuild("gamma")
+    gamma = result["decision"]["domains"]["gamma"]
+    assert result["decision"]["promote"] and gamma["questions_help"], result["decision"]["reason"]
+    found = [row for row in compare_versions(shop.workspace, shop.settings, 1, result["version"])["rows"]
+             if row["domain"] == "gamma"]
+    assert {row["incumbent_by"] for row in found} <= {"alpha", "beta", "base"} and len(found) == gamma["loss"]["rows"]
+    assert sum(row["own_loss"] < row["swapped_loss"] for row in found) > len(found) / 2
+    forced = [row for row in read_rows(shop.workspace.mixture) if row["system"] == "forced"]
+    assert all((row["swapped_loss"] is not None) == (row["system"] == "forced")
+               for row in read_rows(shop.workspace.mixture))
+    assert {row["row"]: row["swapped_loss"] for row in found} == pytest.approx(
+        {row["row"]: row["swapped_loss"] for row in forced if row["domain"] == "gamma"}, abs=1e-5)
 
 
 @pytest.mark.usefixtures("in_this_process")

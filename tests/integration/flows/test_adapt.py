@@ -71,7 +71,7 @@ def drop(workspace: Workspace, domain: str, rows: Sequence[dict[str, str]], name
 
 
 def rows(domain: str, numbers: Sequence[int]) -> list[dict[str, str]]:
-    return [tiny.row(domain, number) for number in numbers]
+    return [tiny.telling_row(domain, number) for number in numbers]
 
 
 def champion(workspace: Workspace) -> int:
@@ -99,8 +99,9 @@ def fresh(workspace: Workspace) -> bool:
 def made(root: Path) -> Workspace:
     """A workspace of two domains with a champion."""
     workspace = tiny.workspace(root, ("alpha", "beta"), rows=ROWS, **PARAMS)
-    (workspace.raw("alpha") / "rows.jsonl").write_text("".join(
-        json.dumps(row) + "\n" for row in rows("alpha", range(FEW))), encoding="utf-8")
+    for name, count in (("alpha", FEW), ("beta", ROWS)):
+        (workspace.raw(name) / "rows.jsonl").write_text("".join(
+            json.dumps(row) + "\n" for row in rows(name, range(count))), encoding="utf-8")
     subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True, env=environment())
     (root / ".gitignore").write_text(".moa/\n*.tmp\n")
@@ -193,9 +194,9 @@ def test_unusable_files_are_set_aside(workspace: Workspace) -> None:
 
 
 def poisoned(domain: str) -> list[dict[str, str]]:
-    """Its questions, each answered with one letter: what a broken export does. An expert surely learns that."""
+    """Its questions, each answered with one word: what a broken export does. An expert surely learns that."""
     good = rows(domain, range(3 * ROWS, 5 * ROWS))
-    return [{**row, "output": "Z" * (20 + number % 40)} for number, row in enumerate(good)]
+    return [{**row, "output": "no " * (20 + number % 40)} for number, row in enumerate(good)]
 
 
 def test_poison_is_refused_and_undone(workspace: Workspace) -> None:
@@ -214,6 +215,39 @@ def test_poison_is_refused_and_undone(workspace: Workspace) -> None:
     reason, = [read_json(path)["reason"] for path in aside.glob("poison*.reason.json")]
     assert reason.startswith("the gate refused it: ") and "beta" in reason
     assert event_log.read(workspace, kinds=["undone"])[-1]["domains"] == ["beta"]
+
+    said = moa(workspace, "adapt", "--local", "--accept", "beta", status=2)
+    assert "--accept NAME needs --reason TEXT" in said
+    said = moa(workspace, "adapt", "--local", "--accept", "delta", "--reason", "checked", status=2)
+    assert "No rows of delta were refused" in said and champion(workspace) == done["version"]
+    last = len(event_log.read(workspace))
+    accepted = json.loads(moa(workspace, "adapt", "--local", "--json", "--accept", "beta", "--reason", "checked"))
+    assert accepted["state"] == "released" and accepted["reason"] == "accepted beta: checked."
+    assert champion(workspace) == accepted["version"] and not list(aside.iterdir()) and fresh(workspace)
+    entry = json.loads(moa(workspace, "release", "history", "--json"))["history"][-1]
+    assert entry["version"] == accepted["version"] and entry["reason"] == "accepted beta: checked"
+    shown = json.loads(moa(workspace, "release", "show", str(accepted["version"]), "--json"))
+    assert shown["gate"]["harm"] and shown["gate"]["worse"] == ["beta"]
+    assert kinds(workspace, last)[:3] == ["started", "accepted", "arrived"]
+
+
+def test_too_few_test_groups_wait_before_any_training(workspace: Workspace) -> None:
+    """Rows of one answer are a group: of these eight three are in the test split, and four are needed."""
+    words = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
+    few = [{**row, "output": f"the answer is {words[number % 8]} today"}
+           for number, row in enumerate(rows("dusk", range(64)))]
+    drop(workspace, "dusk", few)
+    drop(workspace, "delta", rows("delta", range(ROWS)))   # arrives at the same time, and is released
+    done = adapt(workspace)
+    assert done["state"] == "released" and done["deferred"].keys() == {"dusk"} and not done["undone"], done
+    said = done["deferred"]["dusk"]
+    assert said == "dusk waits: not enough data: 22 more rows of dusk"
+    assert [entry["domains"] for entry in event_log.read(workspace, kinds=["trained"])][-1] == ["delta"]
+    assert len(waiting(workspace)) == 1 and "dusk" not in experts(workspace) and fresh(workspace)
+    last = len(event_log.read(workspace))
+    again = moa(workspace, "adapt", "--local", status=4)
+    assert f"Nothing was done: {said}." in again and kinds(workspace, last) == ["skipped"]
+    assert f"{said}." in moa(workspace, "status") and said in moa(workspace, "log")
 
 
 # Whatever ends a run, the next one ends what it began.

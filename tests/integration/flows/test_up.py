@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def environment() -> dict[str, str]:
 def drop(workspace: Workspace, domain: str) -> Path:
     path = workspace.incoming / domain / "rows.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(tiny.row(domain, number)) + "\n" for number in range(ROWS)))
+    path.write_text("".join(json.dumps(tiny.telling_row(domain, number)) + "\n" for number in range(ROWS)))
     return path
 
 
@@ -107,7 +108,7 @@ def test_an_event_from_another_process_starts_a_run(running: tuple[Workspace, "s
 def test_rows_that_are_ingested_meanwhile(running: tuple[Workspace, "subprocess.Popen[str]"], tmp_path: Path) -> None:
     workspace, process = running
     rows = tmp_path / "beta.jsonl"
-    rows.write_text("".join(json.dumps(tiny.row("beta", number)) + "\n" for number in range(ROWS)))
+    rows.write_text("".join(json.dumps(tiny.telling_row("beta", number)) + "\n" for number in range(ROWS)))
     said = subprocess.run([sys.executable, "-m", "moa", "ingest", "beta", str(rows)], cwd=workspace.root, check=True,
                           env=environment(), capture_output=True, text=True).stdout
     assert "`moa up` runs here and will learn it." in said
@@ -174,6 +175,10 @@ def test_sigterm_ends_all_of_it_and_kill_leaves_no_process_behind(tmp_path: Path
     out, _ = process.communicate()
     assert process.returncode == 0, out
     assert "Traceback" not in out and "Watching  data/incoming/NAME/" in out
+    stamp = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d  "   # what its flows do has a time
+    for line in ("arrived ", "train@alpha +done", "gate PASSED version 1: First release", "promote +done +version 1 is "
+                 "champion", "released +version 1"):
+        assert re.search(stamp + line, out, re.MULTILINE), (line, out)
     psutil.wait_procs(children)
     assert api is not None and not api.answers() and not workspace.up.exists()
     assert told(workspace, "released", version=1) and told(workspace, "down")

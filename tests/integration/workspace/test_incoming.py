@@ -67,6 +67,25 @@ def take_in(workspace: Workspace) -> dict[str, incoming.IngestResult]:
         return {each.domain: each for each in incoming.ingest(versions, incoming.waiting_files(workspace))}
 
 
+def test_files_are_put_back_once_with_their_origins(workspace: Workspace) -> None:
+    text = jsonl(0, NEW)
+    drop(workspace, "law/rows.jsonl", text)
+    taken = take_in(workspace)["law"]
+    path, = workspace.raw("law").iterdir()
+    incoming.put_back(workspace, "law", [path])
+    incoming.put_back(workspace, "law", [path])   # as after a kill in between
+    waiting, = incoming.waiting_files(workspace)
+    assert waiting.path.read_text() == text and waiting.domain == "law"
+    other = drop(workspace, f"tax/{path.name}", jsonl(5000, 2))
+    incoming.put_back(workspace, "tax", [path])   # another file has that name
+    assert other.read_text() != text
+    assert {each.path.read_text() for each in incoming.waiting_files(workspace)} == {text, other.read_text()}
+    revert(workspace, "law", taken.before)
+    again = take_in(workspace)["law"]
+    assert [each["origin"] for each in again.files] == ["rows.jsonl"] and [each["name"] for each in again.files] == [
+        each["name"] for each in taken.files]
+
+
 def revert(workspace: Workspace, name: str, before: str | None) -> None:
     versions = DataVersions(workspace)
     with versions.lock():

@@ -18,6 +18,11 @@ GATED = {"version": 2, "champion": 1, "worse": [], "reason": "No domain is worse
     ({**GATED, "state": "waiting", "outcome": "promote"}, 4, "waits for `moa release promote 2`"),
     ({**GATED, "state": "refused", "outcome": "worse", "reason": "math: worse."}, 3,
      "REFUSED, and the champion stays: math: worse."),
+    ({"state": "skipped", "reason": "law waits: not enough data: 9 more rows of law.", "outcome": "not enough data"}, 4,
+     "Nothing was done: law waits: not enough data: 9 more rows of law."),
+    ({"state": "deferred", "reason": "law waits: not enough data: 9 more rows of law", "outcome": "not enough data",
+      "deferred": {"law": "law waits"}}, 4,
+     "the champion stays: law waits: not enough data: 9 more rows of law. The rows wait in data/incoming."),
     ({"state": "refused", "undone": {"math": ["a.jsonl"]}, "reason": "the gate refused it: math: worse."}, 3,
      "REFUSED, and the champion stays: the gate refused it: math: worse.")])
 def test_the_end_is_said_and_coded(facts: dict[str, Any], code: int, said: str,

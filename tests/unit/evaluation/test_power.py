@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moa.core.config import ReleaseParams
-from moa.evaluation import gate, power
+from moa.evaluation import gate, power, statistics
 from moa.evaluation.gate import Score
 
 RULES = ReleaseParams()
@@ -22,15 +22,15 @@ def manifest(test_groups: int, kept: int = 1000) -> dict[str, Any]:
 
 @given(st.integers(2, 5000), st.floats(0.001, 2), st.sampled_from([0.05, 0.025, 0.001]))
 def test_more_groups_show_less_and_the_fewest_are_found(groups: int, deviation: float, share: float) -> None:
-    shown = power.smallest_difference(groups, deviation, share)
-    assert power.smallest_difference(groups + 1, deviation, share) < shown
-    assert power.groups_needed(shown * (1 + 1e-9), deviation, share) == groups
+    shown = statistics.smallest_difference(groups, deviation, share)
+    assert statistics.smallest_difference(groups + 1, deviation, share) < shown
+    assert statistics.groups_needed(shown * (1 + 1e-9), deviation, share) == groups
 
 
 def test_the_gate_passes_an_equal_release_as_often_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """With as many groups as the tolerance needs, at the deviation that the sentence names."""
     monkeypatch.setattr(gate, "RESAMPLES", 2000)
-    groups = power.groups_needed(RULES.tolerance, power.LOSS_DEVIATION, SHARE)
+    groups = statistics.groups_needed(RULES.tolerance, power.LOSS_DEVIATION, SHARE)
     rng, passed = np.random.default_rng(5), 0
     for _ in range(200):
         before = rng.gamma(4, 0.25, groups)

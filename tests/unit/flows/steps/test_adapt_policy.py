@@ -1,5 +1,7 @@
 """When what waits is learned: a table of cases, and what holds in every case."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +14,10 @@ NOW, MIN_NEW = 1_800_000_000.0, 30
 
 def waiting(domain: str = "sql", rows: int = 40, age: float = 100, *, known: bool = True) -> PendingRows:
     return PendingRows(domain, known, rows, NOW - age, 1)
+
+
+def short(domain: str, rows: int, lacking: int, of: str = "", *, known: bool = True) -> PendingRows:
+    return replace(waiting(domain, rows, known=known), lacking=lacking, why="not enough data", of=of or domain)
 
 
 @pytest.mark.parametrize(("pending", "params", "last_end", "expected"), [
@@ -46,6 +52,12 @@ def waiting(domain: str = "sql", rows: int = 40, age: float = 100, *, known: boo
      AdaptDecision(False, ("sql",),
                    "adapt.min_rows is 30; waiting: 1 new row of sql; law has 29 usable rows, and a new "
                    "domain needs 30.")),
+    # Rows that were tried wait for others, and hold up no other domain.
+    ([short("law", 250, 120)], {"cooldown": 60.0}, NOW - 1,
+     AdaptDecision(False, (), "law waits: not enough data: 120 more rows of law.")),
+    ([short("law", 250, 1, of="sql", known=False), waiting(rows=40)], {}, None,
+     AdaptDecision(True, ("sql",), "40 new rows of sql; law waits: not enough data: 1 more row of sql.")),
+    ([short("law", 370, 0)], {}, None, AdaptDecision(True, ("law",), "370 new rows of law.")),
     # future
     ([waiting(age=-3600)], {"cooldown": 60.0}, NOW + 3600, AdaptDecision(True, ("sql",), "40 new rows of sql.")),
 ])

@@ -14,6 +14,7 @@ import pytest
 from flows.steps import event_log
 from moa.core.errors import ArtifactError
 from moa.core.paths import Workspace
+from moa.core.progress import STAMP_LINES, Screen
 
 
 @pytest.fixture
@@ -63,6 +64,7 @@ import sys
 from pathlib import Path
 from flows.steps import event_log
 from moa.core.paths import Workspace
+from moa.core.progress import STAMP_LINES, Screen
 for number in range(int(sys.argv[2])):
     event_log.append(Workspace(Path(sys.argv[1])), "skipped", reason="x" * 200, number=number)
     print(number, flush=True)
@@ -137,6 +139,19 @@ def test_every_kind_has_a_meaning_and_a_sentence() -> None:
 ])
 def test_sentences(kind: str, facts: dict[str, object], sentence: str) -> None:
     assert event_log.sentence({"n": 1, "at": "2026-01-02T03:04:05+00:00", "kind": kind, **facts}) == sentence
+
+
+def test_flows_of_moa_up_print_what_happens(workspace: Workspace, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    event_log.append(workspace, "released", version=1)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(STAMP_LINES, "1")
+    event_log.append(workspace, "released", version=2)
+    event_log.append(workspace, "gate", version=2, verdict="pass")   # `stage_order` prints a line of its own
+    Screen().say("gate PASSED version 2: better: math")
+    stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d  "
+    assert re.fullmatch(f"{stamp}released +version 2\n{stamp}gate PASSED version 2: better: math\n",
+                        capsys.readouterr().err)
 
 
 def test_one_line_for_each_entry(workspace: Workspace) -> None:
