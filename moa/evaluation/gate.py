@@ -14,9 +14,10 @@ and otherwise report that they cannot tell. The first release has only the base 
 a domain is shown to be worse than the base, and names the domains that cannot be judged.
 
 **New domains.** A domain that the incumbent lacks is compared with what its users get today: the incumbent's routed
-answer, or the base's where that is unknown, and must be better than that. It fails where most of its own prompts go to
-another domain, since its rows then are that domain's. It fails too unless its questions are shown to help: where its
-answers are as likely after the question of another row (`Score.swapped`), its expert learned nothing of what is asked.
+answer, or the base's where that is unknown, and must be better than that. Where it is not, and most of its own prompts
+go to another domain, it fails, since its rows are that domain's. It fails too unless its questions are shown to help:
+where its answers are as likely after the question of another row (`Score.swapped`), its expert learned nothing of what
+is asked.
 
 **Known rows.** New data of an old domain brings test rows of its own. If the data is poisoned, so are these test rows,
 and an expert that learned the poison looks better on them. So the rows that the incumbent's release was tested on
@@ -320,7 +321,8 @@ def _new_domain(scores: Sequence[Score], verdict: DomainVerdict, terms: _Terms) 
     verdict = replace(verdict, questions_help=None if helped is None else helped.shown)
     if terms.first:
         return verdict
-    reasons = list(filter(None, [_answered_by_others(scores, terms), helped.reason if helped else None]))
+    strayed = None if verdict.verdict == "pass" and verdict.improved else _answered_by_others(scores, terms)
+    reasons = list(filter(None, [strayed, helped.reason if helped else None]))
     if reasons:
         if verdict.verdict == "fail":
             reasons.append(verdict.reason)

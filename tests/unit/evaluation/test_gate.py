@@ -150,19 +150,23 @@ def newcomer(guesses: dict[str, int], abstained: int = 0) -> list[Score]:
     ({"math": 15, "python": 25}, 0, "sql: its prompts are answered by python (25 of 40): they are rows of python"),
     ({"math": 24, "sql": 16}, 0, ""),   # not shown either way: no objection
     ({"sql": 40}, 0, "")])
-def test_a_new_domain_whose_prompts_go_to_another_is_refused_as_rows_of_that(guesses: dict[str, int], abstained: int,
-                                                                             said: str) -> None:
-    decision = gate(newcomer(guesses, abstained), incumbent=("math", "python"))
-    assert decision.promote == (not said) and decision.worse == (["sql"] if said else [])
-    assert decision.reason.startswith(said) and decision.harm == bool(said)
+def test_a_new_domain_that_others_answer_is_refused_as_rows_of_those(guesses: dict[str, int], abstained: int,
+                                                                     said: str) -> None:
+    scores = newcomer(guesses, abstained)
+    no_better = gate([replace(score, incumbent=score.challenger) if score.domain == "sql" else score
+                      for score in scores], incumbent=("math", "python"))
+    assert not no_better.promote and no_better.worse == (["sql"] if said else [])
+    assert no_better.reason.startswith(said or "sql: no better") and no_better.harm == bool(said)
+    assert gate(scores, incumbent=("math", "python")).promote   # it is better for those prompts that reach it
 
 
 def test_prompts_of_one_group_that_go_to_another_domain_have_one_vote() -> None:
-    scores = [replace(score, group="one" if score.challenger_routed == "math" else score.row)
+    scores = [replace(score, incumbent=score.challenger) if score.domain == "sql" else score
               for score in newcomer({"math": 38, "sql": 12})]
-    assert not gate(newcomer({"math": 38, "sql": 12}), incumbent=("math", "python")).promote
-    assert gate([score if score.domain == "sql" else replace(score, group=None) for score in scores],
-                ReleaseParams(min_rows=10), incumbent=("math", "python")).promote
+    grouped = [replace(score, group="one" if score.challenger_routed == "math" else None)
+               if score.domain == "sql" else score for score in scores]
+    assert gate(scores, incumbent=("math", "python")).harm
+    assert not gate(grouped, ReleaseParams(min_rows=10), incumbent=("math", "python")).harm
 
 
 @pytest.mark.parametrize(("lower", "refused"), [(40, False), (27, False), (26, True), (20, True), (0, True)])
