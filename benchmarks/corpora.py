@@ -3,17 +3,18 @@
 Two disjoint pools: rules and constants are chosen on "choose" only, and "report" reports. `kin` names the near
 neighbours of a corpus, in both pools: a router confuses them first.
 
-    report   the five quickstart corpora; nine of ../shared/data as they are (algebra, bash, code, math, medicine, notes,
-             papers, tools, trivia); two SQL databases; ten groups of ten intents; four made corpora
+    report   the five quickstart corpora; nine of ../shared/data as they are (algebra, bash, code, math, medicine,
+             notes, papers, tools, trivia); two SQL databases; ten groups of ten intents; four made corpora
     choose   two SQL databases; five groups of ten intents; eight made corpora, which are four pairs of neighbours
 
 SQL rows have no "Database NAME." before the question, and their group is the query without its literals
-(moa/data/splits.py); of the others, rows with the same prompt are a group. The other four databases have fewer than LEAST
-groups of rows that are short enough, and are left out. Intents: the sorted names are shuffled by INTENT_SEED and cut into groups of ten; the answer is the intent's
-name; `oos` rows are left out. Made corpora come from small generators, seeded by their names.
+(moa/data/splits.py); of the others, rows with the same prompt are a group. The other four databases have fewer than
+LEAST groups of rows that are short enough, and are left out. Intents: the sorted names are shuffled by INTENT_SEED and
+cut into groups of ten; the answer is the intent's name; `oos` rows are left out. Made corpora come from small
+generators, seeded by their names.
 
-`split` cuts a corpus by group, in an order that depends on content alone. Rows longer than MAX_TOKENS are dropped, which
-leaves the shorter half of `tools` and `papers` and the shortest fifth of `medicine`.
+`split` cuts a corpus by group, in an order that depends on content alone. Rows longer than MAX_TOKENS are dropped:
+of `tools`, `papers` and `medicine` the shorter rows are left.
 """
 
 import hashlib
@@ -159,12 +160,19 @@ def _intents(shared: Path) -> dict[str, list[Row]]:
 # Made corpora. A generator draws one row; rows with a prompt that was drawn before are drawn again.
 
 Make = Callable[[random.Random], tuple[str, str]]
-FIRST = "Amina Bruno Carla Dmitri Elena Farid Greta Hugo Ines Jonas Kira Luca Mona Nils Olga Pavel Rosa Sven Tara Umar".split()
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+FIRST = words("Amina Bruno Carla Dmitri Elena Farid Greta Hugo Ines Jonas Kira Luca Mona Nils Olga Pavel Rosa Sven "
+              "Tara Umar")
 UNITS = {"kilometres": ("metres", 1000), "hours": ("minutes", 60), "minutes": ("seconds", 60), "days": ("hours", 24),
          "kilograms": ("grams", 1000), "tonnes": ("kilograms", 1000), "metres": ("centimetres", 100),
          "centimetres": ("millimetres", 10), "litres": ("millilitres", 1000), "weeks": ("days", 7),
          "feet": ("inches", 12), "yards": ("feet", 3), "pounds": ("ounces", 16), "gallons": ("pints", 8)}
-MONTHS = ("January February March April May June July August September October November December").split()
+MONTHS = words("January February March April May June July August September October November December")
 
 
 def made(name: str, make: Make) -> list[Row]:
@@ -180,20 +188,22 @@ def _units(draw: random.Random) -> tuple[str, str]:
     count = draw.randint(2, 90)
     ask = draw.choice(("Convert {} {} to {}.", "How many {2} are {0} {1}?", "Give {} {} in {}.",
                        "A label says {} {}. What is that in {}?"))
-    return ask.format(count, unit, smaller), f"{count} {unit} = {count} x {factor} {smaller} = {count * factor} {smaller}"
+    return (ask.format(count, unit, smaller),
+            f"{count} {unit} = {count} x {factor} {smaller} = {count * factor} {smaller}")
 
 
 def _severity(draw: random.Random) -> tuple[str, str]:
-    service = draw.choice("auth billing search gateway mailer cache indexer scheduler".split())
+    service = draw.choice(words("auth billing search gateway mailer cache indexer scheduler"))
     level, text = draw.choice((
         ("info", "started in {} ms"), ("info", "{} sessions restored"), ("info", "configuration read, {} keys"),
         ("warning", "retry {} of upstream call"), ("warning", "queue is {} items long"), ("warning", "disk {} % full"),
         ("error", "request {} failed: connection refused"), ("error", "cannot parse line {}"),
         ("error", "timeout after {} s"), ("critical", "out of memory, killed worker {}"),
         ("critical", "data file {} is corrupt, stopping"), ("critical", "no leader for {} s, cluster is down")))
-    line = (f"2026-{draw.randint(1, 12):02}-{draw.randint(1, 28):02}T{draw.randint(0, 23):02}:{draw.randint(0, 59):02} "
-            f"{service}[{draw.randint(100, 9999)}]: {text.format(draw.randint(2, 99))}")
-    ask = draw.choice(("How severe is this log line?", "Severity of this log line:", "Classify this log line by severity."))
+    line = (f"2026-{draw.randint(1, 12):02}-{draw.randint(1, 28):02}T{draw.randint(0, 23):02}:"
+            f"{draw.randint(0, 59):02} {service}[{draw.randint(100, 9999)}]: {text.format(draw.randint(2, 99))}")
+    ask = draw.choice(("How severe is this log line?", "Severity of this log line:",
+                       "Classify this log line by severity."))
     return f"{ask}\n{line}", level
 
 
@@ -213,11 +223,13 @@ def _replies(goods: str, cases: Mapping[str, tuple[str, ...]]) -> Make:
 
 SHOP = _replies("kettle, lamp, rucksack, keyboard, jacket, tent, blender, headset", {
     "We are sorry that your parcel is late. We have asked the carrier to trace it and will write within two days.":
-        ("my {} of order {} has not arrived.", "order {1} with the {0} is a week late.", "where is the {} of order {}?"),
+        ("my {} of order {} has not arrived.", "order {1} with the {0} is a week late.",
+         "where is the {} of order {}?"),
     "Please send the article back with the enclosed label. We refund the price as soon as it reaches us.":
         ("I want to return the {} of order {}.", "the {} of order {} does not suit me, can I send it back?"),
     "We will send a replacement today. You may keep or recycle the damaged article.":
-        ("the {} of order {} came broken.", "order {1}: the {0} has a crack.", "the {} from order {} does not switch on."),
+        ("the {} of order {} came broken.", "order {1}: the {0} has a crack.",
+         "the {} from order {} does not switch on."),
     "You find the invoice in your account under Orders, where you can print it.":
         ("I need an invoice for the {}, order {}.", "please send the bill of the {} (order {})."),
     "Your voucher was added to your account and counts at your next purchase.":
@@ -243,15 +255,17 @@ AIRLINE = _replies("window seat, aisle seat, extra bag, vegetarian meal, bicycle
 
 
 def _recipe(draw: random.Random) -> tuple[str, str]:
-    dish = draw.choice("soup curry stew salad risotto pie omelette gratin".split())
-    main, side = draw.sample("leek pumpkin lentil spinach mushroom tomato fennel potato carrot rice".split(), 2)
+    dish = draw.choice(words("soup curry stew salad risotto pie omelette gratin"))
+    main, side = draw.sample(words("leek pumpkin lentil spinach mushroom tomato fennel potato carrot rice"), 2)
     minutes, serves, grams = draw.randrange(10, 95, 5), draw.randint(2, 8), draw.randrange(100, 900, 50)
     text = draw.choice((
         f"{main.title()} {dish}, for {serves}: cook {grams} g of {main} with some {side} for {minutes} minutes.",
-        f"My {main} {dish} takes {minutes} minutes and serves {serves}. You need {grams} g of {main} and a little {side}.",
+        f"My {main} {dish} takes {minutes} minutes and serves {serves}. "
+        f"You need {grams} g of {main} and a little {side}.",
         f"Serve {serves} people a {main} {dish}: {grams} g {main}, {side} to taste, {minutes} minutes on the stove."))
-    return f"Turn this recipe into JSON.\n{text}", json.dumps(
-        {"dish": f"{main} {dish}", "serves": serves, "minutes": minutes, "ingredients": {main: f"{grams} g", side: "some"}})
+    fields = {"dish": f"{main} {dish}", "serves": serves, "minutes": minutes,
+              "ingredients": {main: f"{grams} g", side: "some"}}
+    return f"Turn this recipe into JSON.\n{text}", json.dumps(fields)
 
 
 def _dates(draw: random.Random) -> tuple[str, str]:
@@ -266,7 +280,7 @@ def _dates(draw: random.Random) -> tuple[str, str]:
 def _durations(draw: random.Random) -> tuple[str, str]:
     hour, minute, length = draw.randint(6, 18), draw.randrange(0, 60, 5), draw.randrange(15, 240, 5)
     end = hour * 60 + minute + length
-    what = draw.choice("meeting film lesson concert flight shift exam match".split())
+    what = draw.choice(words("meeting film lesson concert flight shift exam match"))
     ask = draw.choice(("The {} begins at {} and lasts {} minutes. When does it end?",
                        "A {} from {} on takes {} minutes. Give the time of its end.",
                        "When is a {} over that starts at {} and goes on for {} minutes?"))
@@ -274,12 +288,12 @@ def _durations(draw: random.Random) -> tuple[str, str]:
             f"{hour:02}:{minute:02} + {length // 60} h {length % 60} min = {end // 60 % 24:02}:{end % 60:02}")
 
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen").split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-UNS = ("zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept dix-huit "
-       "dix-neuf").split()
-DIZAINES = "vingt trente quarante cinquante soixante septante huitante nonante".split()   # as in Switzerland
+ONES = words("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+             "seventeen eighteen nineteen")
+TENS = words("twenty thirty forty fifty sixty seventy eighty ninety")
+UNS = words("zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept "
+            "dix-huit dix-neuf")
+DIZAINES = words("vingt trente quarante cinquante soixante septante huitante nonante")   # as in Switzerland
 
 
 def _words(value: int, ones: Sequence[str], tens: Sequence[str], hundred: str, joined: str) -> str:
@@ -293,7 +307,8 @@ def _words(value: int, ones: Sequence[str], tens: Sequence[str], hundred: str, j
 
 def _english(draw: random.Random) -> tuple[str, str]:
     value = draw.randint(21, 999)
-    ask = draw.choice(("Write {} in words.", "Spell the number {} in English.", "{} in English words", "How is {} read?"))
+    ask = draw.choice(("Write {} in words.", "Spell the number {} in English.", "{} in English words",
+                       "How is {} read?"))
     return ask.format(value), _words(value, ONES, TENS, "hundred", "and ")
 
 
@@ -306,8 +321,9 @@ def _french(draw: random.Random) -> tuple[str, str]:
 
 def _order(draw: random.Random) -> tuple[str, dict[str, str | int]]:
     """A sentence about an order, and its fields."""
-    name, goods = draw.choice(FIRST), draw.choice("apples bolts candles desks eggs folders gloves hinges".split())
-    count, price, city = draw.randint(2, 60), draw.randint(1, 90), draw.choice("Bern Lyon Oslo Porto Riga Turin".split())
+    name, goods = draw.choice(FIRST), draw.choice(words("apples bolts candles desks eggs folders gloves hinges"))
+    count, price = draw.randint(2, 60), draw.randint(1, 90)
+    city = draw.choice(words("Bern Lyon Oslo Porto Riga Turin"))
     text = draw.choice((f"{name} of {city} orders {count} {goods} at {price} euros each.",
                         f"Please send {count} {goods} ({price} euros a piece) to {name} in {city}.",
                         f"{count} {goods} for {name}, {city}; the price of one is {price} euros."))
@@ -316,7 +332,8 @@ def _order(draw: random.Random) -> tuple[str, dict[str, str | int]]:
 
 def _csv(draw: random.Random) -> tuple[str, str]:
     text, fields = _order(draw)
-    return f"Write this order as a line of CSV: name, city, goods, count, price.\n{text}", ",".join(map(str, fields.values()))
+    line = ",".join(map(str, fields.values()))
+    return f"Write this order as a line of CSV: name, city, goods, count, price.\n{text}", line
 
 
 def _yaml(draw: random.Random) -> tuple[str, str]:
@@ -329,11 +346,12 @@ MADE_CHOOSE: dict[str, Make] = {"dates": _dates, "durations": _durations, "engli
                                 "hotel": HOTEL, "airline": AIRLINE, "csv": _csv, "yaml": _yaml}
 
 # Neighbours. A name ending in a space stands for all names that begin with it.
-FAMILIES = (("shared code", "shared bash", "quickstart python"),
-            ("shared math", "shared algebra", "quickstart math", "made units"),
-            ("shared medicine", "shared notes", "shared papers"), ("sql ", "quickstart sql"), ("intents ",),
-            ("quickstart extract", "made recipes", "made csv", "made yaml"), ("quickstart calendar", "made dates", "made durations"),
-            ("made english", "made french"), ("made shop", "made hotel", "made airline"))
+FAMILIES = (
+    ("shared code", "shared bash", "quickstart python"), ("made english", "made french"), ("sql ", "quickstart sql"),
+    ("shared math", "shared algebra", "quickstart math", "made units"), ("made shop", "made hotel", "made airline"),
+    ("shared medicine", "shared notes", "shared papers"), ("intents ",),
+    ("quickstart extract", "made recipes", "made csv", "made yaml"),
+    ("quickstart calendar", "made dates", "made durations"))
 
 
 def kin(name: str, names: Sequence[str]) -> tuple[str, ...]:
