@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -519,10 +520,19 @@ def known_losses(at: Setup, nearest: int) -> Iterator[Wanted]:
         yield Wanted(f"{name} under others", parts["test"], others)
 
 
-def case_losses(at: Setup, nearest: int) -> Iterator[Wanted]:
-    """Losses that judge the cases: under the case's expert, the experts its rows may be routed to, and the base."""
+def compute_cases(at: Setup, losses: Losses, nearest: int) -> None:
+    """Experts and losses of the cases, one kind after the other."""
     likely = Likely(at.base, at.splits)
-    for plan in at.plans:
+    for kind, some in groupby(at.plans, lambda plan: (plan.kind, plan.dose)):
+        cases = list(some)
+        progress(f"cases: {len(cases)} {kind[0]}, dose {kind[1]:g}")
+        train(at.base, at.encoder, [plan.job for plan in cases])
+        compute_losses(losses, list(case_losses(at, cases, likely, nearest)), at.jobs | at.case_jobs)
+
+
+def case_losses(at: Setup, plans: Iterable[Plan], likely: Likely, nearest: int) -> Iterator[Wanted]:
+    """Losses that judge the cases: under the case's expert, the experts its rows may be routed to, and the base."""
+    for plan in plans:
         rows, known = plan.new["test"], at.splits[plan.corpus]["test"]
         names = [plan.name, BASE, *([plan.corpus] if plan.kind != "useless" else [])]
         names += [plan.other] if plan.other else []
@@ -583,8 +593,7 @@ def main() -> None:
         elif step == "losses":
             compute_losses(losses, list(known_losses(at, args.nearest)), at.jobs)
         else:
-            train(at.base, at.encoder, at.case_jobs.values())
-            compute_losses(losses, list(case_losses(at, args.nearest)), at.jobs | at.case_jobs)
+            compute_cases(at, losses, args.nearest)
         progress(f"step {step}: {time.perf_counter() - start:.0f} s")
 
 

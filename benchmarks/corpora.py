@@ -176,7 +176,8 @@ MONTHS = words("January February March April May June July August September Octo
 
 
 def made(name: str, make: Make) -> list[Row]:
-    draw, found = random.Random(f"made {name}"), {}
+    draw = random.Random(f"made {name}")
+    found: dict[str, Row] = {}
     while len(found) < MADE_ROWS:
         prompt, answer = make(draw)
         found.setdefault(prompt, _row(prompt, answer))
