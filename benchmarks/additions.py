@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from statistics import mean
 from typing import Literal
 
 import torch
@@ -54,6 +55,7 @@ AT_ONCE = 8                        # experts that are co-trained: an interrupted
 # Places in `further` of the rows that are a case's new data.
 NEW: dict[Split, slice] = {"train": slice(0, 120), "validation": slice(120, 160), "test": slice(160, 200)}
 CASE_CORPORA = {"report": 12, "choose": 6}
+CASE_TOKENS, CASE_INTENTS = 100, 3   # of a corpus with cases: most tokens of a row on average; most groups of intents
 WORDS = 400                        # in the vocabulary of noise
 
 Kind = Literal["swapped", "noise", "foreign", "twin", "useless"]
@@ -426,12 +428,20 @@ class Plan:
         return self.kind in ("twin", "useless")
 
 
-def plans(found: Sequence[Corpus], splits: Splits, jobs: Mapping[str, Job], seed: int) -> list[Plan]:
-    """The cases of some corpora that have enough `further` rows, drawn by the seed; doses come last."""
+def plans(found: Sequence[Corpus], splits: Splits, jobs: Mapping[str, Job], encoder: ChatEncoder, seed: int) -> list[
+        Plan]:
+    """The cases of some corpora, drawn by the seed; doses come last.
+
+    The corpora are those with enough `further` rows and, because a case takes long, rows of CASE_TOKENS tokens or less.
+    """
     kin, enough = {corpus.name: corpus.kin for corpus in found}, NEW["test"].stop
     eligible = [name for name, parts in splits.items() if len(parts["further"]) >= enough]
+    short = [name for name in eligible if mean(len(encoder.row(messages(row)).ids) for row in splits[name]["test"])
+             <= CASE_TOKENS]
     draw = random.Random(f"cases {seed}")
-    some = sorted(draw.sample(eligible, min(CASE_CORPORA[found[0].pool], len(eligible))))
+    intents = draw.sample([name for name in short if name.startswith("intents")], CASE_INTENTS)
+    candidates = [name for name in short if name in intents or not name.startswith("intents")]
+    some = sorted(draw.sample(candidates, min(CASE_CORPORA[found[0].pool], len(candidates))))
     others = {name: draw.choice([other for other in eligible if other not in (name, *kin[name])]) for name in some}
     words = [word for word, _ in Counter(word for parts in splits.values() for row in parts["train"]
                                          for word in row.prompt.split()).most_common(WORDS)]
@@ -505,8 +515,8 @@ def setup(shared: Path, pool: Pool, seed: int = 0) -> Setup:
     base = real_base(pick_device())
     splits = {corpus.name: split(corpus, base.tokenizer) for corpus in found}
     jobs = {name: job(name, parts["train"], parts["validation"], seed) for name, parts in splits.items()}
-    return Setup(base, ChatEncoder(base.tokenizer, SYSTEM, PROMPT_TOKENS), found, splits, jobs,
-                 plans(found, splits, jobs, seed))
+    encoder = ChatEncoder(base.tokenizer, SYSTEM, PROMPT_TOKENS)
+    return Setup(base, encoder, found, splits, jobs, plans(found, splits, jobs, encoder, seed))
 
 
 def known_losses(at: Setup, nearest: int) -> Iterator[Wanted]:
