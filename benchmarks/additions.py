@@ -1,623 +1,508 @@
-"""What a release gains or loses when a domain is added, or an old one gets new data: corpora, experts and their losses.
+"""What an arrival does: known prompts that it moves, honest domains that are promoted, harmful ones that are refused.
 
-    .venv/bin/python benchmarks/additions.py --pool report --shared ../shared/data
+    .venv/bin/python benchmarks/additions.py --shared ../shared/data
 
-Part one computes, once, everything that the additions are drawn from, with the real base and the corpora of one pool
-of benchmarks/corpora.py. Each piece is kept in .moa/cache/benchmarks/additions by the digest of what it depends on, so
-that an interrupted run goes on where it stopped. In this order, or the steps that --steps names:
+Corpora, experts, features and losses are computed once (benchmarks/additions_world.py, which keeps them in .moa/cache)
+on the pool of corpora that chose no rule. From them are drawn, by a named seed, through the product's own router and
+gate:
 
-    features   of the prompts of every row, at the levels that the rule `early` may read
-    experts    one for each corpus, co-trained by the product's own code on few rows
-    losses     of every test row under its own expert, the base, and the --nearest likeliest other experts (0 = all), as
-               a router of the whole pool ranks them; and of the same answers after the question of another row
-    cases      experts of additions that a gate should refuse or reroute (`Case`), and the losses that judge them
+**Additions**: 3 to 8 incumbents, then 1 to 4 newcomers. A known test prompt is *lost* where it newly goes to the base, or
+to a newcomer on whose moved prompts the mean loss is worse by more than the tolerance.
+**Strangers**: prompts of corpora that are not in the mixture; how many are left to the base by the product's rule and by
+the former one (cosine with the nearest of 48 training prompts, less half of the domain's usual cosine, one threshold for
+all domains), both set to leave 1 % of the known test prompts to the base.
+**Honest newcomers**: each added to drawn triples; promoted, or why not.
+**Harmful cases** and doses: new rows of a known domain that are swapped, noise or another domain's; a newcomer whose rows
+are a known domain's, or whose questions do not help.
 
-A loss that was not computed is NaN. `world` returns what is there. Shapes: N rows, L levels, D hidden size, C corpora.
+Intervals resample corpora. The last line is one JSON object. Shapes: N rows, L levels, D hidden size, C domains.
 """
 
 import argparse
-import inspect
 import json
 import math
 import random
-import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
-from typing import Literal
+from typing import Any
 
+import numpy as np
 import torch
-from common import REPOSITORY, machine, pick_device, real_base
-from corpora import SPLITS, Corpus, Pool, Row, Split, corpora, messages, split
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from additions_world import (
+    BASE,
+    STEPS,
+    Case,
+    Known,
+    Losses,
+    Part,
+    Scored,
+    Setup,
+    Trainer,
+    Wanted,
+    World,
+    compute,
+    compute_losses,
+    progress,
+    setup,
+    world,
+)
+from common import REPOSITORY, goal, machine
+from torch import Tensor, nn
 
-from moa.base.encoding import ChatEncoder
-from moa.base.load import Base
-from moa.core import code_version, digests
-from moa.core.config import TrainParams
-from moa.experts.batches import collate, microbatches
-from moa.experts.cotraining import Learner, cotrain, seed_for
-from moa.experts.lora import ExpertStack, LoraSpec
-from moa.mixture.calibration import DEEPEST, train_heads
-from moa.mixture.mixture import BASE, Mixture
-from moa.mixture.router import Router, decoder_layers, features, layer_input, mean_pool
+from moa.core.config import AssembleParams, ReleaseParams
+from moa.evaluation.gate import Decision, Score, decide
+from moa.mixture.calibration import DEEPEST, SHALLOWEST, Prompts, complete, successor, train_heads
+from moa.mixture.router import Router
 
-CACHE = REPOSITORY / ".moa" / "cache" / "benchmarks" / "additions"
-SYSTEM, PROMPT_TOKENS = "", 1024   # as in the product's params.yaml
-# The product's defaults but for the length: an expert sees EXPERT_ROWS rows, in steps of STEP_ROWS. After so few it is
-# not done learning: a case's expert, which sees twice as many more, may be better on known rows although half of the
-# rows were poison. The case with dose 0 says by how much honest rows improve it; --rows 320 takes five times as long.
-EXPERT_ROWS, STEP_ROWS, VALIDATED = 64, 4, 8
-AT_ONCE = 8                        # experts that are co-trained: an interrupted run loses these
-# Places in `further` of the rows that are a case's new data.
-NEW: dict[Split, slice] = {"train": slice(0, 120), "validation": slice(120, 160), "test": slice(160, 200)}
-CASE_CORPORA = {"report": 12, "choose": 6}
-CASE_TOKENS, CASE_INTENTS = 100, 3   # of a corpus with cases: most tokens of a row on average; most groups of intents
-WORDS = 400                        # in the vocabulary of noise
-
-Kind = Literal["swapped", "noise", "foreign", "twin", "useless"]
-KINDS: tuple[Kind, ...] = ("swapped", "noise", "foreign", "twin", "useless")
-DOSES = (0.0, 0.1, 0.3)            # of "swapped", besides 1; 0 is an honest update. The other cases have dose 1
-
-
-def progress(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+RULES, ROWS = ReleaseParams(), AssembleParams().rows
+MOST = 0.01                       # assemble.max_abstention
+INCUMBENTS, NEWCOMERS = (3, 8), (1, 4)
+RESAMPLES = 2000
+HONEST, TRIPLES = 24, 10          # newcomers, and the triples that each is added to
+FORMER_SEEN = 48
 
 
-# The world: all that additions are drawn from.
+# Routers.
 
-@dataclass(frozen=True)
-class Part:
-    """The rows of one split, and the features of their prompts."""
+class Routers:
+    """Routers of some corpora of the world, as stage `assemble` makes them from their rows."""
 
-    rows: list[Row]
-    features_NLD: Tensor   # float16
+    def __init__(self, found: World, levels: int) -> None:
+        self.world = found
+        floor, ceiling = int(levels * SHALLOWEST), int((levels - 1) * DEEPEST)
+        self.levels = slice(floor, max(floor, ceiling) + 1)   # that rule `early` may read; the others are left out
+        self.known: dict[tuple[str, ...], Router] = {}
 
-    @property
-    def groups(self) -> list[str]:
-        return [row.group for row in self.rows]
+    def prompts(self, name: str, part: Part, first: int = 0, last: int | None = None) -> tuple[Tensor, list[str]]:
+        rows = slice(first, last)
+        return part.features_NLD[rows, self.levels].float(), [f"{name} {group}" for group in part.groups[rows]]
 
+    def labelled(self, pieces: Sequence[tuple[int, tuple[Tensor, list[str]]]]) -> Prompts:
+        return Prompts(torch.cat([features for _, (features, _) in pieces]),
+                       torch.tensor([at for at, (_, groups) in pieces for _ in groups]),
+                       [group for _, (_, groups) in pieces for group in groups])
 
-@dataclass(frozen=True)
-class Scored:
-    """Rows, their completion tokens, and their losses in nats per completion token by the name of the expert.
+    def fitted(self, domains: Mapping[str, "Domain"], extends: Router | None = None) -> Router:
+        names = sorted(domains)
+        train, validation, further = ([], [], [])
+        for at, name in enumerate(names):
+            for source in domains[name].sources:
+                train.append((at, self.prompts(name, source["train"], 0, ROWS // len(domains[name].sources))))
+                validation.append((at, self.prompts(name, source["validation"])))
+                further.append((at, self.prompts(name, source["train"], ROWS // len(domains[name].sources))))
+                if source.get("further") is not None and len(domains[name].sources) == 1:
+                    further.append((at, self.prompts(name, source["further"])))
+        trained, held = self.labelled(train), self.labelled(validation)
+        if extends is None:
+            router = train_heads(names, trained)
+            right_NL = router.logits(held.features_NLD).argmax(-1) == held.targets_N[:, None]
+            router.rule, router.layer = "early", int(right_NL.double().mean(0).argmax())
+        else:
+            router = successor(extends, names)
+        return complete(router, trained, held, self.labelled(further).at, MOST, extends)
 
-    The names are those of the corpora, "base", and a case's own.
-    """
+    def incumbent(self, names: Iterable[str]) -> Router:
+        """The router of some corpora, made once."""
+        key = tuple(sorted(names))
+        if key not in self.known:
+            self.known[key] = self.fitted({name: Domain.of(self.world.corpora[name]) for name in key})
+        return self.known[key]
 
-    rows: list[Row]
-    tokens_N: Tensor
-    losses: dict[str, Tensor]   # (N,) each; NaN where it was not computed
-
-
-@dataclass(frozen=True)
-class Known:
-    """A corpus by split, and its test rows under the experts.
-
-    `swapped` are the test answers after the question of the next group, under the corpus's own expert: what the expert
-    knows without the question.
-    """
-
-    name: str
-    kin: tuple[str, ...]
-    parts: dict[Split, Part]
-    test: Scored
-    swapped: Scored
-
-
-@dataclass(frozen=True)
-class Case:
-    """New data that harms, the expert trained on it, and its losses on the test rows.
-
-    swapped   new rows of the known domain `corpus`, of which a share `dose` has the answer of another row; its expert
-              goes on from the corpus's, on the training rows and as many new ones
-    noise     the same, and all answers of the new rows are random words
-    foreign   the same, and the new rows are rows of the corpus `other`
-    twin      a newcomer whose rows are of the known domain `corpus`, though not the same rows
-    useless   a newcomer, in place of `corpus`, with that corpus's rows, whose answers do not fit their questions: the
-              questions do not help
-
-    `parts` is the new data by split: rows of `further`, which are then no calibration rows, but the corpus's own rows
-    in "useless". `new` are its test rows. `known` are the corpus's test rows, as they were; None in "useless".
-    """
-
-    kind: Kind
-    dose: float
-    corpus: str
-    other: str | None
-    parts: dict[Split, Part]
-    new: Scored
-    known: Scored | None
-    swapped: Scored | None   # of a newcomer: its test answers after the question of the next group, as in `Known`
-
-    @property
-    def name(self) -> str:
-        return case_name(self.kind, self.dose, self.corpus)
+    def answers(self, router: Router, part: Part) -> "Answers":
+        decisions = router.decide(part.features_NLD[:, self.levels].float())
+        return Answers([BASE if each.abstained else each.domain for each in decisions],
+                       [each.domain for each in decisions], [each.abstained for each in decisions])
 
 
 @dataclass(frozen=True)
-class World:
-    """One pool: its corpora and its cases, by name."""
+class Domain:
+    """The rows of one domain: a corpus, with new data a second source."""
 
-    pool: Pool
-    corpora: dict[str, Known]
-    cases: dict[str, Case]
+    sources: tuple[Mapping[str, Part], ...]
 
-
-def case_name(kind: Kind, dose: float, corpus: str) -> str:
-    return f"{kind} {dose:g}: {corpus}"
-
-
-# Cached pieces.
-
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(dict(tensors), temporary)
-    temporary.replace(path)
-
-
-def _key(base: Base, facts: dict[str, object]) -> str:
-    return digests.of_json(facts | {"base": base.pin.digest, "dtype": base.device.dtype, "system": SYSTEM,
-                                    "max_tokens": PROMPT_TOKENS})[:32]
-
-
-# Features.
-
-def depth_of(base: Base) -> int:
-    """Number of levels up to the deepest one that `early` may read, as `calibrate` counts them."""
-    return int((base.model.config.num_hidden_layers - 1) * DEEPEST) + 1
-
-
-def feature_path(base: Base, rows: Sequence[Row]) -> Path:
-    """The key has the code of these functions only, so that a change of the router's other code computes nothing."""
-    functions = (features, mean_pool, layer_input, decoder_layers, microbatches, collate)
-    code = [inspect.getsource(each) for each in functions]
-    key = _key(base, {"code": code, "depth": depth_of(base), "prompts": [row.prompt for row in rows]})
-    return CACHE / "features" / f"{key}.safetensors"
-
-
-Splits = Mapping[str, Mapping[Split, list[Row]]]   # by corpus
-
-
-def compute_features(base: Base, encoder: ChatEncoder, splits: Splits) -> None:
-    """Compute the features that are not cached; `further`, which is the largest split, last."""
-    todo = [(name, part, rows) for last in (False, True) for name, parts in splits.items()
-            for part, rows in parts.items() if (part == "further") == last and rows]
-    todo = [one for one in todo if not feature_path(base, one[2]).is_file()]
-    for count, (name, part, rows) in enumerate(todo):
-        start = time.perf_counter()
-        ids = [encoder.prompt([{"role": "user", "content": row.prompt}])[-PROMPT_TOKENS:] for row in rows]
-        found_NLD = features(base.model, ids, depth_of(base)).half()
-        assert found_NLD.isfinite().all(), f"features of {name} exceed float16"
-        _save(feature_path(base, rows), {"features": found_NLD})
-        seconds = time.perf_counter() - start
-        progress(f"features {count + 1} of {len(todo)}: {name}, {part}, {len(rows)} rows, {seconds:.1f} s, "
-                 f"{sum(map(len, ids)) / seconds:.0f} tokens/s")
-
-
-def read_features(base: Base, rows: Sequence[Row]) -> Tensor:
-    if not rows:
-        return torch.zeros(0, depth_of(base), base.model.config.hidden_size, dtype=torch.float16)
-    return load_file(feature_path(base, rows))["features"]
-
-
-def write_index(base: Base, pool: Pool, kin: Mapping[str, Sequence[str]], splits: Splits) -> Path:
-    """A JSON file from which the features can be read without the base and the corpora."""
-    path = CACHE / f"{pool}.json"
-    content = {name: {"kin": list(kin[name]), "splits": {
-        part: {"features": str(feature_path(base, rows).relative_to(CACHE)) if rows else None,
-               "rows": [row.id for row in rows], "groups": [row.group for row in rows],
-               "prompts": [row.prompt for row in rows]} for part, rows in parts.items()}}
-               for name, parts in splits.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"pool": pool, "depth": depth_of(base), "corpora": content}), encoding="utf-8")
-    return path
-
-
-# Experts.
-
-@dataclass(frozen=True)
-class Job:
-    """The training of one expert; `parent` is the job whose expert it goes on from."""
-
-    name: str
-    train: tuple[Row, ...]
-    validation: tuple[Row, ...]
-    params: TrainParams
-    parent: "Job | None" = None
-
-    def path(self, base: Base) -> Path:
-        return CACHE / "experts" / f"{self.key(base)}.safetensors"
-
-    def key(self, base: Base) -> str:
-        code = code_version.of_modules(*(f"moa.experts.{name}" for name in ("batches", "cotraining", "lora",
-                                                                            "lora_autograd")))
-        return _key(base, {"code": code, "name": self.name, "params": self.params.model_dump(),
-                           "train": [row.id for row in self.train], "validation": [row.id for row in self.validation],
-                           "parent": self.parent and self.parent.key(base)})
+    @classmethod
+    def of(cls, known: Known) -> "Domain":
+        return cls((known.parts,))
 
 
 @dataclass(frozen=True)
-class Trainer:
-    """Makes jobs whose experts see `rows` rows, in as few epochs as the corpus allows; with a parent twice as many."""
+class Answers:
+    """Who answers each row: an expert or the base; the router's best guess; whether it abstained."""
 
-    rows: int = EXPERT_ROWS
-    seed: int = 0
-
-    def job(self, name: str, train: Sequence[Row], validation: Sequence[Row], parent: Job | None = None) -> Job:
-        rows = self.rows * (2 if parent else 1)   # beside a parent's training rows as many new ones
-        epochs = math.ceil(rows / len(train))
-        params = TrainParams(epochs=epochs, rows_per_epoch=rows // epochs, batch_rows=STEP_ROWS,
-                             validation_rows=VALIDATED, seed=self.seed)
-        return Job(name, tuple(train), tuple(validation), params, parent)
-
-
-def _spec(params: TrainParams) -> LoraSpec:
-    return LoraSpec(params.rank, params.alpha, params.rslora)
-
-
-def train(base: Base, encoder: ChatEncoder, jobs: Iterable[Job]) -> None:
-    """Co-train the experts that are not cached, AT_ONCE at a time. Parents come before their children."""
-    todo = [one for one in jobs if not one.path(base).is_file()]
-    done = 0
-    for some in (todo[at:at + AT_ONCE] for at in range(0, len(todo), AT_ONCE)):
-        start = time.perf_counter()
-        params = some[0].params
-        stack = ExpertStack(base.model, [_spec(params)] * len(some), params.targets).trainable(True)
-        learners = []
-        for expert, one in enumerate(some):
-            _initialise(base, stack, expert, one)
-            rows, validation = ([encoder.row(messages(row)) for row in part] for part in (one.train, one.validation))
-            learners.append(Learner(one.name, expert, stack, rows, validation, one.params, warm=one.parent is not None))
-        cotrain(base.model, stack, learners, params.batch_tokens)
-        for learner, one in zip(learners, some, strict=True):
-            assert learner.progress.failure is None, f"{one.name}: {learner.progress.failure}"
-            _save(one.path(base), {"weights": stack.weights[learner.expert].detach().half()})
-        stack.remove()
-        done += len(some)
-        seconds, seen = time.perf_counter() - start, sum(learner.progress.seen_tokens for learner in learners)
-        progress(f"experts {done} of {len(todo)}: {seconds:.0f} s, {seen / seconds:.0f} tokens/s; validation losses " +
-                 ", ".join(f"{one.name} {one.progress.best_loss:.2f}" for one in learners))
-
-
-def _initialise(base: Base, stack: ExpertStack, expert: int, one: Job) -> None:
-    if one.parent is None:
-        stack.initialise(expert, seed_for(one.name, one.params.seed))
-    else:
-        _load(base, stack, expert, one.parent)
-
-
-def _load(base: Base, stack: ExpertStack, expert: int, one: Job) -> None:
-    with torch.no_grad():
-        stack.weights[expert].copy_(load_file(one.path(base))["weights"])
-    stack.changed()
+    by: list[str]
+    guess: list[str]
+    abstained: list[bool]
 
 
 # Losses.
 
-class Losses:
-    """Losses of rows under experts: computed by the product's `Mixture.losses`, cached by rows and expert."""
+class Book:
+    """Losses by rows and expert. What is asked for and missing is noted, so that it can be computed."""
 
-    def __init__(self, base: Base, encoder: ChatEncoder) -> None:
-        self.base, self.encoder = base, encoder
+    def __init__(self) -> None:
+        self.missing: dict[str, tuple[list[Any], dict[str, Tensor]]] = {}
 
-    def _path(self, rows: Sequence[Row]) -> Path:
-        code = code_version.of_modules("moa.experts.batches", "moa.experts.lora")
-        key = _key(self.base, {"code": code, "rows": [row.id for row in rows]})
-        return CACHE / "losses" / f"{key}.safetensors"
-
-    def _expert_key(self, one: Job | None) -> str:
-        return BASE if one is None else one.key(self.base)
-
-    def read(self, rows: Sequence[Row], experts: Mapping[str, Job | None]) -> Scored:
-        """What is cached; `experts` are jobs by the names that the losses get, None for the base."""
-        path = self._path(rows)
-        found = load_file(path) if path.is_file() else {}
-        keys = {name: self._expert_key(one) for name, one in experts.items()}
-        return Scored(list(rows), found.get("tokens", torch.zeros(len(rows), dtype=torch.long)),
-                      {name: found[key] for name, key in keys.items() if key in found})
-
-    def missing(self, rows: Sequence[Row], wanted: Mapping[str, Tensor], experts: Mapping[str, Job | None]) -> list[
-            tuple[int, str]]:
-        """Places of rows and names of experts that `wanted` (N,) bool, by name, asks for and the cache lacks."""
-        scored = self.read(rows, experts)
-        unknown_N = torch.full((len(rows),), math.nan, dtype=torch.float64)
-        return [(place, name) for name, wanted_N in wanted.items()
-                for place in (wanted_N & scored.losses.get(name, unknown_N).isnan()).nonzero()[:, 0].tolist()]
-
-    def compute(self, mixture: Mixture, rows: Sequence[Row], pairs: Sequence[tuple[int, str]],
-                experts: Mapping[str, Job | None]) -> int:
-        """Compute and keep the losses of pairs (place of a row, name of an expert); returns the tokens read."""
-        path = self._path(rows)
-        tensors = dict(load_file(path)) if path.is_file() else {}
-        tokens_N = tensors.setdefault("tokens", torch.zeros(len(rows), dtype=torch.long))
-        results = mixture.losses([messages(rows[place]) for place, _ in pairs], [name for _, name in pairs])
-        for (place, name), (loss, tokens) in zip(pairs, results, strict=True):
-            key = self._expert_key(experts[name])
-            if key not in tensors:
-                tensors[key] = torch.full((len(rows),), math.nan, dtype=torch.float64)
-            tensors[key][place], tokens_N[place] = loss, tokens
-        _save(path, tensors)
-        lengths = [sum(one) for one in self.encoder.lengths([self.encoder.pieces(messages(row)) for row in rows])]
-        return sum(lengths[place] for place, _ in pairs)
+    def losses(self, key: str, scored: Scored, by: Sequence[str]) -> list[float]:
+        """The loss of each row under its own expert of `by`; NaN where it was not computed yet."""
+        found = []
+        for place, name in enumerate(by):
+            value = float(scored.losses[name][place]) if name in scored.losses else math.nan
+            if math.isnan(value):
+                rows, wanted = self.missing.setdefault(key, (scored.rows, {}))
+                wanted.setdefault(name, torch.zeros(len(rows), dtype=torch.bool))[place] = True
+            found.append(value)
+        return found
 
 
-def mixture_of(base: Base, encoder: ChatEncoder, jobs: Mapping[str, Job]) -> Mixture:
-    """A mixture of these experts. Its router has their names and routes nothing."""
-    params = next(iter(jobs.values())).params
-    stack = ExpertStack(base.model, [_spec(params)] * len(jobs), params.targets)
-    for expert, one in enumerate(jobs.values()):
-        _load(base, stack, expert, one)
-    empty = torch.zeros(1, 1)
-    router = Router(list(jobs), empty, empty, torch.zeros(1, len(jobs), 1), torch.zeros(1, len(jobs)))
-    return Mixture(base, stack, router, encoder, {name: one.key(base) for name, one in jobs.items()})
+# Additions.
+
+@dataclass
+class Tally:
+    """Shares over units, each with the corpora that it is of."""
+
+    units: list[tuple[tuple[str, ...], float, float]] = field(default_factory=list)   # corpora, count, of so many
+
+    def add(self, corpora: Iterable[str], count: float, of: float = 1.0) -> None:
+        self.units.append((tuple(corpora), count, of))
+
+    def share(self) -> float:
+        of = sum(each for _, _, each in self.units)
+        return sum(count for _, count, _ in self.units) / of if of else math.nan
+
+    def interval(self) -> tuple[float, float]:
+        """95 % percentile bootstrap over corpora: a unit counts by the mean weight of its corpora."""
+        names = sorted({name for each, _, _ in self.units for name in each})
+        if not names:
+            return math.nan, math.nan
+        member = np.array([[each.count(name) / len(each) for name in names] for each, _, _ in self.units])
+        counts, of = (np.array([unit[at] for unit in self.units]) for at in (1, 2))
+        draws = np.random.default_rng(0).multinomial(len(names), [1 / len(names)] * len(names), RESAMPLES)
+        weights = draws @ member.T
+        low, high = np.quantile((weights @ counts) / np.maximum(weights @ of, 1e-9), [0.025, 0.975])
+        return float(low), float(high)
+
+    def text(self) -> str:
+        low, high = self.interval()
+        return f"{self.share():.3%} [{low:.3%}, {high:.3%}] of {sum(of for _, _, of in self.units):,.0f}"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Losses to compute: of `rows`, each expert's name with the rows (N,) bool that it should read."""
+class Addition:
+    """Incumbents and newcomers, and who answers the incumbents' test prompts before and after."""
 
-    label: str
-    rows: list[Row]
-    experts: dict[str, Tensor]
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+    before: dict[str, Answers]
+    after: dict[str, Answers]
 
-
-def everywhere(rows: Sequence[Row], names: Iterable[str]) -> dict[str, Tensor]:
-    return {name: torch.ones(len(rows), dtype=torch.bool) for name in names}
-
-
-def compute_losses(losses: Losses, wanted: Sequence[Wanted], jobs: Mapping[str, Job]) -> None:
-    """Compute what is not cached, one set of rows after the other, with the experts that each needs."""
-    experts: dict[str, Job | None] = {BASE: None, **jobs}
-    todo = [(one, pairs) for one in wanted if (pairs := losses.missing(one.rows, one.experts, experts))]
-    pairs_left = sum(len(pairs) for _, pairs in todo)
-    progress(f"losses: {pairs_left} to compute, in {len(todo)} sets of rows")
-    for one, pairs in todo:
-        start = time.perf_counter()
-        needed = {name: jobs[name] for _, name in pairs if name != BASE}
-        mixture = mixture_of(losses.base, losses.encoder, needed or dict([next(iter(jobs.items()))]))
-        tokens = losses.compute(mixture, one.rows, pairs, experts)
-        mixture.unload()
-        pairs_left -= len(pairs)
-        seconds = time.perf_counter() - start
-        progress(f"losses of {one.label}: {len(pairs)} in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s; "
-                 f"{pairs_left} left")
+    def near(self, found: World) -> bool:
+        return any(each in found.corpora[name].kin for name in self.new for each in self.old)
 
 
-class Likely:
-    """Which experts a router of the whole pool finds likeliest for a prompt."""
-
-    def __init__(self, base: Base, splits: Splits) -> None:
-        self.names = list(splits)
-        parts = [read_features(base, parts["train"])[:, -1:].float() for parts in splits.values()]
-        targets_N = torch.cat([torch.full((len(part),), label) for label, part in enumerate(parts)])
-        self.router = train_heads(self.names, torch.cat(parts), targets_N)
-
-    def experts(self, features_NLD: Tensor, count: int, without: str) -> dict[str, Tensor]:
-        """For each expert but `without`, the prompts (N,) of which it is one of the `count` likeliest; 0 = all."""
-        logits_NC = self.router.logits(features_NLD[:, -1:].float())[:, 0]
-        logits_NC[:, self.names.index(without)] = -math.inf
-        best_NK = logits_NC.topk(min(count or len(self.names), len(self.names) - 1)).indices
-        chosen_NC = torch.zeros_like(logits_NC, dtype=torch.bool).scatter(1, best_NK, True)
-        return {name: chosen_NC[:, label] for label, name in enumerate(self.names) if name != without}
+def drawn(found: World, routers: Routers, count: int, seed: int) -> list[Addition]:
+    draw, names, result = random.Random(f"additions {seed}"), sorted(found.corpora), []
+    for number in range(count):
+        many, more = draw.randint(*INCUMBENTS), draw.randint(*NEWCOMERS)
+        picked = draw.sample(names, many + more)
+        old, new = tuple(sorted(picked[:many])), tuple(sorted(picked[many:]))
+        incumbent = routers.incumbent(old)
+        grown = routers.fitted({name: Domain.of(found.corpora[name]) for name in picked}, incumbent)
+        sides = [{name: routers.answers(router, found.corpora[name].parts["test"]) for name in old}
+                 for router in (incumbent, grown)]
+        result.append(Addition(old, new, *sides))
+        if (number + 1) % 25 == 0:
+            progress(f"additions: {number + 1} of {count}")
+    return result
 
 
-def swapped_questions(rows: Sequence[Row]) -> list[Row]:
-    """Each row's answer after the question of the next group's first row."""
-    groups = list(dict.fromkeys(row.group for row in rows))
-    following = dict(zip(groups, groups[1:] + groups[:1], strict=True))
-    first = {row.group: row.prompt for row in reversed(rows)}
-    return [replace(row, prompt=first[following[row.group]]) for row in rows]
+def lost_prompts(addition: Addition, found: World, book: Book) -> dict[str, int]:
+    """By incumbent, how many of its test prompts the addition loses."""
+    lost: Counter[str] = Counter()
+    moved: dict[str, list[tuple[str, float]]] = defaultdict(list)   # by newcomer: incumbent, rise of the loss
+    for name in addition.old:
+        before, after = addition.before[name].by, addition.after[name].by
+        places = [at for at, (was, now) in enumerate(zip(before, after, strict=True)) if was != now]
+        test = found.corpora[name].test
+        losses = [book.losses(name, test, by) for by in (before, after)] if any(
+            after[at] != BASE for at in places) else None
+        for at in places:
+            if after[at] == BASE:
+                lost[name] += 1
+            elif after[at] in addition.new and losses:
+                moved[after[at]].append((name, losses[1][at] - losses[0][at]))
+            else:
+                lost[name] += 1   # to another incumbent: a router that grows without moving never does that
+    for each in moved.values():
+        if not np.mean([rise for _, rise in each]) <= RULES.tolerance:   # NaN counts as worse until it is computed
+            lost.update(name for name, _ in each)
+    return dict(lost)
 
 
-# Cases.
+# Strangers.
 
-@dataclass(frozen=True)
-class Plan:
-    """A case before anything of it is computed."""
+def former_scores(routers: Routers, old: Sequence[str]) -> Callable[[Tensor], Tensor]:
+    """The former rule's score of prompts, of the level that the router of these corpora reads."""
+    corpora, level = routers.world.corpora, routers.incumbent(old).layer
+    train = [routers.prompts(name, corpora[name].parts["train"], 0, FORMER_SEEN)[0][:, level] for name in old]
+    mean_D, scale_D = torch.cat(train).mean(0), torch.cat(train).std(0).clamp(min=1e-6)
+    seen_MD = nn.functional.normalize((torch.cat(train) - mean_D) / scale_D, dim=-1)
+    of_M = torch.tensor([at for at, part in enumerate(train) for _ in part])
 
-    kind: Kind
-    dose: float
-    corpus: str
-    other: str | None
-    new: dict[Split, list[Row]]
-    of: dict[Split, tuple[str, Split, slice]]   # where the features of the new prompts are: corpus, split and places
-    job: Job
+    def nearest(features_NLD: Tensor) -> tuple[Tensor, Tensor]:
+        cosine_NM = nn.functional.normalize((features_NLD[:, level] - mean_D) / scale_D, dim=-1) @ seen_MD.T
+        best = cosine_NM.max(1)
+        return best.values, of_M[best.indices]
 
-    @property
-    def name(self) -> str:
-        return case_name(self.kind, self.dose, self.corpus)
+    usual_C = torch.stack([nearest(routers.prompts(name, corpora[name].parts["validation"])[0])[0].mean()
+                           for name in old])
 
-    @property
-    def newcomer(self) -> bool:
-        return self.kind in ("twin", "useless")
+    def scores(features_NLD: Tensor) -> Tensor:
+        values, domains = nearest(features_NLD)
+        return values - usual_C[domains] / 2
 
-
-def plans(found: Sequence[Corpus], splits: Splits, jobs: Mapping[str, Job], encoder: ChatEncoder,
-          trainer: Trainer) -> list[Plan]:
-    """The cases of some corpora, drawn by the trainer's seed; doses come last.
-
-    The corpora are those with enough `further` rows and, because a case takes long, rows of CASE_TOKENS tokens or less.
-    """
-    kin, enough = {corpus.name: corpus.kin for corpus in found}, NEW["test"].stop
-    eligible = [name for name, parts in splits.items() if len(parts["further"]) >= enough]
-    short = [name for name in eligible if mean(len(encoder.row(messages(row)).ids) for row in splits[name]["test"])
-             <= CASE_TOKENS]
-    draw = random.Random(f"cases {trainer.seed}")
-    intents = draw.sample([name for name in short if name.startswith("intents")], CASE_INTENTS)
-    candidates = [name for name in short if name in intents or not name.startswith("intents")]
-    some = sorted(draw.sample(candidates, min(CASE_CORPORA[found[0].pool], len(candidates))))
-    others = {name: draw.choice([other for other in eligible if other not in (name, *kin[name])]) for name in some}
-    words = [word for word, _ in Counter(word for parts in splits.values() for row in parts["train"]
-                                         for word in row.prompt.split()).most_common(WORDS)]
-    cases: list[tuple[Kind, float]] = [*((kind, 1.0) for kind in KINDS), *(("swapped", dose) for dose in DOSES)]
-    return [_plan(kind, dose, name, others[name], splits, jobs, words, trainer) for kind, dose in cases
-            for name in some]
+    return scores
 
 
-def _plan(kind: Kind, dose: float, name: str, other: str, splits: Splits, jobs: Mapping[str, Job],
-          words: Sequence[str], trainer: Trainer) -> Plan:
-    parts, title = splits[name], case_name(kind, dose, name)
-    draw = random.Random(f"{title} {trainer.seed}")
-    if kind == "useless":
-        new = {part: shuffled(parts[part], draw) for part in NEW}
-        of = {part: (name, part, slice(None)) for part in NEW}
-        return Plan(kind, dose, name, None, new, of, trainer.job(title, new["train"], new["validation"]))
-    source = other if kind == "foreign" else name
-    new = {part: splits[source]["further"][places] for part, places in NEW.items()}
-    of = {part: (source, "further", places) for part, places in NEW.items()}
-    if kind == "twin":
-        return Plan(kind, dose, name, None, new, of, trainer.job(title, new["train"], new["validation"]))
-    if kind == "swapped":
-        new = {part: dosed(rows, dose, draw) for part, rows in new.items()}
-    if kind == "noise":
-        new = {part: [replace(row, answer=" ".join(draw.choices(words, k=len(row.answer.split())))) for row in rows]
-               for part, rows in new.items()}
-    half = VALIDATED // 2   # of the validation rows that count, half are new ones
-    validation = [*parts["validation"][:half], *new["validation"][:half]]
-    return Plan(kind, dose, name, other if kind == "foreign" else None, new, of,
-                trainer.job(title, [*parts["train"][:len(new["train"])], *new["train"]], validation, jobs[name]))
+def strangers(addition: Addition, found: World, routers: Routers) -> dict[str, tuple[float, float]]:
+    """By corpus outside the mixture, the share of its test prompts that is caught: by the product, and formerly."""
+    router, former = routers.incumbent(addition.old), former_scores(routers, addition.old)
+
+    def present(features_NLD: Tensor) -> Tensor:
+        assert router.threshold_C is not None
+        return (router.similarities(features_NLD) - router.threshold_C).amax(1)
+
+    tests = {name: routers.prompts(name, known.parts["test"])[0] for name, known in found.corpora.items()}
+    known_NLD = torch.cat([tests[name] for name in addition.old])
+    caught: list[dict[str, float]] = []
+    for scores in (present, former):
+        ordered = scores(known_NLD).sort().values
+        threshold = ordered[int(MOST * len(ordered))]
+        caught.append({name: (scores(tests[name]) < threshold).double().mean().item()
+                       for name in tests if name not in addition.old})
+    return {name: (caught[0][name], caught[1][name]) for name in caught[0]}
 
 
-def shuffled(rows: Sequence[Row], draw: random.Random) -> list[Row]:
-    """The rows with the answers of others: no row keeps its answer, unless more than half of all have that answer."""
-    order = sorted(range(len(rows)), key=lambda place: (rows[place].answer, draw.random()))
-    away = max(*Counter(row.answer for row in rows).values(), len(rows) // 2, 1)
-    answers = {place: rows[order[(at + away) % len(rows)]].answer for at, place in enumerate(order)}
-    return [replace(row, answer=answers[place]) for place, row in enumerate(rows)]
+# The gate.
+
+def compared(book: Book, key: str, domain: str, scored: Scored, before: Answers | None, after: Answers, *,
+             changed: Mapping[str, str] | None = None, known: bool = True, new: bool = False,
+             swapped: Scored | None = None) -> list[Score]:
+    """Test rows of one domain as the gate reads them. `changed`: experts that are others now, by domain."""
+    names = changed or {}
+    after_by = [names.get(by, by) for by in after.by]
+    challenger = book.losses(key, scored, after_by)
+    incumbent = book.losses(key, scored, before.by) if before else [math.nan] * len(scored.rows)
+    base = book.losses(key, scored, [BASE] * len(scored.rows)) if new else [math.nan] * len(scored.rows)
+    own_name = names.get(domain, domain)
+    own = book.losses(key, scored, [own_name] * len(scored.rows)) if new else []
+    other = book.losses(f"{key}, questions swapped", swapped, [own_name] * len(scored.rows)) if swapped else []
+    result = []
+    for at, row in enumerate(scored.rows):
+        same = before is not None and before.by[at] == after_by[at]
+        result.append(Score(
+            domain, f"{key} {row.id}", 0.0 if same else challenger[at], 0.0 if same else _some(incumbent[at]),
+            _some(base[at]), known=known, group=row.group, tokens=max(int(scored.tokens_N[at]), 1), same_expert=same,
+            challenger_routed=after.guess[at], challenger_abstained=after.abstained[at],
+            incumbent_routed=before.guess[at] if before else None,
+            incumbent_abstained=before.abstained[at] if before else None,
+            own=_some(own[at]) if own else None, swapped=_some(other[at]) if other else None))
+    return result
 
 
-def dosed(rows: Sequence[Row], dose: float, draw: random.Random) -> list[Row]:
-    """The rows, of which a share `dose`, drawn at random, exchange their answers."""
-    places = sorted(draw.sample(range(len(rows)), round(dose * len(rows))))
-    changed = dict(zip(places, shuffled([rows[place] for place in places], draw), strict=True))
-    return [changed.get(place, row) for place, row in enumerate(rows)]
+def _some(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
-# Everything together.
-
-@dataclass(frozen=True)
-class Setup:
-    """What all steps need."""
-
-    base: Base
-    encoder: ChatEncoder
-    found: list[Corpus]
-    splits: Splits
-    jobs: dict[str, Job]
-    plans: list[Plan]
-
-    @property
-    def case_jobs(self) -> dict[str, Job]:
-        return {plan.name: plan.job for plan in self.plans}
-
-    def features(self, plan: Plan, part: Split) -> Tensor:
-        name, source, places = plan.of[part]
-        return read_features(self.base, self.splits[name][source])[places]
-
-
-def setup(shared: Path, pool: Pool, trainer: Trainer = Trainer()) -> Setup:
-    found = corpora(shared, pool)
-    base = real_base(pick_device())
-    splits = {corpus.name: split(corpus, base.tokenizer) for corpus in found}
-    jobs = {name: trainer.job(name, parts["train"], parts["validation"]) for name, parts in splits.items()}
-    encoder = ChatEncoder(base.tokenizer, SYSTEM, PROMPT_TOKENS)
-    return Setup(base, encoder, found, splits, jobs, plans(found, splits, jobs, encoder, trainer))
+def newcomer_decision(found: World, routers: Routers, book: Book, triple: Sequence[str], name: str, case: Case | None
+                      ) -> Decision:
+    """The gate on a newcomer beside three incumbents: an honest corpus, or a case in its place."""
+    own = found.corpora.get(name)
+    label = name if case is None else f"new {name}"
+    incumbent = routers.incumbent(triple)
+    source = own.parts if case is None and own else case.parts if case else {}
+    domains = {each: Domain.of(found.corpora[each]) for each in triple} | {label: Domain((source,))}
+    grown = routers.fitted(domains, incumbent)
+    scores = []
+    for each in triple:
+        known = found.corpora[each]
+        sides = [routers.answers(router, known.parts["test"]) for router in (incumbent, grown)]
+        scores += compared(book, each, each, known.test, *sides, changed={label: case.name} if case else None)
+    test = case.new if case else own.test if own else None
+    swapped = case.swapped if case else own.swapped if own else None
+    assert test is not None
+    before, after = (routers.answers(router, source["test"]) for router in (incumbent, grown))
+    key = f"{case.name}, new rows" if case else name
+    scores += [_renamed(score, label) for score in compared(
+        book, key, label, test, before, after, changed={label: case.name} if case else None, new=True, swapped=swapped)]
+    return decide(scores, RULES, incumbent=list(triple), challenger=[*triple, label])
 
 
-def known_losses(at: Setup, nearest: int) -> Iterator[Wanted]:
-    """Losses of the corpora's test rows: own expert and base first, then the likeliest others."""
-    for name, parts in at.splits.items():
-        yield Wanted(name, parts["test"], everywhere(parts["test"], (BASE, name)))
-        yield Wanted(f"{name}, questions swapped", swapped_questions(parts["test"]), everywhere(parts["test"], (name,)))
-    likely = Likely(at.base, at.splits)
-    for name, parts in at.splits.items():
-        others = likely.experts(read_features(at.base, parts["test"]), nearest, name)
-        yield Wanted(f"{name} under others", parts["test"], others)
+def _renamed(score: Score, domain: str) -> Score:
+    return Score(**{**vars(score), "domain": domain})
 
 
-def compute_cases(at: Setup, losses: Losses, nearest: int) -> None:
-    """Experts and losses of the cases, one kind after the other."""
-    likely = Likely(at.base, at.splits)
-    for kind, some in groupby(at.plans, lambda plan: (plan.kind, plan.dose)):
-        cases = list(some)
-        progress(f"cases: {len(cases)} {kind[0]}, dose {kind[1]:g}")
-        train(at.base, at.encoder, [plan.job for plan in cases])
-        compute_losses(losses, list(case_losses(at, cases, likely, nearest)), at.jobs | at.case_jobs)
+def continued_decision(found: World, routers: Routers, book: Book, triple: Sequence[str], case: Case) -> Decision:
+    """The gate on new rows of a known domain, whose expert goes on with them."""
+    incumbent = routers.incumbent(triple)
+    domains = {each: Domain.of(found.corpora[each]) for each in triple}
+    domains[case.corpus] = Domain((found.corpora[case.corpus].parts, case.parts))
+    grown = routers.fitted(domains, incumbent)
+    scores = []
+    for each in triple:
+        known = found.corpora[each]
+        sides = [routers.answers(router, known.parts["test"]) for router in (incumbent, grown)]
+        rows = case.known if each == case.corpus and case.known else known.test
+        key = f"{case.name}, known rows" if rows is case.known else each
+        scores += compared(book, key, each, rows, *sides, changed={case.corpus: case.name})
+    sides = [routers.answers(router, case.parts["test"]) for router in (incumbent, grown)]
+    scores += compared(book, f"{case.name}, new rows", case.corpus, case.new, *sides,
+                       changed={case.corpus: case.name}, known=False)
+    return decide(scores, RULES, incumbent=list(triple), challenger=list(triple))
 
 
-def case_losses(at: Setup, plans: Iterable[Plan], likely: Likely, nearest: int) -> Iterator[Wanted]:
-    """Losses that judge the cases: under the case's expert, the experts its rows may be routed to, and the base."""
-    for plan in plans:
-        rows, known = plan.new["test"], at.splits[plan.corpus]["test"]
-        names = [plan.name, BASE, *([plan.corpus] if plan.kind != "useless" else [])]
-        names += [plan.other] if plan.other else []
-        wanted = everywhere(rows, names)
-        if plan.newcomer:
-            wanted = likely.experts(at.features(plan, "test"), nearest, plan.corpus) | wanted
-            yield Wanted(f"{plan.name}, questions swapped", swapped_questions(rows), everywhere(rows, (plan.name,)))
-        yield Wanted(f"{plan.name}, new rows", rows, wanted)
-        if plan.kind != "useless":
-            yield Wanted(f"{plan.name}, known rows", known, everywhere(known, (plan.name,)))
+# Everything, twice: the first time tells which losses are missing.
+
+@dataclass
+class Judged:
+    """What one pass over all draws comes to."""
+
+    lost: dict[bool, Tally] = field(default_factory=lambda: {False: Tally(), True: Tally()})   # prompts, by near
+    any_lost: dict[bool, Tally] = field(default_factory=lambda: {False: Tally(), True: Tally()})
+    honest: dict[bool, Tally] = field(default_factory=lambda: {False: Tally(), True: Tally()})
+    honest_reasons: Counter[str] = field(default_factory=Counter)
+    refused: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    passed: list[str] = field(default_factory=list)
 
 
-def world(at: Setup) -> World:
-    """All that is cached. Raises FileNotFoundError where features are missing; losses that are missing are left out."""
-    losses = Losses(at.base, at.encoder)
-    kin = {corpus.name: corpus.kin for corpus in at.found}
-    experts: dict[str, Job | None] = {BASE: None, **at.jobs}
-    known = {}
-    for name, parts in at.splits.items():
-        swapped = swapped_questions(parts["test"])
-        known[name] = Known(name, kin[name], {part: Part(rows, read_features(at.base, rows))
-                                              for part, rows in parts.items()},
-                            losses.read(parts["test"], experts), losses.read(swapped, {name: at.jobs[name]}))
-    cases = {}
-    for plan in at.plans:
-        own = experts | {plan.name: plan.job}
-        new = {part: Part(rows, at.features(plan, part)) for part, rows in plan.new.items()}
-        cases[plan.name] = Case(
-            plan.kind, plan.dose, plan.corpus, plan.other, new, losses.read(plan.new["test"], own),
-            losses.read(at.splits[plan.corpus]["test"], own) if plan.kind != "useless" else None,
-            losses.read(swapped_questions(plan.new["test"]), {plan.name: plan.job}) if plan.newcomer else None)
-    return World(at.found[0].pool, known, cases)
+def judge_additions(found: World, additions: Sequence[Addition], book: Book, result: Judged) -> None:
+    for addition in additions:
+        near, lost = addition.near(found), lost_prompts(addition, found, book)
+        for name in addition.old:
+            result.lost[near].add([name], lost.get(name, 0), len(found.corpora[name].test.rows))
+        result.any_lost[near].add((*addition.old, *addition.new), bool(lost))
+
+
+def judge_releases(found: World, routers: Routers, seed: int, book: Book, result: Judged, quick: bool) -> None:
+    """The gate on honest newcomers and on cases. `quick` leaves out draws, not kinds: for a trial."""
+    names = sorted(found.corpora)
+    draw = random.Random(f"newcomers {seed}")
+    newcomers = sorted(draw.sample(names, min(HONEST, len(names))))[:3 if quick else None]
+    for name in newcomers:
+        for _ in range(2 if quick else TRIPLES):
+            triple = tuple(sorted(draw.sample([each for each in names if each != name], 3)))
+            decision = newcomer_decision(found, routers, book, triple, name, None)
+            near = any(each in found.corpora[name].kin for each in triple)
+            result.honest[near].add((name, *triple), decision.promote)
+            if not decision.promote:
+                result.honest_reasons[f"{name} beside {', '.join(triple)}: {decision.outcome}: {decision.reason}"] += 1
+        progress(f"honest newcomers: {name}")
+    for case in found.cases.values():
+        others = [each for each in names if each != case.corpus]
+        others = [each for each in others if each != case.other] if case.other else others
+        picked = draw.sample(others, 3 if case.kind == "useless" else 2)
+        triple = tuple(sorted(picked if case.kind == "useless" else [case.corpus, *picked[:1], case.other or picked[1]]))
+        decision = (newcomer_decision(found, routers, book, triple, case.corpus, case)
+                    if case.kind in ("twin", "useless") else continued_decision(found, routers, book, triple, case))
+        kind = case.kind if case.dose == 1 else f"{case.kind}, dose {case.dose:.0%}"
+        result.refused[kind].add([case.corpus], not decision.promote)
+        if decision.promote and case.dose == 1:
+            result.passed.append(f"{case.name} beside {', '.join(triple)}: {decision.reason}")
+
+
+def fill(at: Setup, book: Book) -> int:
+    """Compute the losses that a pass asked for; returns how many."""
+    wanted = [Wanted(key, rows, masks) for key, (rows, masks) in book.missing.items()]
+    count = sum(int(mask.sum()) for each in wanted for mask in each.experts.values())
+    if count:
+        progress(f"{count} losses that the draws need")
+        compute_losses(Losses(at.base, at.encoder), wanted, at.jobs | at.case_jobs)
+    return count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", choices=("choose", "report"), default="report")
     parser.add_argument("--shared", type=Path, default=REPOSITORY.parent / "shared" / "data")
-    parser.add_argument("--seed", type=int, default=0, help="of the experts and of what is drawn")
-    parser.add_argument("--rows", type=int, default=EXPERT_ROWS, help="that an expert sees in training")
-    parser.add_argument("--nearest", type=int, default=4, help="other experts that read a test row; 0 = all")
-    parser.add_argument("--steps", nargs="+", choices=("features", "experts", "losses", "cases"),
-                        default=["features", "experts", "losses", "cases"])
+    parser.add_argument("--seed", type=int, default=1, help="of what is drawn from the world")
+    parser.add_argument("--additions", type=int, default=300)
+    parser.add_argument("--quick", action="store_true", help="few newcomers: a trial")
+    parser.add_argument("--features-only", action="store_true", help="additions and strangers alone: no expert is "
+                        "trained, and each prompt that moves to a newcomer counts as lost")
     args = parser.parse_args()
-    at = setup(args.shared, args.pool, Trainer(args.rows, args.seed))
-    progress(str(machine(at.base.device)))
-    progress(f"{args.pool}: {len(at.splits)} corpora, " + ", ".join(
-        f"{sum(len(parts[part]) for parts in at.splits.values())} {part}" for part in SPLITS) +
-        f" rows; {len(at.plans)} cases")
-    losses = Losses(at.base, at.encoder)
-    for step in args.steps:
-        start = time.perf_counter()
-        if step == "features":
-            compute_features(at.base, at.encoder, at.splits)
-            kin = {corpus.name: corpus.kin for corpus in at.found}
-            progress(f"index: {write_index(at.base, args.pool, kin, at.splits)}")
-        elif step == "experts":
-            train(at.base, at.encoder, at.jobs.values())
-        elif step == "losses":
-            compute_losses(losses, list(known_losses(at, args.nearest)), at.jobs)
-        else:
-            compute_cases(at, losses, args.nearest)
-        progress(f"step {step}: {time.perf_counter() - start:.0f} s")
+    start = time.perf_counter()
+    at = setup(args.shared, args.pool, Trainer())
+    compute(at, STEPS[:1] if args.features_only else STEPS)
+    found = world(at)
+    torch.set_grad_enabled(True)
+    routers = Routers(found, at.base.model.config.num_hidden_layers)
+    additions = drawn(found, routers, args.additions, args.seed)
+    caught: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for addition in additions:
+        for name, shares in strangers(addition, found, routers).items():
+            caught[name].append(shares)
+    book, result = Book(), Judged()
+    judge_additions(found, additions, book, result)
+    if not args.features_only:
+        judge_releases(found, routers, args.seed, book, result, args.quick)
+        while fill(at, book):
+            found = world(at)
+            routers.world, book, result = found, Book(), Judged()
+            judge_additions(found, additions, book, result)
+            judge_releases(found, routers, args.seed, book, result, args.quick)
+    report(args, at, found, additions, caught, result, time.perf_counter() - start)
+
+
+def report(args: argparse.Namespace, at: Setup, found: World, additions: Sequence[Addition],
+           caught: Mapping[str, Sequence[tuple[float, float]]], result: Judged, seconds: float) -> None:
+    print(machine(at.base.device))
+    print(f"pool {args.pool}: {len(found.corpora)} corpora; {len(additions)} additions (seed {args.seed}); "
+          f"{seconds / 60:.0f} min with what was computed now")
+    everything = Tally([*result.lost[False].units, *result.lost[True].units])
+    print(f"known prompts lost: {everything.text()}; far {result.lost[False].text()}; near {result.lost[True].text()}")
+    print(f"additions that lose any: far {result.any_lost[False].text()}; near neighbour {result.any_lost[True].text()}")
+    stranger = [Tally(), Tally()]
+    for name, shares in caught.items():
+        for side in (0, 1):
+            stranger[side].add([name], sum(each[side] for each in shares), len(shares))
+    print(f"prompts of corpora never trained that are caught: {stranger[0].text()}; formerly {stranger[1].text()}")
+    if args.features_only:
+        print("honest newcomers and harmful cases: left out")
+    else:
+        print(f"honest newcomers promoted: far {result.honest[False].text()}; near {result.honest[True].text()}")
+    for reason, count in sorted(result.honest_reasons.items()):
+        print(f"  not promoted ({count}): {reason}")
+    for kind, tally in result.refused.items():
+        print(f"refused, {kind}: {sum(count for _, count, _ in tally.units):.0f} of {len(tally.units)}")
+    for each in result.passed:
+        print(f"  passed: {each}")
+    full = {kind: tally for kind, tally in result.refused.items() if "dose" not in kind}
+    cases = sum(len(tally.units) for tally in full.values())
+    refused = sum(count for tally in full.values() for _, count, _ in tally.units)
+    goals = [goal("known prompts lost", everything.share(), 0.001, everything.share() <= 0.001),
+             goal("additions that lose any, far", result.any_lost[False].share(), 0.05,
+                  result.any_lost[False].share() <= 0.05),
+             goal("additions that lose any, near", result.any_lost[True].share(), 0.15,
+                  result.any_lost[True].share() <= 0.15),
+             goal("strangers caught, against formerly", stranger[0].share() / stranger[1].share(), 1.0,
+                  stranger[0].share() >= stranger[1].share()),
+             goal("honest newcomers promoted, far", result.honest[False].share(), 0.95,
+                  result.honest[False].share() >= 0.95),
+             goal("honest newcomers promoted, near", result.honest[True].share(), 0.85,
+                  result.honest[True].share() >= 0.85),
+             goal("harmful cases refused", refused / cases if cases else math.nan, 1.0, cases >= 60 and refused == cases)]
+    figures = {"machine": machine(at.base.device), "pool": args.pool, "seed": args.seed, "additions": len(additions),
+               "seconds": seconds, "cases": cases,
+               "lost": {"all": [everything.share(), *everything.interval()]},
+               "any lost": {str(near): [tally.share(), *tally.interval()] for near, tally in result.any_lost.items()},
+               "caught": [[each.share(), *each.interval()] for each in stranger],
+               "honest": {str(near): [tally.share(), *tally.interval(), len(tally.units)]
+                          for near, tally in result.honest.items()},
+               "refused": {kind: [sum(count for _, count, _ in tally.units), len(tally.units)]
+                           for kind, tally in result.refused.items()}}
+    print(json.dumps({"benchmark": "additions", "figures": figures, "goals": goals}))
 
 
 if __name__ == "__main__":
