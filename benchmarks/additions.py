@@ -6,14 +6,14 @@ Corpora, experts, features and losses are computed once (benchmarks/additions_wo
 on the pool of corpora that chose no rule. From them are drawn, by a named seed, through the product's own router and
 gate:
 
-**Additions**: 3 to 8 incumbents, then 1 to 4 newcomers. A known test prompt is *lost* where it newly goes to the base, or
-to a newcomer on whose moved prompts the mean loss is worse by more than the tolerance.
+**Additions**: 3 to 8 incumbents, then 1 to 4 newcomers. A known test prompt is *lost* where it newly goes to the
+base, or to a newcomer on whose moved prompts the mean loss is worse by more than the tolerance.
 **Strangers**: prompts of corpora that are not in the mixture; how many are left to the base by the product's rule and by
-the former one (cosine with the nearest of 48 training prompts, less half of the domain's usual cosine, one threshold for
-all domains), both set to leave 1 % of the known test prompts to the base.
+the former one (cosine with the nearest of 48 training prompts, less half of the domain's usual cosine, one threshold
+for all domains), both set to leave 1 % of the known test prompts to the base.
 **Honest newcomers**: each added to drawn triples; promoted, or why not.
-**Harmful cases** and doses: new rows of a known domain that are swapped, noise or another domain's; a newcomer whose rows
-are a known domain's, or whose questions do not help.
+**Harmful cases** and doses: new rows of a known domain that are swapped, noise or another domain's; a newcomer whose
+rows are a known domain's, or whose questions do not help.
 
 Intervals resample corpora. The last line is one JSON object. Shapes: N rows, L levels, D hidden size, C domains.
 """
@@ -403,7 +403,9 @@ def judge_releases(found: World, routers: Routers, seed: int, book: Book, result
         others = [each for each in names if each != case.corpus]
         others = [each for each in others if each != case.other] if case.other else others
         picked = draw.sample(others, 3 if case.kind == "useless" else 2)
-        triple = tuple(sorted(picked if case.kind == "useless" else [case.corpus, *picked[:1], case.other or picked[1]]))
+        if case.kind != "useless":
+            picked = [case.corpus, picked[0], case.other or picked[1]]
+        triple = tuple(sorted(picked))
         decision = (newcomer_decision(found, routers, book, triple, case.corpus, case)
                     if case.kind in ("twin", "useless") else continued_decision(found, routers, book, triple, case))
         kind = case.kind if case.dose == 1 else f"{case.kind}, dose {case.dose:.0%}"
@@ -461,7 +463,8 @@ def report(args: argparse.Namespace, at: Setup, found: World, additions: Sequenc
     print(f"pool {args.pool}: {len(found.corpora)} corpora; {len(additions)} additions (seed {args.seed}); "
           f"{seconds / 60:.0f} min with what was computed now")
     everything = Tally([*result.lost[False].units, *result.lost[True].units])
-    print(f"known prompts lost: {everything.text()}; far {result.lost[False].text()}; near {result.lost[True].text()}")
+    far, near = result.lost[False], result.lost[True]
+    print(f"known prompts lost: {everything.text()}; far {far.text()}; near neighbour {near.text()}")
     print(f"additions that lose any: far {result.any_lost[False].text()}; near neighbour {result.any_lost[True].text()}")
     stranger = [Tally(), Tally()]
     for name, shares in caught.items():
@@ -492,7 +495,9 @@ def report(args: argparse.Namespace, at: Setup, found: World, additions: Sequenc
                   result.honest[False].share() >= 0.95),
              goal("honest newcomers promoted, near", result.honest[True].share(), 0.85,
                   result.honest[True].share() >= 0.85),
-             goal("harmful cases refused", refused / cases if cases else math.nan, 1.0, cases >= 60 and refused == cases)]
+             goal("harmful cases refused", refused / cases if cases else math.nan, 1.0,
+                  cases >= 60 and refused == cases)]
+    goals = [each for each in goals if not math.isnan(float(str(each["value"])))]   # the others were left out
     figures = {"machine": machine(at.base.device), "pool": args.pool, "seed": args.seed, "additions": len(additions),
                "seconds": seconds, "cases": cases,
                "lost": {"all": [everything.share(), *everything.interval()]},

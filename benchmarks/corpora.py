@@ -85,13 +85,17 @@ def corpora(shared: Path, pool: Pool) -> list[Corpus]:
 
 
 def _report(shared: Path) -> dict[str, list[Row]]:
-    found = {f"quickstart {name}": _rows(generate.GENERATORS[name](random.Random(f"{name}:0"), QUICKSTART_ROWS),
-                                         by_query=name == "sql") for name in generate.NAMES}
+    found = {f"quickstart {name}": quickstart_rows(name, QUICKSTART_ROWS, f"{name}:0") for name in generate.NAMES}
     found |= {f"shared {name}": _rows(_read(shared, name)) for name in WHOLE}
     found |= _databases(shared, REPORT_DATABASES)
     intents = _intents(shared)
     found |= {name: intents[name] for name in list(intents)[:REPORT_INTENTS]}
     return found | {f"made {name}": made(name, make) for name, make in MADE_REPORT.items()}
+
+
+def quickstart_rows(name: str, count: int, seed: str) -> list[Row]:
+    """Rows of a quickstart generator with different prompts: fewer than `count` where it repeats itself."""
+    return _rows(generate.GENERATORS[name](random.Random(seed), count), by_query=name == "sql")
 
 
 def _choose(shared: Path) -> dict[str, list[Row]]:
