@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/abstention.py --shared ../shared/data
 
-Of each quickstart generator MADE rows are made by a seed of their own; each of SEEDS draws from them GROUPS
-calibration rows, a row a group, and FRESH other ones. The corpora of ../shared/data have no more than 520 short groups each: in each
-of three folds a third is fresh, and the rest calibrates. All domains are in one mixture, whose router is made as stage
-`assemble` makes it.
+Of each quickstart generator MADE rows are made by a seed of their own; each of SEEDS draws from them GROUPS calibration
+rows, a row a group, and FRESH other ones. The corpora of ../shared/data have no more than 520 short groups each: in
+each of three folds a third is fresh, and the rest calibrates. All domains are in one mixture, whose router is made as
+stage `assemble` makes it.
 
 A cell is a domain and a seed: the share of its fresh prompts that are left to the base. Where 299 groups or more
 calibrate, it keeps the promise with at most 1 %; the same with FEW groups, and for mixtures of one domain, with at most

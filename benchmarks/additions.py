@@ -6,10 +6,10 @@ Corpora, experts, features and losses are computed once (benchmarks/additions_wo
 on the pool of corpora that chose no rule. From them are drawn, by a named seed, through the product's own router and
 gate:
 
-**Additions**: 3 to 8 incumbents, then 1 to 4 newcomers. A known test prompt is *lost* where it newly goes to the
-base, or to a newcomer on whose moved prompts the mean loss is worse by more than the tolerance.
-**Strangers**: prompts of corpora that are not in the mixture; how many are left to the base by the product's rule and by
-the former one (cosine with the nearest of 48 training prompts, less half of the domain's usual cosine, one threshold
+**Additions**: 3 to 8 incumbents, then 1 to 4 newcomers. A known test prompt is *lost* where it newly goes to the base,
+or to a newcomer on whose moved prompts the mean loss is worse by more than the tolerance.
+**Strangers**: prompts of corpora that are not in the mixture; how many are left to the base by the product's rule and
+by the former one (cosine with the nearest of 48 training prompts, less half of the domain's usual cosine, one threshold
 for all domains), both set to leave 1 % of the known test prompts to the base.
 **Honest newcomers**: each added to drawn triples; promoted, or why not.
 **Harmful cases** and doses: new rows of a known domain that are swapped, noise or another domain's; a newcomer whose
@@ -465,7 +465,8 @@ def report(args: argparse.Namespace, at: Setup, found: World, additions: Sequenc
     everything = Tally([*result.lost[False].units, *result.lost[True].units])
     far, near = result.lost[False], result.lost[True]
     print(f"known prompts lost: {everything.text()}; far {far.text()}; near neighbour {near.text()}")
-    print(f"additions that lose any: far {result.any_lost[False].text()}; near neighbour {result.any_lost[True].text()}")
+    print(f"additions that lose any: far {result.any_lost[False].text()}; near neighbour "
+          f"{result.any_lost[True].text()}")
     stranger = [Tally(), Tally()]
     for name, shares in caught.items():
         for side in (0, 1):

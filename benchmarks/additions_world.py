@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/additions_world.py --pool report --shared ../shared/data
 
-benchmarks/additions.py computes what is missing by itself; this command computes a part of it ahead. The corpora are those
-of one pool of benchmarks/corpora.py. Each piece is kept in .moa/cache/benchmarks/additions by the digest of what it
-depends on, so that an interrupted run goes on where it stopped. In this order, or the steps that --steps names:
+benchmarks/additions.py computes what is missing by itself; this command computes a part of it ahead. The corpora are
+those of one pool of benchmarks/corpora.py. Each piece is kept in .moa/cache/benchmarks/additions by the digest of what
+it depends on, so that an interrupted run goes on where it stopped. In this order, or the steps that --steps names:
 
     features   of the prompts of every row, at the levels that the rule `early` may read
     experts    one for each corpus, co-trained by the product's own code on few rows
