@@ -121,7 +121,7 @@ class Routers:
 class Domain:
     """The rows of one domain: a corpus, with new data a second source."""
 
-    sources: tuple[Mapping[str, Part], ...]
+    sources: tuple[Mapping[Any, Part], ...]   # by split
 
     @classmethod
     def of(cls, known: Known) -> "Domain":

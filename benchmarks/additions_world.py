@@ -17,7 +17,6 @@ there. Shapes: N rows, L levels, D hidden size, C corpora.
 
 import argparse
 import inspect
-import json
 import math
 import random
 import sys

@@ -47,12 +47,12 @@ from moa.core.paths import MANIFEST
 from moa.experts import peft_format
 from moa.experts.lora import ExpertStack, LoraSpec
 from moa.mixture import artifact
+from moa.mixture.calibration import KEPT, WITHIN
 from moa.mixture.mixture import Mixture
 from moa.mixture.router import Router
 
 SPEC = LoraSpec(rank=8, alpha=16)
 SPREAD = 0.02          # of B's random values, as in mixed_batch.py
-KEPT = 48              # prompts a label that `nearest` compares with: assemble.rows
 FEWEST, MOST = 8, 1024
 WANTED = 0.9
 WORDS = ("river", "stone", "ledger", "kettle", "orbit", "garden", "signal", "paper", "window", "market", "engine")
@@ -175,8 +175,8 @@ def random_router(base: Base, labels: list[str]) -> Router:
     generator = torch.Generator().manual_seed(0)
     seen_MD = torch.nn.functional.normalize(torch.randn(KEPT * C, D, generator=generator), dim=-1)
     return Router(labels, torch.zeros(L, D), torch.ones(L, D), torch.randn(L, C, D, generator=generator),
-                  torch.zeros(L, C), layer=L // 6, threshold=-1.0, score="nearest", seen_MD=seen_MD,
-                  seen_M=torch.arange(C).repeat_interleave(KEPT), usual_C=torch.zeros(C))
+                  torch.zeros(L, C), layer=L // 6, seen_MD=seen_MD, seen_M=torch.arange(C).repeat_interleave(KEPT),
+                  threshold_C=torch.full((C,), -1.0), within_RD=torch.zeros(WITHIN, D))
 
 
 def own(base: Base) -> Base:

@@ -27,10 +27,10 @@ import torch
 from common import goal, interleave, machine, pick_device, ratio
 from routing import encode, prefill, timed
 from shapes import CONFIGS, base_of
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa.base.load import Base
-from moa.mixture.calibration import SHALLOWEST, calibrate, train_heads
+from moa.mixture.calibration import SHALLOWEST, Prompts, choose_level, complete, train_heads
 from moa.mixture.router import Router, features
 
 TOPICS, FOREIGN, OWN, SHARED = 64, 4, 14, 4
@@ -136,21 +136,21 @@ def foreign(words: Sequence[Sequence[str]]) -> list[str]:
 
 def trained(seen: dict[str, Tensor], strangers: Tensor, count: int) -> tuple[Router, dict[str, float]]:
     """The router of the first `count` domains, and its figures on their test prompts."""
-    parts = {side: (seen[side][:count * each], torch.arange(count).repeat_interleave(each))
-             for side, each in SIDES.items()}
+    parts = {side: Prompts(seen[side][:count * each], torch.arange(count).repeat_interleave(each),
+                           [f"{side} {row}" for row in range(count * each)]) for side, each in SIDES.items()}
     start = time.perf_counter()
-    router = train_heads([f"d{label}" for label in range(count)], *parts["train"])
+    router = train_heads([f"d{label}" for label in range(count)], parts["train"])
     middle = time.perf_counter()
-    calibrate(router, *parts["validation"], rule="last", tolerance=0.0, max_abstention=MAX_ABSTENTION)
+    choose_level(router, "last", 0.0, parts["validation"])
+    complete(router, parts["train"], parts["validation"], None, MAX_ABSTENTION, None)
     end = time.perf_counter()
-    features_NLD, targets_N = parts["test"]
+    features_NLD, targets_N = parts["test"].features_NLD, parts["test"].targets_N
     chosen_N = router.probabilities(features_NLD).argmax(-1)
     figures = {
         "heads": (chosen_N == targets_N).double().mean().item(),
         "heads, topic": (chosen_N // len(TASKS) == targets_N // len(TASKS)).double().mean().item(),
         "nearest": (nearest(router, features_NLD) == targets_N).double().mean().item(),
-        "abstained": (router.scores(features_NLD) < router.threshold).double().mean().item(),
-        "strangers abstained": (router.scores(strangers) < router.threshold).double().mean().item(),
+        "abstained": abstained(router, features_NLD), "strangers abstained": abstained(router, strangers),
         "fit seconds": middle - start, "calibrate seconds": end - middle, "levels": features_NLD.shape[1],
         "MB": sum(tensor.nbytes for tensor in router.tensors().values()) / 1e6}
     print(f"{count:5} labels: accuracy of heads {figures['heads']:.4f} (topic {figures['heads, topic']:.4f}), "
@@ -160,11 +160,14 @@ def trained(seen: dict[str, Tensor], strangers: Tensor, count: int) -> tuple[Rou
     return router, figures
 
 
+def abstained(router: Router, features_NLD: Tensor) -> float:
+    return statistics.mean(decision.abstained for decision in router.decide(features_NLD))
+
+
 def nearest(router: Router, features_NLD: Tensor) -> Tensor:
     """The domain of each prompt's nearest kept prompt: (N,)."""
     assert router.seen_MD is not None and router.seen_M is not None
-    standard_ND = nn.functional.normalize(router.standard(features_NLD, router.reads), dim=-1)
-    return router.seen_M[(standard_ND @ router.seen_MD.T).argmax(1)]
+    return router.seen_M[(router.directions(features_NLD[:, router.reads]) @ router.seen_MD.T).argmax(1)]
 
 
 def cost(base: Base, routers: dict[int, Router], ids: Sequence[list[int]], depth: int,

@@ -43,7 +43,7 @@ from moa.evaluation import metrics
 from moa.experts.batches import collate, microbatches, row_losses
 from moa.experts.cotraining import Learner, cotrain, seed_for
 from moa.experts.lora import ExpertStack, LoraSpec
-from moa.mixture.calibration import calibrate, train_heads
+from moa.mixture.calibration import Prompts, choose_level, complete, train_heads
 from moa.mixture.generation import engine
 from moa.mixture.joint_training import forget_labels, train_jointly
 from moa.mixture.layer_routing import Heads, layer_routing, layer_selector, prompt_mask
@@ -239,6 +239,11 @@ def using(lab: Lab, stack: ExpertStack | None, experts: torch.Tensor, blend: Hea
 Result = list[tuple[float, str | None]]   # of every test row
 
 
+def labelled_prompts(features_NLD: torch.Tensor, targets_N: torch.Tensor) -> Prompts:
+    """Prompts of which each is a group."""
+    return Prompts(features_NLD, targets_N, [str(row) for row in range(len(targets_N))])
+
+
 def labelled(lab: Lab, weights: Sequence[torch.Tensor], rank: int, router: Router,
              name: str) -> tuple[dict[str, Result], dict[str, float]]:
     """The experts under the true label and under each rule of their router; and the rules' accuracy."""
@@ -251,8 +256,10 @@ def labelled(lab: Lab, weights: Sequence[torch.Tensor], rank: int, router: Route
                for split in seen}
     choices = {"true label": targets["test"].tolist()}
     for rule in RULES:
-        ruled = replace(router, train=(seen["train"], targets["train"]))
-        calibrate(ruled, seen["validation"], targets["validation"], rule=rule, tolerance=0.0, max_abstention=0.01)
+        ruled = replace(router, figures={})
+        train, validation = (labelled_prompts(seen[split], targets[split]) for split in ("train", "validation"))
+        choose_level(ruled, rule, 0.0, validation)
+        complete(ruled, train, validation, None, None, None)
         decisions = ruled.decide(seen["test"][:, :ruled.depth])   # the best guess, whether or not it would abstain
         choices[rule] = [DOMAINS.index(decision.domain) for decision in decisions]
     pairs = sorted({(index, expert) for chosen in choices.values() for index, expert in enumerate(chosen)})
@@ -287,7 +294,7 @@ def systems(lab: Lab, rank: int) -> tuple[dict[str, Result], dict[str, float]]:
     tell("mixture")
     prompts = [row.prompt for domain in DOMAINS for row in lab.rows["train"][domain]]
     targets = torch.tensor([place for place, domain in enumerate(DOMAINS) for _ in lab.rows["train"][domain]])
-    router = train_heads(DOMAINS, features(lab.base.model, prompts), targets)
+    router = train_heads(DOMAINS, labelled_prompts(features(lab.base.model, prompts), targets))
     scored, accuracy = labelled(lab, [trained[domain] for domain in DOMAINS], rank, router, "mixture")
     results |= {name.replace("mixture, true label", "single LoRAs, true label"): of for name, of in scored.items()}
     for name, start, epochs in (("joint training", halves, 1), ("random experts", None, 2)):

@@ -13,7 +13,7 @@ Settings, each split by content into training, validation and test prompts, ROWS
 SQL rows are many paraphrases of few queries, so they are split by the query without its literals: no test prompt
 paraphrases a training prompt.
 
-The features are kept in .moa/cache, so that a second run, and benchmarks/out_of_domain.py, need no base for them. Costs
+The features are kept in .moa/cache, so that a second run needs no base for them. Costs
 are always measured: the same prompts through the router's forward and through one prefill (all layers, logits at the
 last position), in turn. The last line is one JSON object. Shapes: N prompts, L levels, D hidden size.
 """
@@ -39,7 +39,7 @@ from moa.base.encoding import ChatEncoder, Encoded
 from moa.base.load import Base
 from moa.data.quickstart import generate
 from moa.experts.batches import collate, microbatches
-from moa.mixture.calibration import calibrate, expected_calibration_error, train_heads
+from moa.mixture.calibration import Prompts, choose_level, complete, expected_calibration_error, train_heads
 from moa.mixture.router import FEATURE_TOKENS, Router, features
 
 ROWS = {"train": 48, "validation": 30, "test": 40}   # a domain
@@ -193,21 +193,28 @@ def evaluate(names: Sequence[str], sides: Mapping[str, Side]) -> dict[str, Any]:
     """Accuracy, calibration and abstention on the test side, for each rule, and accuracy by level."""
     train, validation, test = (sides[side] for side in ROWS)
     start = time.perf_counter()
-    fitted = train_heads(names, train.features_NLD, train.targets_N)
+    trained, held = prompts_of(train), prompts_of(validation)
+    fitted = train_heads(names, trained)
     figures: dict[str, Any] = {"domains": len(names), "test rows": len(test.targets_N),
                                "fit seconds": time.perf_counter() - start,
                                "train rows": len(train.targets_N), "validation rows": len(validation.targets_N),
                                "accuracy by level": by_level(fitted, test), "validation by level":
                                by_level(fitted, validation), "rules": {}}
     for rule in RULES:
-        router = calibrate(replace(fitted), validation.features_NLD, validation.targets_N, rule=rule, tolerance=0.0,
-                           max_abstention=MAX_ABSTENTION)
+        router = replace(fitted, figures={})
+        choose_level(router, rule, 0.0, held)
+        complete(router, trained, held, None, MAX_ABSTENTION, None)
         calibrated = router.temperature
         measured = measure(router, test) | confusion(router, test)
         router.temperature = 1.0
         figures["rules"][rule] = measured | {"level": router.reads, "temperature": calibrated,
                                              "ece at temperature 1": measure(router, test)["ece"]}
     return figures
+
+
+def prompts_of(side: Side) -> Prompts:
+    """The prompts of one side; each is a group."""
+    return Prompts(side.features_NLD, side.targets_N, [f"{id(side)} {row}" for row in range(len(side.targets_N))])
 
 
 def by_level(router: Router, side: Side) -> list[float]:
@@ -228,7 +235,7 @@ def confusion(router: Router, side: Side) -> dict[str, Any]:
 def measure(router: Router, side: Side) -> dict[str, float]:
     best = router.probabilities(side.features_NLD).max(-1)
     correct = best.indices == side.targets_N
-    abstained = router.scores(side.features_NLD) < router.threshold
+    abstained = torch.tensor([decision.abstained for decision in router.decide(side.features_NLD)])
     return {"accuracy": correct.double().mean().item(), "ece": expected_calibration_error(best.values, correct),
             "abstention": abstained.double().mean().item(),
             "wrong and not abstained": (~correct & ~abstained).double().mean().item()}
