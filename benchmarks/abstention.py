@@ -81,8 +81,8 @@ def left_out(router: Router, features_NLD: Tensor) -> int:
 
 def measure(pools: Mapping[str, Pool], seed: int, count: int) -> list[dict[str, Any]]:
     """The cells of one seed, with at most `count` calibration groups."""
-    cells: dict[str, dict[str, Any]] = {name: {"domain": name, "seed": seed, "groups": 0, "fresh": 0, "left": 0, "promised": 0.0}
-             for name in pools}
+    nothing = {"seed": seed, "groups": 0, "fresh": 0, "left": 0, "promised": 0.0}
+    cells: dict[str, dict[str, Any]] = {name: {"domain": name, **nothing} for name in pools}
     for fold in range(FOLDS):
         places = {name: pool.calibrating(seed, fold, count) for name, pool in pools.items()}
         router = router_of({name: pool.features_NLD[places[name][0]] for name, pool in pools.items()})

@@ -20,6 +20,7 @@ from moa.cli.app import exit_code
 from moa.core import digests
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
+from moa.mixture import incumbent
 from tests import tiny
 from tests.waiting import Gate, until
 
@@ -92,6 +93,10 @@ def waiting(workspace: Workspace) -> list[str]:
                   if path.is_file() and ".rejected" not in path.parts and not path.name.startswith("."))
 
 
+def release_digest(workspace: Workspace, version: int) -> str:
+    return str(json.loads(moa(workspace, "release", "show", str(version), "--json"))["digest"])
+
+
 def fresh(workspace: Workspace) -> bool:
     return not json.loads(moa(workspace, "plan", "--json"))["stale"]
 
@@ -154,6 +159,11 @@ def test_a_new_domain(workspace: Workspace, learned: Learned) -> None:
     assert not waiting(workspace) and fresh(workspace)
     assert YAML(typ="safe").load(workspace.params)["domains"].keys() == {"alpha", "beta", "gamma"}
     assert event_log.read(workspace, kinds=["trained"])[-1]["domains"] == ["gamma"]
+    # The router is the first champion's, grown; the stages know the new champion now.
+    router = read_json(workspace.mixture / MANIFEST)["router"]
+    assert router["extends"] == release_digest(workspace, 1)
+    assert read_json(workspace.champion / MANIFEST)["digest"] == release_digest(workspace, 2)
+    assert incumbent.rows(workspace) and workspace.champion.with_name("champion.dvc").is_file()
 
 
 def test_the_same_file_again(workspace: Workspace) -> None:
@@ -208,6 +218,8 @@ def test_poison_is_refused_and_undone(workspace: Workspace) -> None:
     done = adapt(workspace)
     assert done["state"] == "released" and done["undone"].keys() == {"beta"}, done
     assert champion(workspace) == done["version"] > version
+    assert read_json(workspace.mixture / MANIFEST)["router"]["extends"] == release_digest(workspace, version)
+    assert read_json(workspace.champion / MANIFEST)["digest"] == release_digest(workspace, done["version"])
     assert {name: digest for name, digest in experts(workspace).items() if name != "delta"} == before
     assert sorted(path.name for path in workspace.raw("beta").iterdir()) == raw
     assert workspace.tracked("beta").read_text() == tracked and fresh(workspace)
