@@ -33,9 +33,9 @@ import numpy as np
 import torch
 from additions_world import (
     BASE,
+    NEW,
     STEPS,
     Case,
-    Known,
     Losses,
     Part,
     Scored,
@@ -62,6 +62,7 @@ MOST = 0.01                       # assemble.max_abstention
 INCUMBENTS, NEWCOMERS = (3, 8), (1, 4)
 RESAMPLES = 2000
 HONEST, TRIPLES = 24, 10          # newcomers, and the triples that each is added to
+PARTS = ["moves", "newcomers", "cases"]
 FORMER_SEEN = 48
 
 
@@ -94,7 +95,7 @@ class Routers:
                 validation.append((at, self.prompts(name, source["validation"])))
                 further.append((at, self.prompts(name, source["train"], ROWS // len(domains[name].sources))))
                 if source.get("further") is not None and len(domains[name].sources) == 1:
-                    further.append((at, self.prompts(name, source["further"])))
+                    further.append((at, self.prompts(name, source["further"], domains[name].spared)))
         trained, held = self.labelled(train), self.labelled(validation)
         if extends is None:
             router = train_heads(names, trained)
@@ -108,8 +109,14 @@ class Routers:
         """The router of some corpora, made once."""
         key = tuple(sorted(names))
         if key not in self.known:
-            self.known[key] = self.fitted({name: Domain.of(self.world.corpora[name]) for name in key})
+            self.known[key] = self.fitted(self.domains(key))
         return self.known[key]
+
+    def domains(self, names: Iterable[str], case: Case | None = None) -> "dict[str, Domain]":
+        """These corpora as domains; those whose `further` rows are a case's new data do without these rows."""
+        spared = {case.corpus, case.other} if case and case.kind != "useless" else set()
+        return {name: Domain((self.world.corpora[name].parts,), NEW["test"].stop if name in spared else 0)
+                for name in names}
 
     def answers(self, router: Router, part: Part) -> "Answers":
         decisions = router.decide(part.features_NLD[:, self.levels].float())
@@ -122,10 +129,7 @@ class Domain:
     """The rows of one domain: a corpus, with new data a second source."""
 
     sources: tuple[Mapping[Any, Part], ...]   # by split
-
-    @classmethod
-    def of(cls, known: Known) -> "Domain":
-        return cls((known.parts,))
+    spared: int = 0                           # the first rows of `further`, which are not used
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,7 @@ def drawn(found: World, routers: Routers, count: int, seed: int) -> list[Additio
         picked = draw.sample(names, many + more)
         old, new = tuple(sorted(picked[:many])), tuple(sorted(picked[many:]))
         incumbent = routers.incumbent(old)
-        grown = routers.fitted({name: Domain.of(found.corpora[name]) for name in picked}, incumbent)
+        grown = routers.fitted(routers.domains(picked), incumbent)
         sides = [{name: routers.answers(router, found.corpora[name].parts["test"]) for name in old}
                  for router in (incumbent, grown)]
         result.append(Addition(old, new, *sides))
@@ -321,9 +325,10 @@ def newcomer_decision(found: World, routers: Routers, book: Book, triple: Sequen
     """The gate on a newcomer beside three incumbents: an honest corpus, or a case in its place."""
     own = found.corpora.get(name)
     label = name if case is None else f"new {name}"
-    incumbent = routers.incumbent(triple)
     source = own.parts if case is None and own else case.parts if case else {}
-    domains = {each: Domain.of(found.corpora[each]) for each in triple} | {label: Domain((source,))}
+    old = routers.domains(triple, case)
+    incumbent = routers.fitted(old) if case else routers.incumbent(triple)
+    domains = old | {label: Domain((source,))}
     grown = routers.fitted(domains, incumbent)
     scores = []
     for each in triple:
@@ -346,8 +351,8 @@ def _renamed(score: Score, domain: str) -> Score:
 
 def continued_decision(found: World, routers: Routers, book: Book, triple: Sequence[str], case: Case) -> Decision:
     """The gate on new rows of a known domain, whose expert goes on with them."""
-    incumbent = routers.incumbent(triple)
-    domains = {each: Domain.of(found.corpora[each]) for each in triple}
+    domains = routers.domains(triple, case)
+    incumbent = routers.fitted(domains)
     domains[case.corpus] = Domain((found.corpora[case.corpus].parts, case.parts))
     grown = routers.fitted(domains, incumbent)
     scores = []
@@ -385,12 +390,13 @@ def judge_additions(found: World, additions: Sequence[Addition], book: Book, res
         result.any_lost[near].add((*addition.old, *addition.new), bool(lost))
 
 
-def judge_releases(found: World, routers: Routers, seed: int, book: Book, result: Judged, quick: bool) -> None:
+def judge_releases(found: World, routers: Routers, seed: int, book: Book, result: Judged, parts: Sequence[str],
+                   quick: bool) -> None:
     """The gate on honest newcomers and on cases. `quick` leaves out draws, not kinds: for a trial."""
     names = sorted(found.corpora)
     draw = random.Random(f"newcomers {seed}")
     newcomers = sorted(draw.sample(names, min(HONEST, len(names))))[:3 if quick else None]
-    for name in newcomers:
+    for name in newcomers if "newcomers" in parts else ():
         for _ in range(2 if quick else TRIPLES):
             triple = tuple(sorted(draw.sample([each for each in names if each != name], 3)))
             decision = newcomer_decision(found, routers, book, triple, name, None)
@@ -399,7 +405,7 @@ def judge_releases(found: World, routers: Routers, seed: int, book: Book, result
             if not decision.promote:
                 result.honest_reasons[f"{name} beside {', '.join(triple)}: {decision.outcome}: {decision.reason}"] += 1
         progress(f"honest newcomers: {name}")
-    for case in found.cases.values():
+    for case in found.cases.values() if "cases" in parts else ():
         others = [each for each in names if each != case.corpus]
         others = [each for each in others if each != case.other] if case.other else others
         picked = draw.sample(others, 3 if case.kind == "useless" else 2)
@@ -431,29 +437,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of what is drawn from the world")
     parser.add_argument("--additions", type=int, default=300)
     parser.add_argument("--quick", action="store_true", help="few newcomers: a trial")
-    parser.add_argument("--features-only", action="store_true", help="additions and strangers alone: no expert is "
-                        "trained, and each prompt that moves to a newcomer counts as lost")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="moves alone needs no expert: each "
+                        "prompt that moves to a newcomer counts as lost")
     args = parser.parse_args()
     start = time.perf_counter()
     at = setup(args.shared, args.pool, Trainer())
-    compute(at, STEPS[:1] if args.features_only else STEPS)
+    compute(at, STEPS[:1] if args.parts == ["moves"] else STEPS[:3] if "cases" not in args.parts else STEPS)
     found = world(at)
     torch.set_grad_enabled(True)
     routers = Routers(found, at.base.model.config.num_hidden_layers)
-    additions = drawn(found, routers, args.additions, args.seed)
+    additions = drawn(found, routers, args.additions if "moves" in args.parts else 0, args.seed)
     caught: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for addition in additions:
         for name, shares in strangers(addition, found, routers).items():
             caught[name].append(shares)
     book, result = Book(), Judged()
     judge_additions(found, additions, book, result)
-    if not args.features_only:
-        judge_releases(found, routers, args.seed, book, result, args.quick)
+    if args.parts != ["moves"]:
+        judge_releases(found, routers, args.seed, book, result, args.parts, args.quick)
         while fill(at, book):
             found = world(at)
             routers.world, book, result = found, Book(), Judged()
             judge_additions(found, additions, book, result)
-            judge_releases(found, routers, args.seed, book, result, args.quick)
+            judge_releases(found, routers, args.seed, book, result, args.parts, args.quick)
     report(args, at, found, additions, caught, result, time.perf_counter() - start)
 
 
@@ -472,9 +478,7 @@ def report(args: argparse.Namespace, at: Setup, found: World, additions: Sequenc
         for side in (0, 1):
             stranger[side].add([name], sum(each[side] for each in shares), len(shares))
     print(f"prompts of corpora never trained that are caught: {stranger[0].text()}; formerly {stranger[1].text()}")
-    if args.features_only:
-        print("honest newcomers and harmful cases: left out")
-    else:
+    if "newcomers" in args.parts:
         print(f"honest newcomers promoted: far {result.honest[False].text()}; near {result.honest[True].text()}")
     for reason, count in sorted(result.honest_reasons.items()):
         print(f"  not promoted ({count}): {reason}")
