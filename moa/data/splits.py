@@ -7,7 +7,8 @@ depends on the row alone, and new rows never move old ones.
 
 There are two exceptions, in which unrelated rows share an answer, so that each row is a group of its own: an answer of
 a few words, which is a label, and an answer that CANNED rows share word for word, which is a reply of a closed set.
-Were it a group, some replies of the set would only be in the test or validation rows, and never be trained on.
+Were it a group, some replies of the set would only be in the test or validation rows, and never be trained on. A query
+of SQL is no such reply: the questions that share one are paraphrases, however many there are.
 """
 
 import re
@@ -52,7 +53,7 @@ def group(row_id: str, messages: Sequence[Message], column: str | None, domain: 
     if keys is None:
         return Group(alone(row_id), None)
     shared, verbatim = keys
-    return Group(_digest(shared), _digest(verbatim))
+    return Group(_digest(shared), None if domain.metric == "sql" else _digest(verbatim))
 
 
 def alone(row_id: str) -> int:

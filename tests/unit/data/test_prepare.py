@@ -198,6 +198,15 @@ def test_replies_of_a_closed_set_are_in_every_split(tmp_path: Path, ways: int, a
     assert len({each.group for each in corpus_rows}) == (16 * ways if apart else 16)
 
 
+def test_paraphrases_of_one_query_are_a_group_however_many_there_are(tmp_path: Path) -> None:
+    content = [{"instruction": f"way {way} of asking for column {column}", "output": f"SELECT {column} FROM books AS b;"}
+               for column in "abcdefghijklmnopqrstuvwxyz" for way in range(splits.CANNED)]
+    placed = prepared(tmp_path, content, Domain(metric="sql"))
+    sides_of = [{placed[identity(item)] for item in content[start:start + splits.CANNED]}
+                for start in range(0, len(content), splits.CANNED)]
+    assert all(len(found) == 1 for found in sides_of)
+
+
 def test_every_row_carries_its_group(tmp_path: Path) -> None:
     content = [{**row(number), "document": f"d{number // 6}"} for number in range(120)]
     placed = prepared(tmp_path, content, Domain(metric="exact", group_by="document"))
