@@ -199,7 +199,7 @@ def test_replies_of_a_closed_set_are_in_every_split(tmp_path: Path, ways: int, a
 
 
 def test_paraphrases_of_one_query_are_a_group_however_many_there_are(tmp_path: Path) -> None:
-    content = [{"instruction": f"way {way} of asking for column {column}", "output": f"SELECT {column} FROM books AS b;"}
+    content = [{"instruction": f"way {way} of asking for column {column}", "output": f"SELECT {column} FROM books;"}
                for column in "abcdefghijklmnopqrstuvwxyz" for way in range(splits.CANNED)]
     placed = prepared(tmp_path, content, Domain(metric="sql"))
     sides_of = [{placed[identity(item)] for item in content[start:start + splits.CANNED]}
