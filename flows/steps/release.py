@@ -107,7 +107,8 @@ def promote(workspace: Workspace, config: Config, version: int, reason: str, by:
 def write_champion(workspace: Workspace, registry: Registry) -> None:
     """Write the champion's calibration and losses to data/champion, and version them with DVC, if they changed.
 
-    The stages read them there. Without a champion they stay as they are.
+    The stages read them there. Without a champion they stay as they are. Where DVC cannot version them there is a
+    warning: another machine then makes its router afresh, and the promotion, which has happened, is none the worse.
     """
     champion = registry.champion()
     if champion is None:
@@ -116,7 +117,10 @@ def write_champion(workspace: Workspace, registry: Registry) -> None:
     built = (local / MANIFEST).is_file() and read_json(local / MANIFEST)["digest"] == champion.digest
     changed = incumbent.write(workspace, local if built else registry.download(champion.version))
     if changed and (workspace.root / ".dvc").is_dir():
-        DataVersions(workspace).add(workspace.champion)
+        try:
+            DataVersions(workspace).add(workspace.champion)
+        except PipelineError as error:
+            logging.getLogger(__name__).warning("data/champion has no version for other machines: %s", error)
 
 
 def approve(workspace: Workspace, config: Config, version: int, *, force: bool = False,
