@@ -24,8 +24,8 @@ from moa.mixture.router import Router, Rule
 # The levels that `early` may read, as shares of the layers. Test accuracy hardly depends on depth
 # (benchmarks/routing.py, levels 0, 5, 7, 29: nine corpora 0.961 0.978 0.983 0.986; eight databases 0.980 0.984 0.984
 # 0.973; 32 made domains 0.975 0.973 0.971 0.954), but the AUROC of the similarity to the nearest training prompt does
-# (benchmarks/out_of_domain.py): 0.866 and 0.847 at level 0, 0.919 twice at 3, 0.971 and 0.986 at 7, 0.968 and 0.991 at
-# 29. The upper bound keeps routing under a quarter of a prefill.
+# (benchmarks/RESULTS.md, "Out of domain"): 0.866 and 0.847 at level 0, 0.919 twice at 3, 0.971 and 0.986 at 7, 0.968
+# and 0.991 at 29. The upper bound keeps routing under a quarter of a prefill.
 SHALLOWEST, DEEPEST = 1 / 6, 1 / 4
 TEMPERATURES = (0.01, 100.0)
 ITERATIONS, DECAY = 40, 1e-2   # L-BFGS on standardised features

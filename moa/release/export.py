@@ -101,12 +101,17 @@ def _manifest(folder: Path, form: str, release: Any, manifest: Mapping[str, Any]
 
 
 def _router_facts(router: Any) -> dict[str, Any]:
-    """The content of router.json: the router's parameters, its tensors' shapes, and how to compute its features."""
+    """The content of router.json: the router's parameters, its tensors' shapes, and how to compute its decision."""
     return {"labels": list(router.labels), **router.facts(), "reads_level": router.reads,
             "tensors": {name: list(tensor.shape) for name, tensor in router.tensors().items()},
             "features": "level l = mean, over the prompt's tokens with generation prompt, of the hidden states that "
                         "enter decoder layer l; logits = weight[l] @ ((features - mean[l]) / scale[l]) + bias[l]; "
-                        "probabilities = softmax(logits / temperature)"}
+                        "where generation[d] > 0, the highest logit of the domains of lower generations is added to "
+                        "that of d; probabilities = softmax(logits / temperature)",
+            "decision": "x = (features - mean) / scale at reads_level; y = x - within' @ within @ x, of length one; "
+                        "similarity[d] = the largest seen[m] @ y with seen_of[m] == d; the most probable domain with "
+                        "similarity[d] >= threshold[d] answers, its logits made without the other domains; where there "
+                        "is none, the base; without a tensor `threshold`, the most probable domain"}
 
 
 # vLLM.
