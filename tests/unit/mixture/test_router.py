@@ -414,3 +414,25 @@ def test_a_router_with_one_threshold_and_usual_cosines_still_loads() -> None:
     assert older.threshold_C is not None and older.threshold_C.tolist() == pytest.approx([0.3, 0.2, 0.1])
     with pytest.raises(KeyError):
         router.Router.restore(found.labels, tensors, found.facts() | {"threshold": 0.1, "score": "max_probability"})
+
+
+def test_what_an_export_says_about_decisions_is_what_the_router_does() -> None:
+    """router.json of `moa export`, followed by hand with the saved tensors alone."""
+    first = fit("abc", prompts_of("abc", 0), prompts_of("abc", 1), max_abstention=0.3)
+    found = grown(first, "abcd", most=0.3)
+    saved = {name: tensor.double() for name, tensor in found.tensors().items()}
+    features, level = prompts_of("abcdef", 2).features_NLD.double(), found.reads
+    standard = (features[:, level] - saved["mean"][level]) / saved["scale"][level]
+    shorter = standard - (standard @ saved["within"].T) @ saved["within"]
+    shorter /= shorter.norm(dim=-1, keepdim=True)
+    cosine = shorter @ saved["seen"].T
+    similarity = torch.stack([cosine[:, saved["seen_of"] == domain].amax(1) for domain in range(4)], 1)
+    for row, decision in enumerate(found.decide(features.float())):
+        logits = saved["weight"][level] @ standard[row] + saved["bias"][level]
+        possible = similarity[row] >= saved["threshold"]
+        allowed = logits.where(possible, -math.inf) if possible.any() else logits
+        older = allowed[saved["generation"] == 0].amax()
+        allowed = allowed + torch.where(saved["generation"] > 0, older if older.isfinite() else 0.0, 0.0)
+        assert decision.abstained == (not possible.any())
+        assert decision.domain == "abcd"[int(allowed.argmax())]
+        assert decision.score == pytest.approx(similarity[row, int(allowed.argmax())].item(), abs=1e-5)
