@@ -140,7 +140,7 @@ def _reference(workspace: Workspace, folder: Path, digest: str, mixture: Callabl
     reference = {
         "rows": [asdict(RoutedPrompt(domain=decision.domain, score=decision.score, confidence=decision.confidence,
                                      abstained=decision.abstained)) for decision in mixture().route(mixed)],
-        "width": drift_statistics.widest(drift_statistics.unit(_standard(mixture(), part[:WIDTH_ROWS]))
+        "width": drift_statistics.widest(drift_statistics.unit(_directions(mixture(), part[:WIDTH_ROWS]))
                                          for part in prompts.values() if part),
         "changed": [domain for domain in manifest["labels"]
                     if _corpus(workspace, domain) != manifest["experts"][domain].get("corpus")]}
@@ -172,9 +172,10 @@ def _features(mixture: Any, prompts: Sequence[list[Message]]) -> Any:
     return features(mixture.base.model, ids, router.depth, layer_selector(mixture.stack, router))
 
 
-def _standard(mixture: Any, prompts: Sequence[list[Message]]) -> Any:
-    """The standardised features that the router reads of N prompts: (N, D)."""
-    return mixture.router.standard(_features(mixture, prompts), mixture.router.reads).numpy()
+def _directions(mixture: Any, prompts: Sequence[list[Message]]) -> Any:
+    """What the router compares N prompts by: vectors of length one, (N, D)."""
+    router = mixture.router
+    return router.directions(_features(mixture, prompts)[:, router.reads]).numpy()
 
 
 # Missing domains.
@@ -198,7 +199,7 @@ def _missing_domains(mixture: Callable[[], Any], abstained: list[LoggedPrompt], 
     missing: list[dict[str, Any]] = []
     if len(abstained_again) >= least:
         router, features_NLD = mixture().router, _features(mixture(), [prompt.messages for prompt in abstained_again])
-        unit_ND = drift_statistics.unit(router.standard(features_NLD, router.reads).numpy())
+        unit_ND = router.directions(features_NLD[:, router.reads]).numpy()
         probabilities = router.probabilities(features_NLD).numpy()
         for group in drift_statistics.groups(unit_ND, width, least):
             mean = dict(zip(router.labels, probabilities[group].mean(0).tolist(), strict=True))
