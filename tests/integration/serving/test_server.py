@@ -43,7 +43,7 @@ from moa.mixture.mixture import Answer, Mixture
 from moa.release.registry import Registry
 from moa.serving.active_release import AnswerListener, ChatRequest, Release, ReleaseWatcher, generate_answers
 from moa.serving.batcher import Batcher, Limits
-from moa.serving.protocol import ChatError, StreamTrimmer, read
+from moa.serving.protocol import ChatError, StreamTrimmer, model_of, read
 from moa.serving.server import serve
 from moa.serving.state import Settings
 from tests import tiny
@@ -243,7 +243,7 @@ def same(reply: dict[str, Any], answer: Answer) -> None:
                               "total_tokens": answer.prompt_tokens + answer.tokens}
     assert reply["moa"]["abstained"] == answer.abstained
     assert reply["moa"]["domain"] == ("base" if answer.abstained else answer.domain)
-    assert reply["model"] == ("base" if answer.abstained else f"moa/{answer.domain}")
+    assert reply["model"] == model_of(reply["moa"]["domain"])
 
 
 def refusal(reply: httpx.Response, status: int, code: str) -> str:
