@@ -83,7 +83,7 @@ class Routers:
 
     def labelled(self, pieces: Sequence[tuple[int, tuple[Tensor, list[str]]]]) -> Prompts:
         return Prompts(torch.cat([features for _, (features, _) in pieces]),
-                       torch.tensor([at for at, (_, groups) in pieces for _ in groups]),
+                       torch.tensor([at for at, (_, groups) in pieces for _ in groups], dtype=torch.long),
                        [group for _, (_, groups) in pieces for group in groups])
 
     def fitted(self, domains: Mapping[str, "Domain"], extends: Router | None = None) -> Router:
