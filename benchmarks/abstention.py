@@ -64,9 +64,9 @@ def router_of(parts: Mapping[str, Tensor]) -> Router:
 
     def labelled(first: int | None, last: int | None) -> Prompts:
         pieces = [part[first:last] for part in parts.values()]
-        return Prompts(torch.cat(pieces), torch.tensor([at for at, part in enumerate(pieces) for _ in part], dtype=torch.long),
-                       [f"{name} {first} {at}" for name, part in zip(names, pieces, strict=True)
-                        for at in range(len(part))])
+        numbers = torch.tensor([at for at, part in enumerate(pieces) for _ in part], dtype=torch.long)
+        groups = [f"{name} {first} {at}" for name, part in zip(names, pieces, strict=True) for at in range(len(part))]
+        return Prompts(torch.cat(pieces), numbers, groups)
 
     train, validation, further = (labelled(*ends) for ends in ((0, ROWS), (-VALIDATION, None), (ROWS, -VALIDATION)))
     router = train_heads(names, train)
