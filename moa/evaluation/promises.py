@@ -15,15 +15,17 @@ EACH = 4   # most domains that have a sentence each
 NEVER = "No prompt is left to the base (assemble.max_abstention is null)."
 
 
-def groups_of(manifest: Mapping[str, Any]) -> int | None:
-    """How many groups the promise of a domain will rest on; None where its corpus's manifest counts no groups.
+def groups_of(manifest: Mapping[str, Any], params: AssembleParams) -> int | None:
+    """At least how many groups the promise of a domain will rest on; None where its corpus's manifest counts no groups.
 
-    The router reads a row at least of each training and validation group, until there are `PROMISING` groups.
+    The router reads a row at least of each training and validation group, until there are `PROMISING` groups beside
+    those of the `assemble.rows` rows that its heads are trained on.
     """
-    groups = manifest.get("groups") or {}
+    groups, rows = manifest.get("groups") or {}, manifest.get("rows") or {}
     if not groups.get("train"):
         return None
-    return min(int(groups["train"]) + int(groups.get("validation", 0)), PROMISING)
+    heads = min(params.rows, int(rows.get("train", groups["train"])), int(groups["train"]))
+    return min(int(groups["train"]) - heads + int(groups.get("validation", 0)), PROMISING)
 
 
 def expected(corpora: Mapping[str, Mapping[str, Any]], params: AssembleParams) -> list[str]:
@@ -32,7 +34,7 @@ def expected(corpora: Mapping[str, Mapping[str, Any]], params: AssembleParams) -
     Args:
         corpora: manifests of prepared corpora, by domain.
     """
-    counted = {domain: groups_of(manifest) for domain, manifest in corpora.items()}
+    counted = {domain: groups_of(manifest, params) for domain, manifest in corpora.items()}
     return sentences({domain: groups for domain, groups in counted.items() if groups is not None},
                      params.max_abstention)
 

@@ -25,6 +25,7 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.data import corpus
 from moa.data.corpus import Row
 from moa.mixture import artifact, incumbent
+from moa.mixture.background import BACKGROUND
 
 if TYPE_CHECKING:
     from moa.mixture.calibration import Prompts
@@ -57,18 +58,21 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
     champion, unfit = incumbent.calibration(workspace, config, base.pin)
     if unfit:
         print(f"The router is calibrated afresh, and not as the champion's successor: {unfit}.")
+    background = features.background()
     grows = champion is not None and not set(labels).isdisjoint(champion.labels)
-    router = successor(champion, labels) if champion is not None and grows else train_heads(labels, prompts["train"])
+    router = (successor(champion, labels) if champion is not None and grows else
+              train_heads(labels, prompts["train"], background))
     further: Callable[[slice], Prompts] = partial(features.prompts, content["further"])
     with tempfile.TemporaryDirectory() as temporary:
         if params.joint_epochs:
-            folders, facts, seen = _joined(workspace, config, base, encoder, router, content, facts, Path(temporary))
+            folders, facts, seen, background = _joined(workspace, config, base, encoder, router, content, facts,
+                                                       Path(temporary))
             prompts = {part: _labelled(content[part], seen[part]) for part in LEARNING}
             further = _labelled(content["further"], seen["further"]).at
         if not grows:
             choose_level(router, params.rule, params.tolerance, prompts["validation"])
         complete(router, prompts["train"], prompts["validation"], further, params.max_abstention,
-                 champion if grows else None)
+                 champion if grows else None, background)
         router.figures |= {"extends": incumbent.extended(workspace), "settings": incumbent.settings(params)}
         with replace_directory(workspace.mixture) as folder:
             return artifact.write(folder, base=base.pin, prompt=config.prompt.model_dump(), router=router,
@@ -95,16 +99,16 @@ def _expert(workspace: Workspace, domain: str) -> dict[str, Any]:
 def _content(workspace: Workspace, labels: Sequence[str], rows: int) -> Content:
     """The router's rows. They are ordered by their digests, so that the first ones are a random sample.
 
-    `further` has a row of each of the other groups: more of them would promise nothing more.
+    `further` has a row of each other group, until it and the validation rows have PROMISING groups.
     """
     content: Content = {"train": {}, "validation": {}, "further": {}}
     for domain in labels:
         train, validation = (corpus.read(workspace.corpus(domain), split) for split in LEARNING)
         content["train"][domain], content["validation"][domain] = train[:rows], validation
-        known = {row.group or row.id for row in (*train[:rows], *validation)}
+        held, known = ({row.group or row.id for row in part} for part in (validation, train[:rows]))
         others = {row.group or row.id: row for row in reversed(train[rows:])}   # the first row of each group
-        fresh = [row for group, row in reversed(others.items()) if group not in known]
-        content["further"][domain] = fresh[:max(PROMISING - len(known), 0)]
+        fresh = [row for group, row in reversed(others.items()) if group not in held | known]
+        content["further"][domain] = fresh[:max(PROMISING - len(held), 0)]
     return content
 
 
@@ -121,6 +125,10 @@ def _labelled(content: Mapping[str, list[Row]], features: Any) -> "Prompts":
 
 def _encoded(encoder: ChatEncoder, content: list[Row]) -> list[list[int]]:
     return [encoder.prompt(row.prompt)[-encoder.max_tokens:] for row in content]
+
+
+def _encoded_texts(encoder: ChatEncoder, texts: Sequence[str]) -> list[list[int]]:
+    return [encoder.prompt([{"role": "user", "content": text}])[-encoder.max_tokens:] for text in texts]
 
 
 @dataclass(frozen=True)
@@ -140,27 +148,34 @@ class _FrozenFeatures:
         found = []
         with track("router features", total=len(content), unit="domains") as bar:
             for rows in content.values():
-                found.append(self._cached(rows, levels or slice(0, self.base.model.config.num_hidden_layers)))
+                found.append(self._cached(_encoded(self.encoder, rows), levels or slice(0, self._levels)))
                 bar.advance(1)
         return _labelled(content, torch.cat(found))
 
-    def _cached(self, content: list[Row], levels: slice) -> Any:
-        """The features of these rows' prompts, (N, L, D)."""
+    def background(self) -> Any:
+        """The features of the prompts of no domain: (B, L, D)."""
+        return self._cached(_encoded_texts(self.encoder, BACKGROUND), slice(0, self._levels))
+
+    @property
+    def _levels(self) -> int:
+        return int(self.base.model.config.num_hidden_layers)
+
+    def _cached(self, prompts: list[list[int]], levels: slice) -> Any:
+        """The features of some prompts' tokens, (N, L, D)."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file, save_file
 
         from moa.mixture.router import features
 
-        if not content:
+        if not prompts:
             return features(self.base.model, [], levels.stop)[:, levels]
         key = digests.of_json({"base": self.base.pin.digest, "dtype": self.base.device.dtype,
-                               "system": self.encoder.system, "code": code_version.of_modules("moa.mixture.router"),
-                               "max_tokens": self.encoder.max_tokens, "levels": [levels.start, levels.stop],
-                               "rows": [row.id for row in content]})
+                               "code": code_version.of_modules("moa.mixture.router"),
+                               "levels": [levels.start, levels.stop], "prompts": prompts})
         path = self.workspace.cache / "features" / f"{key[:32]}.safetensors"
         with suppress(OSError, SafetensorError, KeyError):   # absent or damaged: it can be computed again
             return load_file(path)["features"]
-        result = features(self.base.model, _encoded(self.encoder, content), levels.stop)[:, levels].contiguous()
+        result = features(self.base.model, prompts, levels.stop)[:, levels].contiguous()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         save_file({"features": result}, temporary)
@@ -172,8 +187,10 @@ class _FrozenFeatures:
 
 def _joined(workspace: Workspace, config: Config, base: Base, encoder: ChatEncoder, router: Any, content: Content,
             facts: dict[str, dict[str, Any]], temporary: Path) -> tuple[
-                dict[str, Path], dict[str, dict[str, Any]], dict[Part, Any]]:
-    """Continue all experts together with the router's heads; directories and facts of the new experts, and features.
+                dict[str, Path], dict[str, dict[str, Any]], dict[Part, Any], Any]:
+    """Continue all experts together with the router's heads.
+
+    Returns directories and facts of the new experts, features by part, and those of the prompts of no domain.
 
     The experts as they were stay where they are: the mixture gets its own, and names their parents.
     """
@@ -213,6 +230,7 @@ def _joined(workspace: Workspace, config: Config, base: Base, encoder: ChatEncod
     stack.trainable(False)
     seen = {part: features(base.model, _encoded(encoder, [row for rows in domains.values() for row in rows]),
                            choose=layer_selector(stack, router)) for part, domains in content.items()}
+    background = features(base.model, _encoded_texts(encoder, BACKGROUND), choose=layer_selector(stack, router))
     folders, joined = {}, {}
     for learner in learners:
         domain, at = learner.name, learner.progress
@@ -225,4 +243,4 @@ def _joined(workspace: Workspace, config: Config, base: Base, encoder: ChatEncod
         write_json(folders[domain] / MANIFEST, alone | news | {
             "joint": params.model_dump(), "best_epoch": at.best_epoch, "best_loss": at.best_loss, "curve": at.curve})
     stack.remove()
-    return folders, joined, seen
+    return folders, joined, seen, background

@@ -66,7 +66,7 @@ class Prompts:
                    [group for part in parts for group in part.groups])
 
 
-def train_heads(labels: Sequence[str], train: Prompts) -> Router:
+def train_heads(labels: Sequence[str], train: Prompts, background_BLD: Tensor | None = None) -> Router:
     """Train every level's head on domain labels. Domains weigh the same, whatever their number of prompts.
 
     The loss is strictly convex (cross-entropy and an L2 penalty on the weights), so the result depends on no seed and
@@ -76,11 +76,14 @@ def train_heads(labels: Sequence[str], train: Prompts) -> Router:
     Args:
         labels: the C domains.
         train: prompts of each of them.
+        background_BLD: features of B prompts of no domain, which count where features are standardised
+            (moa.mixture.background); None = there are none.
 
     Returns:
         A router with these heads that is not calibrated.
     """
-    mean_LD, scale_LD = train.features_NLD.mean(0), train.features_NLD.std(0).clamp(min=1e-6)
+    everything_NLD = torch.cat([train.features_NLD, *([] if background_BLD is None else [background_BLD])])
+    mean_LD, scale_LD = everything_NLD.mean(0), everything_NLD.std(0).clamp(min=1e-6)
     levels, at_once = train.features_NLD.shape[1], max(LOGITS // (len(train.targets_N) * len(labels)), 1)
     heads = [_heads(((train.features_NLD[:, some] - mean_LD[some]) / scale_LD[some]).transpose(0, 1).contiguous(),
                     train.targets_N, len(labels))
@@ -236,17 +239,23 @@ def choose_level(router: Router, rule: Rule, tolerance: float, validation: Promp
     router.layer = floor + int((allowed >= allowed.max() - tolerance - 1e-9).nonzero()[0])
 
 
-def choose_directions(router: Router, train: Prompts) -> None:
+def choose_directions(router: Router, train: Prompts, background_BLD: Tensor | None = None) -> None:
     """Set `within_RD` from how the training prompts of each domain differ at the level that the rule reads.
+
+    Prompts of no domain, if there are any, count as one more domain.
 
     The covariance within domains, shrunk towards a multiple of the identity by SHRINKAGE, is divided out in its first
     WITHIN principal directions and left as it is, on average, in the others: whitening as for Fisher's discriminant.
     """
-    standard_ND = ((train.features_NLD[:, router.reads] - router.mean_LD[router.reads])
+    features_NLD, targets_N = train.features_NLD, train.targets_N
+    if background_BLD is not None:
+        features_NLD = torch.cat([features_NLD, background_BLD])
+        targets_N = torch.cat([targets_N, torch.full((len(background_BLD),), len(router.labels))])
+    standard_ND = ((features_NLD[:, router.reads] - router.mean_LD[router.reads])
                    / router.scale_LD[router.reads]).double()
-    members_NC = nn.functional.one_hot(train.targets_N, len(router.labels)).double()
+    members_NC = nn.functional.one_hot(targets_N, len(router.labels) + 1).double()
     centres_CD = members_NC.T @ standard_ND / members_NC.sum(0).clamp(min=1)[:, None]
-    away_ND = standard_ND - centres_CD[train.targets_N]
+    away_ND = standard_ND - centres_CD[targets_N]
     rows, width = away_ND.shape
     _, lengths_K, vectors_KD = torch.linalg.svd(away_ND, full_matrices=False)
     variances_K = lengths_K.square() / rows
@@ -262,8 +271,9 @@ def set_thresholds(router: Router, train: Prompts, validation: Prompts, further:
     """Keep training prompts, and choose each domain's threshold by `moa.mixture.abstention`. Changes `router`.
 
     Args:
-        train: training prompts, of all levels. With `further`, the first KEPT of each domain are kept, and tell which
-            prompts are like the domain.
+        train: the prompts that heads and directions were trained on, of all levels. With `further`, the first KEPT of
+            each domain are kept, and tell which prompts are like the domain. They look more alike than fresh prompts
+            do, so that no threshold rests on them, unless a domain has no others.
         validation: prompts that train no head, of all levels.
         further: more training prompts, of the levels that the rule decides by.
         max_abstention: the largest share of a domain's fresh prompts that is left to the base; None = none is.
@@ -275,10 +285,11 @@ def set_thresholds(router: Router, train: Prompts, validation: Prompts, further:
     router.figures["promises"] = {}
     if max_abstention is None:
         return
-    prompts = Prompts.joined([train.at(deciding), validation.at(deciding), further])
+    prompts = Prompts.joined([validation.at(deciding), further])
     promises = []
     for domain in range(len(router.labels)):
-        own, kept = prompts.where(prompts.of(domain)), seen.where(seen.of(domain))
+        source = prompts if prompts.of(domain).any() else train.at(deciding)
+        own, kept = source.where(source.of(domain)), seen.where(seen.of(domain))
         number = {group: at for at, group in enumerate(dict.fromkeys([*own.groups, *kept.groups]))}
         same_NM = (torch.tensor([number[group] for group in own.groups])[:, None]
                    == torch.tensor([number[group] for group in kept.groups]))
@@ -311,7 +322,7 @@ def calibrate(router: Router, validation: Prompts) -> None:
 
 def fit(labels: Sequence[str], train: Prompts, validation: Prompts, further: Callable[[slice], Prompts] | None = None,
         *, rule: Rule = "early", tolerance: float = 0.0, max_abstention: float | None = 0.01,
-        extends: Router | None = None) -> Router:
+        extends: Router | None = None, background_BLD: Tensor | None = None) -> Router:
     """A router of these domains: its heads, and all that is chosen on further prompts.
 
     Args:
@@ -321,20 +332,21 @@ def fit(labels: Sequence[str], train: Prompts, validation: Prompts, further: Cal
         rule, tolerance: see `choose_level`.
         max_abstention: see `set_thresholds`.
         extends: the router that this one is a successor of, which must have one of the domains at least.
+        background_BLD: see `train_heads`.
     """
-    router = train_heads(labels, train) if extends is None else successor(extends, labels)
+    router = train_heads(labels, train, background_BLD) if extends is None else successor(extends, labels)
     if extends is None:
         choose_level(router, rule, tolerance, validation)
-    return complete(router, train, validation, further, max_abstention, extends)
+    return complete(router, train, validation, further, max_abstention, extends, background_BLD)
 
 
 def complete(router: Router, train: Prompts, validation: Prompts, further: Callable[[slice], Prompts] | None,
-             max_abstention: float | None, extends: Router | None) -> Router:
+             max_abstention: float | None, extends: Router | None, background_BLD: Tensor | None = None) -> Router:
     """The part of `fit` that follows once rule and level are chosen. Changes `router` and returns it."""
     more = further(router.deciding) if further else validation.at(router.deciding).where(
         torch.zeros(len(validation.targets_N), dtype=torch.bool))
     if extends is None:
-        choose_directions(router, train)
+        choose_directions(router, train, background_BLD)
     set_thresholds(router, train, validation, more, max_abstention)
     if extends is not None:
         add_heads(router, extends.labels, train, validation, more)

@@ -186,7 +186,7 @@ def test_a_registration_compares_the_parents(built: Built, trained: Built, tmp_p
 def test_base_features_are_cached_and_those_under_experts_are_not(built: Built, tmp_path: Path,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     cached = sorted(path.name for path in (built[0].cache / "features").iterdir())
-    assert len(cached) == 2 * len(DOMAINS)
+    assert len(cached) == 2 * len(DOMAINS) + 1   # and the prompts of no domain
     workspace = Workspace(tmp_path / "again")
     shutil.copytree(built[0].root, workspace.root)
     assemble(workspace, built[1])

@@ -233,15 +233,35 @@ def test_a_domain_that_the_prompt_is_unlike_does_not_answer_while_another_can() 
 
 
 def test_a_prompt_is_measured_without_its_own_group() -> None:
-    """Each training prompt has a twin: one group leaves both out, two groups find the twin."""
-    features, targets = clusters(60)
-    twice, held = torch.cat([features, features]), labelled(*clusters(9, seed=1))
+    """Each further prompt has a twin: one group leaves both out, two groups find the twin."""
+    train, held = labelled(*clusters(9)), labelled(*clusters(9, seed=1))
+    features, targets = clusters(60, seed=2)
+    twice = torch.cat([features, features])
     pairs = Prompts(twice, targets.repeat(2), [str(number) for number in range(60)] * 2)
     apart = Prompts(twice, targets.repeat(2), [str(number) for number in range(120)])
-    thresholds = [fit("abc", train, held).threshold_C for train in (pairs, apart)]
+    thresholds = [calibration.fit("abc", train, held, further.at).threshold_C for further in (pairs, apart)]
     assert thresholds[0] is not None and thresholds[1] is not None
     assert thresholds[0].shape == (3,) and (thresholds[0] <= thresholds[1]).all()
     assert (thresholds[0] < thresholds[1]).any()
+
+
+def test_a_single_domain_knows_strange_prompts_by_those_of_no_domain() -> None:
+    """Around its own mean a domain has prompts in every direction; around the mean of many kinds it has one."""
+    kinds = 3 * torch.randn(6, 1, 64, generator=torch.Generator().manual_seed(9))
+
+    def drawn(kind: int, seed: int, count: int) -> torch.Tensor:
+        return kinds[kind] + torch.randn(count, 1, 64, generator=torch.Generator().manual_seed(seed))
+
+    own = [Prompts(drawn(0, seed, count), torch.zeros(count, dtype=torch.long),
+                   [f"{seed} {at}" for at in range(count)]) for seed, count in ((0, 48), (1, 30), (2, 300))]
+    background = torch.cat([drawn(kind, 3, 16) for kind in (1, 2, 3, 4)])
+    strange, fresh = drawn(5, 4, 100), drawn(0, 5, 100)
+    caught = []
+    for others in (None, background):
+        found = calibration.fit(["only"], own[0], own[1], own[2].at, background_BLD=others)
+        assert sum(decision.abstained for decision in found.decide(fresh)) <= 2
+        caught.append(sum(decision.abstained for decision in found.decide(strange)))
+    assert caught[1] >= 95 > 50 > caught[0]
 
 
 def test_confidence_is_no_more_than_the_validation_rows_support() -> None:
@@ -303,7 +323,7 @@ def test_a_single_domain_is_no_special_case(rule: router.Rule) -> None:
     assert not any(decision.abstained for decision in found.decide(validation.features_NLD))
     fresh = found.decide(clusters(400, domains=1, seed=2)[0])
     promised = found.figures["promises"]["only"]["share"]
-    assert promised == pytest.approx(1 - 0.05 ** (1 / 60))
+    assert promised == pytest.approx(1 - 0.05 ** (1 / 20))   # the training prompts look more alike than fresh ones
     assert sum(decision.abstained for decision in fresh) / 400 <= promised
 
 
