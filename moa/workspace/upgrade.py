@@ -172,13 +172,15 @@ def edit_lock(workspace: Workspace, made: Upgrade, removed: list[str]) -> None:
     """Edit what stages recorded in dvc.lock, so that changes without effect on results make no stage stale.
 
     DVC compares whole groups of params.yaml with the recorded ones, so keys that are `removed` are removed here, too. A
-    training that recorded no initial expert gets the present one: older layouts had no such parameter. Updates `made`.
+    training that recorded no initial expert gets the present one, and a mixture that recorded no calibration extends
+    none: older layouts had no such parameters. Updates `made`.
     """
     if LOCK not in made.old:
         return
     stages = (_parsed(made.old[LOCK], LOCK) or {}).get("stages") or {}
     starts = warm_start.read(workspace) if made.new[PIPELINE] != made.old[PIPELINE] else None
-    edits = [*_recorded(stages, removed), *([] if starts is None else _startless(workspace, stages, starts))]
+    edits = [*_recorded(stages, removed), *([] if starts is None else [*_startless(workspace, stages, starts),
+                                                                       *_uncalibrated(workspace, stages)])]
     if not edits:
         return
     from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
@@ -191,7 +193,8 @@ def edit_lock(workspace: Workspace, made: Upgrade, removed: list[str]) -> None:
             made.done.append(f"{LOCK}: {group}.{value} removed from what {name} recorded")
         else:
             recorded[file] = {group: value}
-            made.done.append(f"{LOCK}: {name} recorded where its training began")
+            what = "that it extends no calibration" if name == "assemble" else "where its training began"
+            made.done.append(f"{LOCK}: {name} recorded {what}")
     made.new[LOCK] = dumps_yaml(content)
 
 
@@ -212,6 +215,13 @@ def _startless(workspace: Workspace, stages: Mapping[str, Any],
         step, _, domain = name.partition("@")
         if step == "train" and domain and file not in (stage.get("params") or {file: None}):
             yield name, file, domain, stage_inputs.entry(workspace, starts[domain]) if domain in starts else None
+
+
+def _uncalibrated(workspace: Workspace, stages: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
+    """The same of stage `assemble`, where it recorded no calibration that it extends."""
+    file = workspace.relative(workspace.calibration)
+    if "assemble" in stages and file not in (stages["assemble"].get("params") or {file: None}):
+        yield "assemble", file, "extends", None
 
 
 # prefect.yaml

@@ -115,7 +115,7 @@ def test_bad_files_are_put_aside_and_good_rows_are_taken_in(workspace: Workspace
     (workspace.incoming / "tax" / "good.jsonl").write_text(jsonl(0, 40))
     assert moa(workspace, "status").returncode == 0
     done = moa(workspace, "adapt", "--local")
-    assert done.returncode == 1 and "moa: Failed: base." in done.stderr, done.stderr
+    assert done.returncode == 1 and "moa: base failed: " in done.stderr, done.stderr
     assert incoming.waiting_files(workspace) == []
     assert sorted(path.read_text() for path in workspace.raw("tax").iterdir()) == sorted([jsonl(0, 40), jsonl(1000, 3)])
     for domain in ("tax", "law"):
