@@ -17,6 +17,7 @@ Features are kept in .moa/cache. The last line is one JSON object. Shapes: N pro
 import argparse
 import json
 import random
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from additions_world import PROMPT_TOKENS, SYSTEM, compute_features, read_features
+from additions_world import PROMPT_TOKENS, SYSTEM, background, compute_features, read_features
 from common import REPOSITORY, goal, machine, pick_device, real_base
 from corpora import WHOLE, Row, corpora, quickstart_rows, split
 from torch import Tensor
@@ -35,8 +36,9 @@ from moa.mixture.calibration import DEEPEST, SHALLOWEST, Prompts, complete, trai
 from moa.mixture.router import Router
 
 MADE_BY = ("math", "sql", "extract", "calendar", "python")
-MADE, GROUPS, FRESH, FEW, VALIDATION = 2480, 480, 1000, 88, 40
-SEEDS, FOLDS, LEAST = 5, 3, 299
+# Of GROUPS and FEW, 48 train the heads and promise nothing.
+MADE, GROUPS, FRESH, FEW, VALIDATION = 2480, 528, 1000, 128, 40
+SEEDS, FOLDS, LEAST, STRANGERS = 5, 3, 299, 100
 MOST, ROWS = 0.01, AssembleParams().rows
 
 
@@ -58,7 +60,7 @@ class Pool:
         return [place for place in order if place not in set(fresh)][:count], fresh
 
 
-def router_of(parts: Mapping[str, Tensor]) -> Router:
+def router_of(parts: Mapping[str, Tensor], background_BLD: Tensor) -> Router:
     """A router as stage `assemble` makes it from the calibration prompts of each domain."""
     names = list(parts)
 
@@ -69,43 +71,44 @@ def router_of(parts: Mapping[str, Tensor]) -> Router:
         return Prompts(torch.cat(pieces), numbers, groups)
 
     train, validation, further = (labelled(*ends) for ends in ((0, ROWS), (-VALIDATION, None), (ROWS, -VALIDATION)))
-    router = train_heads(names, train)
+    router = train_heads(names, train, background_BLD)
     right_NL = router.logits(validation.features_NLD).argmax(-1) == validation.targets_N[:, None]
     router.rule, router.layer = "early", int(right_NL.double().mean(0).argmax())
-    return complete(router, train, validation, further.at, MOST, None)
+    return complete(router, train, validation, further.at, MOST, None, background_BLD)
 
 
 def left_out(router: Router, features_NLD: Tensor) -> int:
     return sum(decision.abstained for decision in router.decide(features_NLD))
 
 
-def measure(pools: Mapping[str, Pool], seed: int, count: int) -> list[dict[str, Any]]:
+def measure(pools: Mapping[str, Pool], background_BLD: Tensor, seed: int, count: int) -> list[dict[str, Any]]:
     """The cells of one seed, with at most `count` calibration groups."""
     nothing = {"seed": seed, "groups": 0, "fresh": 0, "left": 0, "promised": 0.0}
     cells: dict[str, dict[str, Any]] = {name: {"domain": name, **nothing} for name in pools}
     for fold in range(FOLDS):
         places = {name: pool.calibrating(seed, fold, count) for name, pool in pools.items()}
-        router = router_of({name: pool.features_NLD[places[name][0]] for name, pool in pools.items()})
+        router = router_of({name: pool.features_NLD[places[name][0]] for name, pool in pools.items()}, background_BLD)
         for name, pool in pools.items():
             if fold and pool.made:
                 continue
-            calibrating, fresh = places[name]
+            fresh = places[name][1]
             cell, promise = cells[name], router.figures["promises"][name]
-            assert promise["groups"] == len(calibrating)
-            cell["groups"], cell["promised"] = len(calibrating), max(cell["promised"], promise["share"])
+            cell["groups"], cell["promised"] = promise["groups"], max(cell["promised"], promise["share"])
             cell["fresh"] += len(fresh)
             cell["left"] += left_out(router, pool.features_NLD[fresh])
     return list(cells.values())
 
 
-def alone(pools: Mapping[str, Pool], seed: int) -> list[dict[str, Any]]:
+def alone(pools: Mapping[str, Pool], background_BLD: Tensor, seed: int) -> list[dict[str, Any]]:
     """The cells of mixtures of one domain."""
     cells = []
     for name, pool in pools.items():
         calibrating, fresh = pool.calibrating(seed, 0, GROUPS)
-        router = router_of({name: pool.features_NLD[calibrating]})
-        cells.append({"domain": name, "seed": seed, "groups": len(calibrating), "fresh": len(fresh),
-                      "left": left_out(router, pool.features_NLD[fresh]),
+        router = router_of({name: pool.features_NLD[calibrating]}, background_BLD)
+        strangers = [left_out(router, other.features_NLD[:STRANGERS]) / STRANGERS
+                     for each, other in pools.items() if each != name]
+        cells.append({"domain": name, "seed": seed, "groups": len(calibrating) - ROWS, "fresh": len(fresh),
+                      "left": left_out(router, pool.features_NLD[fresh]), "strangers": statistics.mean(strangers),
                       "promised": router.figures["promises"][name]["share"]})
     return cells
 
@@ -129,7 +132,7 @@ def report(title: str, cells: Sequence[Mapping[str, Any]]) -> float:
     return good / len(cells)
 
 
-def pools_of(shared: Path) -> tuple[dict[str, Pool], Any]:
+def pools_of(shared: Path) -> tuple[dict[str, Pool], Tensor, Any]:
     base = real_base(pick_device())
     encoder = ChatEncoder(base.tokenizer, SYSTEM, PROMPT_TOKENS)
     rows: dict[str, Sequence[Row]] = {name: quickstart_rows(name, MADE, f"abstention:{name}") for name in MADE_BY}
@@ -140,7 +143,7 @@ def pools_of(shared: Path) -> tuple[dict[str, Pool], Any]:
     floor, levels = int(base.model.config.num_hidden_layers * SHALLOWEST), base.model.config.num_hidden_layers
     read = slice(floor, max(floor, int((levels - 1) * DEEPEST)) + 1)   # the levels that rule `early` may read
     return {name: Pool(read_features(base, part)[:, read].float(), name in MADE_BY)
-            for name, part in rows.items()}, machine(base.device)
+            for name, part in rows.items()}, background(base, encoder)[:, read].float(), machine(base.device)
 
 
 def main() -> None:
@@ -149,14 +152,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds 1 to this one")
     args = parser.parse_args()
     start = time.perf_counter()
-    pools, hardware = pools_of(args.shared)
+    pools, kinds_BLD, hardware = pools_of(args.shared)
     torch.set_grad_enabled(True)
     print(hardware)
-    enough, few = ([cell for seed in range(1, args.seeds + 1) for cell in measure(pools, seed, count)]
+    enough, few = ([cell for seed in range(1, args.seeds + 1) for cell in measure(pools, kinds_BLD, seed, count)]
                    for count in (GROUPS, FEW))
-    single = alone(pools, 1)
+    single = alone(pools, kinds_BLD, 1)
     shares = {"one mixture": report("one mixture", enough), "few groups": report(f"{FEW} groups", few),
               "one domain": report("mixtures of one domain", single)}
+    print("  of each other corpus's prompts they leave to the base: " + ", ".join(
+        f"{cell['domain']} {cell['strangers']:.0%}" for cell in single))
     figures = {"machine": hardware, "seconds": time.perf_counter() - start, "cells": enough, "few": few,
                "alone": single}
     goals = [goal(f"cells that keep the promise, {title}", share, 0.95, share >= 0.95)

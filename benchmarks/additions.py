@@ -43,6 +43,7 @@ from additions_world import (
     Trainer,
     Wanted,
     World,
+    background,
     compute,
     compute_losses,
     progress,
@@ -71,10 +72,11 @@ FORMER_SEEN = 48
 class Routers:
     """Routers of some corpora of the world, as stage `assemble` makes them from their rows."""
 
-    def __init__(self, found: World, levels: int) -> None:
+    def __init__(self, found: World, levels: int, background_BLD: Tensor) -> None:
         self.world = found
         floor, ceiling = int(levels * SHALLOWEST), int((levels - 1) * DEEPEST)
         self.levels = slice(floor, max(floor, ceiling) + 1)   # that rule `early` may read; the others are left out
+        self.background_BLD = background_BLD[:, self.levels].float()
         self.known: dict[tuple[str, ...], Router] = {}
 
     def prompts(self, name: str, part: Part, first: int = 0, last: int | None = None) -> tuple[Tensor, list[str]]:
@@ -98,12 +100,12 @@ class Routers:
                     further.append((at, self.prompts(name, source["further"], domains[name].spared)))
         trained, held = self.labelled(train), self.labelled(validation)
         if extends is None:
-            router = train_heads(names, trained)
+            router = train_heads(names, trained, self.background_BLD)
             right_NL = router.logits(held.features_NLD).argmax(-1) == held.targets_N[:, None]
             router.rule, router.layer = "early", int(right_NL.double().mean(0).argmax())
         else:
             router = successor(extends, names)
-        return complete(router, trained, held, self.labelled(further).at, MOST, extends)
+        return complete(router, trained, held, self.labelled(further).at, MOST, extends, self.background_BLD)
 
     def incumbent(self, names: Iterable[str]) -> Router:
         """The router of some corpora, made once."""
@@ -445,7 +447,7 @@ def main() -> None:
     compute(at, STEPS[:1] if args.parts == ["moves"] else STEPS[:3] if "cases" not in args.parts else STEPS)
     found = world(at)
     torch.set_grad_enabled(True)
-    routers = Routers(found, at.base.model.config.num_hidden_layers)
+    routers = Routers(found, at.base.model.config.num_hidden_layers, background(at.base, at.encoder))
     additions = drawn(found, routers, args.additions if "moves" in args.parts else 0, args.seed)
     caught: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for addition in additions:

@@ -42,6 +42,7 @@ from moa.core.config import TrainParams
 from moa.experts.batches import collate, microbatches
 from moa.experts.cotraining import Learner, cotrain, seed_for
 from moa.experts.lora import ExpertStack, LoraSpec
+from moa.mixture.background import BACKGROUND
 from moa.mixture.calibration import DEEPEST
 from moa.mixture.mixture import BASE, Mixture
 from moa.mixture.router import Router, decoder_layers, features, layer_input, mean_pool
@@ -205,6 +206,13 @@ def read_features(base: Base, rows: Sequence[Row]) -> Tensor:
     if not rows:
         return torch.zeros(0, depth_of(base), base.model.config.hidden_size, dtype=torch.float16)
     return load_file(feature_path(base, rows))["features"]
+
+
+def background(base: Base, encoder: ChatEncoder) -> Tensor:
+    """Features of the prompts of no domain: (B, L, D)."""
+    rows = [Row(text, "", text) for text in BACKGROUND]
+    compute_features(base, encoder, {"prompts of no domain": {"test": rows}})
+    return read_features(base, rows)
 
 
 # Experts.
