@@ -246,8 +246,8 @@ def test_the_reliability_diagram_places_dots_intervals_and_counts() -> None:
 
 
 def test_before_training_the_page_says_what_the_corpora_will_promise(workspace: Workspace) -> None:
-    write_json(workspace.corpus("law") / MANIFEST, {"digest": "l" * 64, "rows": {"train": 100, "validation": 17},
-                                                   "groups": {"train": 100, "validation": 17, "test": 12}})
+    write_json(workspace.corpus("law") / MANIFEST, {"digest": "l" * 64, "rows": {"train": 148, "validation": 17},
+                                                   "groups": {"train": 148, "validation": 17, "test": 12}})
     assert report_facts.gather(workspace, CONFIG)["promises"] == []   # this mixture's router promises nothing
     (workspace.mixture / MANIFEST).unlink()
     facts = report_facts.gather(workspace, CONFIG)
