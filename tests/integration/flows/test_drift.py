@@ -1,6 +1,7 @@
 """Kept prompts looked at: the command in a process of its own, and the flow under a real Prefect server, over a real
 release of a tiny base."""
 
+import json
 import os
 import shutil
 import signal
@@ -43,9 +44,12 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Released]:
         patch.setenv("MOA_DTYPE", "float32")
         patch.delenv("MOA_API_KEY", raising=False)
         workspace = tiny.workspace(
-            tmp_path_factory.mktemp("drift"), DOMAINS, rows=100,
+            tmp_path_factory.mktemp("drift"), DOMAINS, rows=200,
             train={"rank": 2, "alpha": 4.0, "epochs": 1, "rows_per_epoch": 4, "validation_rows": 2},
             drift={"min_prompts": 40, "cluster": 10})
+        for domain in DOMAINS:   # numbers of three digits, as those of the prompts below
+            (workspace.raw(domain) / "rows.jsonl").write_text("".join(
+                json.dumps(tiny.row(domain, number)) + "\n" for number in range(300, 500)), encoding="utf-8")
         loaded = config.load(workspace.params)
         pin.fetch(workspace, loaded.base)
         for domain in DOMAINS:
@@ -105,7 +109,7 @@ def test_familiar_prompts_are_stable_and_named_domains_are_left_out(workspace: W
         "kept": 85 + 30 + 50, "of_champion": 85, "forced": 30, "compared": 85, "from": None, "to": None}
     assert verdicts(report) == {"score": "stable", "confidence": "stable", "abstention": "stable", "domains": "shifted"}
     assert report["missing"] == [] and report["validation"]["changed"] == []
-    assert "from 100.0% to" in next(m["reason"] for m in report["measures"] if m["name"] == "domains")
+    assert "; most in " in next(m["reason"] for m in report["measures"] if m["name"] == "domains")
 
 
 def test_a_missing_domain_is_found_once_it_has_enough_different_prompts(workspace: Workspace,
@@ -135,7 +139,8 @@ def test_what_an_earlier_release_abstained_on_counts_only_as_long_as_it_is_stran
 
     serve(released, [*STRANGE[:15], *FAMILIAR[:20]], release=7, digest="an earlier release", abstained=True)
     report = check(workspace, released[1])
-    assert report["abstained"] == {"distinct": 35, "looked_at": 35, "still": 15}
+    still = report["abstained"].pop("still")   # of the familiar ones the champion may abstain on one or two
+    assert report["abstained"] == {"distinct": 35, "looked_at": 35} and 15 <= still <= 17
     assert [group["prompts"] for group in report["missing"]] == [15]
     assert set(verdicts(report).values()) == {"not enough data"}
 
