@@ -472,14 +472,15 @@ def report(args: argparse.Namespace, at: Setup, found: World, additions: Sequenc
           f"{seconds / 60:.0f} min with what was computed now")
     everything = Tally([*result.lost[False].units, *result.lost[True].units])
     far, near = result.lost[False], result.lost[True]
-    print(f"known prompts lost: {everything.text()}; far {far.text()}; near neighbour {near.text()}")
-    print(f"additions that lose any: far {result.any_lost[False].text()}; near neighbour "
-          f"{result.any_lost[True].text()}")
     stranger = [Tally(), Tally()]
     for name, shares in caught.items():
         for side in (0, 1):
             stranger[side].add([name], sum(each[side] for each in shares), len(shares))
-    print(f"prompts of corpora never trained that are caught: {stranger[0].text()}; formerly {stranger[1].text()}")
+    if "moves" in args.parts:
+        print(f"known prompts lost: {everything.text()}; far {far.text()}; near neighbour {near.text()}")
+        print(f"additions that lose any: far {result.any_lost[False].text()}; near neighbour "
+              f"{result.any_lost[True].text()}")
+        print(f"prompts of corpora never trained that are caught: {stranger[0].text()}; formerly {stranger[1].text()}")
     if "newcomers" in args.parts:
         print(f"honest newcomers promoted: far {result.honest[False].text()}; near {result.honest[True].text()}")
     for reason, count in sorted(result.honest_reasons.items()):
@@ -505,13 +506,12 @@ def report(args: argparse.Namespace, at: Setup, found: World, additions: Sequenc
              goal("harmful cases refused", refused / cases if cases else math.nan, 1.0,
                   cases >= 60 and refused == cases)]
     goals = [each for each in goals if not math.isnan(float(str(each["value"])))]   # the others were left out
+    tallies = {"lost": everything, "any lost, far": result.any_lost[False], "any lost, near": result.any_lost[True],
+               "strangers caught": stranger[0], "strangers caught formerly": stranger[1],
+               "honest promoted, far": result.honest[False], "honest promoted, near": result.honest[True]}
     figures = {"machine": machine(at.base.device), "pool": args.pool, "seed": args.seed, "additions": len(additions),
                "seconds": seconds, "cases": cases,
-               "lost": {"all": [everything.share(), *everything.interval()]},
-               "any lost": {str(near): [tally.share(), *tally.interval()] for near, tally in result.any_lost.items()},
-               "caught": [[each.share(), *each.interval()] for each in stranger],
-               "honest": {str(near): [tally.share(), *tally.interval(), len(tally.units)]
-                          for near, tally in result.honest.items()},
+               **{name: [tally.share(), *tally.interval()] for name, tally in tallies.items() if tally.units},
                "refused": {kind: [sum(count for _, count, _ in tally.units), len(tally.units)]
                            for kind, tally in result.refused.items()}}
     print(json.dumps({"benchmark": "additions", "figures": figures, "goals": goals}))

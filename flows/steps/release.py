@@ -211,7 +211,8 @@ def hooks(workspace: Workspace, config: Config, may_promote: bool = True) -> lis
         if may_promote and (approved or restored):
             promote(workspace, config, version, RESTORED if restored else decision["reason"],
                     instead_of=decision["against"])
-        write_champion(workspace, Registry(workspace, config))   # it may have been promoted on another machine
+        else:   # another machine may have promoted one
+            write_champion(workspace, Registry(workspace, config))
         champion = Registry(workspace, config).champion()
         return {**_described(state["mixture"]),
                 "experts": {domain: each.version for domain, each in state["experts"].items()},

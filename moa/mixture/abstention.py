@@ -7,7 +7,7 @@ probability 1 - P(at most k successes of n at rate p), whatever the distribution
 1941, "Determination of sample sizes for setting tolerance limits"; Vovk 2012, arXiv 1209.2673, proposition 2b). So p is
 the upper Clopper-Pearson limit of k of n. The assumption is that fresh groups come from where these came from.
 
-Pure functions on numbers and arrays; a group counts as often as it has its lowest similarity: once.
+Pure functions on numbers and arrays. A group counts once, with the lowest similarity of its prompts.
 """
 
 import math
@@ -90,7 +90,7 @@ def promise(scores: np.ndarray, groups: Sequence[object], share: float) -> Promi
 
 
 def sentence(domain: str, groups: int, share: float | None) -> str:
-    """What so many groups of training and validation prompts of a domain promise, in words."""
+    """What so many groups of prompts of a domain promise, in words; `share` is `assemble.max_abstention`."""
     if share is None:
         return f"{domain}: no prompt is left to the base (assemble.max_abstention is null)."
     kept = upper_limit(most_left(groups, share), groups) if groups else 1.0

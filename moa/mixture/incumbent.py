@@ -5,7 +5,7 @@
     rows.parquet           the rows of the evaluation that it was registered with (`moa.evaluation.evaluate.Scored`)
 
 The flow writes the folder when a release becomes champion. Stages read it and ask no server. Stage `assemble` extends
-the calibration in it (`moa.mixture.calibration.grow_heads`); .moa/calibration.json names the calibration that the
+the calibration in it (`moa.mixture.calibration.successor`); .moa/calibration.json names the calibration that the
 present inputs extend, where DVC reads it as a parameter of the stage.
 """
 

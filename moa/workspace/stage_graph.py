@@ -11,6 +11,9 @@ from moa.core.errors import UsageError
 
 # Kinds of `Reason`. RESTORE: only outputs are missing, which DVC may have in its cache.
 FORCED, NEW, CHANGED, RESTORE = "forced", "new", "changed", "restore"
+# Words for a change of the inputs that moa keeps in .moa/.
+LOCAL_INPUTS = {"starts.json": "where its training begins changed",
+                "calibration.json": "which calibration it extends changed"}
 # Steps with a stage for each domain, which `--domain` limits; later steps need every domain.
 PER_DOMAIN = frozenset({"quickstart", "prepare", "train"})
 
@@ -136,9 +139,9 @@ def _explain(change: Any, paths: Mapping[str, str]) -> Iterator[Reason]:
         return
     for path, state in change.get("changed deps", {}).items():
         if isinstance(state, Mapping):
-            is_start = path.endswith(".moa/starts.json")
-            yield from (Reason(CHANGED, "where its training begins changed" if is_start else
-                               f"parameter {key} {_state(key_state)}") for key, key_state in state.items())
+            known = next((words for name, words in LOCAL_INPUTS.items() if path.endswith(f".moa/{name}")), None)
+            yield from (Reason(CHANGED, known or f"parameter {key} {_state(key_state)}")
+                        for key, key_state in state.items())
         else:
             yield Reason(CHANGED, f"{paths.get(path, path)} {_state(state)}")
     for path, state in change.get("changed outs", {}).items():

@@ -141,7 +141,7 @@ def test_distinct_domains_are_told_apart(rule: router.Rule) -> None:
     decisions = fitted.decide(router.features(model, held, depth=fitted.depth))
     right = sum("abc"[label] == decision.domain for label, decision in zip(expected.tolist(), decisions, strict=True))
     assert right >= 0.95 * len(held)
-    assert sum(decision.abstained for decision in decisions) <= 0.05 * len(held)
+    assert not any(decision.abstained for decision in decisions)   # the thresholds are these prompts' lowest scores
     assert all(0 <= decision.confidence <= 1 for decision in decisions)
 
 

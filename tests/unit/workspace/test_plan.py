@@ -79,8 +79,8 @@ def test_it_says_what_the_gate_can_tell_of_the_experts_to_be_trained() -> None:
 
 
 def test_it_says_what_the_router_will_promise_in_every_prepared_domain() -> None:
-    manifest = {"groups": {"train": 100, "validation": 17, "test": 59},
-                "rows": {"kept": 176, "train": 100, "validation": 17}, "tokens": {}}
+    manifest = {"groups": {"train": 148, "validation": 17, "test": 59},
+                "rows": {"kept": 224, "train": 148, "validation": 17}, "tokens": {}}
     statistics = plan.Statistics({"math": manifest, "sql": manifest}, promises={"math": {"groups": 9, "wanted": 0.01}})
     made = plan.make_plan(pipeline("train@math"), config(), statistics)
     assert [sentence.split(":")[0] for sentence in made.promises] == ["math", "sql"]
