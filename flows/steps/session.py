@@ -132,6 +132,7 @@ def open_session(workspace: Workspace, options: BuildOptions, *, verbose: bool =
             yield session
         finally:
             _ambient.reset(token)
+            incumbent.recalibrate(workspace, False)   # for this run alone: a later plan extends the champion again
 
 
 def _finished(workspace: Workspace, config: Config, domain: str) -> bool:

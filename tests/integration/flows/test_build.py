@@ -10,8 +10,10 @@ import pytest
 from flows import prefect_server
 from flows.launch import run
 from flows.prefect_api import Api
-from flows.steps.session import BuildOptions
+from flows.steps.session import BuildOptions, open_session
+from moa.core.config import load
 from moa.core.paths import Workspace
+from moa.mixture import incumbent
 from tests import toy
 
 EVERYTHING = {"base", "prepare@math", "prepare@sql", "train@math", "train@sql", "assemble", "evaluate"}
@@ -68,6 +70,16 @@ def test_states(prefect_url: str, workspace: Workspace) -> None:
     result = run(workspace, BuildOptions())
     assert last_run(prefect_url) == ("Completed", {**dict.fromkeys(EVERYTHING, "Cached"), "register": "Completed"})
     assert result.release == {"version": 1} and not toy.runs(workspace)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_recalibration_is_of_one_run(workspace: Workspace, wanted: bool) -> None:
+    incumbent.recalibrate(workspace, True)   # left by a run that was killed
+    with open_session(workspace, BuildOptions(recalibrate=wanted)):
+        incumbent.write_extended(workspace, load(workspace.params))
+        assert (incumbent.extended(workspace) == incumbent.AFRESH) == wanted
+    incumbent.write_extended(workspace, load(workspace.params))
+    assert incumbent.extended(workspace) is None
 
 
 # What a release leaves, as flows.steps.release says it, with a metric that could not tell.
