@@ -8,10 +8,11 @@ from typing import Any
 
 from flows.steps import event_log
 from flows.steps.session import Result, Session
-from moa.core.config import load
+from moa.core.config import Config, load
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.project import Names
+from moa.evaluation.gate import verdict_of
 from moa.reports import facts as report_facts
 from moa.reports import text as report
 
@@ -27,7 +28,8 @@ def store_build(session: Session, result: Result) -> None:
         from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
         key = Names.of(session.config).artifact
-        create_markdown_artifact(build_page(session, result), key(REPORT), "Evaluation and release of this build")
+        page = build_page(session.workspace, session.config, result)
+        create_markdown_artifact(page, key(REPORT), "Evaluation and release of this build")
         if verdicts := gate_table(result):
             create_table_artifact(verdicts, key(GATE), "The gate's verdicts on this release")
     except Exception as error:
@@ -61,19 +63,21 @@ def _fenced(text: str) -> str:
     return f"```text\n{text}\n```"
 
 
-def build_page(session: Session, result: Result) -> str:
+def build_page(workspace: Workspace, config: Config, result: Result) -> str:
     """The report of a build as Markdown: how each step ended, then the figures of the evaluation.
 
     After a failure there are no figures, because data/reports may be an earlier build's.
     """
     outcomes = "\n".join(f"- {state}: {', '.join(names)}" for state in ("done", "cached", "skipped", "failed")
                          if (names := result.named(state)))
-    head = f"## {session.workspace.root.name}\n\n{outcomes}\n\n"
+    head = f"## {workspace.root.name}\n\n{outcomes}\n\n"
     if failure := result.failure():
         return f"{head}{failure}\n"
-    manifest = session.workspace.mixture / MANIFEST
+    manifest = workspace.mixture / MANIFEST
     router = read_json(manifest).get("router", {}) if manifest.is_file() else {}
-    return head + report.build_markdown(report_facts.evaluation(session.workspace.reports), router, _release(result))
+    release = _release(result)
+    moved = report.moved_text(workspace, config, release or {})
+    return head + report.build_markdown(report_facts.evaluation(workspace.reports), router, release, moved)
 
 
 def gate_table(result: Result) -> list[dict[str, Any]]:
@@ -84,7 +88,7 @@ def gate_table(result: Result) -> list[dict[str, Any]]:
     rows = [{**{key: verdict[key] for key in ("domain", "measure", "verdict", "difference")},
              "interval": " to ".join(f"{end:+.4f}" for end in verdict["interval"] or ()), "rows": verdict["rows"],
              "reason": verdict["reason"]} for verdict in report_facts.verdicts(decision)]
-    return [*rows, {"domain": "", "measure": "release", "verdict": "pass" if decision["promote"] else "refused",
+    return [*rows, {"domain": "", "measure": "release", "verdict": verdict_of(decision),
                     "difference": None, "interval": "", "rows": None, "reason": decision["reason"]}]
 
 

@@ -18,6 +18,7 @@ from moa.core.config import Config, load
 from moa.core.errors import MoaError, PipelineError, in_words
 from moa.core.files import read_json, write_json
 from moa.core.paths import Workspace
+from moa.evaluation.gate import verdict_of
 from moa.workspace import warm_starts
 from moa.workspace.data_versions import DataVersions, commit
 from moa.workspace.warm_starts import InitialExpert
@@ -204,7 +205,7 @@ def log_released(work: RunContext, release: Facts) -> Facts:
     accepted = release.get("accepted")
     facts: Facts = {"version": version, "reason": accepted or decision["reason"], "champion": release["champion"],
                     "worse": decision.get("worse", []), "outcome": "promote" if accepted else decision.get("outcome")}
-    work.say("gate", version=version, verdict="pass" if decision["promote"] else "refused", reason=decision["reason"],
+    work.say("gate", version=version, verdict=verdict_of(decision), reason=decision["reason"],
              against=decision.get("against"))
     if release["waiting"]:
         return {**facts, "state": "waiting"}

@@ -57,7 +57,7 @@ def compare(version: Version, against: Against = None, as_json: AsJson = False) 
 
 @release_app.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """List every release, newest first: champion, was champion, waiting, refused, or not gated."""
+    """List every release, newest first, with its state: champion, was champion, waiting, or what the gate said."""
     from moa.reports.releases import listed, listed_text
 
     facts = listed(*opened())
@@ -111,7 +111,7 @@ def history(as_json: AsJson = False) -> None:
 
 @release_app.command()
 def diff(version: Version, against: Against = None, as_json: AsJson = False) -> None:
-    """Show what differs between two releases: experts, router, base, corpora, parameters, figures, gates."""
+    """Show what differs between two releases: parts, parameters, figures, gates, known prompts that changed hands."""
     from moa.release.champion import other_version
     from moa.reports import releases
 

@@ -174,6 +174,17 @@ class Decision:
         return asdict(self)
 
 
+def verdict_of(decision: Mapping[str, Any]) -> str:
+    """What a recorded decision says of its release: pass, refused, not enough data, or no better.
+
+    Decisions of old workspaces do not tell why a release was not promoted; these read as refused.
+    """
+    if decision["promote"]:
+        return "pass"
+    outcome = decision.get("outcome", "worse")
+    return "refused" if outcome == "worse" else str(outcome)
+
+
 def decide(scores: Iterable[Score], rules: ReleaseParams, *, incumbent: Collection[str], challenger: Collection[str],
            first: bool = False, looks: Mapping[str, int] | None = None, tested_by: str = "the incumbent",
            causes: Mapping[str, str] | None = None) -> Decision:

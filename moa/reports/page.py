@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moa.core.text import SHORT_DIGEST
+from moa.evaluation.gate import verdict_of
 from moa.evaluation.summary import NAMES, promise_remark, reliability_cells
 from moa.reports import changed_hands, html
 from moa.reports.facts import verdicts, wear
@@ -155,8 +156,8 @@ def _gates(facts: Facts) -> str:
     for _, name, each in _measured(facts):
         if decision := each.get("gate"):
             against = f"against version {decision['against']}" if decision.get("against") else "without an incumbent"
-            verdict = "passed" if decision["promote"] else "refused"
-            parts.append(f"<h3>{escape(f'{name}: {verdict}, {against}')}</h3><p>{escape(decision['reason'])}</p>")
+            title = f"{name}: {verdict_of(decision)}, {against}"
+            parts.append(f"<h3>{escape(title)}</h3><p>{escape(decision['reason'])}</p>")
             parts.append(html.table(("domain", "measure", "verdict", "difference", "pairs"), (
                 (comparison["domain"], comparison["measure"],
                  comparison["verdict"] + (", better" if comparison["better"] else ""),

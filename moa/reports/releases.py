@@ -9,8 +9,10 @@ from moa.core.config import Config
 from moa.core.paths import Workspace
 from moa.core.project import Names
 from moa.core.text import NOTHING_RELEASED, SHORT_DIGEST, shorten, table
+from moa.evaluation.gate import verdict_of
 from moa.release.champion_history import Entry
 from moa.release.registry import MixtureVersion, Registry
+from moa.reports import changed_hands
 from moa.reports.facts import wear
 
 # Facts.
@@ -37,14 +39,18 @@ def _facts(version: MixtureVersion, champion: MixtureVersion | None, served: Seq
 
 
 def _state(version: MixtureVersion, champion: MixtureVersion | None, served: Sequence[Entry]) -> str:
-    """The state of a release in words, such as `champion`; `waiting` = the gate passed it, but it was not promoted."""
+    """The state of a release in words: champion, was champion, not gated, waiting, or what the gate said.
+
+    `waiting` = the gate passed it, but it was not promoted.
+    """
     if champion is not None and champion.version == version.version:
         return "champion"
     if any(entry.version == version.version for entry in served):
         return "was champion"
     if version.gate is None:
         return "not gated"
-    return "waiting" if version.gate["promote"] else "refused"
+    verdict = verdict_of(version.gate)
+    return "waiting" if verdict == "pass" else verdict
 
 
 def _served(entries: Sequence[Entry]) -> list[Entry]:
@@ -81,7 +87,8 @@ def history(workspace: Workspace, config: Config) -> dict[str, Any]:
 
 
 def diff(workspace: Workspace, config: Config, old: int, new: int) -> dict[str, Any]:
-    """The differences of two releases, for `diff_text`: experts, router, base, corpora, parameters, metrics and gates.
+    """The differences of two releases, for `diff_text`: experts, router, base, corpora, parameters, metrics, gates, and
+    the known prompts that changed hands (`moa.reports.changed_hands`).
 
     Parts are compared by digest. Raises RegistryError where one of the versions does not exist.
     """
@@ -99,7 +106,8 @@ def diff(workspace: Workspace, config: Config, old: int, new: int) -> dict[str, 
                                   for release in (old_release, new_release))),
             "parameters": _changed(*params),
             "metrics": _changed(registry.metrics(old_release), registry.metrics(new_release)),
-            "gate": {"old": old_release.gate, "new": new_release.gate}}
+            "gate": {"old": old_release.gate, "new": new_release.gate},
+            "changed_hands": changed_hands.of_releases(workspace, config, old_release.version, new_release.version)}
 
 
 def _pins(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -190,6 +198,8 @@ def diff_text(facts: Mapping[str, Any]) -> str:
             width = max(map(len, changed))
             lines += ["", title, *(f"  {key:<{width}}  {_value(pair['old'])} -> {_value(pair['new'])}"
                                    for key, pair in changed.items())]
+    if moved := changed_hands.text(facts["changed_hands"]):
+        lines += ["", moved]
     for side in ("old", "new"):
         if decision := facts["gate"][side]:
             lines += ["", gate_text(decision)]
@@ -200,7 +210,7 @@ def gate_text(decision: Mapping[str, Any]) -> str:
     """A decision of the gate as text: a line for each domain and measure, then routing, then the reason."""
     against = decision.get("against")
     lines = [f"gate: version {decision['version']} against {f'version {against}' if against else 'no incumbent'}: "
-             f"{'pass' if decision['promote'] else 'refused'}"]
+             f"{verdict_of(decision)}"]
     if domains := decision.get("domains"):
         width = max(map(len, [*domains, "domain"]))
         lines.append(f"  {'domain':<{width}}  {'measure':<13}  {'verdict':<15}  {'difference':>10}  {'interval':>18}   "

@@ -107,8 +107,9 @@ def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
     serving = f"champion is version {champion}" if champion else "there is no champion yet"
     waiting = ([f"waiting   version {version} passed the gate: `moa release promote {version}` makes it champion"]
                if release.get("waiting") else [])
+    moved = moved_text(workspace, config, release)
     return "\n".join([
-        "", summary.table(measured), "", *_changed_hands(workspace, config, release),
+        "", summary.table(measured), "", *([moved, ""] if moved else []),
         f"release   version {version} of {release.get('name', config.release.name)} ({verdict}); {serving}",
         *waiting,
         f"report    {workspace.relative(workspace.reports)}/report.md, rows.parquet, summary.json",
@@ -120,12 +121,14 @@ def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
         "  moa plan"])
 
 
-def _changed_hands(workspace: Workspace, config: Config, release: Mapping[str, Any]) -> list[str]:
-    """Lines on the known prompts that changed hands since the release that this one was compared with, if any."""
+def moved_text(workspace: Workspace, config: Config, release: Mapping[str, Any]) -> str:
+    """The known prompts that changed hands since the release that this one was compared with; empty without one.
+
+    `release` is the result of `flows.steps.release`.
+    """
     if not (against := (release.get("decision") or {}).get("against")):
-        return []
-    said = changed_hands.text(changed_hands.of_releases(workspace, config, against, release["version"]))
-    return [said, ""] if said else []
+        return ""
+    return changed_hands.text(changed_hands.of_releases(workspace, config, against, release["version"]))
 
 
 def gate_line(decision: Mapping[str, Any], rows: Mapping[str, int], *, touched: Sequence[str] = (),
@@ -179,13 +182,14 @@ def _question(workspace: Workspace, domain: str) -> str:
 # Markdown.
 
 def build_markdown(evaluation: Mapping[str, Any] | None, router: Mapping[str, Any],
-                   release: Mapping[str, Any] | None) -> str:
-    """The result of a build as Markdown: the decision, scores with intervals, routing.
+                   release: Mapping[str, Any] | None, moved: str = "") -> str:
+    """The result of a build as Markdown: the decision, scores with intervals, routing, prompts that changed hands.
 
     Args:
         evaluation: result of `moa.reports.facts.evaluation`; None = scores and routing are left out.
         router: `router` of the mixture's manifest.
         release: result of `flows.steps.release`; None = the decision is left out.
+        moved: result of `moved_text`.
     """
     parts = [f"**Release** {released_line(release)}"] if release else []
     if evaluation:
@@ -195,6 +199,8 @@ def build_markdown(evaluation: Mapping[str, Any] | None, router: Mapping[str, An
               _bounded(each["score"], each["score_interval"]), f"{each['rows']} / {each['answered']}")
              for domain, systems in evaluation["scores"].items() for system, each in systems.items())))
         parts += _routing(evaluation, router)
+    if moved:
+        parts.append(f"### Known prompts that changed hands\n\n```text\n{moved}\n```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -260,6 +260,8 @@ def test_a_comparison_names_the_prompts_that_changed_hands(shop: Shop) -> None:
     for row in moved:
         assert row["question"] and (row["before"], row["after"]) == (expected[row["row"]]["incumbent_by"],
                                                                      expected[row["row"]]["challenger_by"])
+    # These releases recorded no rows when they were registered.
+    assert shop.json("release", "diff", str(SWAPPED), "--against", str(WEAK))["changed_hands"] is None
     code, out, _ = shop.run("compare", str(EQUAL), "--against", str(WEAK))
     assert code == 0 and out.endswith("\n\nNo known prompt changed hands.\n")
 
@@ -311,7 +313,8 @@ def test_what_waits_is_said_and_listed(shop: Shop) -> None:
     assert f"`moa release promote {BETTER}` makes it champion" in said and f"champion is version {WEAK}" in said
     listed = shop.json("release", "list")
     assert [each["version"] for each in listed["releases"]] == [6, 5, 4, 3, 2, 1]
-    assert [each["state"] for each in listed["releases"]] == ["waiting", *["refused"] * 4, "champion"]
+    assert [each["state"] for each in listed["releases"]] == [
+        "waiting", "no better", *["refused"] * 3, "champion"]
     assert "waiting" in shop.run("release", "list")[1]
 
 

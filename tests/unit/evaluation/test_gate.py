@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from moa.core.config import ReleaseParams
 from moa.evaluation import gate as module
-from moa.evaluation.gate import Decision, Score, decide, judge
+from moa.evaluation.gate import Decision, Score, decide, judge, verdict_of
 from moa.reports.releases import gate_text
 
 DOMAINS = ("math", "python", "sql")
@@ -402,6 +402,16 @@ def test_poison_is_refused_on_the_known_rows_however_good_it_looks_on_its_own() 
     assert decision.domains["python"].known is None   # it has no other rows
     said = gate_text({"version": 5, "against": 4, **decision.as_dict()})
     assert "math    loss           pass" in said and "math    loss, known    fail" in said
+
+
+@pytest.mark.parametrize(("decision", "verdict"), [
+    ({"promote": True, "outcome": "promote"}, "pass"), ({"promote": False, "outcome": "worse"}, "refused"),
+    ({"promote": False, "outcome": "not enough data"}, "not enough data"),
+    ({"promote": False, "outcome": "no better"}, "no better"),
+    ({"promote": False}, "refused"), ({"promote": True}, "pass")])   # of an old workspace
+def test_only_a_worse_release_reads_as_refused(decision: dict[str, Any], verdict: str) -> None:
+    assert verdict_of(decision) == verdict
+    assert f": {verdict}" in gate_text({"version": 5, "against": 4, "reason": "x", **decision}).splitlines()[0]
 
 
 def test_new_rows_alone_show_that_a_domain_is_better() -> None:

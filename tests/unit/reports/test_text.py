@@ -87,6 +87,11 @@ accuracy 97.5%, abstention 1.0%, calibration error 2.0%
 """
 
 
+def test_a_build_in_markdown_ends_with_the_prompts_that_changed_hands() -> None:
+    assert build_markdown(EVALUATION, ROUTER, RELEASE, "No known prompt changed hands.").endswith(
+        "\n\n### Known prompts that changed hands\n\n```text\nNo known prompt changed hands.\n```\n")
+
+
 def test_markdown_leaves_out_what_there_is_not() -> None:
     assert build_markdown(None, {}, None) == "\n"
     assert build_markdown(None, {}, {"version": 1}) == "**Release** version 1 of ?; there is no champion yet.\n"

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from flows.artifacts import build_page
 from flows.steps import release
+from flows.steps.session import Result
 from moa.base import pin
 from moa.core import config, digests
 from moa.core.config import Config
@@ -139,6 +141,8 @@ def test_a_spoilt_expert_is_refused_by_name_and_what_is_equal_is_not_promoted(
     moved = changed_hands.of_releases(workspace, settings, 1, 2)   # the router is the same
     assert moved == {"before": "version 1", "now": "version 2", "rows": []}
     assert "\nNo known prompt changed hands.\n" in run_summary(workspace, settings, result)
+    assert "\nNo known prompt changed hands.\n" in build_page(workspace, settings, Result(release=result))
+    assert moa(workspace, "release", "diff", "2", "--against", "1")["changed_hands"] == moved
     compared = moa(workspace, "compare", "2", "--against", "1")
     beta = [row for row in compared["rows"] if row["domain"] == "beta"]
     assert beta
