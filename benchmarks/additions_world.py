@@ -50,20 +50,22 @@ from moa.mixture.router import Router, decoder_layers, features, layer_input, me
 CACHE = REPOSITORY / ".moa" / "cache" / "benchmarks" / "additions"
 SYSTEM, PROMPT_TOKENS = "", 1024   # as in the product's params.yaml
 # The product's defaults but for the length: an expert sees EXPERT_ROWS rows, in steps of STEP_ROWS. After so few it is
-# not done learning: a case's expert, which sees twice as many more, may be better on known rows although half of the
-# rows were poison. The case with dose 0 says by how much honest rows improve it; --rows 320 takes five times as long.
+# not done learning, and half a dose of poison may still improve it. So experts that a case goes on from, and those of
+# the cases, see CASE_ROWS rows in more steps. The cases of dose 0 show by how much honest rows still improve them.
 EXPERT_ROWS, STEP_ROWS, VALIDATED = 64, 4, 8
-AT_ONCE = 8                        # experts that are co-trained: an interrupted run loses these
+CASE_ROWS, CASE_STEP_ROWS = 120, 2
+AT_ONCE = 12                       # experts that are co-trained: an interrupted run loses these
 # Places in `further` of the rows that are a case's new data.
 NEW: dict[Split, slice] = {"train": slice(0, 120), "validation": slice(120, 160), "test": slice(160, 200)}
 CASE_CORPORA = {"report": 12, "choose": 6}
-CASE_TOKENS, CASE_INTENTS = 100, 3   # of a corpus with cases: most tokens of a row on average; most groups of intents
+CASE_TOKENS, CASE_INTENTS = 75, 5   # of a corpus with cases: most tokens of a row on average; most groups of intents
 WORDS = 400                        # in the vocabulary of noise
 
 STEPS = ("features", "experts", "losses", "cases")
 Kind = Literal["swapped", "noise", "foreign", "twin", "useless"]
 KINDS: tuple[Kind, ...] = ("swapped", "noise", "foreign", "twin", "useless")
 DOSES = (0.0, 0.1, 0.3)            # of "swapped", besides 1; 0 is an honest update. The other cases have dose 1
+DOSED = 4                          # corpora with doses besides 1
 
 
 def progress(text: str) -> None:
@@ -116,7 +118,7 @@ class Case:
     """New data that harms, the expert trained on it, and its losses on the test rows.
 
     swapped   new rows of the known domain `corpus`, of which a share `dose` has the answer of another row; its expert
-              goes on from the corpus's, on the training rows and as many new ones
+              goes on from the corpus's, on as many new rows as training rows
     noise     the same, and all answers of the new rows are random words
     foreign   the same, and the new rows are rows of the corpus `other`
     twin      a newcomer whose rows are of the known domain `corpus`, though not the same rows
@@ -240,15 +242,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Makes jobs whose experts see `rows` rows, in as few epochs as the corpus allows; with a parent twice as many."""
+    """Makes jobs whose experts see so many rows, in as few epochs as the corpus allows; `case`: also of a case."""
 
-    rows: int = EXPERT_ROWS
     seed: int = 0
 
-    def job(self, name: str, train: Sequence[Row], validation: Sequence[Row], parent: Job | None = None) -> Job:
-        rows = self.rows * (2 if parent else 1)   # beside a parent's training rows as many new ones
+    def job(self, name: str, train: Sequence[Row], validation: Sequence[Row], *, case: bool,
+            parent: Job | None = None) -> Job:
+        rows, step = (CASE_ROWS, CASE_STEP_ROWS) if case else (EXPERT_ROWS, STEP_ROWS)
         epochs = math.ceil(rows / len(train))
-        params = TrainParams(epochs=epochs, rows_per_epoch=rows // epochs, batch_rows=STEP_ROWS,
+        params = TrainParams(epochs=epochs, rows_per_epoch=rows // epochs, batch_rows=step,
                              validation_rows=VALIDATED, seed=self.seed)
         return Job(name, tuple(train), tuple(validation), params, parent)
 
@@ -416,26 +418,36 @@ class Plan:
         return self.kind in ("twin", "useless")
 
 
-def plans(found: Sequence[Corpus], splits: Splits, jobs: Mapping[str, Job], encoder: ChatEncoder,
-          trainer: Trainer) -> list[Plan]:
-    """The cases of some corpora, drawn by the trainer's seed; doses come last.
+def eligible(splits: Splits) -> list[str]:
+    """Corpora whose `further` rows are enough for a case's new data."""
+    return [name for name, parts in splits.items() if len(parts["further"]) >= NEW["test"].stop]
 
-    The corpora are those with enough `further` rows and, because a case takes long, rows of CASE_TOKENS tokens or less.
-    """
-    kin, enough = {corpus.name: corpus.kin for corpus in found}, NEW["test"].stop
-    eligible = [name for name, parts in splits.items() if len(parts["further"]) >= enough]
-    short = [name for name in eligible if mean(len(encoder.row(messages(row)).ids) for row in splits[name]["test"])
-             <= CASE_TOKENS]
-    draw = random.Random(f"cases {trainer.seed}")
-    intents = draw.sample([name for name in short if name.startswith("intents")], CASE_INTENTS)
-    candidates = [name for name in short if name in intents or not name.startswith("intents")]
-    some = sorted(draw.sample(candidates, min(CASE_CORPORA[found[0].pool], len(candidates))))
-    others = {name: draw.choice([other for other in eligible if other not in (name, *kin[name])]) for name in some}
+
+def case_corpora(pool: Pool, splits: Splits, encoder: ChatEncoder, seed: int) -> list[str]:
+    """Corpora that cases are made of: eligible ones, of rows of CASE_TOKENS tokens or less, since a case takes long."""
+    short = [name for name in eligible(splits)
+             if mean(len(encoder.row(messages(row)).ids) for row in splits[name]["test"]) <= CASE_TOKENS]
+    draw = random.Random(f"cases {seed}")
+    intents = [name for name in short if name.startswith("intents")]
+    kept = draw.sample(intents, min(CASE_INTENTS, len(intents)))
+    candidates = [name for name in short if name in kept or name not in intents]
+    return sorted(draw.sample(candidates, min(CASE_CORPORA[pool], len(candidates))))
+
+
+def plans(found: Sequence[Corpus], some: Sequence[str], splits: Splits, jobs: Mapping[str, Job],
+          trainer: Trainer) -> list[Plan]:
+    """The cases of some corpora, drawn by the trainer's seed; doses come last, of the first DOSED that are drawn."""
+    kin = {corpus.name: corpus.kin for corpus in found}
+    draw = random.Random(f"plans {trainer.seed}")
+    others = {name: draw.choice([other for other in eligible(splits) if other not in (name, *kin[name])])
+              for name in some}
+    dosed_ones = sorted(draw.sample(some, min(DOSED, len(some))))
     words = [word for word, _ in Counter(word for parts in splits.values() for row in parts["train"]
                                          for word in row.prompt.split()).most_common(WORDS)]
-    cases: list[tuple[Kind, float]] = [*((kind, 1.0) for kind in KINDS), *(("swapped", dose) for dose in DOSES)]
-    return [_plan(kind, dose, name, others[name], splits, jobs, words, trainer) for kind, dose in cases
-            for name in some]
+    cases: list[tuple[Kind, float, Sequence[str]]] = [*((kind, 1.0, some) for kind in KINDS),
+                                                      *(("swapped", dose, dosed_ones) for dose in DOSES)]
+    return [_plan(kind, dose, name, others[name], splits, jobs, words, trainer) for kind, dose, names in cases
+            for name in names]
 
 
 def _plan(kind: Kind, dose: float, name: str, other: str, splits: Splits, jobs: Mapping[str, Job],
@@ -445,12 +457,12 @@ def _plan(kind: Kind, dose: float, name: str, other: str, splits: Splits, jobs: 
     if kind == "useless":
         new = {part: shuffled(parts[part], draw) for part in NEW}
         of = {part: (name, part, slice(None)) for part in NEW}
-        return Plan(kind, dose, name, None, new, of, trainer.job(title, new["train"], new["validation"]))
+        return Plan(kind, dose, name, None, new, of, trainer.job(title, new["train"], new["validation"], case=True))
     source = other if kind == "foreign" else name
     new = {part: splits[source]["further"][places] for part, places in NEW.items()}
     of = {part: (source, "further", places) for part, places in NEW.items()}
     if kind == "twin":
-        return Plan(kind, dose, name, None, new, of, trainer.job(title, new["train"], new["validation"]))
+        return Plan(kind, dose, name, None, new, of, trainer.job(title, new["train"], new["validation"], case=True))
     if kind == "swapped":
         new = {part: dosed(rows, dose, draw) for part, rows in new.items()}
     if kind == "noise":
@@ -459,7 +471,8 @@ def _plan(kind: Kind, dose: float, name: str, other: str, splits: Splits, jobs: 
     half = VALIDATED // 2   # of the validation rows that count, half are new ones
     validation = [*parts["validation"][:half], *new["validation"][:half]]
     return Plan(kind, dose, name, other if kind == "foreign" else None, new, of,
-                trainer.job(title, [*parts["train"][:len(new["train"])], *new["train"]], validation, jobs[name]))
+                trainer.job(title, [*parts["train"][:len(new["train"])], *new["train"]], validation, case=True,
+                            parent=jobs[name]))
 
 
 def shuffled(rows: Sequence[Row], draw: random.Random) -> list[Row]:
@@ -503,9 +516,11 @@ def setup(shared: Path, pool: Pool, trainer: Trainer = Trainer()) -> Setup:
     found = corpora(shared, pool)
     base = real_base(pick_device())
     splits = {corpus.name: split(corpus, base.tokenizer) for corpus in found}
-    jobs = {name: trainer.job(name, parts["train"], parts["validation"]) for name, parts in splits.items()}
     encoder = ChatEncoder(base.tokenizer, SYSTEM, PROMPT_TOKENS)
-    return Setup(base, encoder, found, splits, jobs, plans(found, splits, jobs, encoder, trainer))
+    some = case_corpora(pool, splits, encoder, trainer.seed)
+    jobs = {name: trainer.job(name, parts["train"], parts["validation"], case=name in some)
+            for name, parts in splits.items()}
+    return Setup(base, encoder, found, splits, jobs, plans(found, some, splits, jobs, trainer))
 
 
 def known_losses(at: Setup) -> Iterator[Wanted]:
@@ -525,14 +540,14 @@ def compute_cases(at: Setup, losses: Losses) -> None:
 
 
 def case_losses(at: Setup, plans: Iterable[Plan]) -> Iterator[Wanted]:
-    """Losses that judge the cases: of new and known rows under the case's expert, the corpus's, and the base."""
+    """Losses that judge the cases: of new and known rows under the case's expert, and what answered them before."""
     for plan in plans:
         rows, known = plan.new["test"], at.splits[plan.corpus]["test"]
-        names = [plan.name, BASE, *([plan.corpus] if plan.kind != "useless" else [])]
         if plan.newcomer:
             yield Wanted(f"{plan.name}, questions swapped", swapped_questions(rows), everywhere(rows, (plan.name,)))
-        yield Wanted(f"{plan.name}, new rows", rows, everywhere(rows, [*names, *([plan.other] if plan.other else [])]))
-        if plan.kind != "useless":
+        yield Wanted(f"{plan.name}, new rows", rows, everywhere(rows, (
+            plan.name, BASE if plan.newcomer else plan.other or plan.corpus)))
+        if not plan.newcomer:
             yield Wanted(f"{plan.name}, known rows", known, everywhere(known, (plan.name,)))
 
 
@@ -583,10 +598,9 @@ def main() -> None:
     parser.add_argument("--pool", choices=("choose", "report"), default="report")
     parser.add_argument("--shared", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--seed", type=int, default=0, help="of the experts and of the cases")
-    parser.add_argument("--rows", type=int, default=EXPERT_ROWS, help="that an expert sees in training")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     args = parser.parse_args()
-    compute(setup(args.shared, args.pool, Trainer(args.rows, args.seed)), args.steps)
+    compute(setup(args.shared, args.pool, Trainer(args.seed)), args.steps)
 
 
 if __name__ == "__main__":

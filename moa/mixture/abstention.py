@@ -7,6 +7,11 @@ probability 1 - P(at most k successes of n at rate p), whatever the distribution
 1941, "Determination of sample sizes for setting tolerance limits"; Vovk 2012, arXiv 1209.2673, proposition 2b). So p is
 the upper Clopper-Pearson limit of k of n. The assumption is that fresh groups come from where these came from.
 
+Few groups cannot promise a small share: about one in 30 fresh prompts lies below the lowest of 30 groups. The threshold
+then lies below the lowest group: where the lowest of as many groups as the promise takes would be expected, if the low
+end is exponential, or halfway from the lowest group to the prompt of no domain that comes nearest, if that is lower.
+What is promised is what the lowest group promises, all the same.
+
 Pure functions on numbers and arrays. A group counts once, with the lowest similarity of its prompts.
 """
 
@@ -18,6 +23,7 @@ from typing import Any
 import numpy as np
 
 CONFIDENCE = 0.95
+TAIL = 5          # lowest groups that tell how far the low end reaches; chosen on corpora that report nothing (LOG.md)
 ROUNDING = 1e-6   # cosines of one prompt differ by less than this between batches
 
 
@@ -74,19 +80,40 @@ def group_minima(scores: np.ndarray, groups: Sequence[object]) -> np.ndarray:
     return np.sort(np.array(list(lowest.values())))
 
 
-def promise(scores: np.ndarray, groups: Sequence[object], share: float) -> Promise:
-    """The highest threshold that promises `share`; where the groups are too few for that, the lowest score.
+def promise(scores: np.ndarray, groups: Sequence[object], share: float, strange: np.ndarray | None = None) -> Promise:
+    """The highest threshold that promises `share`; where the groups are too few, one below their lowest score.
 
     Args:
         scores: similarity of each prompt to its own domain, measured without its group: (N,), one or more.
         groups: the group of each prompt.
         share: `assemble.max_abstention`, from 0 to below 1.
+        strange: similarity of prompts of no domain to this one; None = there are none.
     """
     lowest = group_minima(scores, groups)
     left = most_left(len(lowest), share)
     kept = upper_limit(left, len(lowest))
     more = max(groups_needed(share) - len(lowest), 0) if share > 0 else 0
-    return Promise(float(lowest[left]) - ROUNDING, len(lowest), left, kept, share, more)
+    threshold = float(lowest[left])
+    if more:
+        nearest = float(strange.max()) if strange is not None and len(strange) else math.inf
+        threshold = min(low_end(lowest, 1 + more / len(lowest), TAIL), (threshold + nearest) / 2)
+    return Promise(threshold - ROUNDING, len(lowest), left, kept, share, more)
+
+
+def low_end(ascending: np.ndarray, times: float, tail: int) -> float:
+    """Where the lowest of so many times as many scores would be, if the low end is exponential.
+
+    The lowest of m draws lies below that of n by the mean excess of the low end times log(m / n), in the mean. The mean
+    excess is that of the lowest scores (Hill 1975 for its logarithm).
+
+    Args:
+        ascending: one or more scores.
+        times: 1 or more.
+        tail: number of lowest scores that tell the mean excess.
+    """
+    lowest = ascending[:tail]
+    excess = (lowest[-1] - lowest).sum() / max(len(lowest) - 1, 1)
+    return float(lowest[0] - excess * math.log(times))
 
 
 def sentence(domain: str, groups: int, share: float | None) -> str:

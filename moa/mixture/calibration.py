@@ -154,7 +154,7 @@ def add_heads(router: Router, incumbent: Collection[str], train: Prompts, valida
     as much as the others together. Then it is lowered until it wins no known prompt that is like the new domain: none
     of `train` and `further`, scored by heads that were trained without the prompt's group, and none of `validation`.
     Where known prompts come near to it, it is lowered further, until it would win one of FARTHER times as many, if
-    their scores have an exponential tail: the mean excess of the TAIL highest ones (Hill 1975 for its logarithm).
+    their scores have an exponential tail, as the TAIL highest ones tell (`moa.mixture.abstention.low_end`).
 
     Args:
         incumbent: the domains that keep their prompts.
@@ -193,9 +193,8 @@ def farthest(scores_K: Tensor) -> float:
     """How high a score of FARTHER times as many known prompts would be, or 0 if that is higher: see `add_heads`."""
     if not len(scores_K):
         return 0.0
-    highest = scores_K.sort(descending=True).values[:TAIL].double()
-    excess = (highest - highest[-1]).mean().item()
-    return max(highest[0].item() + excess * math.log(FARTHER) + abstention.ROUNDING, 0.0)
+    ascending_K = (-scores_K.double()).sort().values.numpy()
+    return max(-abstention.low_end(ascending_K, FARTHER, TAIL) + abstention.ROUNDING, 0.0)
 
 
 def _first(prompts: Prompts, count: int) -> Prompts:
@@ -267,7 +266,7 @@ def choose_directions(router: Router, train: Prompts, background_BLD: Tensor | N
 
 
 def set_thresholds(router: Router, train: Prompts, validation: Prompts, further: Prompts,
-                   max_abstention: float | None) -> None:
+                   max_abstention: float | None, background_BLD: Tensor | None = None) -> None:
     """Keep training prompts, and choose each domain's threshold by `moa.mixture.abstention`. Changes `router`.
 
     Args:
@@ -277,6 +276,7 @@ def set_thresholds(router: Router, train: Prompts, validation: Prompts, further:
         validation: prompts that train no head, of all levels.
         further: more training prompts, of the levels that the rule decides by.
         max_abstention: the largest share of a domain's fresh prompts that is left to the base; None = none is.
+        background_BLD: features of prompts of no domain, of all levels; None = there are none.
     """
     deciding = router.deciding
     seen = _first(Prompts.joined([train.at(deciding), further]), KEPT)
@@ -287,15 +287,17 @@ def set_thresholds(router: Router, train: Prompts, validation: Prompts, further:
         return
     prompts = Prompts.joined([validation.at(deciding), further])
     promises = []
+    strange_BD = None if background_BLD is None else router.directions(background_BLD[:, router.reads])
     for domain in range(len(router.labels)):
         source = prompts if prompts.of(domain).any() else train.at(deciding)
         own, kept = source.where(source.of(domain)), seen.where(seen.of(domain))
         number = {group: at for at, group in enumerate(dict.fromkeys([*own.groups, *kept.groups]))}
         same_NM = (torch.tensor([number[group] for group in own.groups])[:, None]
                    == torch.tensor([number[group] for group in kept.groups]))
-        cosine_NM = router.directions(own.features_NLD[:, -1]) @ router.seen_MD[seen.of(domain)].T
-        nearest_N = cosine_NM.masked_fill(same_NM, -1.0).amax(-1)
-        promises.append(abstention.promise(nearest_N.double().numpy(), own.groups, max_abstention))
+        kept_KD = router.seen_MD[seen.of(domain)]
+        nearest_N = (router.directions(own.features_NLD[:, -1]) @ kept_KD.T).masked_fill(same_NM, -1.0).amax(-1)
+        strange_B = None if strange_BD is None else (strange_BD @ kept_KD.T).amax(-1).double().numpy()
+        promises.append(abstention.promise(nearest_N.double().numpy(), own.groups, max_abstention, strange_B))
     router.threshold_C = torch.tensor([each.threshold for each in promises], dtype=torch.float64)
     router.figures["promises"] = {label: each.as_dict() for label, each in zip(router.labels, promises, strict=True)}
 
@@ -347,7 +349,7 @@ def complete(router: Router, train: Prompts, validation: Prompts, further: Calla
         torch.zeros(len(validation.targets_N), dtype=torch.bool))
     if extends is None:
         choose_directions(router, train, background_BLD)
-    set_thresholds(router, train, validation, more, max_abstention)
+    set_thresholds(router, train, validation, more, max_abstention, background_BLD)
     if extends is not None:
         add_heads(router, extends.labels, train, validation, more)
     calibrate(router, validation)

@@ -10,8 +10,10 @@ from scipy.stats import binom, binomtest
 
 from moa.mixture.abstention import (
     CONFIDENCE,
+    ROUNDING,
     group_minima,
     groups_needed,
+    low_end,
     most_left,
     promise,
     sentence,
@@ -55,8 +57,46 @@ def test_the_threshold_leaves_out_as_many_groups_as_it_may(scores: list[float], 
     assert found.groups == len(set(groups))
     assert len(below) <= found.left
     at_most = {group for score, group in zip(scores, groups, strict=True) if score <= found.threshold + 3e-6}
-    assert len(at_most) > found.left   # a little higher, and one more group would lie below
+    if not found.more:
+        assert len(at_most) > found.left   # a little higher, and one more group would lie below
     assert (found.share <= share) == (found.more == 0)
+
+
+@pytest.mark.parametrize("groups", [20, 60, 150])
+def test_few_groups_leave_as_little_to_the_base_as_many_would(groups: int) -> None:
+    """The share of fresh prompts below the threshold, where the low end is exponential: in the mean what was wanted."""
+    rng, left = np.random.default_rng(7), []
+    for _ in range(2000):
+        threshold = promise(-rng.exponential(size=groups), range(groups), 0.01).threshold
+        left.append(math.exp(threshold))   # P(-X < threshold), X exponential of mean 1
+    lowest = 1 / (groups + 1)              # what it would be at the lowest of the groups
+    assert np.mean(left) < min(0.011, 0.75 * lowest)
+
+
+@given(scores=st.lists(st.floats(-1, 1), min_size=1, max_size=298), by=st.floats(-3, 3), scale=st.floats(0.1, 10))
+def test_a_threshold_of_few_groups_moves_and_stretches_with_their_scores(scores: list[float], by: float,
+                                                                        scale: float) -> None:
+    plain, moved = (promise(np.array(each), range(len(scores)), 0.01).threshold + ROUNDING
+                    for each in (scores, [scale * score + by for score in scores]))
+    assert plain <= min(scores) + 1e-9
+    assert moved == pytest.approx(scale * plain + by, abs=1e-6)
+
+
+def test_few_groups_reach_halfway_to_the_nearest_strange_prompt() -> None:
+    few, many, strange = np.linspace(0.6, 0.61, 50), np.linspace(0.6, 0.61, 400), np.array([-0.3, 0.2])
+    assert promise(few, range(50), 0.01, strange).threshold == pytest.approx(0.4, abs=1e-5)
+    alone = promise(few, range(50), 0.01).threshold
+    assert 0.59 < alone < 0.6
+    assert promise(few, range(50), 0.01, np.array([0.605])).threshold == alone   # halfway would be higher
+    assert promise(many, range(400), 0.01, strange) == promise(many, range(400), 0.01)
+    assert promise(few, range(50), 0.01, strange).share == promise(few, range(50), 0.01).share
+
+
+@given(times=st.floats(1, 1000), tail=st.integers(1, 20))
+def test_the_low_end_lies_the_lower_the_more_scores_there_are(times: float, tail: int) -> None:
+    scores = np.sort(np.random.default_rng(1).normal(size=50))
+    assert low_end(scores, 1, tail) == scores[0]
+    assert low_end(scores, 2 * times, tail) <= low_end(scores, times, tail) <= scores[0]
 
 
 def test_a_group_has_its_lowest_score() -> None:
