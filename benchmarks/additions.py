@@ -54,7 +54,7 @@ from common import REPOSITORY, goal, machine
 from torch import Tensor, nn
 
 from moa.core.config import AssembleParams, ReleaseParams
-from moa.evaluation.gate import Decision, Score, decide
+from moa.evaluation.gate import Decision, Score, decide, verdict_of
 from moa.mixture.calibration import DEEPEST, SHALLOWEST, Prompts, complete, successor, train_heads
 from moa.mixture.router import Router
 
@@ -380,7 +380,8 @@ class Judged:
     any_lost: dict[bool, Tally] = field(default_factory=lambda: {False: Tally(), True: Tally()})
     honest: dict[bool, Tally] = field(default_factory=lambda: {False: Tally(), True: Tally()})
     honest_reasons: Counter[str] = field(default_factory=Counter)
-    refused: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    refused: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))   # not promoted, by kind
+    outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     passed: list[str] = field(default_factory=list)
 
 
@@ -418,6 +419,7 @@ def judge_releases(found: World, routers: Routers, seed: int, book: Book, result
                     if case.kind in ("twin", "useless") else continued_decision(found, routers, book, triple, case))
         kind = case.kind if case.dose == 1 else f"{case.kind}, dose {case.dose:.0%}"
         result.refused[kind].add([case.corpus], not decision.promote)
+        result.outcomes[kind][verdict_of(vars(decision))] += 1
         if decision.promote and case.dose == 1:
             result.passed.append(f"{case.name} beside {', '.join(triple)}: {decision.reason}")
 
@@ -486,7 +488,8 @@ def report(args: argparse.Namespace, at: Setup, found: World, additions: Sequenc
     for reason, count in sorted(result.honest_reasons.items()):
         print(f"  not promoted ({count}): {reason}")
     for kind, tally in result.refused.items():
-        print(f"refused, {kind}: {sum(count for _, count, _ in tally.units):.0f} of {len(tally.units)}")
+        said = ", ".join(f"{outcome} {count}" for outcome, count in sorted(result.outcomes[kind].items()))
+        print(f"not promoted, {kind}: {sum(count for _, count, _ in tally.units):.0f} of {len(tally.units)} ({said})")
     for each in result.passed:
         print(f"  passed: {each}")
     full = {kind: tally for kind, tally in result.refused.items() if "dose" not in kind}
@@ -503,7 +506,7 @@ def report(args: argparse.Namespace, at: Setup, found: World, additions: Sequenc
                   result.honest[False].share() >= 0.95),
              goal("honest newcomers promoted, near", result.honest[True].share(), 0.85,
                   result.honest[True].share() >= 0.85),
-             goal("harmful cases refused", refused / cases if cases else math.nan, 1.0,
+             goal("harmful cases not promoted", refused / cases if cases else math.nan, 1.0,
                   cases >= 60 and refused == cases)]
     goals = [each for each in goals if not math.isnan(float(str(each["value"])))]   # the others were left out
     tallies = {"lost": everything, "any lost, far": result.any_lost[False], "any lost, near": result.any_lost[True],
@@ -512,8 +515,7 @@ def report(args: argparse.Namespace, at: Setup, found: World, additions: Sequenc
     figures = {"machine": machine(at.base.device), "pool": args.pool, "seed": args.seed, "additions": len(additions),
                "seconds": seconds, "cases": cases,
                **{name: [tally.share(), *tally.interval()] for name, tally in tallies.items() if tally.units},
-               "refused": {kind: [sum(count for _, count, _ in tally.units), len(tally.units)]
-                           for kind, tally in result.refused.items()}}
+               "harmful": {kind: dict(outcomes) for kind, outcomes in result.outcomes.items()}}
     print(json.dumps({"benchmark": "additions", "figures": figures, "goals": goals}))
 
 

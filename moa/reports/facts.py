@@ -166,7 +166,7 @@ def _figures(summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     return {"loss": summary.get("loss"), "score": summary.get("score"), "rows": summary.get("rows"),
             "answered": summary.get("answered"),
             "loss_interval": weighted_interval([(row["loss"], row["tokens"]) for row in rows], _groups(rows)),
-            "score_interval": weighted_interval([(row["score"], 1.0) for row in answered], _groups(answered))}
+            "score_interval": score_interval([row["score"] for row in answered], _groups(answered))}
 
 
 def _groups(rows: Sequence[Row]) -> list[str]:
@@ -220,6 +220,30 @@ def weighted_interval(pairs: Sequence[tuple[float, float]], groups: Sequence[str
     values, weights = group_means(np.array([value for value, _ in pairs], float), groups,
                                   np.array([weight for _, weight in pairs], float))
     return interval(values, *resampled(values, RESAMPLES, 0, weights), TAIL, weights)
+
+
+def score_interval(scores: Sequence[float], groups: Sequence[str]) -> tuple[float, float] | None:
+    """95 % interval of a mean score: Wilson's where groups are right (1) or wrong (0), else the bootstrap.
+
+    No bootstrap knows that 0 of 16 leaves room for a right answer, and Wilson's interval does (Wilson 1927, "Probable
+    Inference, the Law of Succession, and Statistical Inference"). It counts groups, and so is used where each has one
+    row, or where all rows have the same score.
+
+    Args:
+        scores: score of each row, from 0 to 1.
+        groups: each row's group; rows of one depend on each other.
+
+    Returns:
+        None for fewer than two groups, or scores that are not finite.
+    """
+    right = len({group for group, score in zip(groups, scores, strict=True) if score == 1})
+    count = len(set(groups))
+    if count < 2 or not set(scores) <= {0, 1} or (len(set(scores)) > 1 and count < len(scores)):
+        return weighted_interval([(score, 1.0) for score in scores], groups)
+    from scipy.stats import binomtest  # takes long to import, and most commands need none of this
+
+    bounds = binomtest(right, count).proportion_ci(1 - 2 * TAIL, method="wilson")
+    return float(bounds.low), float(bounds.high)
 
 
 def verdicts(decision: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -133,7 +133,8 @@ def test_figures_are_those_of_the_rows(workspace: Workspace) -> None:
     assert forced["loss_interval"] == pytest.approx(percentiles, abs=0.03)
     assert forced["loss_interval"][0] < percentiles[0] < percentiles[1] < forced["loss_interval"][1]
     assert forced["loss_interval"][0] < forced["loss"] < forced["loss_interval"][1]
-    assert forced["score_interval"] == (1.0, 1.0) and found["scores"]["law"]["base"]["score_interval"][0] < 0.5
+    assert forced["score_interval"] == pytest.approx((0.6097, 1.0), abs=1e-4)   # 6 of 6 right
+    assert found["scores"]["law"]["base"]["score_interval"][0] < 0.5
     paid = [0, 5, 10, 15]   # rows that the router sends elsewhere
     cost = found["tax"]["law"]
     assert cost["loss"] == pytest.approx(0.4 * sum(5 + number for number in paid) / sum(5 + n for n in range(20)))
@@ -152,6 +153,23 @@ def test_intervals_need_groups_and_finite_values() -> None:
     assert 2_440 < low < 2_499.5 < high < 2_560   # mean and 1.96 standard errors: 2499.5 +- 40
     low, high = interval(rows, [str(number // 50) for number in range(5_000)]) or (0.0, 0.0)
     assert 2_150 < low < 2_499.5 < high < 2_850   # 100 groups of neighbours: +- 283
+
+
+@pytest.mark.parametrize(("scores", "groups", "expected"), [
+    ([0.0] * 16, "abcdefghijklmnop", (0.0, 0.1936)), ([1.0] * 16, "abcdefghijklmnop", (0.8064, 1.0)),
+    ([1.0] * 4 + [0.0] * 12, "abcdefghijklmnop", (0.1018, 0.4950)),   # Wilson's table
+    ([0.0] * 16, "aaaabbbbccccdddd", (0.0, 0.4899)),                  # four groups, not sixteen rows
+    ([0.0, 1.0], "aa", None), ([], "", None)])
+def test_right_and_wrong_answers_have_wilsons_interval(scores: list[float], groups: str,
+                                                       expected: tuple[float, float] | None) -> None:
+    found = report_facts.score_interval(scores, list(groups))
+    assert found == (expected if expected is None else pytest.approx(expected, abs=1e-4))
+
+
+@pytest.mark.parametrize(("scores", "groups"), [([0.5, 0.25, 1.0], "abc"), ([1.0, 0.0, 1.0, 0.0], "aabc")])
+def test_other_scores_have_the_bootstraps_interval(scores: list[float], groups: str) -> None:
+    pairs = [(score, 1.0) for score in scores]
+    assert report_facts.score_interval(scores, list(groups)) == report_facts.weighted_interval(pairs, list(groups))
 
 
 def test_the_page_says_what_there_is(workspace: Workspace) -> None:
