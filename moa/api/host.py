@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from typing import TypeVar
@@ -25,6 +25,7 @@ LOGGER = logging.getLogger("moa.api")
 PREFIXES = ("DVC_", "GIT_PYTHON_", "KMP_", "MLFLOW_", "MOA_", "ONEDNN_", "PREFECT_", "TORCH")
 NAMES = ("DO_NOT_TRACK", "NO_PROXY", "no_proxy")
 MOAS_LOGGERS = ("mlflow", "alembic")   # loggers that moa silences, also before MLflow has made them
+ENDING_SECONDS = 0.2   # between two looks at what an interrupted call has started
 
 _guard = threading.Lock()
 _calls = 0   # calls that run now, in all threads: the first one saves the settings, and the last one restores them
@@ -112,7 +113,7 @@ def _transformers() -> Iterator[None]:
 def outside_event_loop(function: Callable[[], T]) -> T:
     """Call `function` in a thread where this one has a running event loop, as in a notebook, else here.
 
-    Ctrl-C ends the processes that the function has started, and then raises KeyboardInterrupt.
+    Ctrl-C ends the processes that the function starts, and raises KeyboardInterrupt once the function has ended.
     """
     try:
         asyncio.get_running_loop()
@@ -125,5 +126,6 @@ def outside_event_loop(function: Callable[[], T]) -> T:
         try:
             return future.result()
         except KeyboardInterrupt:
-            stop_all()
+            while wait([future], timeout=ENDING_SECONDS).not_done:
+                stop_all()   # again and again: the function may start further ones
             raise

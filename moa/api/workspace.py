@@ -265,7 +265,9 @@ def run(workspace: Workspace | str | Path | None = None, *, domains: Sequence[st
         opened = located(workspace)
         opened.opened()
         options = BuildOptions(tuple(domains) if domains else None, tuple(force), promote, recalibrate)
-        result = outside_event_loop(lambda: launch(opened.paths, options, local=local))
+        # Prefect needs an event loop of its own; without it, Ctrl-C reaches the run directly.
+        result = (launch(opened.paths, options, local=True) if local else
+                  outside_event_loop(lambda: launch(opened.paths, options)))
     if failure := result.failure():
         raise failure
     facts = result.as_dict()

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 
 from moa.api.host import host_kept, outside_event_loop
 from moa.core.paths import Workspace
+from moa.core.supervisor import SupervisedProcess
 
 SETTINGS = """
 import json, logging, os, sys, warnings
@@ -86,6 +88,32 @@ def test_work_leaves_a_running_event_loop() -> None:
     name, value = asyncio.run(cell())
     assert name.startswith("moa-api") and value == 42
     assert outside_event_loop(threading.current_thread) is threading.current_thread()
+
+
+def test_an_interrupted_call_ends_what_it_starts() -> None:
+    """Also what it starts after the interruption."""
+    started, ended = threading.Event(), []
+
+    def work() -> None:
+        for _ in range(2):
+            process = SupervisedProcess([sys.executable, "-c", "import time; time.sleep(600)"], cwd=Path.cwd(),
+                                        env=os.environ)
+            started.set()
+            ended.append(process.follow(lambda _: None))
+
+    async def cell() -> None:
+        outside_event_loop(work)
+
+    def interrupt() -> None:
+        started.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    loop = asyncio.new_event_loop()   # asyncio.run would catch the signal, which a notebook's kernel does not
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(cell())
+    loop.close()
+    assert len(ended) == 2 and 0 not in ended
 
 
 def test_errors_come_out_of_the_other_thread() -> None:

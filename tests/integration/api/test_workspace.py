@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 
 import datasets
@@ -10,7 +13,7 @@ import pandas
 import pytest
 
 import moa
-from tests import tiny
+from tests import tiny, toy, waiting
 
 SMALL = {"validation: 0.1": "validation: 0.2", "test: 0.1": "test: 0.2", "min_rows: 30": "min_rows: 10",
          "rank: 8": "rank: 2\n  batch_tokens: 2048", "epochs: 2": "epochs: 1", "min_rows: 20": "min_rows: 4",
@@ -131,3 +134,31 @@ def test_without_a_domain_there_is_nothing_to_plan(tmp_path: Path) -> None:
     with pytest.raises(moa.errors.NothingReleased):
         moa.load(empty)
     assert moa.Registry(empty).champion() is None and not moa.Registry(empty).history()
+
+
+def test_an_interrupted_run_leaves_nothing_half_done(tmp_path: Path) -> None:
+    """In a notebook, too, where the kernel's event loop runs."""
+    workspace = moa.Workspace(toy.make(tmp_path / "toy").root)
+    toy.control(workspace.paths, hold=["prepare@math"])
+
+    async def cell() -> None:
+        moa.run(workspace)
+
+    def interrupt() -> None:
+        waiting.until(lambda: "prepare math" in toy.runs(workspace.paths))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    loop = asyncio.new_event_loop()
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(cell())
+    loop.close()
+    thread.join()
+    assert not workspace.paths.corpus("math").exists()
+    states = {step.name: step.state for step in moa.plan(workspace).steps}
+    assert states["base"] == "fresh" and states["prepare@math"] == "stale"
+    toy.control(workspace.paths)
+    with pytest.raises(moa.errors.PipelineError, match="Failed: register experts"):   # which toy stages do not make
+        moa.run(workspace)
+    assert not moa.plan(workspace).stale
