@@ -1,7 +1,10 @@
 """A random base of a few thousand parameters, and a workspace with it: real but for the size, and without network."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -113,3 +116,32 @@ def build(workspace: Workspace, settings: Any) -> None:
     train.train(workspace, settings, list(settings.domains))
     assemble(workspace, settings)
     evaluate(workspace, settings)
+
+
+def released(root: Path) -> Workspace:
+    """A workspace under git and DVC that was built in this process, and whose mixture is registered as version 1 and
+    champion."""
+    from moa.core import config
+    from moa.release.registry import Registry
+    from moa.workspace.pipeline import Pipeline
+
+    made = workspace(root)
+    shutil.copy(REPOSITORY / "data" / ".gitignore", root / "data" / ".gitignore")
+    subprocess.run(["git", "init", "-q", root], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True)
+    settings = config.load(made.params)
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        build(made, settings)
+        pipeline = Pipeline(made)
+        with pipeline.lock():
+            pipeline.snapshot()   # leaves the digests of the code, which the stages depend on
+            pipeline.record(["base", *(f"{step}@{domain}" for step in ("prepare", "train")
+                                       for domain in settings.domains), "assemble", "evaluate"])
+        registry = Registry(made, settings)
+        registry.register_mixture({domain: registry.register_expert(domain) for domain in settings.domains})
+        registry.set_champion(1, "first release", "ann")
+    finally:
+        os.chdir(before)
+    return made

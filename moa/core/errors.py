@@ -1,7 +1,8 @@
 """The errors that a user can act on, all derived from `MoaError`.
 
 Each message is one sentence or two: what is wrong, where, what is allowed, what to run next. The command line prints
-the message without a traceback and exits with `exit_code`.
+the message without a traceback and exits with `exit_code`. Each also inherits the standard exception that a program
+which knows nothing of moa would catch.
 """
 
 import errno
@@ -16,37 +17,37 @@ class MoaError(Exception):
     exit_code = 1
 
 
-class UsageError(MoaError):
+class UsageError(MoaError, ValueError):
     """A command's arguments are wrong, or it was run in the wrong folder."""
 
     exit_code = 2
 
 
-class ConfigError(MoaError):
+class ConfigError(MoaError, ValueError):
     """`params.yaml` has a value or key that is not allowed; the message names the key."""
 
 
-class DataError(MoaError):
+class DataError(MoaError, ValueError):
     """A domain's rows cannot be used; the message names the file and the line."""
 
 
-class BaseModelError(MoaError):
+class BaseModelError(MoaError, RuntimeError):
     """The base cannot be fetched, verified or loaded."""
 
 
-class ArtifactError(MoaError):
+class ArtifactError(MoaError, RuntimeError):
     """An expert, router or mixture on disk does not fit what its manifest or the base says."""
 
 
-class TrainingError(MoaError):
+class TrainingError(MoaError, RuntimeError):
     """An expert could not be trained, for instance because its loss is no longer finite."""
 
 
-class PipelineError(MoaError):
+class PipelineError(MoaError, RuntimeError):
     """A stage failed, or DVC refused; the message names the stage."""
 
 
-class RegistryError(MoaError):
+class RegistryError(MoaError, RuntimeError):
     """MLflow cannot be reached, or lacks the requested version."""
 
 

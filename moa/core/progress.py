@@ -5,10 +5,14 @@ records, which the driver's `Screen` turns into one bar for each running stage.
 """
 
 import json
+import logging
 import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +22,18 @@ RECORD_SECONDS = 0.2    # least time between two records of one step
 PLAIN_SECONDS = 15.0    # without a terminal: time between two lines of one step,
 PLAIN_SHARE = 0.1       # unless the share that is done has grown by this much
 STAMP_LINES = "MOA_STAMP_LINES"   # environment variable: set = each line begins with the local time
+
+_logger: ContextVar[logging.Logger | None] = ContextVar("logger", default=None)   # set by `logged`
+
+
+@contextmanager
+def logged(logger: logging.Logger) -> Iterator[None]:
+    """Within the block, every new `Screen` sends its lines to `logger` and draws no bars: a library does not print."""
+    token = _logger.set(logger)
+    try:
+        yield
+    finally:
+        _logger.reset(token)
 
 
 def stamped(text: str) -> str:
@@ -72,13 +88,14 @@ class track:   # a verb in lower case, because it is used like a function: `with
 
 
 class Screen:
-    """Shows the progress of stages on standard error: bars on a terminal, a few lines elsewhere.
+    """Shows the progress of stages on standard error: bars on a terminal, a few lines elsewhere. See also `logged`.
 
     Each stage that ends leaves one line. `verbose` also shows the stages' output.
     """
 
     def __init__(self, *, verbose: bool = False) -> None:
         self._verbose = verbose
+        self._logger = _logger.get()
         self._guard = threading.Lock()
         self._started: dict[str, float] = {}
         self._shown: dict[str, tuple[float, float]] = {}   # of the last plain line: its time, and the share done then
@@ -86,7 +103,7 @@ class Screen:
         self._progress: Any = None
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
+        if self._logger is None and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -151,7 +168,10 @@ class Screen:
                  f"{f'  {detail}' if detail else ''}")
 
     def say(self, text: str) -> None:
-        """Print a line above the bars."""
+        """Print a line above the bars, or log it (`logged`)."""
+        if self._logger is not None:
+            self._logger.info(text)
+            return
         text = stamped(text)
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from moa.core import digests
 from moa.core.config import Config
@@ -88,6 +88,13 @@ class Registry:
         self._client: Any = None
         self._names: Names | None = None
         self._experiment: str | None = None
+
+    @classmethod
+    def of_model(cls, workspace: Workspace, config: Config, mixture: str) -> Self:
+        """A registry that reads the versions of the registered model `mixture`, whichever project it belongs to."""
+        registry = cls(workspace, config)
+        registry._names = Names(None, mixture)
+        return registry
 
     @property
     def client(self) -> Any:
@@ -240,7 +247,7 @@ class Registry:
             verify(self._fetch(version, Path(temporary)) / "mixture", version)
 
     def _fetch(self, version: MixtureVersion, folder: Path) -> Path:
-        self.open()   # quiets MLflow before it is imported
+        assert self.client   # connected: that quiets MLflow before it is imported
         with mlflow_client.mlflow_errors(self.address), mlflow_client.default_uri(self.address):
             from mlflow.artifacts import download_artifacts
 

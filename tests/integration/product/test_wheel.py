@@ -27,6 +27,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     site = folder / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
+    assert (site / "moa" / "py.typed").is_file()
     path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
     scripts = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     return {**os.environ, "PYTHONPATH": path, "PATH": scripts, "XDG_CACHE_HOME": str(folder / "cache"),

@@ -14,13 +14,11 @@ import pytest
 import torch
 
 from flows.steps import release as releasing
-from moa.base import load, pin
+from moa.base import load
 from moa.core import config, digests
 from moa.core.errors import ArtifactError, ConfigError, DataError, RegistryError, UsageError
 from moa.core.files import read_json, write_json
 from moa.core.paths import MANIFEST, Workspace
-from moa.data import prepare
-from moa.evaluation import evaluate
 from moa.experts import train
 from moa.mixture import assemble
 from moa.release import export as exporting
@@ -54,28 +52,7 @@ def exact() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Built, recorded in DVC, and released as version 1: in this process, for speed."""
-    root = tmp_path_factory.mktemp("released") / "workspace"
-    made = tiny.workspace(root)
-    shutil.copy(tiny.REPOSITORY / "data" / ".gitignore", root / "data" / ".gitignore")
-    subprocess.run(["git", "init", "-q", root], check=True)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True)
-    read = config.load(made.params)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.chdir(root)
-        pin.fetch(made, read.base)
-        for domain in read.domains:
-            prepare.prepare(made, read, domain)
-        train.train(made, read, list(read.domains))
-        assemble.assemble(made, read)
-        evaluate.evaluate(made, read)
-        pipeline = Pipeline(made)
-        with pipeline.lock():
-            pipeline.snapshot()   # leaves the digests of the code, which the stages depend on
-            pipeline.record(STAGES)
-        registry = Registry(made, read)
-        registry.register_mixture({domain: registry.register_expert(domain) for domain in read.domains})
-        registry.set_champion(1, "first release", "ann")
-    return made
+    return tiny.released(tmp_path_factory.mktemp("released") / "workspace")
 
 
 @pytest.fixture

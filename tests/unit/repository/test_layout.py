@@ -54,7 +54,8 @@ def test_the_architecture_names_every_module() -> None:
 
 
 def test_packages_import_nothing() -> None:
-    assert not [name for name, path in MODULES.items() if path.name == "__init__.py"
+    """All but `moa`, which imports its public names when they are used."""
+    assert not [name for name, path in MODULES.items() if path.name == "__init__.py" and name != "moa"
                 and re.search(r"^\s*(import|from) ", path.read_text(encoding="utf-8"), re.MULTILINE)]
 
 

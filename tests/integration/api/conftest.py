@@ -1,0 +1,22 @@
+"""A released workspace that tests of the API read."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from moa.core.paths import Workspace
+from tests import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MOA_DTYPE", "float32")
+        patched.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def released(exact: None, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """With version 1 as champion. Tests write elsewhere."""
+    return tiny.released(tmp_path_factory.mktemp("api") / "my-experts")
