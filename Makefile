@@ -6,7 +6,7 @@ export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: demo demo-adapt test test-fast lint suite suite-fast test-random test-slow-model test-busy test-ways clean
+.PHONY: demo demo-adapt test test-fast lint suite suite-fast test-random test-slow-model test-busy test-ways parameters clean
 
 # pip compiles on one core. compileall uses them all, and fails of templates that are no Python, which is no harm.
 .venv/installed: pyproject.toml constraints.txt
@@ -20,6 +20,10 @@ demo: .venv/installed
 
 demo-adapt: .venv/installed
 	$(BIN)/python examples/demo_adapt.py
+
+# The documents that are made from the models of moa/core/config.py; a test holds them fresh.
+parameters: .venv/installed
+	$(BIN)/python -m moa.core.config_reference docs
 
 lint: .venv/installed
 	$(BIN)/ruff check .
