@@ -9,8 +9,11 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 .PHONY: demo demo-adapt test test-fast lint suite suite-fast test-random test-slow-model test-busy test-ways parameters clean
 
 # pip compiles on one core. compileall uses them all, and fails of templates that are no Python, which is no harm.
+# The distribution was once called `moa`: pip would keep the old one beside it, as another package.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip uninstall --quiet --disable-pip-version-check --yes moa 2> /dev/null
+	rm -rf moa.egg-info
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m compileall -qq --workers 0 .venv/lib || true
 	touch $@
