@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shlex
 import shutil
 import sys
@@ -68,3 +69,13 @@ def test_the_image_is_built_from_files_that_there_are() -> None:
     commands = [json.loads(line.partition(" ")[2]) for line in text.splitlines()
                 if line.startswith(("ENTRYPOINT", "CMD"))]
     check([*commands[0][1:], *commands[1]])
+
+
+def test_the_site_has_every_document() -> None:
+    content = YAML(typ="safe").load(REPOSITORY / "mkdocs.yml")
+    pages = [page for entry in content["nav"] for page in entry.values()]
+    added = runpy.run_path(str(REPOSITORY / "docs" / "pages.py"))["PAGES"]
+    assert sorted(pages) == sorted([*added, *(path.name for path in (REPOSITORY / "docs").glob("*.md"))])
+    assert not [source for source in added.values() if not (REPOSITORY / source).exists()]
+    ignored = (REPOSITORY / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert f"{content['site_dir'].split('/')[0]}/" in ignored and content["theme"]["font"] is False
