@@ -6,7 +6,7 @@ export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: demo demo-adapt test test-fast lint suite suite-fast test-random test-slow-model test-busy test-ways parameters clean
+.PHONY: demo demo-adapt test test-fast lint suite suite-fast test-random test-slow-model test-busy test-ways bench parameters clean
 
 # pip compiles on one core. compileall uses them all, and fails of templates that are no Python, which is no harm.
 # The distribution was once called `moa`: pip would keep the old one beside it, as another package.
@@ -23,6 +23,10 @@ demo: .venv/installed
 
 demo-adapt: .venv/installed
 	$(BIN)/python examples/demo_adapt.py
+
+# What the benchmarks claim, and how old their stored results are. Measures nothing.
+bench: .venv/installed
+	$(BIN)/python benchmarks/listing.py
 
 # The documents that are made from the models of moa/core/config.py; a test holds them fresh.
 parameters: .venv/installed
