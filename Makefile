@@ -6,11 +6,14 @@ export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: demo demo-adapt test test-fast lint suite suite-fast test-random test-slow-model test-busy test-ways clean
+.PHONY: demo demo-adapt test test-fast lint suite suite-fast test-random test-slow-model test-busy test-ways bench parameters clean
 
 # pip compiles on one core. compileall uses them all, and fails of templates that are no Python, which is no harm.
+# The distribution was once called `moa`: pip would keep the old one beside it, as another package.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip uninstall --quiet --disable-pip-version-check --yes moa 2> /dev/null
+	rm -rf moa.egg-info
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m compileall -qq --workers 0 .venv/lib || true
 	touch $@
@@ -21,10 +24,20 @@ demo: .venv/installed
 demo-adapt: .venv/installed
 	$(BIN)/python examples/demo_adapt.py
 
+# What the benchmarks claim, and how old their stored results are. Measures nothing.
+bench: .venv/installed
+	$(BIN)/python benchmarks/listing.py
+
+# The documents that are made from the models of moa/core/config.py; a test holds them fresh.
+parameters: .venv/installed
+	$(BIN)/python -m moa.core.config_reference docs
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/hadolint Dockerfile
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --strict
 
 test: lint suite
 

@@ -15,7 +15,6 @@ Features are kept in .moa/cache. The last line is one JSON object. Shapes: N pro
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 from additions_world import PROMPT_TOKENS, SYSTEM, background, compute_features, read_features
-from common import REPOSITORY, goal, machine, pick_device, real_base
+from common import REPOSITORY, finish, goal, machine, pick_device, real_base
 from corpora import WHOLE, Row, corpora, quickstart_rows, split
 from torch import Tensor
 
@@ -166,7 +165,7 @@ def main() -> None:
                "alone": single}
     goals = [goal(f"cells that keep the promise, {title}", share, 0.95, share >= 0.95)
              for title, share in shares.items()]
-    print(json.dumps({"benchmark": "abstention", "figures": figures, "goals": goals}))
+    finish("abstention", figures, goals)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REAL, REPOSITORY, goal, machine, pick_device, real_base, real_workspace
+from common import REAL, REPOSITORY, finish, goal, machine, pick_device, real_base, real_workspace
 from ruamel.yaml import YAML
 
 from moa.base.encoding import ChatEncoder, Encoded
@@ -310,7 +310,7 @@ def main() -> None:
     if args.domains:
         figures["growth"], found = growth(args.domains, args.rows_per_epoch)
         goals += found
-    print(json.dumps({"benchmark": "adaptation", "figures": figures, "goals": goals}))
+    finish("adaptation", figures, goals)
 
 
 if __name__ == "__main__":

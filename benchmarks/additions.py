@@ -19,7 +19,6 @@ Intervals resample corpora. The last line is one JSON object. Shapes: N rows, L 
 """
 
 import argparse
-import json
 import math
 import random
 import time
@@ -50,7 +49,7 @@ from additions_world import (
     setup,
     world,
 )
-from common import REPOSITORY, goal, machine
+from common import REPOSITORY, finish, goal, machine
 from torch import Tensor, nn
 
 from moa.core.config import AssembleParams, ReleaseParams
@@ -516,7 +515,7 @@ def report(args: argparse.Namespace, at: Setup, found: World, additions: Sequenc
                "seconds": seconds, "cases": cases,
                **{name: [tally.share(), *tally.interval()] for name, tally in tallies.items() if tally.units},
                "harmful": {kind: dict(outcomes) for kind, outcomes in result.outcomes.items()}}
-    print(json.dumps({"benchmark": "additions", "figures": figures, "goals": goals}))
+    finish("additions", figures, goals)
 
 
 if __name__ == "__main__":

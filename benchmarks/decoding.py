@@ -18,7 +18,6 @@ The last line is one JSON object. Shapes: B rows, T positions.
 import argparse
 import copy
 import itertools
-import json
 import statistics
 import threading
 import time
@@ -27,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import goal, interleave, machine, pick_device, ratio
+from common import finish, goal, interleave, machine, pick_device, ratio
 from shapes import CONFIGS, base_of
 from torch import Tensor
 
@@ -66,8 +65,7 @@ def main() -> None:
     for each in goals:
         print(f"{each['name']}: {each['value']:.2f} (goal {each['goal']}, {'met' if each['met'] else 'missed'})")
     settings = {key: getattr(args, key) for key in ("config", "rows", "prompt", "tokens", "repeats")}
-    print(json.dumps({"benchmark": "decoding", "figures": {"machine": facts, **settings, "weights": weights,
-                      "same greedy tokens": same, **figures}, "goals": goals}))
+    finish("decoding", {"machine": facts, **settings, "weights": weights, "same greedy tokens": same, **figures}, goals)
 
 
 def arguments() -> argparse.Namespace:

@@ -16,7 +16,6 @@ files. Half an hour on two cores. Rules were tried on seed 0; figures are report
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +24,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from common import goal
+from common import finish, goal
 from scipy import stats
 
 from moa.core.config import ReleaseParams
@@ -264,7 +263,7 @@ def main() -> None:
         goals.append(goal(f"promoted: {name} ({fewest} rows or more)", value, bound,
                           value <= bound if above else value >= bound))
     figures |= {"promoted": shares, "seconds": round(perf_counter() - began)}
-    print(json.dumps({"benchmark": "gate", "figures": figures, "goals": goals}))
+    finish("gate", figures, goals)
 
 
 if __name__ == "__main__":

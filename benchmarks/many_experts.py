@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import goal, interleave, machine, pick_device, ratio
+from common import finish, goal, interleave, machine, pick_device, ratio
 from safetensors.torch import load_file, save_file
 from shapes import CONFIGS, base_of
 
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
                  for traffic, found in figures["throughput"].items() if {str(FEWEST), str(MOST)} <= found.keys()]
         for each in goals:
             print(f"{each['name']}: {each['value']:.3f} (goal {WANTED}, {'met' if each['met'] else 'missed'})")
-    print(json.dumps({"benchmark": "many_experts", "figures": figures, "goals": goals}))
+    finish("many_experts", figures, goals)
 
 
 # Mixtures on disk.

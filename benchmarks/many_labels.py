@@ -16,7 +16,6 @@ The last line is one JSON object. Shapes: N prompts, L levels, D hidden size.
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -24,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import goal, interleave, machine, pick_device, ratio
+from common import finish, goal, interleave, machine, pick_device, ratio
 from routing import encode, prefill, timed
 from shapes import CONFIGS, base_of
 from torch import Tensor
@@ -71,8 +70,7 @@ def main() -> None:
     value = costs[f"routing among {max(routers)}"]
     goals = [goal(f"routing among {max(routers)} labels over a prefill", value, WANTED, value <= WANTED)]
     print(f"{goals[0]['name']}: {value:.3f} (goal {WANTED}, {'met' if goals[0]['met'] else 'missed'})")
-    print(json.dumps({"benchmark": "many_labels", "figures": {"machine": facts, "labels": figures, "cost": costs},
-                      "goals": goals}))
+    finish("many_labels", {"machine": facts, "labels": figures, "cost": costs}, goals)
 
 
 def arguments() -> argparse.Namespace:

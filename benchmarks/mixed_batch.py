@@ -16,7 +16,6 @@ The last line is one JSON object. Shapes: B rows, T positions, V words.
 
 import argparse
 import copy
-import json
 import statistics
 import tempfile
 import time
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import goal, interleave, machine, pick_device, ratio, real_base
+from common import finish, goal, interleave, machine, pick_device, ratio, real_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -86,8 +85,7 @@ def main() -> None:
             goals.append(goal(f"{phase}: ours with {EXPERTS} experts over {other}", value, wanted, value >= wanted))
             print(f"{goals[-1]['name']}: {value:.2f} (goal {wanted})")
     settings = {key: getattr(args, key) for key in ("rows", "prompt", "tokens", "repeats")}
-    print(json.dumps({"benchmark": "mixed_batch", "figures": {"machine": facts, **settings, "logits": checks,
-                      "systems": figures | errors}, "goals": goals}))
+    finish("mixed_batch", {"machine": facts, **settings, "logits": checks, "systems": figures | errors}, goals)
 
 
 def arguments() -> argparse.Namespace:

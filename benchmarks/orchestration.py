@@ -14,7 +14,6 @@ commands are timed bare, as many side by side, and all trainings in one process,
 
 import argparse
 import itertools
-import json
 import os
 import shutil
 import statistics
@@ -27,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from common import goal, interleave, machine, pick_device, ratio
+from common import finish, goal, interleave, machine, pick_device, ratio
 
 from moa.core.paths import Workspace
 from moa.core.subprocesses import environment
@@ -110,8 +109,7 @@ def main() -> None:
             os.environ["DVC_SITE_CACHE_DIR"] = str(Path(folder) / "site")
             figures[count] = measure(Path(folder), count, args)
     goals = judge(figures)
-    print(json.dumps({"benchmark": "orchestration", "figures": {
-        "machine": facts, "workers": WORKERS, "repeats": args.repeats, "domains": figures}, "goals": goals}))
+    finish("orchestration", {"machine": facts, "workers": WORKERS, "repeats": args.repeats, "domains": figures}, goals)
 
 
 def arguments() -> argparse.Namespace:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPOSITORY, goal, interval, machine, pick_device, real_base
+from common import REPOSITORY, finish, goal, interval, machine, pick_device, real_base
 
 from moa.base.encoding import ChatEncoder, Encoded
 from moa.base.load import Base
@@ -392,7 +392,7 @@ def main() -> None:
              "minutes": minutes, "mean loss": mean, "routing accuracy": accuracy, "systems": table}
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=2), encoding="utf-8")
-    print(json.dumps({"benchmark": "paper", "figures": found, "goals": goals}))
+    finish("paper", found, goals)
 
 
 if __name__ == "__main__":

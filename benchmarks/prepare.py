@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import goal, real_workspace
+from common import finish, goal, real_workspace
 
 from moa.base.encoding import ChatEncoder
 from moa.base.load import load_tokenizer
@@ -136,7 +136,7 @@ def main() -> None:
     speed = largest["rows a second"]
     goals = [goal("rows a second at the largest size", speed, ROWS_A_SECOND, speed >= ROWS_A_SECOND),
              goal("GiB at the largest size", largest["GiB"], GIBIBYTES, largest["GiB"] <= GIBIBYTES)]
-    print(json.dumps({"benchmark": "prepare", "figures": figures, "goals": goals}))
+    finish("prepare", figures, goals)
 
 
 if __name__ == "__main__":

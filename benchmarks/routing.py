@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPOSITORY, goal, interleave, machine, pick_device, ratio, real_base
+from common import REPOSITORY, finish, goal, interleave, machine, pick_device, ratio, real_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -313,7 +313,7 @@ def main() -> None:
     for name, key in (("accuracy of early routing", "accuracy"), ("the same, near twins as one", "twin accuracy")):
         accuracy = figures["distinct"]["rules"]["early"][key]
         goals.append(goal(f"distinct: {name}", accuracy, DISTINCT, accuracy >= DISTINCT))
-    print(json.dumps({"benchmark": "routing", "figures": figures, "goals": goals}))
+    finish("routing", figures, goals)
 
 
 if __name__ == "__main__":

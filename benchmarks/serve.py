@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from common import REPOSITORY, goal, machine, pick_device, real_workspace
+from common import REPOSITORY, finish, goal, machine, pick_device, real_workspace
 from ruamel.yaml import YAML
 
 from flows.steps import release
@@ -126,7 +126,7 @@ def main() -> None:
                "tokens": args.tokens, "share of streams": args.streams, "releases": releases,
                "rows a batch": rows_a_batch, "prompts compared": len(together.answers),
                "one at a time": alone.figures(), "together": together.figures()}
-    print(json.dumps({"benchmark": "serve", "figures": figures, "goals": goals}))
+    finish("serve", figures, goals)
 
 
 def arguments() -> argparse.Namespace:

@@ -9,7 +9,6 @@ whose query it has seen, and on the others: the difference is what the leak pret
 """
 
 import argparse
-import json
 import re
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPOSITORY, goal, machine, pick_device, real_base, real_workspace
+from common import REPOSITORY, finish, goal, machine, pick_device, real_base, real_workspace
 
 from moa.base.encoding import ChatEncoder
 from moa.core.config import BaseParams, Config, Domain, PrepareParams, TrainParams
@@ -123,7 +122,7 @@ def main() -> None:
                   f"{found['expert'][kind]:.3f}, gain {found['gain'][kind]:.3f}")
     goals = [goal(f"moa's split: test rows with {kind} in training", figures["moa"][kind], 0.0,
                   figures["moa"][kind] == 0.0) for kind in ("same answer", "same query", "near-duplicate")]
-    print(json.dumps({"benchmark": "splits", "figures": figures, "goals": goals}))
+    finish("splits", figures, goals)
 
 
 if __name__ == "__main__":

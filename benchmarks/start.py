@@ -13,7 +13,6 @@ MLflow and DVC are what it takes. The last line is one JSON object.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import orchestration
-from common import REPOSITORY, goal, interleave, machine, pick_device, ratio
+from common import REPOSITORY, finish, goal, interleave, machine, pick_device, ratio
 
 from moa.core.paths import Workspace
 
@@ -41,8 +40,7 @@ def main() -> None:
         found = {**small_steps(Path(folder), args.prepares, args.repeats),
                  **nothing_to_do(Path(folder), args.domains, args.repeats)}
     goals = judge(found, args)
-    print(json.dumps({"benchmark": "start", "figures": {
-        "machine": facts, "prepares": args.prepares, "domains": args.domains, "seconds": found}, "goals": goals}))
+    finish("start", {"machine": facts, "prepares": args.prepares, "domains": args.domains, "seconds": found}, goals)
 
 
 def arguments() -> argparse.Namespace:

@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import goal, interleave, machine, pick_device, ratio
+from common import finish, goal, interleave, machine, pick_device, ratio
 from shapes import CONFIGS, REAL_NAME
 from training_process import SYSTEMS, Job
 
@@ -54,8 +54,7 @@ def main() -> None:
     for each in goals:
         print(f"{each['name']}: {each['value']:.3f} (goal {each['goal']}{'' if each['met'] else ', MISSED'})")
     settings = {key: getattr(args, key) for key in ("config", "rows", "repeats", "batch_tokens")}
-    print(json.dumps({"benchmark": "training", "figures": {"machine": facts, **settings, "systems": figures},
-                      "goals": goals}))
+    finish("training", {"machine": facts, **settings, "systems": figures}, goals)
 
 
 def arguments() -> argparse.Namespace:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +21,8 @@ from moa.core.subprocesses import KEYS_NAMED
 DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 PROJECT_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 WATCHED = ("prompt", "prepare", "train", "assemble", "evaluate")   # groups that stages of dvc.yaml depend on
+# Keys that dvc.yaml reads and params.yaml may leave out, each with its value then: no key set, no corpus generated.
+LEFT_OUT: Mapping[str, Any] = MappingProxyType({**{group: {} for group in WATCHED}, "quickstart": []})
 NO_DOMAIN = "params.yaml has no domain yet: add one with `moa domain add NAME FILE`."
 # Keys that moa once read. They are ignored, whatever they hold; `moa upgrade` removes them from the file.
 REMOVED = ("assemble.seed", "release.min_gain", "release.resamples", "release.seed", "drift.psi")
@@ -56,7 +59,7 @@ class Group(BaseModel):
 class BaseParams(Group):
     """The base model: its source, digest and chat template."""
 
-    source: str = Field(description="wheel:NAME==VERSION, hub:NAME@REVISION or path:DIR")
+    source: str = Field(description="where the base comes from: wheel:NAME==VERSION, hub:NAME@REVISION or path:DIR")
     sha256: str | None = Field(default=None, description="digest the wheel must have; known for the default wheel")
     template: Literal["plain"] | None = Field(default=None, description="chat template instead of the base's own; for "
                                               "a base without one")
@@ -72,9 +75,10 @@ class PromptParams(Group):
 class PrepareParams(Group):
     """How stage `prepare` turns raw rows into a corpus: splits, near-duplicates, limits and redaction."""
 
-    validation: float = Field(default=0.1, gt=0, lt=0.5, description="share of rows")
-    test: float = Field(default=0.1, gt=0, lt=0.5, description="share of rows")
-    near_duplicate: float = Field(default=0.9, ge=0, le=1, description="Jaccard similarity of word shingles; 0 = off")
+    validation: float = Field(default=0.1, gt=0, lt=0.5, description="share of rows in the validation split")
+    test: float = Field(default=0.1, gt=0, lt=0.5, description="share of rows in the test split")
+    near_duplicate: float = Field(default=0.9, ge=0, le=1, description="rows that are this similar count as one "
+                                  "(Jaccard similarity of word shingles); 0 = off")
     max_rejected: float = Field(default=0.1, ge=0, le=1, description="share of unusable rows that fails the step")
     min_rows: int = Field(default=30, ge=3, description="fewest usable rows of a domain")
     redact: list[Literal["email", "phone", "card", "account"]] = Field(
@@ -84,18 +88,21 @@ class PrepareParams(Group):
 class TrainParams(Group):
     """How stage `train` trains an expert: LoRA, optimizer, batches and early stopping."""
 
-    rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16.0, gt=0, description="LoRA scaling is alpha / rank")
+    rank: int = Field(default=8, ge=1, description="rank of the LoRA matrices")
+    alpha: float = Field(default=16.0, gt=0, description="what LoRA adds is scaled by alpha / rank")
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead")
-    targets: Literal["all-linear"] | list[str] = Field(default="all-linear", description="linear layers by suffix")
-    epochs: int = Field(default=2, ge=1, description="each ends with a validation; the best one is kept")
-    rows_per_epoch: int | None = Field(default=None, ge=1, description="null = every row; epochs go on where the last "
-                                                                       "one stopped in the shuffled corpus")
+    targets: Literal["all-linear"] | list[str] = Field(default="all-linear", description="linear layers with "
+                                                       "LoRA, by the ends of their names; all-linear = every one")
+    epochs: int = Field(default=2, ge=1, description="passes over the rows; each ends with a validation, and the "
+                                                "best one is kept")
+    rows_per_epoch: int | None = Field(default=None, ge=1, description="rows of one epoch; null = all. Each epoch goes "
+                                                                       "on where the last one stopped in the corpus")
     batch_rows: int = Field(default=8, ge=1, description="rows of one optimizer step of one expert")
-    learning_rate: float = Field(default=1e-3, gt=0)
-    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps; then cosine to a tenth")
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, description="highest learning rate, after the warm-up")
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises; "
+                          "then it falls to a tenth, as a cosine")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="an expert's gradient is clipped to this norm")
     validation_rows: int = Field(default=32, ge=1, description="rows of the validation split used after each epoch")
     patience: int = Field(default=0, ge=0, description="epochs without improvement before stopping; 0 = off")
     warm_patience: Annotated[int, UNLISTED] = Field(default=1, ge=0, description="`patience` of an expert that "
@@ -108,13 +115,16 @@ class TrainParams(Group):
 class AssembleParams(Group):
     """How stage `assemble` fits and calibrates the router, and whether it trains experts and router jointly."""
 
-    rule: Literal["early", "last", "vote"] = "early"
+    rule: Literal["early", "last", "vote"] = Field(default="early", description="layer whose head routes: early = "
+                                                   "the first that is good enough, last = the last, vote = all of them")
     tolerance: float = Field(default=0.0, ge=0, le=1, description="early: accuracy it may lose to the best layer")
     rows: int = Field(default=48, ge=2, description="training prompts per domain the router sees")
     max_abstention: float | None = Field(default=0.01, ge=0, lt=1, description="share of each domain's fresh prompts "
                                          "that may be left to the base, at 95 % confidence; null = none is")
-    joint_epochs: int = Field(default=0, ge=0, description="all experts and heads together, as in the paper; 0 = off")
-    joint_learning_rate: float = Field(default=5e-4, ge=0, description="of the experts; 0 = the router alone learns")
+    joint_epochs: int = Field(default=0, ge=0, description="epochs of joint training: all experts and heads "
+                                                      "together, as in the paper; 0 = off")
+    joint_learning_rate: float = Field(default=5e-4, ge=0, description="learning rate of the experts in "
+                                                               "joint training; 0 = the router alone learns")
     joint_start: Annotated[Literal["experts", "random"], UNLISTED] = Field(default="experts",
                                                                            description="random = an ablation")
     eta: float = Field(default=1.0, ge=0, description="weight of the routing loss; 0 = no labels: each layer blends "
@@ -126,7 +136,8 @@ class EvaluateParams(Group):
 
     rows: int | None = Field(default=None, ge=1, description="test rows per domain; null = all")
     generate_rows: int = Field(default=20, ge=1, description="test rows per domain that are answered and scored")
-    max_new_tokens: int = Field(default=256, ge=1, description="upper bound; the limit is the longest training answer")
+    max_new_tokens: int = Field(default=256, ge=1, description="longest answer; a domain's limit is its longest "
+                                                          "training answer, if that is shorter")
     batch_rows: int = Field(default=20, ge=1, description="rows answered at the same time")
 
 
@@ -141,7 +152,7 @@ class ReleaseParams(Group):
                                                            "the domain's metric scores; 0 = loss alone")
     metric_tolerance: float = Field(default=0.05, ge=0, le=1, description="gate: largest fall of a domain's mean score")
     min_rows: int = Field(default=20, ge=2, description="gate: fewest groups of rows for a verdict")
-    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="gate: level of its intervals and tests")
     accuracy_drop: float = Field(default=0.02, ge=0, le=1, description="gate: routing accuracy may fall by this much")
     abstention_rise: float = Field(default=0.05, ge=0, le=1, description="gate: abstentions may rise by this share")
 
@@ -168,9 +179,11 @@ class AdaptParams(Group):
 class RetrainParams(Group):
     """When the scheduled retraining runs: it builds what is stale by data, parameters, code or base."""
 
-    cron: str | None = Field(default="0 3 * * 0", description="its schedule, in cron's format; null = none")
-    timezone: str = Field(default="UTC", description="of `cron`")
-    interval: float | None = Field(default=None, gt=0, description="seconds between two, besides `cron`; null = none")
+    cron: str | None = Field(default="0 3 * * 0", description="schedule of retraining, in cron's format; "
+                                                             "null = none")
+    timezone: str = Field(default="UTC", description="time zone of `cron`")
+    interval: float | None = Field(default=None, gt=0, description="seconds between two retrainings, besides "
+                                                              "`cron`; null = none")
     from_scratch: bool = Field(default=False, description="train every expert anew instead of continuing it")
 
 
@@ -190,11 +203,12 @@ class ExecutionParams(Group):
     """Where steps run. No stage depends on it, because it must not change a result."""
 
     workers: int = Field(default=2, ge=1, description="stages that run at the same time")
-    devices: list[str] | Literal["auto"] = Field(default="auto", description="auto = every CUDA device, or the CPU")
+    devices: list[str] | Literal["auto"] = Field(default="auto", description="devices for computing, such as "
+                                                        "cuda:1; auto = every CUDA device, or the CPU")
     resident: int = Field(default=64, ge=1, description="experts of a mixture in memory; others are read when needed")
     runner: Literal["threads", "ray", "dask"] = Field(default="threads", description="where experts are trained: here, "
                                                                                      "or on a cluster's workers")
-    address: str | None = Field(default=None, description="of the cluster: HOST:6379, ray://HOST:10001, "
+    address: str | None = Field(default=None, description="address of the cluster: HOST:6379, ray://HOST:10001, "
                                                           "tcp://HOST:8786; null = one of `workers` workers, here")
     group: int | None = Field(default=None, ge=1, description="most experts trained in one process; null = all that "
                                                               "share a device: memory, not mathematics")
@@ -209,8 +223,9 @@ class ExecutionParams(Group):
 class Domain(Group):
     """How a domain's rows are read and scored. `map` gives the columns' own names in the domain's files."""
 
-    metric: str = Field(description="name in moa.evaluation.metrics, or module:function")
-    map: dict[Literal["instruction", "input", "output", "system", "messages"], str] = Field(default={})
+    metric: str = Field(description="how answers are scored: a name of moa.evaluation.metrics, or module:function")
+    map: dict[Literal["instruction", "input", "output", "system", "messages"], str] = Field(
+        default={}, description="columns that have other names than their keys: KEY: COLUMN")
     template: str | None = Field(default=None, description="the instruction, with {column} where a column's text goes")
     group_by: str | None = Field(default=None, description="column: rows with its value in common share a split; "
                                                            "null = rows with their answer in common; none = no rows")
@@ -220,12 +235,12 @@ class Config(Group):
     """The whole of params.yaml."""
 
     format: int | None = Field(default=None, ge=0, description="layout of the files in git: see moa/core/layout.py")
-    project: ProjectId | None = Field(default=None, description="id, in every name on MLflow's and Prefect's servers; "
-                                                                "null = the names from before there were ids")
+    project: ProjectId | None = Field(default=None, description="the project's id, in every name on MLflow's and "
+                                       "Prefect's servers; null = the names from before there were ids")
     base: BaseParams
     prompt: PromptParams = PromptParams()
     quickstart: list[DomainName] = Field(default=[], description="corpora that `moa` generates itself")
-    domains: dict[DomainName, Domain] = Field(description="by name; each has one expert")
+    domains: dict[DomainName, Domain] = Field(description="the domains, by name; each has one expert")
     prepare: PrepareParams = PrepareParams()
     train: TrainParams = TrainParams()
     assemble: AssembleParams = AssembleParams()
@@ -315,7 +330,4 @@ def parse(text: str, path: Path) -> tuple[Config, list[str]]:
         config = Config.model_validate(raw if raw is not None else {})
     except ValidationError as error:
         raise ConfigError(_explain(path, error)) from None
-    if missing := [group for group in WATCHED if group not in raw]:
-        raise ConfigError(f"{path.name}: the group {missing[0]!r} is missing, and DVC watches it; write "
-                          f"`{missing[0]}: {{}}` for its defaults.")
     return config, removed

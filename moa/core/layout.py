@@ -30,8 +30,8 @@ def check_layout(root: Path) -> None:
     for place, number in (("params.yaml", tracked_layout(root)), (".moa/format", local_layout(root))):
         if number is not None and number > LAYOUT:
             raise ConfigError(f"This workspace has layout {number} ({place}), which a newer moa made, and moa "
-                              f"{__version__} reads layouts {OLDEST} to {LAYOUT}: run `pip install -U moa` and the "
-                              "command again.")
+                              f"{__version__} reads layouts {OLDEST} to {LAYOUT}: run `pip install -U moa-lora` and "
+                              "the command again.")
 
 
 def tracked_layout(root: Path) -> int | None:

@@ -265,7 +265,7 @@ def _chat_model(workspace: Workspace, settings: dict[str, str], temporary: Path)
 
 
 def _requirements() -> Iterator[str]:
-    """The packages that the model needs, pinned. `moa` is left out: an index may have another package of that name."""
+    """The packages that the model needs, pinned. moa itself is left out: an index may not have this version."""
     for package in RUNTIME:
         try:
             yield f"{package}=={installed(package).split('+')[0]}"

@@ -17,7 +17,7 @@ from moa.core.errors import PipelineError
 from moa.core.paths import Workspace
 from moa.core.subprocesses import QUIET
 from moa.core.text import sentence
-from moa.workspace.dvc_repository import listening, misnamed, silence_dvc
+from moa.workspace.dvc_repository import complete_params, listening, misnamed, silence_dvc
 from moa.workspace.pipeline import Pipeline
 
 
@@ -136,7 +136,7 @@ class DataVersions(Pipeline):
         from dvc.exceptions import DvcException
         from dvc.repo import Repo
 
-        with _silence(), contextlib.chdir(self.workspace.root):
+        with _silence(), contextlib.chdir(self.workspace.root), complete_params(self.workspace.root):
             try:
                 opened = Repo(_wait_for_lock=True)
             except DvcException as error:   # for instance where git refuses the repository

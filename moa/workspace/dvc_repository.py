@@ -1,18 +1,21 @@
 """DVC's repository, held open between uses, with a lock for threads and with DVC's output suppressed.
 
-With hundreds of stages DVC takes seconds to read its files: longer than most queries, and than many steps.
+With hundreds of stages DVC takes seconds to read its files: longer than most queries, and than many steps. Run as a
+program, the module is the `dvc` command that reads params.yaml as moa does.
 """
 
 import contextlib
 import logging
 import os
+import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moa.core.config import LEFT_OUT
 from moa.core.errors import PipelineError
 from moa.core.names import is_valid_unicode, printable
 from moa.core.subprocesses import QUIET
@@ -46,7 +49,8 @@ class DvcRepository:
         from dvc.repo import lock_repo
 
         refused: list[OSError] = []
-        with _guard, silence_dvc(), listening(refused), contextlib.chdir(self.root), _parsed_once():
+        with (_guard, silence_dvc(), listening(refused), contextlib.chdir(self.root), complete_params(self.root),
+              _parsed_once()):
             try:
                 repo = self._opened()
                 with lock_repo(repo):
@@ -161,6 +165,30 @@ def listening(errors: list[OSError]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def complete_params(root: Path) -> Iterator[None]:
+    """Within the block DVC reads the params.yaml of `root` as if it wrote out the keys of `LEFT_OUT` that it lacks.
+
+    A group that is left out is then the same as an empty one: it changes as soon as one of its keys is set. DVC itself
+    cannot read a stage that depends on a missing group.
+    """
+    from dvc.dependency import param
+    from dvc.utils import serialize
+
+    load, params = serialize.load_path, root.resolve() / "params.yaml"
+
+    def load_complete(path: str, *words: Any, **options: Any) -> Any:
+        content = load(path, *words, **options)
+        ours = isinstance(content, Mapping) and Path(path).resolve() == params
+        return {**LEFT_OUT, **content} if ours else content
+
+    serialize.load_path = param.load_path = load_complete   # DVC has no public hook for this
+    try:
+        yield
+    finally:
+        serialize.load_path = param.load_path = load
+
+
+@contextlib.contextmanager
 def _parsed_once() -> Iterator[None]:
     """Make DVC parse each parameter file once within the block, and look parameters up by name.
 
@@ -185,3 +213,15 @@ def _parsed_once() -> Iterator[None]:
         yield
     finally:
         param.read_param_file = read
+
+
+def main(words: Sequence[str]) -> int:
+    """Run `dvc WORDS` in the current folder, with `complete_params`. Returns DVC's exit code."""
+    from dvc.cli import main as dvc
+
+    with complete_params(Path.cwd()):
+        return int(dvc(list(words)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -23,7 +23,7 @@ from moa.core.errors import PipelineError, UsageError
 from moa.core.files import write_atomic
 from moa.core.paths import Workspace
 from moa.core.subprocesses import OnLine, execute, steps_forked
-from moa.workspace import origins, stage_graph, stage_inputs
+from moa.workspace import dvc_repository, origins, stage_graph, stage_inputs
 from moa.workspace.dvc_repository import DvcRepository, release_memory
 from moa.workspace.lock import LockHolder
 from moa.workspace.stage_graph import Graph, Reason, Snapshot, Stage
@@ -182,7 +182,7 @@ class Pipeline:
         try:
             if not simple:
                 words = ["--wait-for-lock", "repro", *(["--force"] if force else []), "-s", name]
-                execute(self.workspace, name, [sys.executable, "-m", "dvc", *words], on_line)
+                execute(self.workspace, name, [sys.executable, "-P", "-m", dvc_repository.__name__, *words], on_line)
                 return
             execute(self.workspace, name, ["/bin/sh", "-c", stage.cmd], on_line, {"DVC_STAGE": name})
             if self.record([name], before):

@@ -12,6 +12,7 @@ import pytest
 
 from flows.launch import run
 from flows.steps.session import BuildOptions, Result
+from moa.core.config import LEFT_OUT
 from moa.core.errors import ConfigError, PipelineError, UsageError
 from moa.core.paths import Workspace
 from moa.core.subprocesses import environment
@@ -205,6 +206,52 @@ def test_parameters_are_found_as_dvc_finds_them(built: Workspace) -> None:
     assert build(built).named("done") == ["mine"] and not Pipeline(built).snapshot().stale
     built.params.write_text(built.params.read_text().replace("devices: [cpu]", "devices: [cuda]"))
     assert texts(built, "mine") == ["parameter execution.devices.0 changed"]
+
+
+def without_groups(workspace: Workspace) -> None:
+    """Leave only base, domains and execution in params.yaml; dvc.yaml reads every group that may be left out."""
+    kept = [line for line in toy.PARAMS.splitlines() if line.partition(":")[0] not in LEFT_OUT]
+    workspace.params.write_text("\n".join(kept) + "\n")
+    pipeline = toy.PIPELINE.replace("params: [prepare]", "params: [prompt, prepare]")
+    (workspace.root / "dvc.yaml").write_text(pipeline + """
+  quickstart:
+    foreach: ${quickstart}
+    do:
+      cmd: python steps.py quickstart ${item}
+      outs: ["data/raw/${item}"]
+""")
+
+
+def test_groups_that_are_left_out_are_empty_ones(workspace: Workspace) -> None:
+    without_groups(workspace)
+    assert set(build(workspace).named("done")) >= EVERYTHING
+    recorded = Pipeline(workspace).recorded()
+    assert recorded["prepare@sql"]["params"] == {"params.yaml": {"prompt": {}, "prepare": {}}}
+    text = workspace.params.read_text()
+    for written in ("", *(f"{key}: {value}\n" for key, value in LEFT_OUT.items())):
+        workspace.params.write_text(text + written)
+        assert not Pipeline(workspace).snapshot().stale
+    for group, stages in (("train", {"train@math", "train@sql"}), ("evaluate", {"evaluate"})):
+        workspace.params.write_text(f"{text}{group}:\n  rows: 3\n")
+        assert set(Pipeline(workspace).snapshot().stale) == stages
+        assert texts(workspace, min(stages)) == [f"parameter {group} changed"]
+
+
+def test_a_group_that_was_set_and_is_left_out_has_changed(built: Workspace) -> None:
+    built.params.write_text(built.params.read_text().replace("train: {rank: 8}\n", ""))
+    assert set(Pipeline(built).snapshot().stale) == {"train@math", "train@sql"}
+    assert texts(built, "train@sql") == ["parameter train changed"]
+    assert build(built).failure() is None and not Pipeline(built).snapshot().stale
+
+
+def test_a_stage_that_dvc_runs_reads_the_groups_that_are_left_out(workspace: Workspace) -> None:
+    without_groups(workspace)
+    steps = workspace.root / "dvc.yaml"
+    own = "  page:\n    cmd: echo page > page.txt\n    deps: [data/reports]\n    params: [prompt, train]\n"
+    steps.write_text(steps.read_text() + own + "    outs: [page.txt]\n")
+    assert build(workspace).failure() is None
+    assert (workspace.root / "page.txt").read_text() == "page\n" and not Pipeline(workspace).snapshot().stale
+    assert Pipeline(workspace).recorded()["page"]["params"] == {"params.yaml": {"prompt": {}, "train": {}}}
 
 
 def test_a_long_lived_process_keeps_nothing_of_what_it_asked(built: Workspace) -> None:

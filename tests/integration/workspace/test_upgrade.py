@@ -100,7 +100,7 @@ def test_without_the_lock_two_stages_would_get_stale(workspace: Workspace) -> No
 
 def test_what_was_stale_stays_stale_for_its_own_reason(workspace: Workspace) -> None:
     text = workspace.params.read_text()
-    workspace.params.write_text(text.replace("rule: early", "rule: last").replace("seed: 3 ", "seed: 4 "))
+    workspace.params.write_text(text.replace("joint_epochs: 0", "joint_epochs: 1").replace("seed: 3 ", "seed: 4 "))
     upgrade.upgrade(workspace)
     stale = Pipeline(workspace).snapshot().stale
     assert stale.keys() == {"assemble", "page"} and "parameter assemble changed" in stale["assemble"][0].text

@@ -68,7 +68,8 @@ def test_a_domain_without_a_metric_is_told_which_key_it_needs(tmp_path: Path) ->
         load(tmp_path, "base: {source: 'path:x'}\ndomains:\n  math:\n")
 
 
-@pytest.mark.parametrize("group", ["prompt", "prepare", "train", "assemble", "evaluate"])
-def test_a_group_that_dvc_watches_must_be_written(tmp_path: Path, group: str) -> None:
-    with pytest.raises(ConfigError, match=rf"'{group}' is missing.*{group}: {{}}"):
-        load(tmp_path, COMPLETE.replace(f"{group}: {{}}\n", ""))
+@pytest.mark.parametrize("group", config.LEFT_OUT)
+def test_a_group_of_defaults_may_be_left_out(tmp_path: Path, group: str) -> None:
+    written = {key: value for key, value in config.LEFT_OUT.items() if key != group}
+    assert load(tmp_path, GOOD) == load(tmp_path, GOOD + "".join(f"{key}: {value}\n" for key, value in written.items()))
+    assert load(tmp_path, f"{GOOD}{group}: {config.LEFT_OUT[group]}\n") == load(tmp_path, GOOD)

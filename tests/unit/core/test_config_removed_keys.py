@@ -15,7 +15,7 @@ from tests import tiny
 
 GROUPS = ("prompt", "prepare", "train", "assemble", "evaluate", "release", "adapt", "drift")
 OFFERING = [tiny.REPOSITORY / name for name in ("params.yaml", "moa/workspace/scaffold/params.yaml", "README.md",
-                                                "docs/operations.md", "docs/scaling.md")]
+                                                "docs/operations.md", "docs/parameters.md", "docs/scaling.md")]
 
 
 def load(folder: Path, **groups: Any) -> config.Config:

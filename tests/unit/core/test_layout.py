@@ -43,7 +43,7 @@ def test_a_newer_layout_is_refused(tmp_path: Path, tracked: int | None, local: i
     make(tmp_path, tracked, local)
     (tmp_path / "below").mkdir()
     sentence = (rf"This workspace has layout \d+ \({place}\), which a newer moa made, and moa \S+ reads layouts 0 "
-                r"to 1: run `pip install -U moa` and the command again\.")
+                r"to 1: run `pip install -U moa-lora` and the command again\.")
     with pytest.raises(ConfigError, match=rf"^{sentence}$"):
         Workspace.find(tmp_path / "below")
 

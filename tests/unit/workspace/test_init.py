@@ -11,6 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from moa.core import config, files
+from moa.core.config_reference import effective
 from moa.core.errors import BaseModelError, PipelineError, UsageError
 from moa.core.paths import Workspace
 from moa.workspace import init
@@ -45,7 +46,9 @@ def test_the_parameters_are_valid_and_name_what_is_watched(tmp_path: Path) -> No
     assert content.project == "shop-1a2b3c"
     assert content.domains == {} and content.quickstart == [] and content.base.source == init.DEFAULT_BASE
     written = YAML(typ="safe").load(init.SCAFFOLD / "params.yaml")
-    assert set(config.WATCHED) <= written.keys()
+    assert set(config.LEFT_OUT) <= written.keys()   # so that DVC's own command reads the pipeline, too
+    assert [each.name for group in effective(content) for each in group.parameters if each.differs] == [
+        "format", "project", "prompt.system"]
 
 
 def test_what_is_made(tmp_path: Path) -> None:
