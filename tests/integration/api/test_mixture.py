@@ -101,6 +101,8 @@ def test_a_saved_mixture_is_the_mixture(mixture: moa.Mixture, released: Workspac
                           ("parts", {"base": f"path:{released.root / 'tiny-base'}"})):
         again = moa.Mixture.from_pretrained(name, device="cpu", **options)   # type: ignore[arg-type]
         assert again.generate(QUESTION, max_new_tokens=5) == asked and repr(name) in repr(again)
+    with pytest.raises(moa.errors.BaseModelError, match="was a folder where it was made"):
+        moa.Mixture.from_pretrained("parts")
     with pytest.raises(moa.errors.UsageError, match="not an empty folder"):
         mixture.save_pretrained("whole")
     with pytest.raises(moa.errors.ArtifactError, match="holds no mixture"):
