@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 LOGGER = logging.getLogger("moa.api")
 # Environment variables that moa and its libraries set. Others are the host's, and may change during a call.
-PREFIXES = ("DVC_", "GIT_PYTHON_", "KMP_", "MLFLOW_", "MOA_", "ONEDNN_", "PREFECT_", "TORCH")
+PREFIXES = ("DVC_", "GIT_PYTHON_", "KMP_", "MLFLOW_", "ONEDNN_", "PREFECT_", "TORCH")
 NAMES = ("DO_NOT_TRACK", "NO_PROXY", "no_proxy")
 MOAS_LOGGERS = ("mlflow", "alembic")   # loggers that moa silences, also before MLflow has made them
 ENDING_SECONDS = 0.2   # between two looks at what an interrupted call has started

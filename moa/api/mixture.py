@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 from moa.api.host import LOGGER, host_kept
 from moa.api.results import Completion, Explanation, LevelChoice, Routing, Rows, Score, Usage
-from moa.api.workspace import Workspace, located
+from moa.api.workspace import Workspace, configuration, located
 from moa.core import digests, paths
 from moa.core.errors import ArtifactError, BaseModelError, DataError, NothingReleased, UsageError
 from moa.core.files import read_json, replace_directory, write_json
@@ -109,7 +109,7 @@ class Mixture:
 
         execution = ExecutionParams()
         if base is None and workspace is not None:
-            config = workspace.opened()
+            config = configuration(workspace)
             place, params, execution = workspace.paths, config.base, config.execution
         else:
             params = BaseParams(source=base or _named_base(folder))
@@ -331,7 +331,7 @@ def load(workspace: Workspace | str | Path | None = None, *, version: int | None
         from moa.release.registry import Registry
 
         opened = located(workspace)
-        registry = Registry(opened.paths, opened.opened())
+        registry = Registry(opened.paths, configuration(opened))
         release: MixtureVersion | None = None
         if registry.exists():   # asking would make a database
             release = registry.champion() if version is None else registry.get(version)
@@ -416,7 +416,7 @@ def _download(name: str, version: str, workspace: Workspace | None) -> Path:
     from moa.release.registry import Registry
 
     if workspace is not None:
-        return Registry.of_model(workspace.paths, workspace.opened(), name).download(version)
+        return Registry.of_model(workspace.paths, configuration(workspace), name).download(version)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         raise UsageError(f"models:/{name} needs a registry: set MLFLOW_TRACKING_URI, or name a workspace.")
     return Registry.of_model(_home(), Config(base=BaseParams(source="path:."), domains={}), name).download(version)

@@ -39,7 +39,7 @@ def test_a_list_gives_a_table_in_its_order(mixture: moa.Mixture) -> None:
     assert outs[0].routing == moa.Routing("alpha") and outs[1] == mixture.generate(QUESTION, max_new_tokens=3)
     table = outs.to_frame()
     assert table["routing.domain"][0] == "alpha" and len(table) == 3
-    assert "alpha" in outs._repr_html_()
+    assert "alpha" in outs._repr_html_() and len(outs[1:].to_frame()) == 2
     assert mixture.generate([]) == () and mixture.route([]) == ()
     assert {out.answered_by for out in mixture.generate(["a", "b"], domain="beta", max_new_tokens=1)} == {"beta"}
 
