@@ -1,7 +1,7 @@
 """What a call of the API leaves alone: the settings of the process that it runs in, and a running event loop.
 
 The packages below, and the libraries that they import, set environment variables, logging levels and warnings filters.
-That is right in a process of moa's own. In somebody else's process the API undoes it at the end of each call.
+In a process that the command line started these may stay. In a host process each call of the API restores them.
 """
 
 import asyncio
