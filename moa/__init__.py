@@ -58,18 +58,18 @@ _MODULES = {
     "moa.api.workspace": ("init", "Workspace", "plan", "run"),
 }
 
+if not TYPE_CHECKING:   # a type checker would take any name for one of moa's
+    def __getattr__(name: str) -> object:
+        """Import a public name at its first use (PEP 562)."""
+        from importlib import import_module
 
-def __getattr__(name: str) -> object:
-    """Import a public name at its first use (PEP 562)."""
-    from importlib import import_module
-
-    if name not in __all__:
-        raise AttributeError(f"module 'moa' has no attribute {name!r}")
-    if name == "errors":
-        return import_module("moa.errors")
-    module = next((each for each, names in _MODULES.items() if name in names), "moa.api.results")
-    found = globals()[name] = getattr(import_module(module), name)
-    return found
+        if name not in __all__:
+            raise AttributeError(f"module 'moa' has no attribute {name!r}")
+        if name == "errors":
+            return import_module("moa.errors")
+        module = next((each for each, names in _MODULES.items() if name in names), "moa.api.results")
+        found = globals()[name] = getattr(import_module(module), name)
+        return found
 
 
 def __dir__() -> list[str]:

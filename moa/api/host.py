@@ -1,7 +1,7 @@
 """What a call of the API leaves alone: the settings of the process that it runs in, and a running event loop.
 
 The packages below, and the libraries that they import, set environment variables, logging levels and warnings filters.
-That is right in a process of moa's own. In somebody else's process the API undoes it at the end of each call.
+In a process that the command line started these may stay. In a host process each call of the API restores them.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 LOGGER = logging.getLogger("moa.api")
 # Environment variables that moa and its libraries set. Others are the host's, and may change during a call.
-PREFIXES = ("DVC_", "GIT_PYTHON_", "KMP_", "MLFLOW_", "MOA_", "ONEDNN_", "PREFECT_", "TORCH")
+PREFIXES = ("DVC_", "GIT_PYTHON_", "KMP_", "MLFLOW_", "ONEDNN_", "PREFECT_", "TORCH")
 NAMES = ("DO_NOT_TRACK", "NO_PROXY", "no_proxy")
 MOAS_LOGGERS = ("mlflow", "alembic")   # loggers that moa silences, also before MLflow has made them
 ENDING_SECONDS = 0.2   # between two looks at what an interrupted call has started
@@ -34,8 +34,8 @@ _saved = ExitStack()
 
 @contextmanager
 def host_kept() -> Iterator[None]:
-    """Undo, at the end of the block, changes of moa's environment variables, logging levels, warnings filters and
-    transformers' verbosity. Within the block, lines about progress go to the logger `moa.api`.
+    """Undo, at the end of the block, changes of moa's environment variables, logging levels and handlers, warnings
+    filters and transformers' verbosity. Within the block, lines about progress go to the logger `moa.api`.
 
     Blocks nest, and run in several threads: the settings are restored when the last one ends.
     """
@@ -43,7 +43,7 @@ def host_kept() -> Iterator[None]:
     with _guard:
         if _calls == 0:
             _saved = ExitStack()
-            for restored in (warnings.catch_warnings(), _environment(), _logging_levels(), _transformers()):
+            for restored in (warnings.catch_warnings(), _environment(), _logging(), _transformers()):
                 _saved.enter_context(restored)
         _calls += 1
     try:
@@ -72,15 +72,18 @@ def _moas_variables() -> dict[str, str]:
 
 
 @contextmanager
-def _logging_levels() -> Iterator[None]:
+def _logging() -> Iterator[None]:
     def loggers() -> dict[str, logging.Logger]:
         known = logging.root.manager.loggerDict.items()
         return {"": logging.root, **{name: each for name, each in known if isinstance(each, logging.Logger)}}
 
     before = {name: logger.level for name, logger in loggers().items()}
+    handlers = list(logging.root.handlers)
     try:
         yield
     finally:
+        for handler in [each for each in logging.root.handlers if each not in handlers]:   # Prefect adds one
+            logging.root.removeHandler(handler)
         for name, logger in loggers().items():
             if (name in before or name.startswith(MOAS_LOGGERS)) and logger.level != before.get(name, logging.NOTSET):
                 logger.setLevel(before.get(name, logging.NOTSET))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 from moa.api.host import LOGGER, host_kept
 from moa.api.results import Completion, Explanation, LevelChoice, Routing, Rows, Score, Usage
-from moa.api.workspace import Workspace, located
+from moa.api.workspace import Workspace, configuration, located
 from moa.core import digests, paths
-from moa.core.errors import ArtifactError, DataError, NothingReleased, UsageError
+from moa.core.errors import ArtifactError, BaseModelError, DataError, NothingReleased, UsageError
 from moa.core.files import read_json, replace_directory, write_json
 from moa.core.paths import MANIFEST
 from moa.core.text import NOTHING_RELEASED
@@ -66,7 +66,7 @@ class Mixture:
 
         Args:
             name: "models:/NAME@champion" or "models:/NAME/VERSION" in MLflow, or a folder that `save_pretrained` or
-                `moa export` wrote.
+                `moa export DIR` wrote.
             workspace: its base is used, and its registry; None = the workspace around the current folder, if any.
             base: source of the base instead: wheel:NAME==VERSION, hub:NAME@REVISION or path:FOLDER. Without it and a
                 workspace, the base that was saved with the folder is used, or the one that the mixture names is
@@ -109,11 +109,10 @@ class Mixture:
 
         execution = ExecutionParams()
         if base is None and workspace is not None:
-            config = workspace.opened()
+            config = configuration(workspace)
             place, params, execution = workspace.paths, config.base, config.execution
         else:
-            pinned: dict[str, str] = read_json(folder / MANIFEST)["base"]
-            params = BaseParams(source=base or pinned["source"])
+            params = BaseParams(source=base or _named_base(folder))
             place = _fetched(params)
         chosen = pick_device([device] if device else execution.devices)
         mixture = Loaded.load(folder, load_base(place, params, chosen), execution.resident)
@@ -332,7 +331,7 @@ def load(workspace: Workspace | str | Path | None = None, *, version: int | None
         from moa.release.registry import Registry
 
         opened = located(workspace)
-        registry = Registry(opened.paths, opened.opened())
+        registry = Registry(opened.paths, configuration(opened))
         release: MixtureVersion | None = None
         if registry.exists():   # asking would make a database
             release = registry.champion() if version is None else registry.get(version)
@@ -386,12 +385,20 @@ def _home() -> paths.Workspace:
     return paths.Workspace(paths.user_cache() / "library")
 
 
+def _named_base(folder: Path) -> str:
+    """The source of the base that a mixture's manifest names, if it can be fetched. Raises BaseModelError if not."""
+    source: str = read_json(folder / MANIFEST)["base"]["source"]
+    if source.startswith("path:"):
+        raise BaseModelError(f"The mixture's base was a folder where it was made ({source}), and no workspace is here "
+                             'to have it: pass base="path:FOLDER" or workspace=...')
+    return source
+
+
 def _fetched(params: "BaseParams") -> paths.Workspace:
     """A folder in which the base of this source has been fetched and pinned, of which there is one for each source."""
     from filelock import FileLock
 
     from moa.base import pin
-    from moa.core.errors import BaseModelError
 
     place = paths.Workspace(_home().root / "bases" / digests.of_bytes(params.source.encode())[:16])
     place.local.mkdir(parents=True, exist_ok=True)
@@ -409,7 +416,7 @@ def _download(name: str, version: str, workspace: Workspace | None) -> Path:
     from moa.release.registry import Registry
 
     if workspace is not None:
-        return Registry.of_model(workspace.paths, workspace.opened(), name).download(version)
+        return Registry.of_model(workspace.paths, configuration(workspace), name).download(version)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         raise UsageError(f"models:/{name} needs a registry: set MLFLOW_TRACKING_URI, or name a workspace.")
     return Registry.of_model(_home(), Config(base=BaseParams(source="path:."), domains={}), name).download(version)

@@ -7,7 +7,7 @@ from typing import Any
 
 from moa.api.host import host_kept
 from moa.api.results import ChampionChange, Comparison, DomainComparison, Release, Rows
-from moa.api.workspace import Workspace, located
+from moa.api.workspace import Workspace, configuration, located
 
 
 class Registry:
@@ -32,7 +32,7 @@ class Registry:
         with host_kept():
             from moa.reports.releases import listed
 
-            return Rows(map(_release, listed(self.workspace.paths, self.workspace.opened())["releases"]))
+            return Rows(map(_release, listed(self.workspace.paths, configuration(self.workspace))["releases"]))
 
     def champion(self) -> Release | None:
         """The release that serves; None before the first promotion."""
@@ -43,14 +43,14 @@ class Registry:
         with host_kept():
             from moa.reports.releases import shown
 
-            return _release(shown(self.workspace.paths, self.workspace.opened(), version))
+            return _release(shown(self.workspace.paths, configuration(self.workspace), version))
 
     def history(self) -> Rows[ChampionChange]:
         """Every change of champion, oldest first."""
         with host_kept():
             from moa.reports.releases import history
 
-            entries = history(self.workspace.paths, self.workspace.opened())["history"]
+            entries = history(self.workspace.paths, configuration(self.workspace))["history"]
         return Rows(ChampionChange(entry["version"], entry["previous"], entry["reason"], entry["effective"],
                                    entry["at"], entry["by"]) for entry in entries)
 
@@ -69,7 +69,8 @@ class Registry:
         with host_kept():
             from flows.steps.release import approve
 
-            return _change(approve(self.workspace.paths, self.workspace.opened(), version, force=force, note=reason))
+            config = configuration(self.workspace)
+            return _change(approve(self.workspace.paths, config, version, force=force, note=reason))
 
     def rollback(self, to: int | None = None, *, reason: str | None = None) -> ChampionChange:
         """Make the previous champion champion again, or `to`, which must have been champion once.
@@ -80,7 +81,7 @@ class Registry:
         with host_kept():
             from flows.steps.release import roll_back
 
-            return _change(roll_back(self.workspace.paths, self.workspace.opened(), to, reason))
+            return _change(roll_back(self.workspace.paths, configuration(self.workspace), to, reason))
 
     def compare(self, challenger: int, incumbent: int | None = None) -> Comparison:
         """Compare two releases on the same test rows, as the gate does.
@@ -96,7 +97,7 @@ class Registry:
         with host_kept():
             from moa.release.champion import compare_versions, other_version
 
-            paths, config = self.workspace.paths, self.workspace.opened()
+            paths, config = self.workspace.paths, configuration(self.workspace)
             other = other_version(paths, config, challenger, incumbent)
             facts = compare_versions(paths, config, other, challenger)
         by_domain: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -6,7 +6,7 @@ Each has a repr of one line. In a notebook, those that list something show an HT
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeVar, overload
 
 if TYPE_CHECKING:
     import pandas
@@ -31,6 +31,16 @@ class Rows(tuple[T, ...]):
     """
 
     __slots__ = ()
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Rows[T]": ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> "T | Rows[T]":
+        """A result, or for a slice a table of results."""
+        return Rows(super().__getitem__(index)) if isinstance(index, slice) else super().__getitem__(index)
 
     def to_frame(self) -> "pandas.DataFrame":
         """A DataFrame with one row for each result. Fields of a nested result become columns like `routing.domain`."""
@@ -367,7 +377,7 @@ class ChampionChange:
     version: int
     previous: int | None   # the champion before; None = there was none
     reason: str
-    changed: bool = True   # False: `version` was champion already
+    changed: bool = True   # False: `version` was champion already, or the change was interrupted
     at: str = ""           # ISO 8601, UTC
     by: str = ""           # the user or program
 

@@ -123,9 +123,10 @@ class ExpertStack:
     >>> stack = moa.ExpertStack(model, {"math": moa.LoraConfig(r=8, lora_alpha=16), "sql": moa.LoraConfig(r=16)})
     >>> stack
     ExpertStack(math: r=8, sql: r=16)
+    >>> import torch
     >>> with stack.using(["sql", None]):   # the first row uses the expert, the second one the model alone
-    ...     model(**model.dummy_inputs | {"input_ids": model.dummy_inputs["input_ids"][:2]}).logits.shape[0]
-    2
+    ...     tuple(model(torch.tensor([[1, 2, 3], [1, 2, 3]])).logits.shape[:2])
+    (2, 3)
     >>> stack.unload() is model
     True
     """

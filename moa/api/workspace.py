@@ -36,7 +36,7 @@ class Workspace:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.paths = paths.Workspace.find(Path(root))   # the paths of its files, for code inside moa
+        self.paths = paths.Workspace.find(Path(root))   # of its files, for code inside moa
         if self.paths.root != Path(root).resolve():
             raise UsageError(f"{root} is no workspace, which is a folder with params.yaml and dvc.yaml: make one with "
                              "moa.init, or find the one above it with moa.Workspace.find.")
@@ -63,16 +63,7 @@ class Workspace:
     def domains(self) -> tuple[str, ...]:
         """The domains of params.yaml."""
         with host_kept():
-            return tuple(self.opened().domains)
-
-    def opened(self) -> "Config":
-        """Check params.yaml, and undo changes that a killed process left half done. For code inside moa."""
-        from moa.core import config, transaction
-        from moa.workspace import origins
-
-        for line in [*transaction.recover(self.paths), *origins.recover(self.paths)]:
-            LOGGER.warning("%s", line)
-        return config.load(self.paths.params)
+            return tuple(configuration(self).domains)
 
     def add(self, domain: str, rows: "Iterable[Mapping[str, object]] | datasets.Dataset | pandas.DataFrame", *,
             metric: str | None = None, map: Mapping[str, str] | None = None, template: str | None = None,
@@ -105,7 +96,7 @@ class Workspace:
         with host_kept(), tempfile.TemporaryDirectory(prefix="moa-") as folder:
             from moa.workspace import domains
 
-            self.opened()
+            configuration(self)
             count = _write_rows(Path(folder) / ROWS, rows)
             done = domains.add(self.paths, domain, [ROWS], Path(folder),
                                {key: value for key, value in given.items() if value is not None})
@@ -126,6 +117,16 @@ def located(workspace: Workspace | str | Path | None) -> Workspace:
     if workspace is None:
         return Workspace.find()
     return workspace if isinstance(workspace, Workspace) else Workspace(workspace)
+
+
+def configuration(workspace: Workspace) -> "Config":
+    """The checked params.yaml. Before, what a killed process left half done is undone."""
+    from moa.core import config, transaction
+    from moa.workspace import origins
+
+    for line in [*transaction.recover(workspace.paths), *origins.recover(workspace.paths)]:
+        LOGGER.warning("%s", line)
+    return config.load(workspace.paths.params)
 
 
 def row_dicts(rows: "Iterable[Mapping[str, object]] | datasets.Dataset | pandas.DataFrame") -> list[dict[str, Any]]:
@@ -219,7 +220,7 @@ def plan(workspace: Workspace | str | Path | None = None, *, domains: Sequence[s
         from moa.workspace.pipeline import Pipeline
 
         opened = located(workspace)
-        config = opened.opened()
+        config = configuration(opened)
         if not config.domains:
             raise ConfigError(NO_DOMAIN)
         for name in domains or ():
@@ -263,7 +264,7 @@ def run(workspace: Workspace | str | Path | None = None, *, domains: Sequence[st
         from moa.evaluation.gate import verdict_of
 
         opened = located(workspace)
-        opened.opened()
+        configuration(opened)
         options = BuildOptions(tuple(domains) if domains else None, tuple(force), promote, recalibrate)
         # Prefect needs an event loop of its own; without it, Ctrl-C reaches the run directly.
         result = (launch(opened.paths, options, local=True) if local else

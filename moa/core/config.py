@@ -5,7 +5,6 @@ Each group of parameters belongs to one stage, and each stage of dvc.yaml lists 
 
 import os
 import re
-import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML, YAMLError
 
 from moa.core.errors import ConfigError
+from moa.core.progress import notice
 from moa.core.subprocesses import KEYS_NAMED
 
 DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
@@ -281,7 +281,7 @@ def _warn_of_removed(file: str, names: tuple[str, ...]) -> None:
     if os.environ.get(KEYS_NAMED) == "1":
         return
     verb, pronoun = ("has", "it") if len(names) == 1 else ("have", "them")
-    print(f"{file}: {', '.join(names)} {verb} no effect any more; `moa upgrade` removes {pronoun}.", file=sys.stderr)
+    notice(f"{file}: {', '.join(names)} {verb} no effect any more; `moa upgrade` removes {pronoun}.")
 
 
 def _explain(path: Path, error: ValidationError) -> str:
@@ -298,7 +298,7 @@ def _explain(path: Path, error: ValidationError) -> str:
 
 
 def load(path: Path) -> Config:
-    """Read and check the params.yaml at `path`. A warning on standard error names the keys of `REMOVED` that it has.
+    """Read and check the params.yaml at `path`. A `notice` names the keys of `REMOVED` that it has.
 
     Raises ConfigError that names the key, what is allowed and what was found, or that the file is missing.
     """

@@ -28,12 +28,20 @@ _logger: ContextVar[logging.Logger | None] = ContextVar("logger", default=None) 
 
 @contextmanager
 def logged(logger: logging.Logger) -> Iterator[None]:
-    """Within the block, every new `Screen` sends its lines to `logger` and draws no bars: a library does not print."""
+    """Within the block, `notice` and every new `Screen` log their lines and draw no bars: a library does not print."""
     token = _logger.set(logger)
     try:
         yield
     finally:
         _logger.reset(token)
+
+
+def notice(text: str) -> None:
+    """Print a line on standard error, or log it (`logged`)."""
+    if (logger := _logger.get()) is not None:
+        logger.warning(text)
+    else:
+        print(text, file=sys.stderr)
 
 
 def stamped(text: str) -> str:

@@ -8,15 +8,21 @@ from moa.core.paths import Workspace
 from tests import tiny
 
 
-@pytest.fixture(scope="session", autouse=True)
+def _exact(patched: pytest.MonkeyPatch) -> None:
+    patched.setenv("MOA_DTYPE", "float32")
+    patched.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def exact() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("MOA_DTYPE", "float32")
-        patched.delenv("MLFLOW_TRACKING_URI", raising=False)
+        _exact(patched)
         yield
 
 
 @pytest.fixture(scope="session")
-def released(exact: None, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def released(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """With version 1 as champion. Tests write elsewhere."""
-    return tiny.released(tmp_path_factory.mktemp("api") / "my-experts")
+    with pytest.MonkeyPatch.context() as patched:
+        _exact(patched)
+        return tiny.released(tmp_path_factory.mktemp("api") / "my-experts")

@@ -39,7 +39,7 @@ def test_a_list_gives_a_table_in_its_order(mixture: moa.Mixture) -> None:
     assert outs[0].routing == moa.Routing("alpha") and outs[1] == mixture.generate(QUESTION, max_new_tokens=3)
     table = outs.to_frame()
     assert table["routing.domain"][0] == "alpha" and len(table) == 3
-    assert "alpha" in outs._repr_html_()
+    assert "alpha" in outs._repr_html_() and len(outs[1:].to_frame()) == 2
     assert mixture.generate([]) == () and mixture.route([]) == ()
     assert {out.answered_by for out in mixture.generate(["a", "b"], domain="beta", max_new_tokens=1)} == {"beta"}
 
@@ -101,6 +101,8 @@ def test_a_saved_mixture_is_the_mixture(mixture: moa.Mixture, released: Workspac
                           ("parts", {"base": f"path:{released.root / 'tiny-base'}"})):
         again = moa.Mixture.from_pretrained(name, device="cpu", **options)   # type: ignore[arg-type]
         assert again.generate(QUESTION, max_new_tokens=5) == asked and repr(name) in repr(again)
+    with pytest.raises(moa.errors.BaseModelError, match="was a folder where it was made"):
+        moa.Mixture.from_pretrained("parts")
     with pytest.raises(moa.errors.UsageError, match="not an empty folder"):
         mixture.save_pretrained("whole")
     with pytest.raises(moa.errors.ArtifactError, match="holds no mixture"):

@@ -162,3 +162,13 @@ def test_an_interrupted_run_leaves_nothing_half_done(tmp_path: Path) -> None:
     with pytest.raises(moa.errors.PipelineError, match="Failed: register experts"):   # which toy stages do not make
         moa.run(workspace)
     assert not moa.plan(workspace).stale
+
+
+def test_what_the_command_line_would_print_is_logged(tmp_path: Path, capfd: pytest.CaptureFixture[str],
+                                                     caplog: pytest.LogCaptureFixture) -> None:
+    workspace = moa.init(tmp_path / "old")
+    text = workspace.paths.params.read_text(encoding="utf-8")
+    workspace.paths.params.write_text(text.replace("drift:\n", "drift:\n  psi: 0.3\n"), encoding="utf-8")
+    capfd.readouterr()
+    assert workspace.domains == ()
+    assert "drift.psi has no effect any more" in caplog.text and capfd.readouterr() == ("", "")
