@@ -11,14 +11,17 @@ import datasets
 import numpy as np
 import pandas
 import pytest
+from ruamel.yaml import YAML
 
 import moa
 from tests import tiny, toy, waiting
 
-SMALL = {"validation: 0.1": "validation: 0.2", "test: 0.1": "test: 0.2", "min_rows: 30": "min_rows: 10",
-         "rank: 8": "rank: 2\n  batch_tokens: 2048", "epochs: 2": "epochs: 1", "min_rows: 20": "min_rows: 4",
-         "generate_rows: 20": "generate_rows: 1\n  max_new_tokens: 4", "metric_rows: 40": "metric_rows: 0",
-         "workers: 2": "workers: 1\n  devices: [cpu]"}
+# Parameters that make a build small, by group.
+SMALL: dict[str, dict[str, object]] = {
+    "prepare": {"validation": 0.2, "test": 0.2, "min_rows": 10},
+    "train": {"rank": 2, "batch_tokens": 2048, "epochs": 1},
+    "evaluate": {"generate_rows": 1, "max_new_tokens": 4}, "release": {"min_rows": 4, "metric_rows": 0},
+    "execution": {"workers": 1, "devices": ["cpu"]}}
 
 
 def rows(domain: str, count: int = 40) -> list[dict[str, str]]:
@@ -33,11 +36,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> moa.Workspace:
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(root)
         workspace = moa.init("my-experts", base="path:tiny-base")
-    text = workspace.paths.params.read_text(encoding="utf-8")
-    for before, after in SMALL.items():
-        assert before in text
-        text = text.replace(before, after)
-    workspace.paths.params.write_text(text, encoding="utf-8")
+    yaml = YAML()
+    params = yaml.load(workspace.paths.params)
+    for group, values in SMALL.items():
+        params.setdefault(group, {}).update(values)
+    yaml.dump(params, workspace.paths.params)
     workspace.add("alpha", rows("alpha"))
     workspace.add("beta", pandas.DataFrame(rows("beta")).assign(input=[None, np.nan] * 20))
     return workspace

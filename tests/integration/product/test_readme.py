@@ -77,4 +77,5 @@ def test_every_command_of_the_readme_runs(workspace: Workspace, prefect_url: str
               if language == "python"]
     assert blocks
     for block in blocks:
-        assert "Answer(" in python(workspace, "-c", block)
+        printed = python(workspace, "-c", block)
+        assert "Release(version=" in printed, printed
