@@ -429,7 +429,8 @@ def fill(at: Setup, book: Book) -> int:
     count = sum(int(mask.sum()) for each in wanted for mask in each.experts.values())
     if count:
         progress(f"{count} losses that the draws need")
-        compute_losses(Losses(at.base, at.encoder), wanted, at.jobs | at.case_jobs)
+        computed = compute_losses(Losses(at.base, at.encoder), wanted, at.jobs | at.case_jobs)
+        assert computed, f"the world lacks losses that are there: {', '.join(book.missing)}"
     return count
 
 

@@ -369,11 +369,12 @@ def everywhere(rows: Sequence[Row], names: Iterable[str]) -> dict[str, Tensor]:
     return {name: torch.ones(len(rows), dtype=torch.bool) for name in names}
 
 
-def compute_losses(losses: Losses, wanted: Sequence[Wanted], jobs: Mapping[str, Job]) -> None:
-    """Compute what is not cached, one set of rows after the other, with the experts that each needs."""
+def compute_losses(losses: Losses, wanted: Sequence[Wanted], jobs: Mapping[str, Job]) -> int:
+    """Compute what is not cached, one set of rows after the other, with the experts that each needs; returns how many.
+    """
     experts: dict[str, Job | None] = {BASE: None, **jobs}
     todo = [(one, pairs) for one in wanted if (pairs := losses.missing(one.rows, one.experts, experts))]
-    pairs_left = sum(len(pairs) for _, pairs in todo)
+    total = pairs_left = sum(len(pairs) for _, pairs in todo)
     progress(f"losses: {pairs_left} to compute, in {len(todo)} sets of rows")
     for one, pairs in todo:
         start = time.perf_counter()
@@ -385,6 +386,7 @@ def compute_losses(losses: Losses, wanted: Sequence[Wanted], jobs: Mapping[str, 
         seconds = time.perf_counter() - start
         progress(f"losses of {one.label}: {len(pairs)} in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s; "
                  f"{pairs_left} left")
+    return total
 
 
 def swapped_questions(rows: Sequence[Row]) -> list[Row]:
@@ -555,7 +557,7 @@ def world(at: Setup) -> World:
     """All that is cached. Raises FileNotFoundError where features are missing; losses that are missing are left out."""
     losses = Losses(at.base, at.encoder)
     kin = {corpus.name: corpus.kin for corpus in at.found}
-    experts: dict[str, Job | None] = {BASE: None, **at.jobs}
+    experts: dict[str, Job | None] = {BASE: None, **at.jobs, **at.case_jobs}   # a known prompt may move to a case's
     known = {}
     for name, parts in at.splits.items():
         swapped = swapped_questions(parts["test"])
@@ -564,11 +566,10 @@ def world(at: Setup) -> World:
                             losses.read(parts["test"], experts), losses.read(swapped, {name: at.jobs[name]}))
     cases = {}
     for plan in at.plans:
-        own = experts | {plan.name: plan.job}
         new = {part: Part(rows, at.features(plan, part)) for part, rows in plan.new.items()}
         cases[plan.name] = Case(
-            plan.kind, plan.dose, plan.corpus, plan.other, new, losses.read(plan.new["test"], own),
-            losses.read(at.splits[plan.corpus]["test"], own) if plan.kind != "useless" else None,
+            plan.kind, plan.dose, plan.corpus, plan.other, new, losses.read(plan.new["test"], experts),
+            losses.read(at.splits[plan.corpus]["test"], experts) if plan.kind != "useless" else None,
             losses.read(swapped_questions(plan.new["test"]), {plan.name: plan.job}) if plan.newcomer else None)
     return World(at.found[0].pool, known, cases)
 
