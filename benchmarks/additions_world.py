@@ -457,7 +457,7 @@ def _plan(kind: Kind, dose: float, name: str, other: str, splits: Splits, jobs: 
     parts, title = splits[name], case_name(kind, dose, name)
     draw = random.Random(f"{title} {trainer.seed}")
     if kind == "useless":
-        new = {part: shuffled(parts[part], draw) for part in NEW}
+        new = {part: mixed(parts[part], draw) for part in NEW}
         of = {part: (name, part, slice(None)) for part in NEW}
         return Plan(kind, dose, name, None, new, of, trainer.job(title, new["train"], new["validation"], case=True))
     source = other if kind == "foreign" else name
@@ -475,6 +475,13 @@ def _plan(kind: Kind, dose: float, name: str, other: str, splits: Splits, jobs: 
     return Plan(kind, dose, name, other if kind == "foreign" else None, new, of,
                 trainer.job(title, [*parts["train"][:len(new["train"])], *new["train"]], validation, case=True,
                             parent=jobs[name]))
+
+
+def mixed(rows: Sequence[Row], draw: random.Random) -> list[Row]:
+    """The rows with their answers in random order, which no question tells. (`shuffled` turns a few canned answers into
+    other canned answers, each always into the same one, and then questions help.)"""
+    return [replace(row, answer=answer) for row, answer in zip(
+        rows, draw.sample([row.answer for row in rows], len(rows)), strict=True)]
 
 
 def shuffled(rows: Sequence[Row], draw: random.Random) -> list[Row]:
