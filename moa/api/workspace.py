@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from moa.api.host import LOGGER, host_kept, outside_event_loop
 from moa.api.results import Added, Plan, PlanStep, RunResult
 from moa.core import paths
-from moa.core.errors import ConfigError, DataError, UsageError
+from moa.core.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import datasets
@@ -214,21 +214,10 @@ def plan(workspace: Workspace | str | Path | None = None, *, domains: Sequence[s
     'base'
     """
     with host_kept():
-        from moa.core.config import NO_DOMAIN
-        from moa.evaluation import metrics
-        from moa.workspace import plan as planning
-        from moa.workspace.pipeline import Pipeline
+        from moa.workspace.plan import plan_run
 
         opened = located(workspace)
-        config = configuration(opened)
-        if not config.domains:
-            raise ConfigError(NO_DOMAIN)
-        for name in domains or ():
-            config.require_domain(name)
-        for domain in config.domains.values():
-            metrics.resolve(domain.metric)
-        snapshot = Pipeline(opened.paths).snapshot().limited(domains or None).forced(force)
-        found = planning.make_plan(snapshot, config, planning.Statistics.read(opened.paths, config))
+        found = plan_run(opened.paths, configuration(opened), domains or (), force)
     return Plan(tuple(PlanStep(step.name, step.state, step.reasons) for step in found.steps), found.experts,
                 found.router, found.estimate.tokens, found.estimate.minutes, found.release, found.text())
 

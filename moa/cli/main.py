@@ -126,20 +126,9 @@ def upgrade(
 @app.command(rich_help_panel=RUN)
 def plan(domain: Domains = None, force: Force = None, as_json: AsJson = False) -> None:
     """Say what `moa run` would do, why, and how long it would take. Runs nothing."""
-    from moa.core.config import NO_DOMAIN
-    from moa.evaluation import metrics
-    from moa.workspace import plan as planning
-    from moa.workspace.pipeline import Pipeline
+    from moa.workspace.plan import plan_run
 
-    workspace, config = opened()
-    if not config.domains:
-        raise ConfigError(NO_DOMAIN)
-    for name in domain or ():
-        config.require_domain(name)
-    for domain_params in config.domains.values():
-        metrics.resolve(domain_params.metric)
-    snapshot = Pipeline(workspace).snapshot().limited(domain or None).forced(force or ())
-    steps = planning.make_plan(snapshot, config, planning.Statistics.read(workspace, config))
+    steps = plan_run(*opened(), domain or (), force or ())
     if as_json:
         print_json(steps.as_dict())
     else:

@@ -247,7 +247,7 @@ class Registry:
             verify(self._fetch(version, Path(temporary)) / "mixture", version)
 
     def _fetch(self, version: MixtureVersion, folder: Path) -> Path:
-        assert self.client   # connected: that quiets MLflow before it is imported
+        _ = self.client   # connects, which quiets MLflow before it is imported
         with mlflow_client.mlflow_errors(self.address), mlflow_client.default_uri(self.address):
             from mlflow.artifacts import download_artifacts
 

@@ -3,11 +3,12 @@
 All functions are pure except `Statistics.read`, which reads what earlier runs measured.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from moa.core.config import Config
+from moa.core.config import NO_DOMAIN, Config
+from moa.core.errors import ConfigError
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.workspace.stage_graph import Snapshot
@@ -123,6 +124,30 @@ class Statistics:
         return cls(corpora, rates, frozenset(domain for domain, path in experts.items()
                                              if path.is_file() and read_json(path).get("source") == "imported"),
                    promises)
+
+
+def plan_run(workspace: Workspace, config: Config, domains: Collection[str] = (), force: Sequence[str] = ()) -> Plan:
+    """What a run of the workspace would do.
+
+    Args:
+        domains: only these domains' own steps; empty = all.
+        force: steps or stages that count as stale.
+
+    Raises:
+        ConfigError: there is no domain yet, or a metric that cannot be used.
+        UsageError: a domain or a stage that there is not.
+    """
+    from moa.evaluation import metrics  # takes long to import
+    from moa.workspace.pipeline import Pipeline
+
+    if not config.domains:
+        raise ConfigError(NO_DOMAIN)
+    for name in domains:
+        config.require_domain(name)
+    for domain in config.domains.values():
+        metrics.resolve(domain.metric)
+    snapshot = Pipeline(workspace).snapshot().limited(domains or None).forced(force)
+    return make_plan(snapshot, config, Statistics.read(workspace, config))
 
 
 def make_plan(snapshot: Snapshot, config: Config, statistics: Statistics) -> Plan:
