@@ -171,12 +171,13 @@ def _plain(value: Any) -> Any:
 
 # What one does with it.
 
-def init(directory: str | Path, *, base: str | None = None) -> Workspace:
+def init(directory: str | Path, *, base: str | None = None, quickstart: bool = False) -> Workspace:
     """Make a folder a workspace, with git and DVC set up. Overwrites nothing.
 
     Args:
         directory: made if there is none.
         base: wheel:NAME==VERSION, hub:NAME@REVISION or path:FOLDER; None = a small default base.
+        quickstart: with the four domains of `moa demo`, whose corpora moa generates itself.
 
     Raises:
         UsageError: the folder is a workspace already, or a file is in the way.
@@ -190,7 +191,7 @@ def init(directory: str | Path, *, base: str | None = None) -> Workspace:
     with host_kept():
         from moa.workspace.init import init as make
 
-        make(Path(directory), base, Path.cwd())
+        make(Path(directory), base, Path.cwd(), quickstart=quickstart)
     return Workspace(directory)
 
 

@@ -8,7 +8,7 @@ import sqlite3
 import sys
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,10 @@ from moa.cli.serve import serve
 from moa.core import git
 from moa.core.errors import ConfigError, MoaError, RegistryError
 from moa.core.loopback import bypass_proxies
+from moa.core.paths import Workspace
+
+if TYPE_CHECKING:
+    from flows.steps.session import BuildOptions
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}   # errors of a full or broken disk
 # Headings of groups of commands in `moa --help`.
@@ -31,6 +35,10 @@ Domains = Annotated[list[str] | None, typer.Option(
     "--domain", help="Only this domain's own steps; what follows them still runs on all. Repeatable.", metavar="NAME")]
 Force = Annotated[list[str] | None, typer.Option(
     help="Run this step (train) or stage (train@math) even if it is fresh. Repeatable.", metavar="STAGE")]
+Local = Annotated[bool, typer.Option("--local", help="Without Prefect: the same steps, no server.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the steps and Prefect print.")]
+Base = Annotated[str | None, typer.Option(
+    help="wheel:NAME==VERSION, hub:NAME@REVISION or path:DIR; a small default base otherwise.", metavar="SOURCE")]
 OneDomain = Annotated[str, typer.Option("--domain", help="A domain of params.yaml.", metavar="NAME")]
 
 
@@ -64,27 +72,54 @@ def run(
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Let the release become champion.")] = True,
     recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Make the router anew, not as the champion's "
                                                                     "successor.")] = False,
-    local: Annotated[bool, typer.Option("--local", help="Without Prefect: the same steps, no server.")] = False,
+    local: Local = False,
     as_json: AsJson = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the steps and Prefect print.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Bring everything up to date (base, corpora, experts, mixture) and release it if the gate lets it.
 
     Exit code 3 when a domain would get worse, 4 when the release waits for approval or data are too few to tell.
     """
-    from flows.launch import run as launch
     from flows.steps.session import BuildOptions
 
-    workspace = place.workspace()
-    options = BuildOptions(tuple(domain) if domain else None, tuple(force or ()), promote, recalibrate)
+    _build(place.workspace(), BuildOptions(tuple(domain) if domain else None, tuple(force or ()), promote, recalibrate),
+           local=local, as_json=as_json, verbose=verbose)
+
+
+@app.command_without_workspace(rich_help_panel=RUN)
+def demo(
+    directory: Annotated[Path, typer.Argument(help="Folder of the demo's workspace, made if there is none.",
+                                              metavar="DIR")] = Path("moa-demo"),
+    base: Base = None,
+    local: Local = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a workspace with four small corpora, build, release and ask it. Run again, it continues."""
+    from flows.steps.session import BuildOptions
+    from moa.release.champion import ask as answer
+    from moa.reports.sample_question import answered_text, sample_question
+    from moa.workspace.init import demo as make
+
+    here = Path.cwd()
+    place.directory = (place.directory or here) / directory
+    make(place.directory, base, here)
+    _build(place.workspace(), BuildOptions(None, (), True, False), local=local, as_json=False, verbose=verbose)
+    workspace, settings = opened()
+    sample = sample_question(workspace, settings)
+    print(f"\n{answered_text(sample, answer(workspace, settings, sample.question))}")
+
+
+def _build(workspace: Workspace, options: "BuildOptions", *, local: bool, as_json: bool, verbose: bool) -> None:
+    """Build and release, print what came of it, and raise typer.Exit where the exit code is not 0."""
+    from flows.launch import run as launch
+    from moa.core import config
+    from moa.reports.text import run_summary
+
     result = launch(workspace, options, local=local, verbose=verbose)
     if as_json:
         print_json(result.as_dict())
     if failure := result.failure():
         raise failure
-    from moa.core import config
-    from moa.reports.text import run_summary
-
     settings = config.load(workspace.params)
     print(run_summary(workspace, settings, result.release), file=sys.stderr if as_json else sys.stdout)
     release = result.release if isinstance(result.release, dict) else {}
@@ -97,9 +132,8 @@ def run(
 def init(
     directory: Annotated[Path, typer.Argument(help="Folder of the workspace, made if there is none.", metavar="DIR",
                                               show_default="the current one")] = Path(),
-    base: Annotated[str | None, typer.Option(
-        help="wheel:NAME==VERSION, hub:NAME@REVISION or path:DIR; a small default base otherwise.",
-        metavar="SOURCE")] = None,
+    base: Base = None,
+    quickstart: Annotated[bool, typer.Option("--quickstart", help="With the four domains of `moa demo`.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a workspace: git and DVC set up, params.yaml and dvc.yaml, a folder for data. Overwrites nothing."""
@@ -107,7 +141,7 @@ def init(
     from moa.workspace.init import text
 
     here = Path.cwd()
-    facts = make(place.directory / directory if place.directory else directory, base, here)
+    facts = make(place.directory / directory if place.directory else directory, base, here, quickstart=quickstart)
     print_result(facts, text(facts, here), as_json)
 
 

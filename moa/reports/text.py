@@ -1,7 +1,6 @@
 """Figures of evaluations, comparisons and builds as text, for terminals and for pages that show Markdown."""
 
 import os
-import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,9 +9,9 @@ from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.paths import Workspace
 from moa.core.text import table
-from moa.data import corpus
 from moa.evaluation import summary
 from moa.reports import changed_hands
+from moa.reports.sample_question import sample_question
 
 # Figures of `champion_table`.
 COLUMNS = ("loss", "perplexity", "score")
@@ -98,8 +97,7 @@ def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
     `release` is the result of `flows.steps.release`; another value leaves its facts out.
     """
     measured = read_json(workspace.reports / "summary.json")
-    domain = next(iter(config.domains))
-    question = shlex.quote(_question(workspace, domain))
+    sample = sample_question(workspace, config)
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.relative(workspace.mlflow)}/mlflow.db"
     release = release if isinstance(release, dict) else {}
     version, champion = release.get("version", "?"), release.get("champion")
@@ -116,8 +114,8 @@ def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
         f"MLflow    mlflow ui --backend-store-uri {tracking}",
         f"Prefect   PREFECT_HOME={workspace.relative(workspace.prefect)} prefect server start",
         "", "Try next:",
-        f"  moa ask {question}",
-        f"  moa ask --domain {domain} --json {question}",
+        f"  moa ask {sample.shell_word}",
+        f"  moa ask --domain base {sample.shell_word}",
         "  moa plan"])
 
 
@@ -171,12 +169,6 @@ def _better(domain: str, verdict: Mapping[str, Any]) -> str:
     if loss["improved"] or not metric.get("improved"):
         return f"{domain} {loss['point']:+.3f} nats"
     return f"{domain} score {metric['point']:+.3f}"
-
-
-def _question(workspace: Workspace, domain: str) -> str:
-    """The shortest question among the domain's test rows, which its expert was not trained on; "..." without rows."""
-    questions = [" ".join(row.question.split()) for row in corpus.read(workspace.corpus(domain), "test")]
-    return min(questions, key=len, default="...")
 
 
 # Markdown.

