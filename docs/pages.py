@@ -1,5 +1,6 @@
 """A hook of mkdocs: pages of the site whose text lies outside of docs/."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,3 +16,20 @@ def on_files(files: Any, config: Any) -> Any:
     for page, source in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(REPOSITORY / source)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Make the links of such a page, which start from its own folder, links between the site's pages."""
+    if page.file.src_uri not in PAGES:
+        return markdown
+    folder = (REPOSITORY / PAGES[page.file.src_uri]).parent
+    pages = {REPOSITORY / source: target for target, source in PAGES.items()}
+
+    def on_site(match: re.Match[str]) -> str:
+        path = (folder / match[1]).resolve()
+        if path in pages:
+            return f"]({pages[path]}"
+        inside = path.is_relative_to(REPOSITORY / "docs")
+        return f"]({path.relative_to(REPOSITORY / 'docs').as_posix() if inside else match[1]}"
+
+    return re.sub(r"\]\(([\w./-]+\.md)", on_site, markdown)
