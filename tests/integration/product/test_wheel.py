@@ -1,6 +1,7 @@
 """What a user installs is the wheel: all that moa needs is in it, and a workspace may have a `flows/` of its own."""
 
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -59,3 +60,14 @@ def test_a_workspace_is_made_and_built_by_the_wheel(installed: dict[str, str], t
     assert "CDLL" in found
     assert run(installed, workspace.root, "-m", "moa", "ask", tiny.row("alpha", 1)["instruction"],
                "--max-new-tokens", "2") is not None
+
+
+def test_the_demo_is_made_built_released_and_asked_by_the_wheel(installed: dict[str, str], tmp_path: Path) -> None:
+    tiny.base(tmp_path / "tiny-base")
+    words = ("-m", "moa", "demo", "made", "--base", "path:tiny-base", "--local")
+    said = run(installed, tmp_path, *words)
+    assert "champion is version 1" in said
+    question = said.rpartition("$ moa ask ")[2].splitlines()[0]
+    assert question == shlex.quote(shlex.split(question)[0]) and "answered)" in said.rpartition(question)[2]
+    again = run(installed, tmp_path, *words)
+    assert "train" not in again.partition("\n\n")[0] and "champion is version 1" in again
