@@ -67,8 +67,8 @@ def test_every_command_of_the_readme_runs(workspace: Workspace, prefect_url: str
     ran = []
     run(workspace, "run")   # in the place of `moa demo`
     for words in COMMANDS:
-        if words[0] == "init":   # shown in more than one place
-            shutil.rmtree(workspace.root / "my-experts", ignore_errors=True)
+        if words[0] in ("init", "export"):   # shown in more than one place
+            shutil.rmtree(workspace.root / words[1], ignore_errors=True)
         if words[0] == "compare" and not ran.count("compare"):
             reseed(workspace.params)
             run(workspace, "run", "--local", "--no-promote")
