@@ -1,7 +1,10 @@
 """Releases listed, compared, promoted and rolled back from Python: real MLflow."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +59,30 @@ def test_two_releases_are_compared_by_domain(two: Workspace) -> None:
     assert moa.Registry(two.root).compare(2).incumbent == 1   # the champion
     with pytest.raises(moa.errors.UsageError, match="cannot be compared with itself"):
         moa.Registry(two.root).compare(1)
+
+
+def test_the_commands_say_the_same(two: Workspace) -> None:
+    def command(*words: str) -> Any:
+        done = subprocess.run([sys.executable, "-m", "moa", *words, "--json"], cwd=two.root, capture_output=True,
+                              text=True, check=True)
+        return json.loads(done.stdout)
+
+    registry, plan = moa.Registry(two.root), moa.plan(two.root)
+    assert [(each["version"], each["state"], each["digest"]) for each in command("release", "list")["releases"]] == [
+        (each.version, each.state, each.digest) for each in registry.releases()]
+    assert [each["version"] for each in command("release", "history")["history"]] == [
+        each.version for each in registry.history()]
+    rows = command("compare", "2", "--against", "1")["rows"]
+    for domain in registry.compare(2, 1).domains:
+        losses = [row["challenger_loss"] for row in rows if row["domain"] == domain.domain]
+        assert sum(losses) / len(losses) == pytest.approx(domain.challenger_loss)
+    assert [(each["name"], each["state"]) for each in command("plan")["stale"]] == [
+        (each.name, each.state) for each in plan.stale] != []
+    question = tiny.row("alpha", 1)["instruction"]
+    reply, out = command("ask", question, "--max-new-tokens", "4"), moa.load(two.root).generate(question,
+                                                                                               max_new_tokens=4)
+    assert (reply["answer"], reply["answered_by"], reply["confidence"]) == (
+        out.text, out.answered_by, pytest.approx(out.routing.confidence))
 
 
 def test_a_forced_promotion_is_rolled_back(two: Workspace) -> None:
