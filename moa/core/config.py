@@ -11,7 +11,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from ruamel.yaml import YAML, YAMLError
 
 from moa.core.errors import ConfigError
@@ -70,6 +79,13 @@ class PromptParams(Group):
 
     system: str | None = Field(default=None, description="system message of rows without one; null = template's")
     max_tokens: int = Field(default=1024, ge=16, description="longest row, and longest prompt the router reads")
+    template_args: dict[str, bool | int | str] = Field(default={}, description="variables that the base's chat "
+                                                       "template reads, such as {enable_thinking: false}")
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `template_args` out where it says nothing, as manifests of before do."""
+        return {key: value for key, value in serialize(self).items() if key != "template_args" or value}
 
 
 class PrepareParams(Group):

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from moa.base.encoding import ChatEncoder, Message
+from moa.base.encoding import ChatEncoder, Message, Rendered
 from moa.base.load import load_tokenizer
 from moa.base.pin import pin
 from moa.core import digests
@@ -61,7 +61,7 @@ def prepare(workspace: Workspace, config: Config, domain: str, encoder: ChatEnco
     from moa.data.quality import quality_report
 
     if encoder is None:
-        encoder = ChatEncoder(load_tokenizer(workspace), config.prompt.system, config.prompt.max_tokens)
+        encoder = ChatEncoder(load_tokenizer(workspace), **config.prompt.model_dump())
     params = config.prepare
     with _scratch(workspace, domain) as scratch, replace_directory(workspace.corpus(domain)) as folder:
         store = RowStore(scratch, params.near_duplicate)
@@ -134,16 +134,16 @@ class RowFilter:
 
     def take(self, batch: Sequence[RawRow], rejections: Any) -> None:
         """Add the usable rows of a batch to the store, and write the others as JSON lines to the file `rejections`."""
-        readable: list[tuple[RawRow, list[Message], Any]] = []
+        readable: list[tuple[RawRow, list[Message], Rendered]] = []
         self.read += len(batch)
         for raw in batch:
             try:
                 messages = self._messages(raw.value)
-                readable.append((raw, messages, self._pieces(messages)))
+                readable.append((raw, messages, self._rendered(messages)))
             except RowRejected as reason:
                 self._reject(raw, str(reason), rejections)
         rows, groups = [], []
-        lengths = self.encoder.lengths([pieces for _, _, pieces in readable])
+        lengths = self.encoder.lengths([rendered for _, _, rendered in readable])
         for (raw, messages, _), (prompt, completion) in zip(readable, lengths, strict=True):
             if not completion:
                 self._reject(raw, "the answer has no tokens", rejections)
@@ -168,14 +168,14 @@ class RowFilter:
                 raise RowRejected(f"the text contains {match[0]}, a special token of the base")
         return messages
 
-    def _pieces(self, messages: list[Message]) -> list[tuple[str, bool]]:
-        """The row as the encoder's pieces. Raises RowRejected where it is far too long or cannot be rendered."""
+    def _rendered(self, messages: list[Message]) -> Rendered:
+        """The row as the encoder renders it. Raises RowRejected where it is far too long or cannot be rendered."""
         from jinja2 import TemplateError
 
         if (size := sum(len(message["content"]) for message in messages)) > CHARACTERS * self.encoder.max_tokens:
             raise RowRejected(f"too long: {size} characters, prompt.max_tokens is {self.encoder.max_tokens}")
         try:
-            return self.encoder.pieces(messages)
+            return self.encoder.rendered(messages)
         except TemplateError as error:
             raise RowRejected(f"the base's chat template refuses it: {error}") from None
 

@@ -78,7 +78,7 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], fresh: b
 
     device = pick_device(config.execution.devices)
     base = load(workspace, config.base, device)
-    encoder = ChatEncoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
+    encoder = ChatEncoder(base.tokenizer, **config.prompt.model_dump())
     params = config.train
     specs = [LoraSpec(params.rank, params.alpha, params.rslora)] * len(todo)
     stack = ExpertStack(base.model, specs, params.targets).trainable(True)

@@ -51,7 +51,7 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
              for domain, manifest in ((domain, _expert(workspace, domain)) for domain in labels)}
     folders = {domain: workspace.expert(domain) for domain in labels}
     base = load(workspace, config.base, pick_device(config.execution.devices))
-    encoder = ChatEncoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
+    encoder = ChatEncoder(base.tokenizer, **config.prompt.model_dump())
     content = _content(workspace, labels, params.rows)
     features = _FrozenFeatures(workspace, base, encoder)
     prompts: dict[Part, Prompts] = {part: features.prompts(content[part]) for part in LEARNING}

@@ -51,7 +51,7 @@ def candidates(workspace: Workspace, config: Config, domain: str) -> dict[str, A
         cause = "There is no other expert" if adapt.candidates else "adapt.candidates is 0"
         return report | {"reason": f"{cause}: the training begins afresh."}
     base = load(workspace, config.base, pick_device(config.execution.devices))
-    encoder = ChatEncoder(base.tokenizer, config.prompt.system, config.prompt.max_tokens)
+    encoder = ChatEncoder(base.tokenizer, **config.prompt.model_dump())
     similar = _similarity(workspace, base, [encoder.prompt(row.prompt)[-encoder.max_tokens:] for row in validation])
     if similar is not None:
         others = sorted((name for name in others if name in similar), key=lambda name: -similar[name])

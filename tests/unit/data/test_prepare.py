@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
+from tokenizers import AddedToken
 
 from moa.base.pin import BasePin
 from moa.core.config import BaseParams, Config, Domain, PrepareParams
@@ -24,11 +26,16 @@ class LetterTokenizer:
     """One id a character; a template in the manner of ChatML that has no place for one system message."""
 
     all_special_tokens = ("</>",)
+    chat_template, is_fast = "", True
+    added_tokens_decoder = MappingProxyType({0: AddedToken("</>", special=True)})
 
-    def __call__(self, texts: list[str], add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+    def __call__(self, texts: list[str], add_special_tokens: bool = True, return_offsets_mapping: bool = False
+                 ) -> dict[str, list[list[Any]]]:
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts],
+                "offset_mapping": [[(place, place + 1) for place in range(len(text))] for text in texts]}
 
-    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
+    def apply_chat_template(self, messages: list[dict[str, str]], chat_template: str | None, tokenize: bool,
+                            add_generation_prompt: bool) -> str:
         if messages[0]["content"] == "refuse me":
             raise TemplateError("System role not supported")
         text = "".join(f"<{message['role']}>{message['content']}</>\n" for message in messages)
