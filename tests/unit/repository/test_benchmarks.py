@@ -64,3 +64,12 @@ def test_the_list_names_what_is_missing(tmp_path: Path, listing: Any) -> None:
     assert lines[1].split() == ["one", "-", "-", "-", "no", "stored", "result"]
     assert lines[2].split() == ["two", "1", "day", "000000000000+", "?", "0", "of", "0", "met"]   # an unknown commit
     assert "one: it is fast" in lines and lines[-1] == "1 without a stored result: RESULTS.md has what was seen."
+
+
+def test_the_list_marks_what_was_transcribed_or_measured_by_hand(tmp_path: Path, listing: Any) -> None:
+    (tmp_path / "acts.json").write_text(json.dumps({
+        "benchmark": "acts", "figures": {}, "goals": [], "date": "2026-01-01", "commit": None, "changed": None,
+        "transcribed": True, "machine": {"cores": 2}, "command": [["make", "demo"]]}))
+    lines = listing.listing("| `one.py` | it is fast |\n", tmp_path, datetime(2026, 1, 3, tzinfo=UTC)).splitlines()
+    assert lines[2].split() == ["acts", "2", "days", "transcribed", "?", "0", "of", "0", "met"]
+    assert "acts: measured by hand (RESULTS.md)" in lines
