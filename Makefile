@@ -6,7 +6,8 @@ export DVC_NO_ANALYTICS = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: demo demo-adapt test test-fast lint suite suite-fast test-random test-slow-model test-busy test-ways bench parameters clean
+.PHONY: demo demo-adapt test test-fast lint suite suite-fast test-random test-slow-model test-busy test-ways bench \
+	bench-quick figures parameters clean
 
 # pip compiles on one core. compileall uses them all, and fails of templates that are no Python, which is no harm.
 # The distribution was once called `moa`: pip would keep the old one beside it, as another package.
@@ -27,6 +28,19 @@ demo-adapt: .venv/installed
 # What the benchmarks claim, and how old their stored results are. Measures nothing.
 bench: .venv/installed
 	$(BIN)/python benchmarks/listing.py
+
+# What benchmarks/training.py is compared with.
+.venv/bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
+	touch $@
+
+# Measures the ratios again, about 15 minutes on two cores, and stores nothing. `make bench-quick ARGS="--only decoding"`
+bench-quick: .venv/installed .venv/bench
+	$(BIN)/python benchmarks/quick.py $(ARGS)
+
+# Fills the figures of the documents from benchmarks/results; a test holds them fresh.
+figures: .venv/installed
+	$(BIN)/python benchmarks/render.py
 
 # The documents that are made from the models of moa/core/config.py; a test holds them fresh.
 parameters: .venv/installed

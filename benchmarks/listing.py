@@ -1,6 +1,7 @@
 """Lists what each benchmark claims, how old its stored result is, on which commit it was measured, and what it reached.
 
-`make bench` runs it. The claims are those of README.md; `common.finish` stores results. Measures nothing.
+`make bench` runs it. The claims are those of README.md; `common.finish` stores results. A result of before results were
+stored is marked as transcribed: its figures are from RESULTS.md, its commit is not known. Measures nothing.
 """
 
 import json
@@ -35,10 +36,12 @@ def row(name: str, path: Path, now: datetime) -> list[str]:
         return [name, "-", "-", "-", "no stored result"]
     result = json.loads(path.read_text(encoding="utf-8"))
     commit = result["commit"]
-    days = (now - datetime.fromisoformat(result["date"])).days
+    date = datetime.fromisoformat(result["date"])
+    days = (now - (date if date.tzinfo else date.replace(tzinfo=UTC))).days   # a transcribed one has no time
     mark = "+" if result["changed"] else ""   # files differed from the commit
+    unknown = "transcribed" if result.get("transcribed") else "-"
     met = sum(bool(each["met"]) for each in result["goals"])
-    return [name, f"{days} day{'' if days == 1 else 's'}", f"{commit[:12]}{mark}" if commit else "-",
+    return [name, f"{days} day{'' if days == 1 else 's'}", f"{commit[:12]}{mark}" if commit else unknown,
             commits_since(name, commit), f"{met} of {len(result['goals'])} met"]
 
 
@@ -55,9 +58,11 @@ def commits_since(name: str, commit: str | None) -> str:
 def listing(readme: str, folder: Path, now: datetime) -> str:
     """The whole list: a table, then the claims. `folder` has the stored results."""
     known = claims(readme)
-    rows = [row(name, folder / f"{name}.json", now) for name in known]
+    by_hand = {path.stem: "measured by hand (RESULTS.md)" for path in sorted(folder.glob("*.json"))
+               if path.stem not in known}
+    rows = [row(name, folder / f"{name}.json", now) for name in known | by_hand]
     missing: list[Any] = [cells for cells in rows if cells[-1] == "no stored result"]
-    lines = [table([HEAD, *rows], right=(3,)), "", *(f"{name}: {claim}" for name, claim in known.items())]
+    lines = [table([HEAD, *rows], right=(3,)), "", *(f"{name}: {claim}" for name, claim in (known | by_hand).items())]
     if missing:
         lines += ["", f"{len(missing)} without a stored result: RESULTS.md has what was seen."]
     return "\n".join(lines)

@@ -49,6 +49,7 @@ TOKENS = 512
 CACHE = REPOSITORY / ".moa" / "cache" / "benchmarks"
 SHARED = ("math", "code", "sql", "medicine")
 RULES = ("last", "vote", "early")
+SETTINGS = ["distinct", "many", "databases", "near"]
 MAX_ABSTENTION = 0.01
 TWINS = ({"quickstart math", "shared math"}, {"quickstart sql", "shared sql"}, {"quickstart python", "shared code"})
 COST, DISTINCT = 0.25, 0.99   # goals
@@ -291,15 +292,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--repeats", type=int, default=5, help="of each cost")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS,
+                        help="what to route among; `many` needs no corpora")
     args = parser.parse_args()
     base = real_base(pick_device())
     print(machine(base.device), flush=True)
-    real = shared_corpora(args.shared)
+    real = shared_corpora(args.shared) if args.settings != ["many"] else {}
     settings: dict[str, tuple[Corpora, dict[str, int], int]] = {
         "distinct": (quickstart_corpora() | real, ROWS, 4), "many": (synthetic(), MANY, 2)}
     if real:
         settings |= {"databases": (databases(real["shared sql"], prefix=True), ROWS, 8),
                      "near": (databases(real["shared sql"], prefix=False), ROWS, 8)}
+    settings = {name: setting for name, setting in settings.items() if name in args.settings}
     figures: dict[str, Any] = {"machine": machine(base.device)}
     goals = []
     for name, (corpora, rows, a_domain) in settings.items():
@@ -310,9 +314,10 @@ def main() -> None:
         report(name, found)
         share = found["rules"]["early"]["cost"]
         goals.append(goal(f"{name}: cost of early routing, share of a prefill", share, COST, share <= COST))
-    for name, key in (("accuracy of early routing", "accuracy"), ("the same, near twins as one", "twin accuracy")):
-        accuracy = figures["distinct"]["rules"]["early"][key]
-        goals.append(goal(f"distinct: {name}", accuracy, DISTINCT, accuracy >= DISTINCT))
+    if "distinct" in figures:
+        for name, key in (("accuracy of early routing", "accuracy"), ("the same, near twins as one", "twin accuracy")):
+            accuracy = figures["distinct"]["rules"]["early"][key]
+            goals.append(goal(f"distinct: {name}", accuracy, DISTINCT, accuracy >= DISTINCT))
     finish("routing", figures, goals)
 
 

@@ -176,7 +176,7 @@ def judged(samples: Mapping[str, Sequence[Sample]], losses: Mapping[str, float],
             continue
         same = config != REAL_NAME or theirs not in losses or losses[ours] <= losses[theirs] * (1 + SAME)
         goals.append(goal(f"tokens/s: {ours} over {theirs}" + ("" if same else ", at a worse loss"), value, wanted,
-                          value >= wanted and same))
+                          value >= wanted and same, above=True))
     if (value := over("ours-8", "ours-1", "peak")) is not None:
         wanted = MEMORY_CUDA if large else MEMORY
         goals.append(goal("peak memory: ours-8 over ours-1", value, wanted, value <= wanted))

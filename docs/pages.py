@@ -19,10 +19,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Make the links of such a page, which start from its own folder, links between the site's pages."""
-    if page.file.src_uri not in PAGES:
-        return markdown
-    folder = (REPOSITORY / PAGES[page.file.src_uri]).parent
+    """Make links between files of the repository links between the site's pages."""
+    folder = (REPOSITORY / PAGES.get(page.file.src_uri, f"docs/{page.file.src_uri}")).parent
     pages = {REPOSITORY / source: target for target, source in PAGES.items()}
 
     def on_site(match: re.Match[str]) -> str:
