@@ -175,10 +175,12 @@ async def _forwarded(server: ServerState, backend: UpstreamServer, release: "Rel
 
 async def _routed(server: ServerState, release: "Release", question: ChatQuestion, tokens: int) -> Routed:
     """The domain that the question names, or the router's decision."""
+    from moa.mixture.mixture import stated_confidence
+
     if question.domain is not None:
         return Routed(question.domain, None, False)
     decision = await asyncio.wrap_future(_submit(server, release, question, tokens, None).done)
-    return Routed(decision.domain, decision.confidence, decision.abstained)
+    return Routed(decision.domain, stated_confidence(decision), decision.abstained, decision.score, decision.threshold)
 
 
 async def _relayed(server: ServerState, backend: UpstreamServer, reply: Any, routed: Routed, ours: dict[str, str],

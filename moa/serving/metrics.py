@@ -49,7 +49,7 @@ class Metrics:
         self._tokens.labels("prompt").inc(answer.prompt_tokens)
         self._tokens.labels("completion").inc(answer.tokens)
         by = "base" if answer.abstained else answer.domain
-        self._routes.labels(by, "caller" if answer.confidence is None else "router").inc()
+        self._routes.labels(by, "caller" if answer.similarity is None else "router").inc()
         if answer.abstained:
             self._abstentions.inc()
 

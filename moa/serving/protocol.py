@@ -186,7 +186,8 @@ def routing(answer: Any) -> schemas.Routing:
     `domain` is what answered, "base" where the router abstained; `nearest` is then the domain that it thought of.
     """
     return schemas.Routing(domain="base" if answer.abstained else answer.domain, confidence=answer.confidence,
-                           abstained=answer.abstained, nearest=answer.domain if answer.abstained else None)
+                           abstained=answer.abstained, nearest=answer.domain if answer.abstained else None,
+                           similarity=answer.similarity, threshold=answer.threshold)
 
 
 class StreamTrimmer:

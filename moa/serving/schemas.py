@@ -224,9 +224,12 @@ class Routing(Response):
 
     domain: str = Field(description="Of the expert that answered; base = no expert.")
     confidence: float | None = Field(description="The router's probability of the domain; null where the caller named "
-                                                 "it.")
+                                                 "it, or the router abstained.")
     abstained: bool = Field(description="Whether the router left the prompt to the base.")
     nearest: str | None = Field(description="The most probable domain where the router abstained, else null.")
+    similarity: float | None = Field(description="Of the conversation to the training prompts of the domain, or the "
+                                                 "nearest, -1 to 1; null where the caller named the domain.")
+    threshold: float | None = Field(description="The least similarity of a conversation that is like this domain.")
 
 
 class Reply(Response):

@@ -243,6 +243,8 @@ def same(reply: dict[str, Any], answer: Answer) -> None:
                               "total_tokens": answer.prompt_tokens + answer.tokens}
     assert reply["moa"]["abstained"] == answer.abstained
     assert reply["moa"]["domain"] == ("base" if answer.abstained else answer.domain)
+    assert reply["moa"]["similarity"] == pytest.approx(answer.similarity)   # a batch rounds otherwise
+    assert reply["moa"]["threshold"] == answer.threshold
     assert reply["model"] == model_of(reply["moa"]["domain"])
 
 

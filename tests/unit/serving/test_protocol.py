@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moa.mixture.generation.engine import GenerationConfig
-from moa.serving.protocol import OPTIONS, ChatError, ChatResponseBuilder, parse, read
+from moa.serving.protocol import OPTIONS, ChatError, ChatResponseBuilder, answerer, parse, read, routing
 from moa.serving.schemas import EXAMPLE, ChatChunk, ChatCompletion, Delta
 
 QUESTION = [{"role": "user", "content": "x"}]
@@ -116,3 +116,12 @@ def test_a_completion_and_its_chunks_are_what_the_document_says() -> None:
     for chunk in (piece, routed, counted):
         assert ChatChunk.model_validate(chunk).as_dict() == chunk
         assert chunk["system_fingerprint"] is None and chunk["model"] == whole["model"] == "moa/law"
+
+
+@pytest.mark.parametrize(("abstained", "confidence"), [(True, None), (False, 0.9)])
+def test_the_routing_names_what_the_model_names(abstained: bool, confidence: float | None) -> None:
+    answer = SimpleNamespace(domain="law", confidence=confidence, abstained=abstained, similarity=0.25, threshold=0.5)
+    assert routing(answer).as_dict() == {
+        "domain": "base" if abstained else "law", "confidence": confidence, "abstained": abstained,
+        "nearest": "law" if abstained else None, "similarity": 0.25, "threshold": 0.5}
+    assert answerer(answer) == ("base" if abstained else "moa/law")
