@@ -3,12 +3,11 @@
 The page's functions return what templates/quality.html shows, as plain data. Rows may contain any text.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import indent
 from typing import Any
 
-from moa.core.text import shorten, table
+from moa.core.text import indented_table, shorten
 from moa.reports import html, svg
 
 BAR = 24       # characters of the widest bar in the text
@@ -62,12 +61,12 @@ def _neighbours(report: Mapping[str, Any]) -> tuple[str, list[tuple[str, float]]
 
 def text(report: Mapping[str, Any]) -> str:
     """The quality report as text for a terminal. Warnings come last, because a terminal shows the end."""
-    parts = [_table(((name, f"{count:,}", remark) for name, count, remark in _counts(report)), right=[1])]
+    parts = [indented_table([(name, f"{count:,}", remark) for name, count, remark in _counts(report)], right=[1])]
     if report["redacted"]:
         parts.append("redacted: " + ", ".join(f"{count:,} {kind}" for kind, count in report["redacted"].items()))
     if rejections := _rejections(report):
-        parts.append("Rejected\n" + _table(((reason, f"{count:,}", f"first at {place}")
-                                            for reason, count, place in rejections), right=[1]))
+        parts.append("Rejected\n" + indented_table([(reason, f"{count:,}", f"first at {place}")
+                                                    for reason, count, place in rejections], right=[1]))
     for part, name in LENGTHS:
         values = report["tokens"][part]
         if "mean" in values:
@@ -78,8 +77,8 @@ def text(report: Mapping[str, Any]) -> str:
                  f"message\nAnswers: {answers['different']:,} different, the most frequent in "
                  f"{answers['largest_group']:,} rows, {answers['short']:,} of one token or none, "
                  f"{answers['blank']:,} blank")
-    parts += [f"{title}\n" + _table(((f"{each['count']:,}", f"{each['share']:.1%}", shorten(each["text"], 80))
-                                     for each in answers[key]), right=[0, 1])
+    parts += [f"{title}\n" + indented_table([(f"{each['count']:,}", f"{each['share']:.1%}", shorten(each["text"], 80))
+                                            for each in answers[key]], right=[0, 1])
               for key, title in (("most_frequent", "Most frequent answers"), ("openings", "Answers that begin alike"))
               if answers[key]]
     shares = report["languages"]["shares"]
@@ -103,20 +102,16 @@ def _across_text(report: Mapping[str, Any]) -> str:
              f"{near['across_domains']['count']:,} nearly so; across splits {near['across_splits']['count']:,} nearly "
              f"the same ({near['compared']:,} rows compared)", sentence]
     if apart:
-        lines.append("Told apart from\n" + _table(((name, f"{accuracy:.0%}") for name, accuracy in apart), right=[1]))
+        lines.append("Told apart from\n" +
+                     indented_table([(name, f"{accuracy:.0%}") for name, accuracy in apart], right=[1]))
     lines += [f"  like {each['looks_like']}: {shorten(each['text'], 90)}"
               for each in (across["neighbours"] or {"examples": []})["examples"]]
     return "\n".join(lines)
 
 
-def _table(rows: Iterable[Sequence[str]], right: Sequence[int]) -> str:
-    return indent(table(list(rows), right), "  ")
-
-
 def _histogram(bins: Sequence[tuple[str, int]]) -> str:
     most = max(max(count for _, count in bins), 1)
-    width, digits = max(len(label) for label, _ in bins), len(f"{most:,}")
-    return "\n".join(f"  {label:>{width}}  {count:>{digits},}  {_bar(count / most)}".rstrip() for label, count in bins)
+    return indented_table([(label, f"{count:,}", _bar(count / most)) for label, count in bins], right=[0, 1])
 
 
 def _bar(share: float) -> str:
