@@ -22,6 +22,7 @@ CURVES = (("training", "train_loss", 0), ("validation", "validation_loss", 1))
 # Name, key, colour and `broad` of the curves by level. One is broad, because the two may coincide.
 LEVELS = (("agreement with the router's choice", "agreement", 3, True), ("accuracy", "accuracy", 1, False))
 
+
 def render(facts: Facts) -> str:
     """Render the report as one HTML page; `facts` is the result of `moa.reports.facts.gather`."""
     return html.render(
