@@ -10,7 +10,8 @@ from moa.cli import main
 from moa.cli.app import Place
 from moa.core.errors import PipelineError
 
-HEAVY = ("torch", "transformers", "prefect", "mlflow", "dvc", "peft", "datasets", "pydantic", "networkx")
+HEAVY = ("torch", "transformers", "prefect", "mlflow", "dvc", "peft", "datasets", "pydantic", "networkx",
+         "jinja2")
 PARAMS = ("prompt: {}\nprepare: {}\ntrain: {}\nassemble: {}\nevaluate: {}\n"
           "base: {source: 'path:x'}\ndomains: {math: {metric: exact}}\n")
 

@@ -16,10 +16,10 @@ DECISION = {"domain": "math", "confidence": 0.874, "abstained": False, "score": 
 
 def test_a_trace_is_a_plot() -> None:
     assert trace_text(TRACE, DECISION) == """\
-level                       probability  domain
-    0  ██████████░░░░░░░░░░       51.3%  sql
-    1  █████████████████░░░       87.4%  math  <- read
-    2  ████████████████████      100.0%  math
+level                        probability  domain
+    0  ██████████░░░░░░░░░░        51.3%  sql
+    1  █████████████████░░░        87.4%  math  <- read
+    2  ████████████████████       100.0%  math
 rule early: math, confidence 87.4%"""
 
 

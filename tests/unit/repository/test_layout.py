@@ -18,7 +18,7 @@ from moa.core.config import Config
 from moa.core.paths import MANIFEST, Workspace
 from tests.tiny import REPOSITORY
 
-HEAVY = {"torch", "transformers", "peft", "mlflow", "prefect", "dvc", "datasets", "safetensors", "pyarrow"}
+HEAVY = {"torch", "transformers", "peft", "mlflow", "prefect", "dvc", "datasets", "safetensors", "pyarrow", "jinja2"}
 # Modules that are about tensors, or are a flow: only these may be slow to import, and only steps import them.
 SLOW = {"moa.base.kernels.attention", "moa.base.kernels.llama_ops", "moa.experts.batches", "moa.experts.cotraining",
         "moa.experts.lora", "moa.experts.lora_autograd", "moa.experts.peft_format",
