@@ -48,6 +48,7 @@ class DataVersions(Pipeline):
 
     def add(self, folder: Path) -> None:
         """Store the present content of `folder` in DVC's cache and its digest in `folder`.dvc. Raises PipelineError."""
+        from dvc.dvcfile import FileIsGitIgnored
         from dvc.exceptions import DvcException
 
         refused: list[OSError] = []
@@ -63,7 +64,7 @@ class DataVersions(Pipeline):
                                     ) from error
             # `/raw/*` would suffice for git, but DVC then ignores the whole folder.
             hint = (" Let git keep it: write `/raw/?*/` instead of `/raw/` into data/.gitignore."
-                    if "git-ignored" in str(error) else "")
+                    if isinstance(error, FileIsGitIgnored) else "")
             raise PipelineError(f"DVC cannot version {self.workspace.relative(folder)}: {sentence(str(error))}{hint}"
                                 ) from error
 
