@@ -116,14 +116,20 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 @contextlib.contextmanager
 def silence_dvc() -> Iterator[None]:
-    """Suppress DVC's warnings within the block: about locks of killed processes, and outputs that do not exist yet."""
-    logger = logging.getLogger("dvc")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Suppress DVC's warnings and progress bars within the block.
+
+    The warnings are about locks of killed processes, and outputs that do not exist yet. A bar is not drawn where the
+    level of its module's logger is above ERROR.
+    """
+    loggers = [logging.getLogger(name) for name in ("dvc", "dvc_data.callbacks")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def release_memory(items: Iterable[T]) -> Iterator[T]:
