@@ -54,7 +54,8 @@ def beside(report: dict[str, Any], evil: str) -> dict[str, Any]:
 
 def test_rows_cannot_write_into_the_page(tmp_path: Path) -> None:
     evil = "</td></table><script>alert(1)</script><img src=x onerror='alert(2)'>&amp;\"'"
-    rejected = [{"file": evil, "line": 1, "reason": f"{evil}: {evil}", "text": evil}]
+    rejected = [{"file": evil, "line": 1, "code": "malformed", "kind": evil, "reason": f"{evil}: {evil}",
+                 "text": evil}]
     near = [{"id": evil, "of": evil, "split": "train", "of_split": "test", "text": evil}]
     report = corpus(tmp_path, [talk(evil, evil) for _ in range(30)], rejected, near)
     page = Page()
