@@ -44,11 +44,16 @@ class Api:
         return json.loads(content) if content else None
 
     def _send(self, path: str, data: bytes | None, seconds: float) -> bytes:
+        import ssl
+
         import httpx  # not at the top: where no API is known, no command needs it
 
         proxied = urlsplit(self.url).hostname not in loopback.HOSTS   # a proxy cannot reach loopback addresses
+        # Certificates take longer to load than a request; a context without them trusts no server.
+        plain = not proxied and urlsplit(self.url).scheme == "http"
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if plain else _certificates()
         try:
-            with httpx.Client(verify=_certificates(proxied), trust_env=proxied, follow_redirects=True,
+            with httpx.Client(verify=tls, trust_env=proxied, follow_redirects=True,
                               timeout=seconds) as client:
                 reply = client.request("GET" if data is None else "POST", f"{self.url.rstrip('/')}/{path}",
                                        content=data, headers={"Content-Type": "application/json", **self._headers()})
@@ -90,11 +95,11 @@ class Api:
 
 
 @cache
-def _certificates(trust_env: bool) -> "SSLContext":
-    """What HTTPS needs, which takes longer to load than a request. `trust_env`: SSL_CERT_FILE may name it."""
+def _certificates() -> "SSLContext":
+    """The certificates that HTTPS trusts; SSL_CERT_FILE may name them."""
     import httpx
 
-    return httpx.create_ssl_context(trust_env=trust_env)
+    return httpx.create_ssl_context()
 
 
 def configured_api() -> Api | None:

@@ -37,7 +37,7 @@ from moa.core.progress import Screen
 from moa.core.supervisor import SupervisedProcess
 from moa.data import prepare
 from moa.experts import train
-from moa.workspace.data_versions import initialise
+from moa.workspace.dvc_repository import initialise
 from moa.workspace.pipeline import Pipeline
 from tests import tiny
 from tests.waiting import Gate, until
