@@ -27,7 +27,8 @@ def beside(report: dict[str, Any], evil: str) -> dict[str, Any]:
 
 
 def test_rows_cannot_write_into_the_page(tmp_path: Path) -> None:
-    rejected = [{"file": "rows.csv", "line": 1, "reason": "no answer: empty", "text": "Why?"}]
+    rejected = [{"file": "rows.csv", "line": 1, "code": "malformed", "kind": "no answer", "reason": "no answer: empty",
+                 "text": "Why?"}]
     near = [{"id": "a", "of": "b", "split": "train", "of_split": "test", "text": "Why?"}]
     report = beside(corpus(tmp_path, [talk("Why?", SORRY) for _ in range(30)], rejected, near), "sql")
     report |= {"redacted": {"email": 3}, "power": "too few", "promise": "too few"}
