@@ -35,7 +35,7 @@ def test_a_trace_says_why_the_router_abstains() -> None:
     ({"abstained": False, "confidence": 0.987, "domain": "math", "answered_by": "math"},
      "math answered (confidence 0.99)"),
     ({"abstained": False, "confidence": None, "domain": "base", "answered_by": "base"}, "base answered, as asked for"),
-    ({"abstained": True, "confidence": 1.0, "domain": "support", "answered_by": "base", "similarity": 0.04,
+    ({"abstained": True, "confidence": None, "domain": "support", "answered_by": "base", "similarity": 0.04,
       "threshold": 0.16}, "the base answered: unlike support's rows (0.04 < 0.16); --domain support forces it")])
 def test_who_answered_is_said(reply: dict[str, Any], said: str) -> None:
     assert answered_by(reply) == said
