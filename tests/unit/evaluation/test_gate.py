@@ -401,7 +401,7 @@ def test_poison_is_refused_on_the_known_rows_however_good_it_looks_on_its_own() 
     assert "on the 40 test rows that version 4 was tested on" in decision.reason
     assert decision.domains["python"].known is None   # it has no other rows
     said = gate_text({"version": 5, "against": 4, **decision.as_dict()})
-    assert "math    loss           pass" in said and "math    loss, known    fail" in said
+    assert re.search(r"math +loss +pass", said) and re.search(r"math +loss, known +fail", said)
 
 
 @pytest.mark.parametrize(("decision", "verdict"), [
