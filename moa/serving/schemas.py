@@ -34,7 +34,8 @@ PRINTABLE = r"^[^\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f]*$"
 
 
 # What Swagger UI fills in.
-EXAMPLE: dict[str, Any] = {"messages": [{"role": "user", "content": "How many minutes are 3 hours?"}]}
+EXAMPLE: dict[str, Any] = {"messages": [{"role": "user", "content": (
+    "Maria makes 4 kites and sells each for 9 dollars. The material cost 22 dollars. What is her profit?")}]}
 
 
 # Values. Scalars are strict, because pydantic would take "4" for 4 and 1 for true.
