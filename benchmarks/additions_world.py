@@ -457,7 +457,8 @@ def _plan(kind: Kind, dose: float, name: str, other: str, splits: Splits, jobs: 
     parts, title = splits[name], case_name(kind, dose, name)
     draw = random.Random(f"{title} {trainer.seed}")
     if kind == "useless":
-        new = {part: mixed(parts[part], draw) for part in NEW}
+        order = random.Random(f"{title} {trainer.seed}, order")
+        new = {part: mixed(parts[part], order) for part in NEW}
         of = {part: (name, part, slice(None)) for part in NEW}
         return Plan(kind, dose, name, None, new, of, trainer.job(title, new["train"], new["validation"], case=True))
     source = other if kind == "foreign" else name
