@@ -513,7 +513,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(workspace: Workspace, t
     big = jsonl(0, NEW, more="x" * 100_000)
     (tmp_path / "big.jsonl").write_text(big)
     said = refused(lambda: incoming.queue(workspace, "law", ["big.jsonl"], tmp_path), 1 << 20)
-    assert said == "DataError: big.jsonl cannot be copied to law: File too large."
+    assert said == "ArtifactError: big.jsonl cannot be copied to law: File too large."   # the machine, not the rows
     assert files(workspace.incoming) == {}
     incoming.queue(workspace, "law", ["big.jsonl"], tmp_path)
     before = state(workspace)
