@@ -24,16 +24,7 @@ class DataVersions(Pipeline):
         self._dvc.forget(sorted(set(names) & self.recorded().keys()), folders)
 
     def purge(self, paths: Set[str], roots: Iterable[str]) -> dict[str, int]:
-        """Delete versions of `paths` from DVC's cache, and the run cache's entries of stages that read or wrote them.
-
-        Args:
-            paths: outputs of stages, relative to the workspace.
-            roots: DVC's digests of versions that the run cache does not know.
-
-        Returns:
-            `objects` and `bytes` that were deleted; `kept`: number of objects that stay because the present pipeline
-            uses them, too.
-        """
+        """Delete versions of `paths` from DVC's cache; arguments and result as of `Dvc.purge`."""
         return self._prepared().purge(paths, roots)
 
     def cached(self, md5: str) -> dict[str, Path]:

@@ -74,20 +74,6 @@ def test_workspace_option(tmp_path: Path, words: list[str]) -> None:
     assert done.returncode == 2 and f"No workspace at {tmp_path}" in done.stderr
 
 
-@pytest.mark.parametrize(("error", "code"), [(PipelineError("No."), 1), (KeyboardInterrupt(), 130)])
-def test_what_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-                             error: BaseException, code: int) -> None:
-    def fail(_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(Place, "workspace", fail)
-    monkeypatch.setattr(sys, "argv", ["moa", "plan"])
-    with pytest.raises(SystemExit) as ended:
-        main.main()
-    printed = capsys.readouterr()
-    assert ended.value.code == code and printed.err.startswith("moa: ") and not printed.out
-
-
 def ended_by(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int | str | None:
     def fail(_: object) -> None:
         raise error
@@ -97,6 +83,14 @@ def ended_by(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int | str
     with pytest.raises(SystemExit) as ended:
         main.main()
     return ended.value.code
+
+
+@pytest.mark.parametrize(("error", "code"), [(PipelineError("No."), 1), (KeyboardInterrupt(), 130)])
+def test_what_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                             error: BaseException, code: int) -> None:
+    assert ended_by(error, monkeypatch) == code
+    printed = capsys.readouterr()
+    assert printed.err.startswith("moa: ") and not printed.out
 
 
 def sqlite_error(path: Path, statement: str, *, pages: int | None = None) -> sqlite3.Error:
