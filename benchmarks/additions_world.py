@@ -63,6 +63,7 @@ WORDS = 400                        # in the vocabulary of noise
 
 STEPS = ("features", "experts", "losses", "cases")
 Kind = Literal["swapped", "noise", "foreign", "twin", "useless"]
+NEWCOMERS: tuple[Kind, ...] = ("twin", "useless")
 KINDS: tuple[Kind, ...] = ("swapped", "noise", "foreign", "twin", "useless")
 DOSES = (0.0, 0.1, 0.3)            # of "swapped", besides 1; 0 is an honest update. The other cases have dose 1
 DOSED = 4                          # corpora with doses besides 1
@@ -141,6 +142,10 @@ class Case:
     @property
     def name(self) -> str:
         return case_name(self.kind, self.dose, self.corpus)
+
+    @property
+    def arrives(self) -> bool:
+        return self.kind in NEWCOMERS
 
 
 @dataclass(frozen=True)
@@ -417,7 +422,7 @@ class Plan:
 
     @property
     def newcomer(self) -> bool:
-        return self.kind in ("twin", "useless")
+        return self.kind in NEWCOMERS
 
 
 def eligible(splits: Splits) -> list[str]:
