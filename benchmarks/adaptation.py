@@ -46,7 +46,8 @@ from moa.experts.lora import ExpertStack, LoraSpec
 from moa.mixture import assemble as assembling
 from moa.mixture import parent_selection, router
 from moa.workspace import warm_starts
-from moa.workspace.data_versions import DataVersions, initialise
+from moa.workspace.data_versions import DataVersions
+from moa.workspace.dvc_repository import initialise
 
 PARENTS = ("geography", "scholar", "math")
 PAIRS = (("geography", "imdb", "related"), ("scholar", "yelp", "related"), ("math", "imdb", "unrelated"))

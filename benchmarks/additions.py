@@ -20,13 +20,16 @@ Intervals resample corpora. The last line is one JSON object. Shapes: N rows, L 
 
 import argparse
 import math
+import multiprocessing
 import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -63,6 +66,7 @@ INCUMBENTS, NEWCOMERS = (3, 8), (1, 4)
 RESAMPLES = 2000
 HONEST, TRIPLES = 24, 10          # newcomers, and the triples that each is added to
 PARTS = ["moves", "newcomers", "cases"]
+Names = tuple[str, ...]            # of corpora
 FORMER_SEEN = 48
 
 
@@ -76,7 +80,7 @@ class Routers:
         floor, ceiling = int(levels * SHALLOWEST), int((levels - 1) * DEEPEST)
         self.levels = slice(floor, max(floor, ceiling) + 1)   # that rule `early` may read; the others are left out
         self.background_BLD = background_BLD[:, self.levels].float()
-        self.known: dict[tuple[str, ...], Router] = {}
+        self.known: dict[Names, Router] = {}
 
     def prompts(self, name: str, part: Part, first: int = 0, last: int | None = None) -> tuple[Tensor, list[str]]:
         rows = slice(first, last)
@@ -168,7 +172,7 @@ class Book:
 class Tally:
     """Shares over units, each with the corpora that it is of."""
 
-    units: list[tuple[tuple[str, ...], float, float]] = field(default_factory=list)   # corpora, count, of so many
+    units: list[tuple[Names, float, float]] = field(default_factory=list)   # corpora, count, of so many
 
     def add(self, corpora: Iterable[str], count: float, of: float = 1.0) -> None:
         self.units.append((tuple(corpora), count, of))
@@ -196,31 +200,67 @@ class Tally:
 
 @dataclass(frozen=True)
 class Addition:
-    """Incumbents and newcomers, and who answers the incumbents' test prompts before and after."""
+    """Incumbents and newcomers, and who answers the incumbents' test prompts before and after.
 
-    old: tuple[str, ...]
-    new: tuple[str, ...]
+    `caught` is the share of the test prompts of each corpus outside the incumbents that their router leaves to the
+    base, by the product's rule and by the former one: see `strangers`.
+    """
+
+    old: Names
+    new: Names
     before: dict[str, Answers]
     after: dict[str, Answers]
+    caught: dict[str, tuple[float, float]]
 
     def near(self, found: World) -> bool:
         return any(each in found.corpora[name].kin for name in self.new for each in self.old)
 
 
-def drawn(found: World, routers: Routers, count: int, seed: int) -> list[Addition]:
-    draw, names, result = random.Random(f"additions {seed}"), sorted(found.corpora), []
-    for number in range(count):
+def drawn(routers: Routers, count: int, seed: int) -> list[Addition]:
+    draw, names, picks = random.Random(f"additions {seed}"), sorted(routers.world.corpora), []
+    for _ in range(count):
         many, more = draw.randint(*INCUMBENTS), draw.randint(*NEWCOMERS)
         picked = draw.sample(names, many + more)
-        old, new = tuple(sorted(picked[:many])), tuple(sorted(picked[many:]))
-        incumbent = routers.incumbent(old)
-        grown = routers.fitted(routers.domains(picked), incumbent)
-        sides = [{name: routers.answers(router, found.corpora[name].parts["test"]) for name in old}
-                 for router in (incumbent, grown)]
-        result.append(Addition(old, new, *sides))
-        if (number + 1) % 25 == 0:
-            progress(f"additions: {number + 1} of {count}")
+        picks.append((tuple(sorted(picked[:many])), tuple(sorted(picked[many:]))))
+    return side_by_side("additions", routed_addition, routers, picks)
+
+
+def routed_addition(routers: Routers, pick: tuple[Names, Names]) -> Addition:
+    old, new = pick
+    incumbent = routers.incumbent(old)
+    before, after = ({name: routers.answers(router, routers.world.corpora[name].parts["test"]) for name in old}
+                     for router in (incumbent, routers.fitted(routers.domains([*old, *new]), incumbent)))
+    return Addition(old, new, before, after, strangers(routers, old))
+
+
+Pick = TypeVar("Pick")
+Routed = TypeVar("Routed")
+
+
+def side_by_side(label: str, routed: Callable[[Routers, Pick], Routed], routers: Routers,
+                 picks: Sequence[Pick]) -> list[Routed]:
+    """The results of `routed`, in order. A router is too small for several threads to share its matrices: processes
+    that make a router each, with one thread, take half the time on two cores. They inherit the world."""
+    result: list[Routed] = []
+    processes = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(torch.get_num_threads(), processes, _inherit, (routers,)) as pool:
+        for each in pool.map(_in_process, repeat(routed), picks):
+            result.append(each)
+            if len(result) % 25 == 0 or len(result) == len(picks):
+                progress(f"{label}: {len(result)} of {len(picks)}")
     return result
+
+
+_inherited: list[Routers] = []   # of a process of `side_by_side`
+
+
+def _inherit(routers: Routers) -> None:
+    torch.set_num_threads(1)
+    _inherited.append(routers)
+
+
+def _in_process(routed: Callable[[Routers, Pick], Routed], pick: Pick) -> Routed:
+    return routed(_inherited[0], pick)
 
 
 def lost_prompts(addition: Addition, found: World, book: Book) -> dict[str, int]:
@@ -271,22 +311,23 @@ def former_scores(routers: Routers, old: Sequence[str]) -> Callable[[Tensor], Te
     return scores
 
 
-def strangers(addition: Addition, found: World, routers: Routers) -> dict[str, tuple[float, float]]:
-    """By corpus outside the mixture, the share of its test prompts that is caught: by the product, and formerly."""
-    router, former = routers.incumbent(addition.old), former_scores(routers, addition.old)
+def strangers(routers: Routers, old: Names) -> dict[str, tuple[float, float]]:
+    """By corpus outside the mixture of `old`, the share of its test prompts that is caught: by the product's rule and
+    by the former one."""
+    router, former = routers.incumbent(old), former_scores(routers, old)
 
     def present(features_NLD: Tensor) -> Tensor:
         assert router.threshold_C is not None
         return (router.similarities(features_NLD) - router.threshold_C).amax(1)
 
-    tests = {name: routers.prompts(name, known.parts["test"])[0] for name, known in found.corpora.items()}
-    known_NLD = torch.cat([tests[name] for name in addition.old])
+    tests = {name: routers.prompts(name, known.parts["test"])[0] for name, known in routers.world.corpora.items()}
+    known_NLD = torch.cat([tests[name] for name in old])
     caught: list[dict[str, float]] = []
     for scores in (present, former):
         ordered = scores(known_NLD).sort().values
         threshold = ordered[int(MOST * len(ordered))]
         caught.append({name: (scores(tests[name]) < threshold).double().mean().item()
-                       for name in tests if name not in addition.old})
+                       for name in tests if name not in old})
     return {name: (caught[0][name], caught[1][name]) for name in caught[0]}
 
 
@@ -321,52 +362,72 @@ def _some(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def newcomer_decision(found: World, routers: Routers, book: Book, triple: Sequence[str], name: str, case: Case | None
-                      ) -> Decision:
-    """The gate on a newcomer beside three incumbents: an honest corpus, or a case in its place."""
-    own = found.corpora.get(name)
-    label = name if case is None else f"new {name}"
-    source = own.parts if case is None and own else case.parts if case else {}
-    old = routers.domains(triple, case)
-    incumbent = routers.fitted(old) if case else routers.incumbent(triple)
-    domains = old | {label: Domain((source,))}
-    grown = routers.fitted(domains, incumbent)
-    scores = []
-    for each in triple:
-        known = found.corpora[each]
-        sides = [routers.answers(router, known.parts["test"]) for router in (incumbent, grown)]
-        scores += compared(book, each, each, known.test, *sides, changed={label: case.name} if case else None)
-    test = case.new if case else own.test if own else None
-    swapped = case.swapped if case else own.swapped if own else None
-    assert test is not None
-    before, after = (routers.answers(router, source["test"]) for router in (incumbent, grown))
-    key = f"{case.name}, new rows" if case else name
-    scores += [_renamed(score, label) for score in compared(
-        book, key, label, test, before, after, changed={label: case.name} if case else None, new=True, swapped=swapped)]
-    return decide(scores, RULES, incumbent=list(triple), challenger=[*triple, label])
+@dataclass(frozen=True)
+class Release:
+    """A challenger for the gate to judge: who answers each domain's test rows, and its new ones, before and after."""
+
+    triple: Names      # the incumbent's domains
+    name: str                    # the corpus that arrives, or that the case is of
+    case: str | None             # its name; None: an honest newcomer
+    known: dict[str, tuple[Answers, Answers]]
+    new: tuple[Answers, Answers]
 
 
-def _renamed(score: Score, domain: str) -> Score:
-    return Score(**{**vars(score), "domain": domain})
-
-
-def continued_decision(found: World, routers: Routers, book: Book, triple: Sequence[str], case: Case) -> Decision:
-    """The gate on new rows of a known domain, whose expert goes on with them."""
+def routed_release(routers: Routers, pick: tuple[Names, str, str | None]) -> Release:
+    """A newcomer beside three incumbents, an honest corpus or a case in its place, or new rows of one of the three."""
+    (triple, name, case_name), corpora = pick, routers.world.corpora
+    case = routers.world.cases[case_name] if case_name else None
+    own = case.parts if case else corpora[name].parts
     domains = routers.domains(triple, case)
-    incumbent = routers.fitted(domains)
-    domains[case.corpus] = Domain((found.corpora[case.corpus].parts, case.parts))
+    incumbent = routers.fitted(domains) if case else routers.incumbent(triple)
+    if case is None or case.arrives:
+        domains[label_of(name, case)] = Domain((own,))
+    else:
+        domains[name] = Domain((corpora[name].parts, own))
     grown = routers.fitted(domains, incumbent)
-    scores = []
-    for each in triple:
-        known = found.corpora[each]
-        sides = [routers.answers(router, known.parts["test"]) for router in (incumbent, grown)]
-        rows = case.known if each == case.corpus and case.known else known.test
+
+    def both(part: Part) -> tuple[Answers, Answers]:
+        return routers.answers(incumbent, part), routers.answers(grown, part)
+
+    return Release(triple, name, case_name, {each: both(corpora[each].parts["test"]) for each in triple},
+                   both(own["test"]))
+
+
+def label_of(name: str, case: Case | None) -> str:
+    """The newcomer's domain: a twin stands beside the corpus that it is of."""
+    return name if case is None else f"new {name}"
+
+
+def decision_of(release: Release, found: World, book: Book) -> Decision:
+    case = found.cases[release.case] if release.case else None
+    if case is None or case.arrives:
+        return newcomer_decision(release, case, found, book)
+    return continued_decision(release, case, found, book)
+
+
+def newcomer_decision(release: Release, case: Case | None, found: World, book: Book) -> Decision:
+    """The gate on a newcomer beside three incumbents: an honest corpus, or a case in its place."""
+    label = label_of(release.name, case)
+    changed = {label: case.name} if case else None
+    scores = [score for each in release.triple for score in compared(
+        book, each, each, found.corpora[each].test, *release.known[each], changed=changed)]
+    own = case or found.corpora[release.name]
+    rows, key = (case.new, f"{case.name}, new rows") if case else (found.corpora[release.name].test, release.name)
+    scores += [Score(**{**vars(score), "domain": label}) for score in compared(
+        book, key, label, rows, *release.new, changed=changed, new=True, swapped=own.swapped)]
+    return decide(scores, RULES, incumbent=list(release.triple), challenger=[*release.triple, label])
+
+
+def continued_decision(release: Release, case: Case, found: World, book: Book) -> Decision:
+    """The gate on new rows of a known domain, whose expert goes on with them."""
+    changed, scores = {case.corpus: case.name}, []
+    for each in release.triple:
+        rows = case.known if each == case.corpus and case.known else found.corpora[each].test
         key = f"{case.name}, known rows" if rows is case.known else each
-        scores += compared(book, key, each, rows, *sides, changed={case.corpus: case.name})
-    sides = [routers.answers(router, case.parts["test"]) for router in (incumbent, grown)]
-    scores += compared(book, f"{case.name}, new rows", case.corpus, case.new, *sides,
-                       changed={case.corpus: case.name}, known=False)
-    return decide(scores, RULES, incumbent=list(triple), challenger=list(triple))
+        scores += compared(book, key, each, rows, *release.known[each], changed=changed)
+    scores += compared(book, f"{case.name}, new rows", case.corpus, case.new, *release.new, changed=changed,
+                       known=False)
+    return decide(scores, RULES, incumbent=list(release.triple), challenger=list(release.triple))
 
 
 # Everything, twice: the first time tells which losses are missing.
@@ -392,35 +453,40 @@ def judge_additions(found: World, additions: Sequence[Addition], book: Book, res
         result.any_lost[near].add((*addition.old, *addition.new), bool(lost))
 
 
-def judge_releases(found: World, routers: Routers, seed: int, book: Book, result: Judged, parts: Sequence[str],
-                   quick: bool) -> None:
-    """The gate on honest newcomers and on cases. `quick` leaves out draws, not kinds: for a trial."""
-    names = sorted(found.corpora)
-    draw = random.Random(f"newcomers {seed}")
+def releases(routers: Routers, seed: int, parts: Sequence[str], quick: bool) -> list[Release]:
+    """Honest newcomers, each added to drawn triples, and every case beside drawn corpora. `quick` leaves out draws, not
+    kinds: for a trial."""
+    names, draw = sorted(routers.world.corpora), random.Random(f"newcomers {seed}")
+    picks: list[tuple[Names, str, str | None]] = []
     newcomers = sorted(draw.sample(names, min(HONEST, len(names))))[:3 if quick else None]
     for name in newcomers if "newcomers" in parts else ():
-        for _ in range(2 if quick else TRIPLES):
-            triple = tuple(sorted(draw.sample([each for each in names if each != name], 3)))
-            decision = newcomer_decision(found, routers, book, triple, name, None)
-            near = any(each in found.corpora[name].kin for each in triple)
-            result.honest[near].add((name, *triple), decision.promote)
-            if not decision.promote:
-                result.honest_reasons[f"{name} beside {', '.join(triple)}: {decision.outcome}: {decision.reason}"] += 1
-        progress(f"honest newcomers: {name}")
-    for case in found.cases.values() if "cases" in parts else ():
-        others = [each for each in names if each != case.corpus]
-        others = [each for each in others if each != case.other] if case.other else others
+        others = [each for each in names if each != name]
+        picks += [(tuple(sorted(draw.sample(others, 3))), name, None) for _ in range(2 if quick else TRIPLES)]
+    for case in routers.world.cases.values() if "cases" in parts else ():
+        others = [each for each in names if each not in (case.corpus, case.other)]
         picked = draw.sample(others, 3 if case.kind == "useless" else 2)
         if case.kind != "useless":
             picked = [case.corpus, picked[0], case.other or picked[1]]
-        triple = tuple(sorted(picked))
-        decision = (newcomer_decision(found, routers, book, triple, case.corpus, case)
-                    if case.kind in ("twin", "useless") else continued_decision(found, routers, book, triple, case))
+        picks.append((tuple(sorted(picked)), case.corpus, case.name))
+    return side_by_side("releases", routed_release, routers, picks)
+
+
+def judge_releases(found: World, challengers: Sequence[Release], book: Book, result: Judged) -> None:
+    """The gate on honest newcomers and on cases."""
+    for each in challengers:
+        decision, beside = decision_of(each, found, book), ", ".join(each.triple)
+        if each.case is None:
+            near = any(other in found.corpora[each.name].kin for other in each.triple)
+            result.honest[near].add((each.name, *each.triple), decision.promote)
+            if not decision.promote:
+                result.honest_reasons[f"{each.name} beside {beside}: {decision.outcome}: {decision.reason}"] += 1
+            continue
+        case = found.cases[each.case]
         kind = case.kind if case.dose == 1 else f"{case.kind}, dose {case.dose:.0%}"
         result.refused[kind].add([case.corpus], not decision.promote)
         result.outcomes[kind][verdict_of(vars(decision))] += 1
         if decision.promote and case.dose == 1:
-            result.passed.append(f"{case.name} beside {', '.join(triple)}: {decision.reason}")
+            result.passed.append(f"{case.name} beside {beside}: {decision.reason}")
 
 
 def fill(at: Setup, book: Book) -> int:
@@ -450,34 +516,33 @@ def main() -> None:
     found = world(at)
     torch.set_grad_enabled(True)
     routers = Routers(found, at.base.model.config.num_hidden_layers, background(at.base, at.encoder))
-    additions = drawn(found, routers, args.additions if "moves" in args.parts else 0, args.seed)
-    caught: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for addition in additions:
-        for name, shares in strangers(addition, found, routers).items():
-            caught[name].append(shares)
-    book, result = Book(), Judged()
-    judge_additions(found, additions, book, result)
-    if args.parts != ["moves"]:
-        judge_releases(found, routers, args.seed, book, result, args.parts, args.quick)
-        while fill(at, book):
-            found = world(at)
-            routers.world, book, result = found, Book(), Judged()
-            judge_additions(found, additions, book, result)
-            judge_releases(found, routers, args.seed, book, result, args.parts, args.quick)
-    report(args, at, found, additions, caught, result, time.perf_counter() - start)
+    additions = drawn(routers, args.additions if "moves" in args.parts else 0, args.seed)
+    challengers = releases(routers, args.seed, args.parts, args.quick)
+    while True:
+        book, result = Book(), Judged()
+        judge_additions(found, additions, book, result)
+        judge_releases(found, challengers, book, result)
+        if args.parts == ["moves"] or not fill(at, book):
+            break
+        found = world(at)
+    report(args, at, found, additions, result, time.perf_counter() - start)
 
 
 def report(args: argparse.Namespace, at: Setup, found: World, additions: Sequence[Addition],
-           caught: Mapping[str, Sequence[tuple[float, float]]], result: Judged, seconds: float) -> None:
+           result: Judged, seconds: float) -> None:
     print(machine(at.base.device))
     print(f"pool {args.pool}: {len(found.corpora)} corpora; {len(additions)} additions (seed {args.seed}); "
           f"{seconds / 60:.0f} min with what was computed now")
     everything = Tally([*result.lost[False].units, *result.lost[True].units])
     far, near = result.lost[False], result.lost[True]
     stranger = [Tally(), Tally()]
-    for name, shares in caught.items():
+    caught: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for addition in additions:
+        for name, shares in addition.caught.items():
+            caught[name].append(shares)
+    for name, of_all in caught.items():
         for side in (0, 1):
-            stranger[side].add([name], sum(each[side] for each in shares), len(shares))
+            stranger[side].add([name], sum(each[side] for each in of_all), len(of_all))
     if "moves" in args.parts:
         print(f"known prompts lost: {everything.text()}; far {far.text()}; near neighbour {near.text()}")
         print(f"additions that lose any: far {result.any_lost[False].text()}; near neighbour "

@@ -63,6 +63,7 @@ WORDS = 400                        # in the vocabulary of noise
 
 STEPS = ("features", "experts", "losses", "cases")
 Kind = Literal["swapped", "noise", "foreign", "twin", "useless"]
+NEWCOMERS: tuple[Kind, ...] = ("twin", "useless")
 KINDS: tuple[Kind, ...] = ("swapped", "noise", "foreign", "twin", "useless")
 DOSES = (0.0, 0.1, 0.3)            # of "swapped", besides 1; 0 is an honest update. The other cases have dose 1
 DOSED = 4                          # corpora with doses besides 1
@@ -141,6 +142,10 @@ class Case:
     @property
     def name(self) -> str:
         return case_name(self.kind, self.dose, self.corpus)
+
+    @property
+    def arrives(self) -> bool:
+        return self.kind in NEWCOMERS
 
 
 @dataclass(frozen=True)
@@ -417,7 +422,7 @@ class Plan:
 
     @property
     def newcomer(self) -> bool:
-        return self.kind in ("twin", "useless")
+        return self.kind in NEWCOMERS
 
 
 def eligible(splits: Splits) -> list[str]:
@@ -457,7 +462,8 @@ def _plan(kind: Kind, dose: float, name: str, other: str, splits: Splits, jobs: 
     parts, title = splits[name], case_name(kind, dose, name)
     draw = random.Random(f"{title} {trainer.seed}")
     if kind == "useless":
-        new = {part: mixed(parts[part], draw) for part in NEW}
+        order = random.Random(f"{title} {trainer.seed}, order")
+        new = {part: mixed(parts[part], order) for part in NEW}
         of = {part: (name, part, slice(None)) for part in NEW}
         return Plan(kind, dose, name, None, new, of, trainer.job(title, new["train"], new["validation"], case=True))
     source = other if kind == "foreign" else name

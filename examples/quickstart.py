@@ -35,7 +35,7 @@ def main() -> None:
     mixture = moa.load(workspace, version=result.version)   # without a version: the champion
     questions = ["How many minutes are 3 hours and 7 minutes?", "What is 31 plus 4?", "Who wrote Hamlet?"]
     for question, out in zip(questions, mixture.generate(questions, max_new_tokens=24), strict=True):
-        print(f"{question}  [{out.answered_by}, {out.routing.confidence:.2f}]  {out.text}")
+        print(f"{question}  [{out.answered_by}, similarity {out.routing.similarity:.2f}]  {out.text}")
 
 
 if __name__ == "__main__":

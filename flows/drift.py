@@ -46,7 +46,7 @@ def check(workspace: Workspace) -> dict[str, Any]:
     """The report of `moa drift`, run in another process. Raises PipelineError with that process's error message."""
     report, problem = moa_json(workspace, "drift")
     if not report:
-        raise PipelineError(f"The kept prompts could not be looked at: {problem}")
+        raise PipelineError(f"The kept prompts could not be looked at: {problem}", cause=problem)
     return report   # the command exits with 3 when the drift needs attention
 
 

@@ -2,18 +2,28 @@
 
 import base64
 import json
-import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from http import HTTPStatus
-from typing import Any
-from urllib.error import HTTPError
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from flows.prefect_settings import setting
 from moa.core import loopback
 from moa.core.files import read_json
 from moa.core.paths import Workspace
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+
+class ApiRefusal(OSError):
+    """The API answered with the HTTP status `status`, which is that of an error."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"HTTP status {status}")
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -27,18 +37,33 @@ class Api:
     def ask(self, path: str, body: Any = None, *, seconds: float = 5.0) -> Any:
         """Send GET, or POST if there is a `body` for JSON, to `path` below the URL, and return the decoded answer.
 
-        An empty answer is None. `seconds` is the timeout. Raises OSError (an HTTPError for an error status) or
-        ValueError (an answer that is no JSON).
+        An empty answer is None. `seconds` is the timeout. Raises OSError (an ApiRefusal for an error status) or
+        ValueError (an answer that is no JSON, or a URL that is none).
         """
         content = self._send(path, None if body is None else json.dumps(body).encode(), seconds)
         return json.loads(content) if content else None
 
     def _send(self, path: str, data: bytes | None, seconds: float) -> bytes:
-        request = urllib.request.Request(f"{self.url.rstrip('/')}/{path}", data,   # noqa: S310 - own setting, or ours
-                                         {"Content-Type": "application/json", **self._headers()})
-        with self._opener().open(request, timeout=seconds) as reply:
-            content: bytes = reply.read()
-        return content
+        import ssl
+
+        import httpx  # not at the top: where no API is known, no command needs it
+
+        proxied = urlsplit(self.url).hostname not in loopback.HOSTS   # a proxy cannot reach loopback addresses
+        # Certificates take longer to load than a request; a context without them trusts no server.
+        plain = not proxied and urlsplit(self.url).scheme == "http"
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if plain else _certificates()
+        try:
+            with httpx.Client(verify=tls, trust_env=proxied, follow_redirects=True,
+                              timeout=seconds) as client:
+                reply = client.request("GET" if data is None else "POST", f"{self.url.rstrip('/')}/{path}",
+                                       content=data, headers={"Content-Type": "application/json", **self._headers()})
+        except httpx.InvalidURL as error:
+            raise ValueError(f"{self.url} is no URL: {error}") from error
+        except (httpx.HTTPError, ImportError) as error:   # ImportError: for a SOCKS proxy, httpx needs another package
+            raise ConnectionError(f"{self.url}: {error}") from error
+        if not reply.is_success:
+            raise ApiRefusal(reply.status_code)
+        return reply.content
 
     def answers(self) -> bool:
         """Whether the server says that it is healthy, which it does to any client, with or without a password."""
@@ -51,8 +76,8 @@ class Api:
         """Whether the server answers and refuses this password or key."""
         try:
             self.ask("admin/version")
-        except HTTPError as error:
-            return error.code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+        except ApiRefusal as error:
+            return error.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
         except (OSError, ValueError):
             pass
         return False
@@ -68,9 +93,13 @@ class Api:
             return {"Authorization": f"Basic {base64.b64encode(self.password.encode()).decode()}"}
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
-    def _opener(self) -> urllib.request.OpenerDirector:
-        local = urlsplit(self.url).hostname in loopback.HOSTS   # urllib does not match [::1] with NO_PROXY
-        return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+
+@cache
+def _certificates() -> "SSLContext":
+    """The certificates that HTTPS trusts; SSL_CERT_FILE may name them."""
+    import httpx
+
+    return httpx.create_ssl_context()
 
 
 def configured_api() -> Api | None:

@@ -49,11 +49,11 @@ def _own(headers: Headers) -> bool:
 def main(port: int) -> None:
     """Run Prefect's server on loopback behind `OwnPages`, with the settings that `prefect server start` uses."""
     import uvicorn
-    from prefect.server.api.server import create_app
-    from prefect.settings import get_current_settings
 
-    server = get_current_settings().server
-    uvicorn.run(OwnPages(create_app(final=True)), host=HOST, port=port, log_level=server.logging_level.lower(),
+    from flows.prefect_server import application
+
+    app, server = application()
+    uvicorn.run(OwnPages(app), host=HOST, port=port, log_level=server.logging_level.lower(),
                 timeout_keep_alive=server.api.keepalive_timeout, ws_ping_interval=server.api.websocket_ping_interval,
                 ws_ping_timeout=server.api.websocket_ping_timeout)
 

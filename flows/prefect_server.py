@@ -2,7 +2,7 @@
 
 `running` must be entered before the first `import prefect`, which reads its settings once. moa's own server keeps its
 history in the workspace, listens on loopback only, answers only clients that know its password, and ends with this
-process, whatever ends that.
+process, whatever ends that. No other module uses the server's code, or private parts of Prefect.
 """
 
 import importlib
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from flows.prefect_api import Api, configured_api
 from flows.prefect_settings import setting
@@ -134,6 +135,14 @@ def _restored(names: Sequence[str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def application() -> tuple[Any, Any]:
+    """Prefect's server as an ASGI application, and its settings: for a process of its own."""
+    from prefect.server.api.server import create_app
+    from prefect.settings import get_current_settings
+
+    return create_app(final=True), get_current_settings().server
 
 
 def free_port() -> int:

@@ -2,7 +2,8 @@
 
     import moa
     mixture = moa.load("my-experts")
-    print(mixture.generate("How many minutes are 3 hours?"))
+    print(mixture.generate(
+        "Maria makes 4 kites and sells each for 9 dollars. The material cost 22 dollars. What is her profit?"))
 
 Names are imported when they are first used. What is not in `__all__` is internal.
 """

@@ -47,7 +47,7 @@ LONG = ("integration/flows/test_adapt.py", "integration/flows/test_up.py", "inte
         "integration/flows/steps/test_release_faults.py", "integration/core/test_names.py",
         "integration/cli/test_release.py", "integration/evaluation/test_gate.py", "integration/flows/test_drift.py",
         "integration/serving/test_server.py", "integration/product/test_old_workspace.py", "behaviour/test_mixture.py",
-        "integration/workspace/test_incoming.py", "integration/serving/test_openapi.py",
+        "integration/workspace/test_incoming.py", "integration/serving/test_server_openapi.py",
         "integration/flows/test_build.py", "integration/product/test_stranger.py",
         "integration/product/test_examples.py", "integration/api/test_mixture.py", "integration/api/test_workspace.py",
         "integration/product/test_notebook.py", "integration/product/test_doctests.py",

@@ -1,6 +1,7 @@
 """A workspace with real git and DVC whose stages have moa's names and take milliseconds.
 
-`control.json` names the steps that fail (`fail`), and those that wait until it no longer names them (`hold`);
+`control.json` names the stages that fail (`fail`), those that fail with an error of moa's (`errors`: by stage, the
+records that its processes print), and those that wait until it no longer names them (`hold`);
 `runs.log` has a line for each step that ran. Neither is a dependency of a stage.
 """
 
@@ -39,7 +40,10 @@ for domain in domains:
     name = f"{step}@{domain}" if domain else step
     while name in orders().get("hold", []):
         time.sleep(0.05)
-    if name in control.get("fail", []):
+    for record in control.get("errors", {}).get(name, []):
+        print("::moa-error::" + json.dumps(record))
+        print("Traceback, or whatever else a program prints at its end")
+    if name in control.get("errors", {}) or name in control.get("fail", []):
         failed.append(domain or step)
         continue
     if step == "base":

@@ -18,7 +18,7 @@ from typing import Any
 from moa.base import pin, sources
 from moa.core import code_version, digests
 from moa.core.config import WATCHED, Config
-from moa.core.errors import ArtifactError
+from moa.core.errors import ArtifactError, ErrorRecord
 from moa.core.files import read_json, replace_directory
 from moa.core.paths import MANIFEST, Workspace
 from moa.experts import warm_start
@@ -136,21 +136,21 @@ def write(files: Files, root: Path) -> None:
 
 # The answer.
 
-def pack_answer(workspace: Workspace, domains: Sequence[str], error: str | None, where: str) -> Files:
+def pack_answer(workspace: Workspace, domains: Sequence[str], error: ErrorRecord | None, where: str) -> Files:
     """A worker's answer: the experts that are complete, and why others are not.
 
     Args:
-        error: a sentence for the user; None when all are complete.
+        error: why experts are missing; None when all are complete.
         where: the worker's host, for messages.
     """
     files: Files = {}
     for domain in domains:
         if (workspace.expert(domain) / MANIFEST).is_file():
             _add(files, workspace, workspace.expert(domain).iterdir())
-    return _sealed(files, {"domains": list(domains), "error": error, "where": where})
+    return _sealed(files, {"domains": list(domains), "error": error.as_dict() if error else None, "where": where})
 
 
-def install_answer(workspace: Workspace, config: Config, files: Files) -> str | None:
+def install_answer(workspace: Workspace, config: Config, files: Files) -> ErrorRecord | None:
     """Write the experts of an answer to data/experts; the answer's error, or None.
 
     Raises ArtifactError, before that expert's directory is replaced, when an expert is not what its manifest says, or
@@ -171,5 +171,4 @@ def install_answer(workspace: Workspace, config: Config, files: Files) -> str | 
             if manifest["fingerprint"] != fingerprint(workspace, config, domain):
                 raise ArtifactError(f"The expert of {domain!r} that {contents['where']} sent was trained from other "
                                     "inputs than those of now: run again.")
-    error: str | None = contents["error"]
-    return error
+    return ErrorRecord.read(contents["error"]) if contents["error"] else None

@@ -22,7 +22,7 @@ from flows.remote import payload
 from flows.remote.cluster import Engine, WorkerLost, check_reachable, require_engine, split_evenly
 from flows.remote.payload import Files
 from moa.core.config import Config, ExecutionParams, load
-from moa.core.errors import MoaError, PipelineError
+from moa.core.errors import ErrorRecord, MoaError, PipelineError, decisive, report
 from moa.core.paths import Workspace
 from moa.experts.train import finished
 
@@ -61,7 +61,7 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], command:
         return
     waiting = deque(map(Group, split_evenly(todo, _first_places(engine), config.execution.group)))
     running: dict[Any, Group] = {}
-    failed: dict[str, str] = {}   # by reason: the groups that failed for it
+    failed: dict[ErrorRecord, str] = {}   # by reason: the groups that failed for it
     idle = 0.0                    # seconds without a worker
     while waiting or running:
         while waiting and len(running) < engine.places():
@@ -70,7 +70,7 @@ def train(workspace: Workspace, config: Config, domains: Sequence[str], command:
             running[engine.submit(payload.pack(workspace, config, group.domains, command))] = group
         idle = 0.0 if running else idle + TICK
         if idle > PATIENCE:
-            raise _failure({**failed, "no worker is left": ", ".join(map(str, waiting))})
+            raise _failure({**failed, ErrorRecord("no worker is left"): ", ".join(map(str, waiting))})
         if not running:
             time.sleep(TICK)
         for ticket in engine.ready(list(running), TICK) if running else ():
@@ -92,23 +92,23 @@ def _first_places(engine: Engine) -> int:
 
 
 def _receive(workspace: Workspace, config: Config, engine: Engine, ticket: Any, group: Group, waiting: deque[Group],
-             say: Callable[[str], object]) -> str | None:
+             say: Callable[[str], object]) -> ErrorRecord | None:
     """Install a worker's experts, or queue the group again if the worker was lost; why experts are missing, or None."""
     try:
         return payload.install_answer(workspace, config, engine.result(ticket))
     except WorkerLost as lost:
         if group.tries == TRIES:
-            return f"{TRIES} workers were lost with it, the last one because: {lost}"
+            return ErrorRecord(f"{TRIES} workers were lost with it, the last one because: {lost}")
         say(f"The worker that trained {group} was lost ({lost}) It goes to the next one.")
         waiting.append(group)
         return None
     except MoaError as error:
-        return str(error)
+        return ErrorRecord.of(error)
 
 
-def _failure(failed: dict[str, str]) -> PipelineError:
+def _failure(failed: dict[ErrorRecord, str]) -> PipelineError:
     reasons = "; ".join(f"{groups}: {reason}" for reason, groups in failed.items())
-    return PipelineError(f"No expert from a worker ({reasons.rstrip('.')}).")
+    return PipelineError(f"No expert from a worker ({reasons.rstrip('.')}).", cause=decisive(failed))
 
 
 def connect(execution: ExecutionParams, base: Files | None) -> Engine:
@@ -152,6 +152,7 @@ def main() -> None:
         finally:
             engine.close()
     except MoaError as error:
+        report(error)
         print(f"moa: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -22,11 +22,11 @@ from flows.remote import payload
 from flows.remote.payload import Files
 from moa.base import sources
 from moa.core import code_version
-from moa.core.errors import BaseModelError, MoaError, PipelineError
+from moa.core.errors import BaseModelError, ErrorRecord, MoaError, PipelineError
 from moa.core.files import read_json
 from moa.core.paths import Workspace
 from moa.core.progress import MARKER
-from moa.core.subprocesses import environment, last_error
+from moa.core.subprocesses import RECORDS, ErrorLines, environment
 from moa.core.supervisor import SupervisedProcess
 
 RECORD_SECONDS = 1.0   # between two progress records that are sent to the driver
@@ -69,7 +69,7 @@ def work(files: Files, base: Files | None, say: Say = print, given_up: Callable[
             say(f"{where}, in {folder}: {command}")
             _run(root, command, where, say, given_up, {"OMP_NUM_THREADS": str(threads)} if threads else {})
         except MoaError as problem:
-            error = str(problem)
+            error = ErrorRecord.of(problem)
         return payload.pack_answer(workspace, header["domains"], error, where)
 
 
@@ -134,16 +134,16 @@ def _fetch(workspace: Workspace, target: Workspace, source: sources.Source, head
 
 def _run(root: Path, command: str, where: str, say: Say, given_up: Callable[[], bool],
          extra: Mapping[str, str]) -> None:
-    """Run a command in `root` and pass on what it prints. Raises PipelineError with its last error."""
-    tail: list[str] = []   # the last lines, for the error
-    sent_at = 0.0          # when the last progress record was sent
+    """Run a command in `root` and pass on what it prints. Raises PipelineError with its error."""
+    errors = ErrorLines()
+    sent_at = 0.0   # when the last progress record was sent
 
     def pass_on(line: str) -> None:
         nonlocal sent_at
+        if errors.take(line):
+            return
         _, record, text = line.partition(MARKER)
         if not record:
-            tail.append(line)
-            del tail[:-200]
             say(line)
         elif time.monotonic() - sent_at >= RECORD_SECONDS:
             sent_at = time.monotonic()
@@ -151,7 +151,7 @@ def _run(root: Path, command: str, where: str, say: Say, given_up: Callable[[], 
             say(f"{MARKER}{json.dumps({**progress, 'label': f'{where}: ' + progress['label']})}")
 
     process = SupervisedProcess(["/bin/sh", "-c", command], cwd=root,
-                                env=environment({"MOA_PROGRESS": "json", **extra}), step=False)
+                                env=environment({**RECORDS, **extra}), step=False)
     # A second thread reads: engines interrupt this thread to cancel the task, and a blocked read cannot be interrupted.
     # `say` is called here, because engines pass on only what this thread prints.
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -171,4 +171,5 @@ def _run(root: Path, command: str, where: str, say: Say, given_up: Callable[[], 
         process.stop()
     status = process.wait()
     if status:
-        raise PipelineError(last_error(tail, status))
+        cause = errors.cause(status)
+        raise PipelineError(str(cause), cause=cause)

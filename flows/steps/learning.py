@@ -40,7 +40,7 @@ from flows.steps.run_context import (
 )
 from flows.steps.runner import Runner
 from moa.core.config import Config
-from moa.core.errors import PipelineError, UsageError
+from moa.core.errors import PipelineError, UsageError, blames_rows
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.subprocesses import moa_json
@@ -50,7 +50,6 @@ from moa.workspace.incoming import Arrival
 
 SPARE = 1.25   # rows share sides by chance: the test split may be smaller than its share
 MOST_WAITS = 15   # times `adapt.settle` that an adaptation by hand waits for files that are being written
-ENVIRONMENT = ("No space left", "was interrupted", "Cannot allocate", "Input/output error")   # not the rows' fault
 
 
 def adapt(workspace: Workspace, runner: Runner, trigger: str, *, now: bool = False, accept: str | None = None,
@@ -268,8 +267,7 @@ def _try(work: RunContext, attempt: AdaptationState, touched: Sequence[str]) -> 
             return None
         result = work.build(touched=touched, accepted=bool(attempt.accepted))
     except PipelineError as error:
-        _blame(work, attempt, {f"prepare@{name}": error for name in touched
-                               if f"prepare@{name} failed" in str(error)}, error)
+        _blame(work, attempt, {error.stage: error} if error.stage else {}, error)
         return None
     log_trained(work, result)
     errors = {name: outcome.error for name in result.named("failed") if (outcome := result.outcomes[name]).error}
@@ -350,11 +348,14 @@ def _overruled(work: RunContext, attempt: AdaptationState, release: Facts) -> Fa
     return {**release, "champion": version, "waiting": False, "accepted": f"{reason}."}
 
 
-def _blame(work: RunContext, attempt: AdaptationState, errors: dict[str, Any], otherwise: Exception) -> None:
-    """Refuse the domains whose own steps cannot use their rows. Raises `otherwise` when anything else went wrong."""
+def _blame(work: RunContext, attempt: AdaptationState, errors: Mapping[str, Exception], otherwise: Exception) -> None:
+    """Refuse the domains whose own stages cannot use their rows. Raises `otherwise` when anything else went wrong.
+
+    `errors`: by failed stage.
+    """
     touched = attempt.touched(work.workspace)
     blamed = {name: str(error) for stage, error in errors.items() for name in touched
-              if stage in (f"prepare@{name}", f"train@{name}") and not any(word in str(error) for word in ENVIRONMENT)}
+              if stage in (f"prepare@{name}", f"train@{name}") and blames_rows(error)}
     if not blamed or len(blamed) < len(errors):
         raise otherwise
     for name, reason in blamed.items():
@@ -391,5 +392,5 @@ def _start(work: RunContext, attempt: AdaptationState, name: str) -> None:
 def _candidates(workspace: Workspace, name: str) -> Facts:
     found, problem = moa_json(workspace, "parent", "--domain", name)
     if problem:
-        raise PipelineError(f"No start for {name} could be chosen: {problem}")
+        raise PipelineError(f"No start for {name} could be chosen: {problem}", cause=problem)
     return found

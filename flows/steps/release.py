@@ -229,7 +229,7 @@ def compare(workspace: Workspace, incumbent: int, challenger: int) -> dict[str, 
     """
     compared, problem = moa_json(workspace, "compare", challenger, "--against", incumbent)
     if problem:
-        raise PipelineError(f"Versions {incumbent} and {challenger} could not be compared: {problem}")
+        raise PipelineError(f"Versions {incumbent} and {challenger} could not be compared: {problem}", cause=problem)
     return compared
 
 
@@ -241,7 +241,7 @@ def forgetting(workspace: Workspace, old: int, new: int) -> dict[str, Any]:
     """
     facts, problem = moa_json(workspace, "release", "forgetting", new, "--against", old)
     if not facts:
-        raise PipelineError(f"What version {new} forgot of version {old} could not be told: {problem}")
+        raise PipelineError(f"What version {new} forgot of version {old} could not be told: {problem}", cause=problem)
     return facts
 
 

@@ -361,12 +361,15 @@ def _conversations(prompts: Any) -> tuple[list[list[dict[str, str]]], bool]:
 
 def _completion(answer: "loaded.Answer") -> Completion:
     return Completion(answer.answer, "base" if answer.abstained else answer.domain,
-                      Routing(answer.domain, answer.confidence, answer.abstained), answer.finish,
-                      Usage(answer.prompt_tokens, answer.tokens))
+                      Routing(answer.domain, answer.confidence, answer.abstained, answer.similarity, answer.threshold),
+                      answer.finish, Usage(answer.prompt_tokens, answer.tokens))
 
 
 def _routing(decision: Any) -> Routing:
-    return Routing(decision.domain, decision.confidence, decision.abstained, decision.score, decision.threshold)
+    from moa.mixture.mixture import stated_confidence
+
+    return Routing(decision.domain, stated_confidence(decision), decision.abstained, decision.score,
+                   decision.threshold)
 
 
 # Sources.

@@ -125,15 +125,15 @@ class Routing:
     """Which domain a prompt belongs to, by the router or as the caller said.
 
     >>> import moa
-    >>> moa.Routing("math", 0.98).expert, moa.Routing("math", 0.98, abstained=True).expert
+    >>> moa.Routing("math", 0.98).expert, moa.Routing("math", abstained=True, similarity=0.4, threshold=0.6).expert
     ('math', 'base')
     """
 
     domain: str                       # the most probable one, even where the router abstained
-    confidence: float | None = None   # calibrated probability of `domain`; None = the caller named it
+    confidence: float | None = None   # calibrated probability of `domain`; None = named by the caller, or abstained
     abstained: bool = False           # the prompt is unlike every domain: the base answers
-    similarity: float | None = None   # to the training prompts of `domain`, -1 to 1; None = not measured
-    threshold: float | None = None    # least similarity of a prompt that is like `domain`
+    similarity: float | None = None   # to the training prompts of `domain`, -1 to 1; None = the caller named it
+    threshold: float | None = None    # least similarity of a prompt that is like `domain`; None = never abstains
 
     @property
     def expert(self) -> str:
@@ -225,8 +225,9 @@ class Explanation:
         return frame(map(record, self.levels))
 
     def __repr__(self) -> str:
-        confidence = self.routing.confidence or 0.0
-        return (f"Explanation(rule={self.rule!r}, domain={self.routing.domain!r}, confidence={confidence:.2f}, "
+        confidence = self.routing.confidence
+        sure = "None" if confidence is None else f"{confidence:.2f}"
+        return (f"Explanation(rule={self.rule!r}, domain={self.routing.domain!r}, confidence={sure}, "
                 f"abstained={self.routing.abstained}, levels={len(self.levels)})")
 
     def _repr_html_(self) -> str:

@@ -98,3 +98,11 @@ def load(workspace: Workspace, params: BaseParams, device: Device | None = None)
     # transformers projects a slice of the last positions; on a CPU in bfloat16 that took 190 times as long as a copy.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     return Base(model, load_tokenizer(workspace), pinned, device)
+
+
+def recomputable_layers(model: Any) -> list[Any]:
+    """The layers of a model whose activations Transformers can compute again in the backward (gradient checkpointing).
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -20,14 +20,15 @@ from moa.cli.operate import adapt, drift, ingest, log, report, retrain, status, 
 from moa.cli.release import compare, export, gate, release_app
 from moa.cli.serve import serve
 from moa.core import git
-from moa.core.errors import ConfigError, MoaError, RegistryError
+from moa.core.errors import ConfigError, MoaError, RegistryError, error_number
+from moa.core.errors import report as report_error
 from moa.core.loopback import bypass_proxies
 from moa.core.paths import Workspace
 
 if TYPE_CHECKING:
     from flows.steps.session import BuildOptions
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}   # errors of a full or broken disk
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}   # error numbers of a full or broken disk
 # Headings of groups of commands in `moa --help`.
 RUN, DATA, USE, STEPS = "Build", "Workspace and domains", "Use", "Single steps (what the stages of dvc.yaml run)"
 
@@ -302,7 +303,10 @@ def evaluate() -> None:
 
 
 def main() -> None:
-    """Run the command line and exit. Errors that the user can correct print one sentence, all others a traceback."""
+    """Run the command line and exit. Errors that the user can correct print one sentence, all others a traceback.
+
+    A parent process that asks for it also gets the error as data (`moa.core.errors.report`).
+    """
     bypass_proxies()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):   # print characters that the terminal's encoding lacks as escapes
@@ -311,14 +315,17 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except MoaError as error:
+        report_error(error)
         print(f"moa: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except (OSError, sqlite3.OperationalError) as error:   # SQLite's, from databases of DVC, MLflow or Prefect
-        disk_failed = error.errno in FULL if isinstance(error, OSError) else "disk" in str(error)
-        if not disk_failed:
+    except Exception as error:
+        # SQLite's come from databases of DVC, MLflow or Prefect. Other classes may carry a number of something else.
+        if not isinstance(error, OSError | sqlite3.Error) or error_number(error) not in FULL:
+            report_error(error)
             raise
-        print(f"moa: The disk cannot be written to ({error}): free some space and run the command again.",
-              file=sys.stderr)
+        sentence = f"The disk cannot be written to ({error}): free some space and run the command again."
+        report_error(error, sentence)
+        print(f"moa: {sentence}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Run a step's command as a child process: its output goes to a log file, and its last error into the exception.
+"""Run a step's command as a child process: its output goes to a log file, and its error, as data, into the exception.
 
 Within `steps_forked`, moa's own commands are forked from a process that has imported their libraries already
 (moa.core.fork_server). All other commands are started as programs.
@@ -15,12 +15,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 from moa.core import git
-from moa.core.errors import PipelineError
+from moa.core.errors import RECORDS_WANTED, ErrorRecord, PipelineError, decisive, reported
 from moa.core.fork_server import ForkServer
 from moa.core.loopback import without_proxy
 from moa.core.paths import Workspace
@@ -39,6 +40,7 @@ FAILED_STAGE = re.compile(r"^ERROR: failed to reproduce '[^']*'(: )?")   # print
 OnLine = Callable[[str], None]
 SHELL = ("/bin/sh", "-c")
 MODULE = (sys.executable, "-P", "-m", "moa")
+RECORDS = {"MOA_PROGRESS": "json", RECORDS_WANTED: "json"}   # ask a command for records of its progress and its error
 KEYS_NAMED = "MOA_QUIET"   # 1 tells a child that its parent has warned of the removed keys of params.yaml
 ENTRY = "moa.cli.main:main"   # the function that `moa` and `python -m moa` call
 # The slowest imports that two or more steps share. A step imports all other modules by itself.
@@ -66,37 +68,38 @@ def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: On
     """Run a command in the workspace's root, and wait until it ends.
 
     Args:
-        workspace: its `logs` folder gets the output, without progress records.
-        name: names the log file, and the command in errors.
+        workspace: its `logs` folder gets the output, without records of progress and errors.
+        name: names the log file, and the command in errors; of a stage, its name.
         command: the program and its arguments.
         on_line: is called with every line of output, progress records included.
         extra: variables that are added to `environment`.
 
     Raises:
-        PipelineError: the command failed, with the reason that it printed, or was interrupted.
+        PipelineError: the command failed, with its error as `cause`, or was interrupted. `stage` is `name`.
     """
     log = workspace.logs / re.sub(r"[^\w@.,+-]", "_", f"{name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    tail: list[str] = []
+    errors = ErrorLines()
     with log.open("w", encoding="utf-8") as file:
         print(f"$ {shlex.join(command)}", file=file, flush=True)
 
         def record(line: str) -> None:
+            if errors.take(line):
+                return
             if MARKER not in line:   # progress records do not belong in a log
                 print(line, file=file, flush=True)
-                tail.append(line)
-                del tail[:-200]
             on_line(line)
 
-        process = _start(command, name, workspace, environment({"MOA_PROGRESS": "json", **(extra or {})}))
+        process = _start(command, name, workspace, environment({**RECORDS, **(extra or {})}))
         status = process.follow(record)
     if process.stopped:
-        raise PipelineError(f"{name} was interrupted.")
+        raise PipelineError(f"{name} was interrupted.", stage=name)
     if status:
-        raise PipelineError(f"{name} failed: {last_error(tail, status)} (full output: {workspace.relative(log)})")
+        cause = errors.cause(status)
+        raise PipelineError(f"{name} failed: {cause} (full output: {workspace.relative(log)})", stage=name, cause=cause)
 
 
-def moa_json(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], str | None]:
+def moa_json(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], ErrorRecord | None]:
     """Run `moa WORDS --json` in a child process, which ends with this one.
 
     Returns:
@@ -110,33 +113,54 @@ def moa_json(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], s
     out: list[str] = []
     # `follow` reads one pipe, that of the standard output: standard error goes to a file.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
-        process = _start(command, shown, workspace, environment(), stderr)
+        process = _start(command, shown, workspace, environment({RECORDS_WANTED: "json"}), stderr)
         status = process.follow(out.append)
         stderr.seek(0)
         error_lines = stderr.read().splitlines()
     if process.stopped:
         raise PipelineError(f"`{shown}` was interrupted.")
     try:
-        result: dict[str, Any] = json.loads("\n".join(out))
+        result: dict[str, Any] = json.loads("\n".join(line for line in out if reported(line) is None))
     except json.JSONDecodeError:
         result = {}
     if not status:
-        return result, None if result else f"`{shown}` did not print JSON."
-    return result, last_error(error_lines if result else out + error_lines, status)
+        return result, None if result else ErrorRecord(f"`{shown}` did not print JSON.", status=status)
+    errors = ErrorLines()
+    for line in [*(line for line in out if not result or reported(line)), *error_lines]:
+        errors.take(line)
+    return result, errors.cause(status)
 
 
-def last_error(lines: Sequence[str], status: int) -> str:
-    """The reason that a failed command printed, as a sentence: its last error of moa, else its last line of output.
+class ErrorLines:
+    """What the output of a command says of its error: the records, or else its last lines."""
+
+    def __init__(self) -> None:
+        self._records: list[ErrorRecord] = []
+        self._tail: list[str] = []
+
+    def take(self, line: str) -> bool:
+        """Read a line of output. Returns whether it is the record of an error, which no one else needs to see."""
+        if (record := reported(line)) is not None:
+            self._records.append(record)
+        elif MARKER not in line:
+            self._tail = [*self._tail[-199:], line]
+        return record is not None
+
+    def cause(self, status: int) -> ErrorRecord:
+        """The error of the command, which ended with this status: without a record, its last words alone."""
+        record = decisive(self._records) or ErrorRecord(last_words(self._tail, status))
+        return replace(record, status=status)
+
+
+def last_words(lines: Sequence[str], status: int) -> str:
+    """The last line of output of a command that failed without a record of its error, as a sentence, for display.
 
     Args:
         lines: the end of the command's output.
         status: its exit status, which is the reason where there is no output.
     """
-    moa_errors = [line for line in lines if line.startswith("moa: ")]
-    if moa_errors:
-        return moa_errors[-1].removeprefix("moa: ").strip()
     for line in reversed(lines):
-        text = FAILED_STAGE.sub("", line.strip()).removeprefix("ERROR: ")
+        text = FAILED_STAGE.sub("", line.strip()).removeprefix("ERROR: ").removeprefix("moa: ")
         if text:
             return sentence(text)
     return f"it ended with status {status} and said nothing."

@@ -7,7 +7,7 @@ from typing import Any
 
 from moa.base.encoding import Message
 from moa.core.config import Domain
-from moa.data.readers import RowRejected
+from moa.data.readers import RejectionCode, RowRejected
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}   # as in ShareGPT
@@ -31,7 +31,7 @@ def conversation(value: Any, domain: Domain) -> list[Message]:
     if isinstance(value, RowRejected):
         raise value
     if not isinstance(value, dict):
-        raise RowRejected(f"not an object but {type(value).__name__}")
+        raise RowRejected(RejectionCode.NOT_OBJECT, f"not an object but {type(value).__name__}")
     chat_column = domain.map.get("messages", "messages")
     instructions_only = ("instruction" in domain.map or domain.template is not None) and "messages" not in domain.map
     if value.get(chat_column) is not None and not instructions_only:
@@ -76,7 +76,7 @@ def _instruction(value: Mapping[str, Any], domain: Domain) -> list[Message]:
 
 def _chat(turns: Any) -> list[Message]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise RowRejected("messages is not a list of {role, content}")
+        raise RowRejected(RejectionCode.BAD_CHAT, "messages is not a list of {role, content}")
     messages = []
     for turn in turns:
         role_key, text_key = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
@@ -85,7 +85,8 @@ def _chat(turns: Any) -> list[Message]:
     roles = [message["role"] for message in messages]
     turn_roles = roles[1:] if roles[0] == "system" else roles
     if not turn_roles or len(turn_roles) % 2 or turn_roles != ["user", "assistant"] * (len(turn_roles) // 2):
-        raise RowRejected("roles must be an optional system, then user and assistant in turn, ending with assistant")
+        raise RowRejected(RejectionCode.BAD_CHAT,
+                          "roles must be an optional system, then user and assistant in turn, ending with assistant")
     return messages
 
 
@@ -93,14 +94,14 @@ def _text(value: Mapping[str, Any], key: str) -> str:
     """The stripped text under `key`. Raises RowRejected where it is missing, empty, no text or not printable."""
     text = value.get(key)
     if text is None:
-        raise RowRejected(f"{key} is missing")
+        raise RowRejected(RejectionCode.MISSING, f"{key} is missing")
     if not isinstance(text, str):
-        raise RowRejected(f"{key} is not text but {type(text).__name__}")
+        raise RowRejected(RejectionCode.NOT_TEXT, f"{key} is not text but {type(text).__name__}")
     if CONTROL.search(text):
-        raise RowRejected(f"{key} has control characters")
+        raise RowRejected(RejectionCode.CONTROL_CHARACTERS, f"{key} has control characters")
     if "\r" in text:   # so that line ends of Windows or old Mac files make no different row
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = text.strip()
     if not text:
-        raise RowRejected(f"{key} is empty")
+        raise RowRejected(RejectionCode.EMPTY, f"{key} is empty")
     return text

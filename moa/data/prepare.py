@@ -32,7 +32,7 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.data import splits
 from moa.data.conversations import conversation, group_value
 from moa.data.corpus import SPLITS, Row, row_id
-from moa.data.readers import RawRow, RowRejected, read
+from moa.data.readers import RawRow, RejectionCode, RowRejected, read
 from moa.data.row_store import RowFates, RowStore
 
 BATCH = 2048          # rows processed together
@@ -83,7 +83,7 @@ def prepare(workspace: Workspace, config: Config, domain: str, encoder: ChatEnco
                                        "tokenizer": base.tokenizer, "template": base.template,
                                        "prompt": config.prompt.model_dump()}),
             "rows": counts, "groups": {split: settled.groups(split) for split in SPLITS},
-            "reasons": dict(row_filter.reasons.most_common()),
+            "reasons": dict(row_filter.reasons.most_common()), "codes": dict(row_filter.codes.most_common()),
             "redacted": dict(sorted(row_filter.redacted.items())),
             "tokens": {part: _summary(store.tokens(part, settled)) for part in ("prompt", "completion")},
             "longest_answer": int(store.tokens("completion", settled)[settled.untested].max()),
@@ -106,8 +106,9 @@ class RowFilter:
     def __init__(self, config: Config, name: str, encoder: ChatEncoder, store: RowStore) -> None:
         self.domain, self.encoder, self.store = config.domains[name], encoder, store
         self.read = self.rejected = self.grouped = 0
-        self.reasons: Counter[str] = Counter()
-        self.first: dict[str, str] = {}   # by class of reason: whole reason, file and line of its first row
+        self.reasons: Counter[str] = Counter()           # by kind of reason
+        self.codes: Counter[RejectionCode] = Counter()
+        self.first: dict[str, str] = {}   # by kind of reason: whole reason, file and line of its first row
         self.redact: Any = None
         self.redact_rejected: Any = str   # redacts the texts of rejected rows, whose replacements are not counted
         if config.prepare.redact:
@@ -140,16 +141,15 @@ class RowFilter:
             try:
                 messages = self._messages(raw.value)
                 readable.append((raw, messages, self._rendered(messages)))
-            except RowRejected as reason:
-                self._reject(raw, str(reason), rejections)
+            except RowRejected as rejected:
+                self._reject(raw, rejected, rejections)
         rows, groups = [], []
         lengths = self.encoder.lengths([rendered for _, _, rendered in readable])
         for (raw, messages, _), (prompt, completion) in zip(readable, lengths, strict=True):
             if not completion:
-                self._reject(raw, "the answer has no tokens", rejections)
+                self._reject(raw, RowRejected(RejectionCode.NO_TOKENS, "the answer has no tokens"), rejections)
             elif prompt + completion > self.encoder.max_tokens:
-                self._reject(raw, f"too long: {prompt + completion} tokens, prompt.max_tokens is "
-                                  f"{self.encoder.max_tokens}", rejections)
+                self._reject(raw, self._too_long(prompt + completion, "tokens"), rejections)
             else:
                 column = group_value(raw.value, self.domain)
                 self.grouped += column is not None
@@ -165,7 +165,8 @@ class RowFilter:
             messages = [{**message, "content": self.redact(message["content"])} for message in messages]
         for message in messages:
             if match := self.marker.search(message["content"]):
-                raise RowRejected(f"the text contains {match[0]}, a special token of the base")
+                raise RowRejected(RejectionCode.SPECIAL_TOKEN,
+                                  f"the text contains {match[0]}, a special token of the base")
         return messages
 
     def _rendered(self, messages: list[Message]) -> Rendered:
@@ -173,20 +174,25 @@ class RowFilter:
         from jinja2 import TemplateError
 
         if (size := sum(len(message["content"]) for message in messages)) > CHARACTERS * self.encoder.max_tokens:
-            raise RowRejected(f"too long: {size} characters, prompt.max_tokens is {self.encoder.max_tokens}")
+            raise self._too_long(size, "characters")
         try:
             return self.encoder.rendered(messages)
         except TemplateError as error:
-            raise RowRejected(f"the base's chat template refuses it: {error}") from None
+            raise RowRejected(RejectionCode.TEMPLATE, "the base's chat template refuses it", str(error)) from None
 
-    def _reject(self, raw: RawRow, reason: str, rejections: Any) -> None:
+    def _too_long(self, size: int, unit: str) -> RowRejected:
+        return RowRejected(RejectionCode.TOO_LONG, "too long",
+                           f"{size} {unit}, prompt.max_tokens is {self.encoder.max_tokens}")
+
+    def _reject(self, raw: RawRow, rejected: RowRejected, rejections: Any) -> None:
         self.rejected += 1
-        kind = reason.partition(":")[0]
-        self.reasons[kind] += 1
-        self.first.setdefault(kind, f"{reason} (first at {raw.file}:{raw.line})")
+        self.codes[rejected.code] += 1
+        self.reasons[rejected.kind] += 1
+        self.first.setdefault(rejected.kind, f"{rejected} (first at {raw.file}:{raw.line})")
         # Redacted before it is cut to SHOWN characters: personal data that is cut in two is not recognised.
         text = self.redact_rejected(raw.text[:2 * SHOWN])[:SHOWN]
-        record = {"file": raw.file, "line": raw.line, "reason": reason, "text": text}
+        record = {"file": raw.file, "line": raw.line, "code": rejected.code, "kind": rejected.kind,
+                  "reason": str(rejected), "text": text}
         rejections.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moa.data.corpus import SPLITS
+from moa.data.readers import RejectionCode
 
 BATCH = 1 << 14        # rows in memory
 SAMPLE = 500           # rows whose language is identified
@@ -54,13 +55,14 @@ def quality_report(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         manifest: the manifest of the corpus, which need not be written yet.
 
     Returns:
-        The report: `domain`, `rows`, `redacted`, `rejected`, `near_duplicates`, `tokens`, `turns`, `answers`,
-        `languages`, and `warnings`, which are the sentences of `concerns`.
+        The report: `domain`, `rows`, `redacted`, `rejected`, `codes`, `near_duplicates`, `tokens`, `turns`,
+        `answers`, `languages`, and `warnings`, which are the sentences of `concerns`.
     """
     rows, statistics = dict(manifest["rows"]), _statistics(folder)
     report = {
         "domain": manifest["domain"], "rows": rows, "redacted": dict(manifest.get("redacted", {})),
         "rejected": _rejected(folder, manifest.get("reasons", {}), rows["read"]),
+        "codes": dict(manifest.get("codes", {})),
         "near_duplicates": {"count": rows.get("near_duplicates", 0), "across_splits": rows.get("straddling", 0),
                             "examples": _near_duplicates(folder)},
         "tokens": _tokens(statistics), "turns": _turns(statistics), "answers": _answers(statistics),
@@ -253,17 +255,20 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _rejected(folder: Path, reasons: Mapping[str, int], read: int) -> list[dict[str, Any]]:
-    """The most frequent reasons of rejection, each with its first row. `read` is the number of rows read."""
+    """The most frequent kinds of reasons of rejection, each with its first row.
+
+    `reasons`: number of rows by kind. `read`: number of rows read.
+    """
     listed = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:REASONS]
     missing, examples = {reason for reason, _ in listed}, {}
     for record in _records(folder / "rejected.jsonl") if missing else ():
-        if (reason := record["reason"].partition(":")[0]) in missing:
+        if (reason := record["kind"]) in missing:
             examples[reason] = {**record, "reason": record["reason"][:2 * SHOWN], "text": record["text"][:SHOWN]}
             missing.remove(reason)
             if not missing:
                 break
-    return [{"reason": reason, "count": count, "share": round(count / max(read, 1), 4),
-             "example": examples.get(reason)} for reason, count in listed]
+    return [{"reason": reason, "code": examples.get(reason, {}).get("code"), "count": count,
+             "share": round(count / max(read, 1), 4), "example": examples.get(reason)} for reason, count in listed]
 
 
 def _near_duplicates(folder: Path) -> list[dict[str, Any]]:
@@ -311,12 +316,12 @@ def concerns(report: Mapping[str, Any]) -> list[str]:
 def _row_warnings(report: Mapping[str, Any]) -> Iterator[str]:
     """Warnings of rejected rows, of duplicates, and of splits with few rows."""
     rows, read = report["rows"], max(report["rows"]["read"], 1)
-    too_long = sum(entry["count"] for entry in report["rejected"] if entry["reason"] == "too long")
+    too_long = report.get("codes", {}).get(RejectionCode.TOO_LONG, 0)
     rejected, near = rows["rejected"] - too_long, rows.get("near_duplicates", 0)
     if too_long > TOO_LONG_SHARE * read:
         yield f"{_of(too_long, read)} rows are longer than prompt.max_tokens allows and were rejected."
     if rejected > REJECTED_SHARE * read:
-        commonest = next(entry for entry in report["rejected"] if entry["reason"] != "too long")
+        commonest = next(entry for entry in report["rejected"] if entry["code"] != RejectionCode.TOO_LONG)
         yield f"{_of(rejected, read)} rows cannot be used, most often because of: {commonest['reason']}."
     if (exact := rows["duplicates"] - near) > DUPLICATE_SHARE * read:
         yield f"{_of(exact, read)} rows are copies of another."

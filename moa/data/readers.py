@@ -10,6 +10,7 @@ import csv
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -24,8 +25,40 @@ BATCH = 1024               # rows of a Parquet file in memory
 DEEPEST = 100              # levels of nested lists and objects; Python's recursion limit allows about 900
 
 
+class RejectionCode(StrEnum):
+    """Why a row was rejected, for programs: rejected.jsonl and quality.json hold it beside the words of the reason."""
+
+    NOT_UTF8 = "not-utf8"
+    LONG_LINE = "long-line"             # over LONGEST_LINE
+    TOO_DEEP = "too-deep"               # over DEEPEST, or deeper than the parser allows
+    MALFORMED = "malformed"             # no JSON, CSV or TSV
+    REPEATED_KEY = "repeated-key"
+    FIELD_COUNT = "field-count"         # more fields than the header names
+    UNREADABLE = "unreadable"           # a value of a Parquet file that cannot be converted
+    NOT_OBJECT = "not-object"
+    BAD_CHAT = "bad-chat"               # messages are no list of messages, or roles do not take turns
+    MISSING = "missing"                 # a column that the domain reads
+    NOT_TEXT = "not-text"
+    CONTROL_CHARACTERS = "control-characters"
+    EMPTY = "empty"
+    SPECIAL_TOKEN = "special-token"     # noqa: S105 - the base's, which would end or begin a turn
+    TOO_LONG = "too-long"               # over prompt.max_tokens
+    NO_TOKENS = "no-tokens"             # an answer that the tokenizer makes nothing of
+    TEMPLATE = "template"               # the base's chat template refuses it
+
+
 class RowRejected(Exception):
-    """One row cannot be used; the message is the reason."""
+    """One row cannot be used. As text it is the reason, `KIND` or `KIND: DETAIL`.
+
+    Args:
+        code: the reason for programs.
+        kind: the reason in words, without what differs from row to row.
+        detail: what differs.
+    """
+
+    def __init__(self, code: RejectionCode, kind: str, detail: str = "") -> None:
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.code, self.kind = code, kind
 
 
 class RawRow(NamedTuple):
@@ -75,7 +108,9 @@ def read_file(path: Path, name: str) -> Iterator[RawRow]:
     name, row = printable(name), 0
     try:
         for raw in _rows(path, name):
-            yield raw._replace(value=RowRejected("nested too deeply")) if _too_deep(raw.value) else raw
+            if _too_deep(raw.value):
+                raw = raw._replace(value=RowRejected(RejectionCode.TOO_DEEP, "nested too deeply"))
+            yield raw
             row = raw.line
     except MoaError:
         raise
@@ -131,7 +166,7 @@ def _lines(file: TextIO) -> Iterator[tuple[int, str | RowRejected]]:
         if len(line) == LONGEST_LINE and not line.endswith("\n"):
             while (rest := file.readline(LONGEST_LINE)) and not rest.endswith("\n"):
                 pass
-            yield number, RowRejected(f"a line of more than {LONGEST_LINE:,} characters")
+            yield number, RowRejected(RejectionCode.LONG_LINE, f"a line of more than {LONGEST_LINE:,} characters")
         else:
             yield number, line
 
@@ -166,15 +201,15 @@ _decode = json.JSONDecoder(object_pairs_hook=_object).decode
 def _parse(line: str) -> Any:
     """The JSON value of a text, or a RowRejected."""
     if not decoded(line):
-        return RowRejected("not UTF-8")
+        return RowRejected(RejectionCode.NOT_UTF8, "not UTF-8")
     try:
         return _decode(line)
     except json.JSONDecodeError as error:
-        return RowRejected(f"malformed JSON: {error}")
+        return RowRejected(RejectionCode.MALFORMED, "malformed JSON", str(error))
     except ValueError as error:
-        return RowRejected(str(error))
+        return RowRejected(RejectionCode.REPEATED_KEY, str(error))
     except RecursionError:
-        return RowRejected("JSON nested too deeply")
+        return RowRejected(RejectionCode.TOO_DEEP, "JSON nested too deeply")
 
 
 def _json_lines(path: Path, name: str) -> Iterator[RawRow]:
@@ -248,7 +283,7 @@ def _separated(path: Path, name: str, delimiter: str) -> Iterator[RawRow]:
                 return
             except csv.Error as error:
                 # A stray quotation mark makes one record of many lines: only its own line is rejected.
-                fields = RowRejected(f"malformed {path.suffix[1:].upper()}: {error}")
+                fields = RowRejected(RejectionCode.MALFORMED, f"malformed {path.suffix[1:].upper()}", str(error))
                 if len(feed.taken) > 1 and sum(len(line) for _, line in feed.taken) <= REREAD:
                     feed.give_back()
                     del feed.taken[1:]
@@ -277,9 +312,9 @@ def _record(header: Sequence[str], fields: list[str] | RowRejected) -> Mapping[s
     if isinstance(fields, RowRejected):
         return fields
     if len(fields) > len(header) and any(fields[len(header):]):
-        return RowRejected(f"{len(fields)} fields, and the header names {len(header)}")
+        return RowRejected(RejectionCode.FIELD_COUNT, f"{len(fields)} fields, and the header names {len(header)}")
     if not all(map(decoded, fields)):
-        return RowRejected("not UTF-8")
+        return RowRejected(RejectionCode.NOT_UTF8, "not UTF-8")
     return {key: value for key, value in zip(header, fields, strict=False) if value}
 
 
@@ -309,7 +344,7 @@ def _values(batch: Any) -> list[Any]:
         return list(batch.to_pylist())
     except Exception as error:
         if batch.num_rows == 1:
-            return [RowRejected("not UTF-8" if isinstance(error, UnicodeDecodeError) else
-                                f"not readable: {escaped(in_words(error))}")]
+            return [RowRejected(RejectionCode.NOT_UTF8, "not UTF-8") if isinstance(error, UnicodeDecodeError) else
+                    RowRejected(RejectionCode.UNREADABLE, "not readable", escaped(in_words(error)))]
         half = batch.num_rows // 2
         return _values(batch.slice(0, half)) + _values(batch.slice(half))

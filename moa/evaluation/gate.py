@@ -17,7 +17,8 @@ a domain is shown to be worse than the base, and names the domains that cannot b
 answer, or the base's where that is unknown, and must be better than that. Where it is not, and most of its own prompts
 go to another domain, it fails, since its rows are that domain's. It fails too unless its questions are shown to help:
 where its answers are as likely after the question of another row (`Score.swapped`), its expert learned nothing of what
-is asked.
+is asked. Of many useless domains one in forty would pass a test at the interval's own level, so this one is stricter:
+`HELP_SHARE`. Questions of useful domains help in nearly every group.
 
 **Known rows.** New data of an old domain brings test rows of its own. If the data is poisoned, so are these test rows,
 and an expert that learned the poison looks better on them. So the rows that the incumbent's release was tested on
@@ -60,6 +61,7 @@ Outcome = Literal["promote", "no better", "worse", "not enough data"]
 
 MIN_GAIN = 0.001     # nats; a fall of less than this is no improvement, however certain: rounding is certain
 GAIN_SHARE = 0.8     # of what an interval leaves out, left out where it shows a gain: a tie is promoted in 2 % at most
+HELP_SHARE = 0.04    # of the same, where questions are shown to help: useless ones pass once in a thousand at most
 DRIFT = 2            # tolerances by which a domain may be worse than its anchor
 RESAMPLES = 10_000   # of each bootstrap
 SEED = 0             # of the bootstraps
@@ -269,6 +271,10 @@ class _Terms:
     def gain_share(self) -> float:
         return GAIN_SHARE * self.share / self.chances
 
+    @property
+    def help_share(self) -> float:
+        return HELP_SHARE * self.share
+
     def on(self, rows: int, what: str) -> str:
         """The rows that a figure is of, in words."""
         if self.tested_by is None:
@@ -375,9 +381,9 @@ def _questions_help(scores: Sequence[Score], terms: _Terms) -> _Help | None:
     """
     sample = _Sample.of([(one, one.own, one.swapped) for one in scores], by_tokens=True)
     lower, higher = int((sample.values < 0).sum()), int((sample.values > 0).sum())
-    if sign_test(len(sample.values), 0) > terms.share:
+    if sign_test(len(sample.values), 0) > terms.help_share:
         return None
-    if sign_test(lower, higher) <= terms.share:
+    if sign_test(lower, higher) <= terms.help_share:
         return _Help(True, None)
     return _Help(False, f"its questions do not help: an answer is likelier after its own question than after another "
                         f"row's in {lower} of {len(sample.values)} groups only")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moa.base.encoding import Encoded
 from moa.base.kernels.attention import short_rows
 from moa.base.kernels.llama_ops import fused
+from moa.base.load import recomputable_layers
 from moa.core.config import TrainParams
 from moa.experts.batches import Batch, collate, microbatches, row_losses
 from moa.experts.lora import ExpertStack, Selection, StackedLoRA
@@ -325,9 +326,7 @@ def recomputing(model: Any, wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = recomputable_layers(model)
     selection = next((layer.selection for layer in model.modules() if isinstance(layer, StackedLoRA)), Selection())
 
     @contextmanager

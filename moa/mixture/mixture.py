@@ -38,8 +38,10 @@ class Answer:
 
     answer: str                # the text, without white space at its ends
     domain: str                # the caller's domain, or the router's most probable one, even where it abstained
-    confidence: float | None   # the router's; None where the caller gave the domain
+    confidence: float | None   # calibrated probability of `domain`; None where the caller gave it, or after abstention
     abstained: bool            # True where the router abstained: the base answered without an expert
+    similarity: float | None   # to the training prompts of `domain`, -1 to 1; None where the caller gave the domain
+    threshold: float | None    # least similarity of a prompt that is like `domain`; None = the router never abstains
     finish: Finish             # "length" where the limit or the base's context ended the answer, else "stop"
     tokens: int                # of the answer, the end token included
     prompt_tokens: int
@@ -304,8 +306,18 @@ def _generation_request(request: Request, prompt: list[int], limit: int, decisio
 def _answer(decision: Decision | str, prompt_tokens: int, row: GenerationBatch) -> Answer:
     text, counts = row.text.strip(), (row.finish, len(row.ids), prompt_tokens)
     if isinstance(decision, str):
-        return Answer(text, decision, None, False, *counts)
-    return Answer(text, decision.domain, decision.confidence, decision.abstained, *counts)
+        return Answer(text, decision, None, False, None, None, *counts)
+    return Answer(text, decision.domain, stated_confidence(decision), decision.abstained, decision.score,
+                  decision.threshold, *counts)
+
+
+def stated_confidence(decision: Decision) -> float | None:
+    """The confidence that is stated with an answer; None if the router abstained.
+
+    The router's probabilities are those of its domains for a prompt that is of one of them, and add up to 1. Of a
+    prompt that is like none they say nothing, and may be near 1 all the same.
+    """
+    return None if decision.abstained else decision.confidence
 
 
 def answering(decision: Decision) -> str:

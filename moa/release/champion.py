@@ -82,18 +82,14 @@ def ask(workspace: Workspace, config: Config, question: str, *, domain: str | No
         options: fields of `moa.mixture.generation.engine.GenerationConfig`, such as `max_new_tokens`.
 
     Returns:
-        The fields of `moa.mixture.mixture.Answer`; `answered_by`, the expert's name or "base"; `release`, the
-        champion's version number; and where the router abstained, `similarity` of the question to the training
-        prompts of `domain` and the `threshold` that it lies below.
+        The fields of `moa.mixture.mixture.Answer`; `answered_by`, the expert's name or "base"; and `release`, the
+        champion's version number.
     """
     version, folder = champion(workspace, config)
     mixture = open_mixture(folder, workspace)
     messages = [{"role": "user", "content": question}]
     answer = mixture.chat(messages, domain=domain, **options)
     reply = {**asdict(answer), "answered_by": "base" if answer.abstained else answer.domain, "release": version.version}
-    if answer.abstained:
-        decision, = mixture.route([messages])
-        reply |= {"similarity": decision.score, "threshold": decision.threshold}
     return reply | routing_trace(mixture, messages) if trace else reply
 
 

@@ -128,11 +128,11 @@ def mlflow_errors(address: str) -> Iterator[None]:
     except Exception as error:
         if not _is_mlflow_error(error):
             raise
-        detail = " ".join(str(error).split())
-        if "Max retries exceeded" in detail or "timed out" in detail or "Connection" in detail:
+        if _unanswered(error):
             raise RegistryError(f"No MLflow server answers at {shown(address)}: start it, or unset "
                                 "MLFLOW_TRACKING_URI to use this workspace's own database.") from error
-        raise RegistryError(f"MLflow at {shown(address)} refused: {shown(detail[:400])}") from error
+        detail = " ".join(str(error).split())[:400]
+        raise RegistryError(f"MLflow at {shown(address)} refused: {shown(detail)}") from error
 
 
 def _is_mlflow_error(error: Exception) -> bool:
@@ -142,6 +142,26 @@ def _is_mlflow_error(error: Exception) -> bool:
     from sqlalchemy.exc import SQLAlchemyError
 
     return isinstance(error, MlflowException | RequestException | SQLAlchemyError)
+
+
+def _unanswered(error: BaseException) -> bool:
+    """Whether no server answered: an HTTP client or a database driver failed to connect, or waited in vain.
+
+    MLflow raises an exception of its own while it handles the client's, so that one is in the chain.
+    """
+    from requests import exceptions as http
+    from sqlalchemy.exc import OperationalError
+
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, http.ConnectionError | http.RetryError | http.Timeout | ConnectionError | TimeoutError):
+            return True
+        # Without a statement it was connecting that failed. SQLite, whose errors have a code, connects to no server.
+        if (isinstance(chain, OperationalError) and chain.statement is None
+                and not hasattr(chain.orig, "sqlite_errorcode")):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
 
 
 @contextmanager

@@ -8,7 +8,6 @@ The comparison is `moa.evaluation.routing.changed_hands`. Facts are JSON values:
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return {}
 
 
-# Text and HTML.
+# Text, and data for the page.
 
 def text(facts: Facts | None) -> str:
     """The facts as text for a terminal; empty for None."""
@@ -126,19 +125,16 @@ def text(facts: Facts | None) -> str:
     return f"{_title(facts)}:\n{table(lines, right=[4])}{_more(rows, IN_TEXT)}"
 
 
-def section(facts: Facts | None) -> str:
-    """The facts as a section of the report page; empty for None."""
+def section(facts: Facts | None) -> dict[str, Any] | None:
+    """What templates/report.html shows of the facts; None for None. Without rows, `title` says so and is all."""
     if facts is None:
-        return ""
+        return None
     rows = facts["rows"]
-    if not rows:
-        return html.section("Known prompts that changed hands", f"<p>{NONE}</p>")
-    shown = html.table(("domain", "question", "before", "now", "loss before", "loss now", "rise", "row"), (
+    listed = html.table(("domain", "question", "before", "now", "loss before", "loss now", "rise", "row"), (
         (row["domain"], shorten(row["question"], 100) or "(not in the present corpus)", row["before"], row["after"],
          f"{row['loss_before']:.3f}", f"{row['loss_after']:.3f}", f"{row['rise']:+.3f}", row["row"][:ID])
         for row in rows[:IN_PAGE]))
-    return html.section("Known prompts that changed hands", f"<p>{escape(_title(facts))}.</p>", shown,
-                        f'<p class="soft">{escape(_more(rows, IN_PAGE).strip())}</p>')
+    return {"title": f"{_title(facts)}." if rows else NONE, "table": listed, "more": _more(rows, IN_PAGE).strip()}
 
 
 def _title(facts: Facts) -> str:

@@ -1,10 +1,10 @@
 """The workspace's report as one self-contained HTML file: scores, routing, curves, data, lineage.
 
-It shows the facts of `moa.reports.facts` and computes none itself. All text from the workspace's files is escaped.
+It shows the facts of `moa.reports.facts` and computes none itself: each section's function returns what
+templates/report.html shows of it, as plain data, or None for no section.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +13,23 @@ from moa.evaluation.gate import verdict_of
 from moa.evaluation.summary import NAMES, promise_remark, reliability_cells
 from moa.reports import changed_hands, html
 from moa.reports.facts import verdicts, wear
-from moa.reports.svg import Dot, Line, Node, curves, flow, reliability, whiskers
+from moa.reports.svg import Dot, Line, Node, colour_class, curves, flow, reliability, whiskers
 
 Facts = Mapping[str, Any]
 COUNTS = ("read", "kept", "rejected", "duplicates", "train", "validation", "test")
+# Name, key and colour of an expert's learning curves.
+CURVES = (("training", "train_loss", 0), ("validation", "validation_loss", 1))
 # Name, key, colour and `broad` of the curves by level. One is broad, because the two may coincide.
 LEVELS = (("agreement with the router's choice", "agreement", 3, True), ("accuracy", "accuracy", 1, False))
-STYLE = """
-td,th{overflow-wrap:break-word}
-td.m{text-align:center;font-variant-numeric:tabular-nums;border:1px solid var(--line);padding:6px 10px}
-table.matrix{width:auto}table.matrix th{padding:6px 10px}.matrix th[scope=row]{text-align:right}
-:root{--c0:#8b95a3;--c1:#3b6ea8;--c2:#1d7a5f;--c3:#b3661b;--c4:#8a4fa3;--box:#f6f8fb;--boxline:#c4cedb;--now:#eaf2fb}
-@media(prefers-color-scheme:dark){:root{--c0:#8d98a7;--c1:#6b9fd8;--c2:#4fb894;--c3:#dd9450;--c4:#bd87d6;
---box:#202833;--boxline:#445061;--now:#1d3147}}
-.s0{fill:var(--c0);stroke:var(--c0)}.s1{fill:var(--c1);stroke:var(--c1)}.s2{fill:var(--c2);stroke:var(--c2)}
-.s3{fill:var(--c3);stroke:var(--c3)}.s4{fill:var(--c4);stroke:var(--c4)}
-svg .grid{stroke:var(--line)}svg .curve{fill:none;stroke-width:2}svg .head{fill:var(--ink);font-weight:600}
-svg .tight{font-size:9px}svg .broad{stroke-width:7;stroke-opacity:.35;stroke-linecap:round}
-svg .mark{stroke:var(--soft);stroke-dasharray:4 4}
-svg .node rect{fill:var(--box);stroke:var(--boxline)}svg .node.now rect{fill:var(--now);stroke:var(--c1)}
-svg .edge{stroke:#9aa7b6;fill:none}svg .edge.old{stroke-dasharray:4 4;stroke:#c98a3a}
-.key{display:flex;flex-wrap:wrap;gap:4px 16px;color:var(--soft);font-size:13px;margin:0 0 6px}
-.key svg{width:12px;display:inline-block;vertical-align:-1px;margin-right:5px}
-td:first-child,th:first-child,td.n{white-space:nowrap}summary{cursor:pointer;color:var(--soft);font-size:13px}
-.aside{display:flex;flex-wrap:wrap;gap:12px 40px;align-items:flex-start}
-.aside>*{max-width:100%}.aside>:last-child{flex:1 1 min(420px,100%)}
-.square{flex:0 1 340px;min-width:240px}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:24px}
-.plot{overflow-x:auto}.plot svg{min-width:560px}.graph{overflow-x:auto}.graph svg{min-width:900px}
-"""
 
 
 def render(facts: Facts) -> str:
     """Render the report as one HTML page; `facts` is the result of `moa.reports.facts.gather`."""
-    body = "".join([_tiles(facts), _trouble(facts), _scores(facts), routing(_measured(facts), facts["mixture"]),
-                    changed_hands.section(facts.get("changed_hands")), _gates(facts), _learning(facts),
-                    _quality(facts), _lineage(facts)])
-    return html.frame(f"{facts['name']}: report", facts["name"], f"Mixture-of-LoRAs, {facts['made_at']}", body,
-                      STYLE)
+    return html.render(
+        "report.html", title=f"{facts['name']}: report", heading=facts["name"],
+        subtitle=f"Mixture-of-LoRAs, {facts['made_at']}", tiles=_tiles(facts), trouble=facts["registry_trouble"],
+        scores=_scores(facts), routing=_routing(facts), changed_hands=changed_hands.section(facts.get("changed_hands")),
+        gates=_gates(facts), learning=_learning(facts), data=_data(facts), lineage=_lineage(facts))
 
 
 def write(path: Path, facts: Facts) -> None:
@@ -70,8 +49,8 @@ def _measured(facts: Facts) -> list[tuple[str, str, Facts]]:
     return measured
 
 
-def _tiles(facts: Facts) -> str:
-    """Large figures: champion, domains, routing of the newest mixture, size of the base."""
+def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
+    """Large figures (name, value, remark): champion, domains, routing of the newest mixture, size of the base."""
     champion, base = facts["champion"], facts["base"]
     experts = sum(each["expert"] is not None for each in facts["domains"].values())
     tiles = [("champion", f"version {champion['version']}" if champion else "none",
@@ -85,38 +64,27 @@ def _tiles(facts: Facts) -> str:
     if base:
         tiles.append(("base", f"{(base['parameters'] or 0) / 1e6:,.0f} M" if (base["parameters"] or 0) >= 1e6 else
                       f"{base['parameters'] or 0:,}", f"parameters, {base['source']}"))
-    return html.tiles(tiles)
-
-
-def _trouble(facts: Facts) -> str:
-    """A warning where the registry could not be read; otherwise empty."""
-    error = facts["registry_trouble"]
-    return html.warned([f"The champion is unknown: {error}"]) if error else ""
+    return tiles
 
 
 # Scores.
 
-def _scores(facts: Facts) -> str:
-    """The section of scores: plots and a table of loss and metric by domain and system."""
+def _scores(facts: Facts) -> Facts | None:
+    """Scores by domain and system, as plots and as a table; None before the first evaluation."""
     measured = _measured(facts)
     if not measured:
-        return html.section("Scores", '<p class="soft">Nothing was evaluated yet: run `moa run`.</p>')
+        return None
     # The base is the same model for both mixtures, so it is shown once.
     systems = [(f"{key}/{system}", mixture, each["scores"], system) for key, mixture, each in measured
                for system in ("base", "forced", "routed") if (key, system) != ("challenger", "base")
                or len(measured) == 1]
     colours = {key: number for number, (key, *_) in enumerate(systems)}
     two_mixtures = len(measured) > 1
-    legend = html.key([(colours[key], NAMES[system] if system == "base" or not two_mixtures
-                        else f"{mixture}, {NAMES[system]}") for key, mixture, _, system in systems])
-    plots = []
-    for figure, title in (("loss", "Loss, nats per token (lower is better)"),
-                          ("score", "The domain's own metric (higher is better)")):
-        groups = [(domain, list(_dots(systems, colours, domain, figure))) for domain in _domains(measured)]
-        plots.append(f"<div><h3>{title}</h3>{whiskers(groups)}</div>")
-    return html.section("Scores", legend, f'<div class="two">{"".join(plots)}</div>', _score_table(systems, measured),
-                        '<p class="soft">Lines and brackets are 95% bootstrap intervals over the test rows; the metric '
-                        "is measured on the rows that were answered.</p>")
+    legend = [(colour_class(colours[key]), NAMES[system] if system == "base" or not two_mixtures
+               else f"{mixture}, {NAMES[system]}") for key, mixture, _, system in systems]
+    plots = {figure: whiskers([(domain, list(_dots(systems, colours, domain, figure)))
+                               for domain in _domains(measured)]) for figure in ("loss", "score")}
+    return {"legend": legend, **plots, "table": _score_table(systems, measured)}
 
 
 def _domains(measured: Sequence[tuple[str, str, Facts]]) -> list[str]:
@@ -133,7 +101,8 @@ def _dots(systems: Sequence[tuple[str, str, Facts, str]], colours: Mapping[str, 
             yield Dot(figures[figure], figures[f"{figure}_interval"], colours[key])
 
 
-def _score_table(systems: Sequence[tuple[str, str, Facts, str]], measured: Sequence[tuple[str, str, Facts]]) -> str:
+def _score_table(systems: Sequence[tuple[str, str, Facts, str]],
+                 measured: Sequence[tuple[str, str, Facts]]) -> html.Table:
     """The figures of the plots as a table, with a column for the mixture where there are two."""
     rows: list[tuple[str, ...]] = []
     for domain in _domains(measured):
@@ -150,48 +119,42 @@ def _score_table(systems: Sequence[tuple[str, str, Facts, str]], measured: Seque
 
 # The gate.
 
-def _gates(facts: Facts) -> str:
+def _gates(facts: Facts) -> list[Facts]:
     """The gate's comparisons and decision for each release on the page."""
-    parts = []
+    found: list[Facts] = []
     for _, name, each in _measured(facts):
         if decision := each.get("gate"):
             against = f"against version {decision['against']}" if decision.get("against") else "without an incumbent"
-            title = f"{name}: {verdict_of(decision)}, {against}"
-            parts.append(f"<h3>{escape(title)}</h3><p>{escape(decision['reason'])}</p>")
-            parts.append(html.table(("domain", "measure", "verdict", "difference", "pairs"), (
+            comparisons = html.table(("domain", "measure", "verdict", "difference", "pairs"), (
                 (comparison["domain"], comparison["measure"],
                  comparison["verdict"] + (", better" if comparison["better"] else ""),
                  html.with_interval(comparison["difference"], comparison["interval"], "+"), comparison["rows"])
-                for comparison in verdicts(decision))))
-            if looks := wear(decision):
-                parts.append(f"<p>{escape(looks[0].upper() + looks[1:])}.</p>")
-    return html.section("Gate", *parts) if parts else ""
+                for comparison in verdicts(decision)))
+            looks = wear(decision)
+            found.append({"title": f"{name}: {verdict_of(decision)}, {against}", "reason": decision["reason"],
+                          "table": comparisons, "looks": looks and f"{looks[0].upper()}{looks[1:]}."})
+    return found
 
 
 # Learning, data, lineage.
 
-def _learning(facts: Facts) -> str:
-    """The section of learning curves, one plot for each expert; empty without experts."""
-    plots = []
+def _learning(facts: Facts) -> list[Facts]:
+    """The learning curve of each expert, None where it has none, and a remark."""
+    found: list[Facts] = []
     for domain, each in facts["domains"].items():
         if (expert := each["expert"]) is None:
             continue
         if not expert["curve"]:
             why = "imported: it was trained elsewhere" if expert["imported"] else "no curve was kept"
-            plots.append(f'<div><h3>{escape(domain)}</h3><p class="soft">{why}</p></div>')
+            found.append({"domain": domain, "drawing": None, "remark": why})
             continue
         lines = [Line(name, [(epoch["step"], epoch[key]) for epoch in expert["curve"] if epoch.get(key) is not None],
-                      colour) for name, key, colour in (("training", "train_loss", 0),
-                                                        ("validation", "validation_loss", 1))]
+                      colour) for name, key, colour in CURVES]
         best = f"kept: epoch {expert['best_epoch']}" if expert["best_epoch"] is not None else ""
         loss = f", validation loss {expert['best_loss']:.3f}" if expert["best_loss"] is not None else ""
         before = f"; continues {_expert_of(parent)}" if (parent := expert["parent"]) else ""
-        remark = escape(best + loss + before)
-        plots.append(f'<div><h3>{escape(domain)}</h3>{curves(lines)}<p class="soft">{remark}</p></div>')
-    if not plots:
-        return ""
-    return html.section("Learning curves", html.key([(0, "training loss"), (1, "validation loss")]),
-                        f'<div class="three">{"".join(plots)}</div>')
+        found.append({"domain": domain, "drawing": curves(lines), "remark": best + loss + before})
+    return found
 
 
 def _expert_of(parent: Mapping[str, str]) -> str:
@@ -199,8 +162,8 @@ def _expert_of(parent: Mapping[str, str]) -> str:
     return f"the expert{' of ' + parent['domain'] if parent['domain'] else ''} {parent['digest'][:SHORT_DIGEST]}"
 
 
-def _quality(facts: Facts) -> str:
-    """The section of data: numbers of rows and warnings of each corpus; empty without corpora."""
+def _data(facts: Facts) -> Facts | None:
+    """Numbers of rows and warnings of each corpus, and what the router promises; None without corpora."""
     rows, warnings = [], []
     for domain, each in facts["domains"].items():
         if each["quality"]:
@@ -208,23 +171,17 @@ def _quality(facts: Facts) -> str:
                          len(each["quality"]["warnings"])))
             warnings += [(domain, warning) for warning in each["quality"]["warnings"]]
     if not rows:
-        return ""
-    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in facts.get("promises", ()))
-    return html.section("Data", html.table(("domain", *COUNTS, "warnings"), rows),
-                        html.table(("domain", "what deserves a look"), warnings)
-                        or '<p class="soft">Nothing stands out.</p>',
-                        said and f"<h3>What the router {'promises' if facts['mixture']['router'] else 'can promise'}"
-                                 f"</h3>{said}")
+        return None
+    return {"counts": html.table(("domain", *COUNTS, "warnings"), rows),
+            "warnings": html.table(("domain", "what deserves a look"), warnings),
+            "promises": facts.get("promises", ()), "has_router": bool(facts["mixture"]["router"])}
 
 
-def _lineage(facts: Facts) -> str:
-    """The section of lineage: a graph from the base to the release."""
+def _lineage(facts: Facts) -> Facts:
+    """A graph from the base to the release, and whether an edge of it is not current."""
     nodes, edges = _graph(facts)
-    note = "A dashed line: what it leads to was made from another version than the present one."
-    outdated = any(not current for *_, current in edges)
-    drawn = flow(("base", "corpora", "experts", "mixture", "release"), nodes, edges)
-    return html.section("What came from what", f'<div class="graph">{drawn}</div>',
-                        f'<p class="soft">{note}</p>' if outdated else "")
+    return {"drawing": flow(("base", "corpora", "experts", "mixture", "release"), nodes, edges),
+            "outdated": any(not current for *_, current in edges)}
 
 
 def _graph(facts: Facts) -> tuple[list[Node], list[tuple[str, str, bool]]]:
@@ -260,29 +217,52 @@ def _graph(facts: Facts) -> tuple[list[Node], list[tuple[str, str, bool]]]:
     return nodes, [edge for edge in edges if {edge[0], edge[1]} <= known]
 
 
-def routing(measured: Sequence[tuple[str, str, Facts]], mixture: Facts) -> str:
-    """Render the section of routing for each of `measured` (key, name, facts); empty without any.
+# Routing.
 
-    `mixture` is the fact `mixture` of `moa.reports.facts.gather`, whose router stands in where facts have none.
-    """
-    parts = []
-    for _, name, each in measured:
-        router, figures = each.get("router") or mixture["router"], each["routing"]
+def _routing(facts: Facts) -> list[Facts]:
+    """How the router of each evaluated mixture did; the workspace's router stands in where facts have none."""
+    found: list[Facts] = []
+    for _, name, each in _measured(facts):
+        router, figures = each.get("router") or facts["mixture"]["router"], each["routing"]
         text = ", ".join(f"{title} {figures[key]:.1%}" for title, key in (
             ("accuracy", "accuracy"), ("abstention", "abstention"), ("calibration error", "ece")) if key in figures)
         rule = f"; rule {router['rule']}, reading {_read(router)}" if {"rule", "layer"} <= router.keys() else ""
-        parts.append(f"<h3>{escape(name)}</h3><p>{escape(text + rule)}</p>"
-                     f'<div class="aside"><div>{_matrix(figures.get("confusion", {}))}</div>'
-                     f"<div>{_tax(each['tax'])}</div></div>{_abstention(figures, router)}{_reliability(figures)}"
-                     f"{_levels(router)}")
-    return html.section("Routing", *parts) if parts else ""
+        found.append({"name": name, "summary": text + rule, "matrix": _matrix(figures.get("confusion", {})),
+                      "tax": _tax(each["tax"]), "abstention": _abstention(figures, router),
+                      "reliability": _reliability(figures), "levels": _levels(router)})
+    return found
 
 
-def _abstention(figures: Facts, router: Facts) -> str:
-    """How many test rows of each domain were left to the base, beside the router's promise; empty if not measured."""
+def _read(router: Facts) -> str:
+    """The levels that the router's rule reads, in words."""
+    return {"early": f"level {router['layer']}", "last": "the last level"}.get(router["rule"], "every level")
+
+
+def _matrix(confusion: Mapping[str, Mapping[str, int]]) -> Facts | None:
+    """The confusion matrix: rows by domain, columns by the router's best guess, each cell with its share of the row."""
+    if not confusion:
+        return None
+    guesses = list(dict.fromkeys(guess for counts in confusion.values() for guess in counts))
+    lines = []
+    for domain, counts in confusion.items():
+        total = sum(counts.values()) or 1
+        lines.append((domain, [{"count": html.shown(counts.get(guess, 0)), "share": counts.get(guess, 0) / total,
+                                "right": guess == domain} for guess in guesses]))
+    return {"guesses": guesses, "lines": lines}
+
+
+def _tax(by_domain: Mapping[str, Facts]) -> html.Table:
+    """The routing tax, by domain (`moa.reports.facts.tax`)."""
+    return html.table(("routing tax", "loss, routed - forced", "metric, forced - routed"), (
+        (domain, html.with_interval(each["loss"], each["loss_interval"], "+"),
+         html.with_interval(each["score"], each["score_interval"], "+")) for domain, each in by_domain.items()))
+
+
+def _abstention(figures: Facts, router: Facts) -> Facts | None:
+    """How many test rows of each domain were left to the base, beside the router's promise; None if not measured."""
     by_domain = figures.get("by_domain")
     if not by_domain:
-        return ""
+        return None
     promised = router.get("promises", figures.get("promises"))
     none = {"share": None, "groups": "-", "more": "-"}
     rows = []
@@ -291,76 +271,32 @@ def _abstention(figures: Facts, router: Facts) -> str:
         at_most = "-" if promise["share"] is None else f"{promise['share']:.2%}"
         rows.append((domain, each["rows"], each["groups"], each["abstained"], each["share"], each["limit"], at_most,
                      promise["groups"], promise["more"]))
-    remark = promise_remark(promised)
-    table = html.table(("domain", "rows", "groups", "left to the base", "share", "at most (95 %)", "promised at most",
-                        "from groups", "more groups wanted"), rows)
-    return (f"<h3>Known prompts that are left to the base</h3>{table}"
-            + (f"<p>{escape(remark)}</p>" if remark else ""))
+    head = ("domain", "rows", "groups", "left to the base", "share", "at most (95 %)", "promised at most",
+            "from groups", "more groups wanted")
+    return {"table": html.table(head, rows), "remark": promise_remark(promised)}
 
 
-def _reliability(figures: Facts) -> str:
-    """How often the router is right at each confidence, as a plot and a table; empty where it was not measured."""
+def _reliability(figures: Facts) -> Facts | None:
+    """How often the router is right at each confidence, as a plot and a table; None where it was not measured."""
     bins = figures.get("reliability")
     if not bins:
-        return ""
+        return None
     head, *rows = reliability_cells(bins)
-    return ('<h3>Reliability of the confidence</h3><div class="aside">'
-            f'<div class="square">{reliability(bins)}</div><div>{html.table(head, rows)}'
-            '<p class="soft">Dots: the share of test rows whose domain is the best guess, with Wilson&#x27;s intervals '
-            "(95 %, as if rows were independent); below the dashed line the router is too sure. Bars: how many rows "
-            "have this confidence.</p></div></div>")
+    return {"drawing": reliability(bins), "table": html.table(head, rows)}
 
 
-def _read(router: Facts) -> str:
-    """The levels that the router's rule reads, in words."""
-    return {"early": f"level {router['layer']}", "last": "the last level"}.get(router["rule"], "every level")
-
-
-def _levels(router: Facts) -> str:
-    """The accuracy of each level's head alone, as a plot and a table; empty where it was not measured."""
+def _levels(router: Facts) -> Facts | None:
+    """The accuracy of each level's head alone, as a plot and a table; None where it was not measured."""
     levels = router.get("levels") or []
     if not levels:
-        return ""
+        return None
     read = {"early": router.get("layer"), "last": levels[-1]["level"]}.get(router.get("rule", ""))
     lines = [Line(name, [(level["level"], level[key]) for level in levels], colour, broad)
              for name, key, colour, broad in LEVELS]
-    note = "Level n is what enters layer n. " + (
-        f"The upright line is at the level that the rule reads: {read} of {len(levels)} layers are computed for it."
-        if read is not None else "The rule reads every level.")
+    count = router.get("validation_rows")
     rows = ((f"{level['level']}{' (read)' if level['level'] == read else ''}", level["accuracy"], level["agreement"])
             for level in levels)
-    table = html.table(("level", "accuracy", "agreement"), rows)
-    count = router.get("validation_rows")
-    prompts = f", on {count:,} validation prompts" if isinstance(count, int) else ""
-    return (f"<h3>Layer agreement: each layer&#x27;s head alone{prompts}</h3>"
-            + html.key([(colour, name) for name, _, colour, _ in reversed(LEVELS)])
-            + f'<div class="plot">{curves(lines, "level", ".1%", 900, read)}</div><p class="soft">{escape(note)}</p>'
-            + f"<details><summary>Level by level</summary>{table}</details>")
-
-
-def _matrix(confusion: Mapping[str, Mapping[str, int]]) -> str:
-    """The confusion matrix: rows by domain, columns by the router's best guess, shaded by the share of the row."""
-    if not confusion:
-        return ""
-    guesses = list(dict.fromkeys(guess for counts in confusion.values() for guess in counts))
-    head = "".join(f'<th scope="col">{escape(guess)}</th>' for guess in guesses)
-    lines = []
-    for domain, counts in confusion.items():
-        total = sum(counts.values()) or 1
-        cells = []
-        for guess in guesses:
-            share = counts.get(guess, 0) / total
-            hue = "59,110,168" if guess == domain else "196,88,40"
-            ink = ";color:#fff" if share > 0.6 else ""
-            cells.append(f'<td class="m" style="background:rgba({hue},{share:.2f}){ink}">{counts.get(guess, 0):,}</td>')
-        lines.append(f'<tr><th scope="row">{escape(domain)}</th>{"".join(cells)}</tr>')
-    return (f'<div class="wide"><table class="matrix"><thead><tr><th>rows of \\ best guess</th>{head}</tr></thead>'
-            f"<tbody>{''.join(lines)}</tbody></table></div>")
-
-
-def _tax(by_domain: Mapping[str, Facts]) -> str:
-    """A table of the routing tax, by domain (`moa.reports.facts.tax`); empty without domains."""
-    table = html.table(("routing tax", "loss, routed - forced", "metric, forced - routed"), (
-        (domain, html.with_interval(each["loss"], each["loss_interval"], "+"),
-         html.with_interval(each["score"], each["score_interval"], "+")) for domain, each in by_domain.items()))
-    return table and table + '<p class="soft">Above zero, the router&#x27;s choice costs something.</p>'
+    return {"legend": [(colour_class(colour), name) for name, _, colour, _ in reversed(LEVELS)],
+            "drawing": curves(lines, "level", ".1%", 900, read), "read": read, "layers": len(levels),
+            "prompts": f"{count:,}" if isinstance(count, int) else None,
+            "table": html.table(("level", "accuracy", "agreement"), rows)}

@@ -1,16 +1,14 @@
 """A domain's quality report (`moa.workspace.domains.check`) as text for a terminal and as one self-contained HTML file.
 
-Rows may contain any text, so all text is escaped. The page has no script and loads nothing.
+The page's functions return what templates/quality.html shows, as plain data. Rows may contain any text.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import indent
 from typing import Any
 
-from moa.core.text import shorten, table
-from moa.reports import html
+from moa.core.text import indented_table, shorten
+from moa.reports import html, svg
 
 BAR = 24       # characters of the widest bar in the text
 BLOCKS = " ▏▎▍▌▋▊▉█"   # eighths of a character
@@ -63,12 +61,12 @@ def _neighbours(report: Mapping[str, Any]) -> tuple[str, list[tuple[str, float]]
 
 def text(report: Mapping[str, Any]) -> str:
     """The quality report as text for a terminal. Warnings come last, because a terminal shows the end."""
-    parts = [_table(((name, f"{count:,}", remark) for name, count, remark in _counts(report)), right=[1])]
+    parts = [indented_table([(name, f"{count:,}", remark) for name, count, remark in _counts(report)], right=[1])]
     if report["redacted"]:
         parts.append("redacted: " + ", ".join(f"{count:,} {kind}" for kind, count in report["redacted"].items()))
     if rejections := _rejections(report):
-        parts.append("Rejected\n" + _table(((reason, f"{count:,}", f"first at {place}")
-                                            for reason, count, place in rejections), right=[1]))
+        parts.append("Rejected\n" + indented_table([(reason, f"{count:,}", f"first at {place}")
+                                                    for reason, count, place in rejections], right=[1]))
     for part, name in LENGTHS:
         values = report["tokens"][part]
         if "mean" in values:
@@ -79,8 +77,8 @@ def text(report: Mapping[str, Any]) -> str:
                  f"message\nAnswers: {answers['different']:,} different, the most frequent in "
                  f"{answers['largest_group']:,} rows, {answers['short']:,} of one token or none, "
                  f"{answers['blank']:,} blank")
-    parts += [f"{title}\n" + _table(((f"{each['count']:,}", f"{each['share']:.1%}", shorten(each["text"], 80))
-                                     for each in answers[key]), right=[0, 1])
+    parts += [f"{title}\n" + indented_table([(f"{each['count']:,}", f"{each['share']:.1%}", shorten(each["text"], 80))
+                                            for each in answers[key]], right=[0, 1])
               for key, title in (("most_frequent", "Most frequent answers"), ("openings", "Answers that begin alike"))
               if answers[key]]
     shares = report["languages"]["shares"]
@@ -104,20 +102,16 @@ def _across_text(report: Mapping[str, Any]) -> str:
              f"{near['across_domains']['count']:,} nearly so; across splits {near['across_splits']['count']:,} nearly "
              f"the same ({near['compared']:,} rows compared)", sentence]
     if apart:
-        lines.append("Told apart from\n" + _table(((name, f"{accuracy:.0%}") for name, accuracy in apart), right=[1]))
+        lines.append("Told apart from\n" +
+                     indented_table([(name, f"{accuracy:.0%}") for name, accuracy in apart], right=[1]))
     lines += [f"  like {each['looks_like']}: {shorten(each['text'], 90)}"
               for each in (across["neighbours"] or {"examples": []})["examples"]]
     return "\n".join(lines)
 
 
-def _table(rows: Iterable[Sequence[str]], right: Sequence[int]) -> str:
-    return indent(table(list(rows), right), "  ")
-
-
 def _histogram(bins: Sequence[tuple[str, int]]) -> str:
     most = max(max(count for _, count in bins), 1)
-    width, digits = max(len(label) for label, _ in bins), len(f"{most:,}")
-    return "\n".join(f"  {label:>{width}}  {count:>{digits},}  {_bar(count / most)}".rstrip() for label, count in bins)
+    return indented_table([(label, f"{count:,}", _bar(count / most)) for label, count in bins], right=[0, 1])
 
 
 def _bar(share: float) -> str:
@@ -126,14 +120,17 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + (BLOCKS[eighths % 8] if eighths % 8 else "")
 
 
-# HTML.
+# The page.
 
 def render(report: Mapping[str, Any]) -> str:
     """Render the quality report as one HTML page."""
-    body = "".join([_tiles(report), html.warned(report["warnings"]), _length_section(report),
-                    _rejection_section(report), _answer_section(report), _language_section(report),
-                    _across_section(report), _evidence_section(report)])
-    return html.frame(f"{report['domain']}: label quality", report["domain"], "Label quality before training", body)
+    return html.render(
+        "quality.html", title=f"{report['domain']}: label quality", heading=report["domain"],
+        subtitle="Label quality before training", tiles=_tiles(report), warnings=report["warnings"],
+        lengths=_lengths(report), turns=report["turns"], rejected=_rejected(report), answers=_answers(report),
+        languages=_languages(report), across=_across(report),
+        evidence=[(who, report[key]) for who, key in (("The gate", "power"), ("The router", "promise"))
+                  if report.get(key)])
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
@@ -141,98 +138,62 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
     html.write(path, render(report))
 
 
-def _tiles(report: Mapping[str, Any]) -> str:
+def _tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Large figures: (name, value, remark)."""
     tiles = [*_counts(report), *([("redacted", sum(report["redacted"].values()), ", ".join(
         f"{kind} {count:,}" for kind, count in report["redacted"].items()))] if report["redacted"] else [])]
-    return html.tiles((name, f"{count:,}", remark) for name, count, remark in tiles)
+    return [(name, f"{count:,}", remark) for name, count, remark in tiles]
 
 
-def _length_section(report: Mapping[str, Any]) -> str:
-    plots = []
-    for part, name in LENGTHS:
-        values = report["tokens"][part]
-        if "mean" in values:
-            plots.append(f"<div><h3>{escape(name)}</h3>{_columns(_bins(report['tokens'], part))}"
-                         f'<p class="soft">median {values["p50"]:.0f}, 95% up to {values["p95"]:.0f}, longest '
-                         f'{values["max"]:,} tokens</p></div>')
-    turns = report["turns"]
-    sentence = (f"{turns['several']:.1%} of the conversations have several turns; {turns['system']:.1%} bring a system "
-            "message.")
-    return html.section("Lengths in tokens", f'<div class="three">{"".join(plots)}</div><p>{escape(sentence)}</p>')
+def _lengths(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The histogram of tokens of each part of a row that was measured."""
+    tokens = report["tokens"]
+    return [{"name": name, "drawing": svg.histogram(_bins(tokens, part)), "median": tokens[part]["p50"],
+             "most": tokens[part]["p95"], "longest": html.shown(tokens[part]["max"])}
+            for part, name in LENGTHS if "mean" in tokens[part]]
 
 
-def _rejection_section(report: Mapping[str, Any]) -> str:
-    rejections, near = _rejections(report), report["near_duplicates"]["examples"]
+def _rejected(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Rejected rows by reason, with an example of each, and near-duplicates."""
     examples = [(each["example"]["reason"], f"{each['example']['file']}:{each['example']['line']}",
                  shorten(each["example"]["text"], 100)) for each in report["rejected"] if each["example"]]
-    parts = [html.bars([(reason, count) for reason, count, _ in rejections]) if rejections
-             else '<p class="soft">No row was rejected.</p>', html.table(("reason", "first at", "text"), examples)]
-    if near:
-        parts += ["<h3>Near-duplicates</h3>", html.table(("left out, from", "like a row of", "text"), (
-            (each["split"], each.get("of_split", each["split"]), shorten(each["text"], 100)) for each in near))]
-    return html.section("Rejected and repeated", *parts)
+    near = [(each["split"], each.get("of_split", each["split"]), shorten(each["text"], 100))
+            for each in report["near_duplicates"]["examples"]]
+    return {"drawing": svg.bars([(reason, count) for reason, count, _ in _rejections(report)]),
+            "examples": html.table(("reason", "first at", "text"), examples),
+            "near_duplicates": html.table(("left out, from", "like a row of", "text"), near)}
 
 
-def _answer_section(report: Mapping[str, Any]) -> str:
+def _answers(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A sentence on the answers, and (title, bars) of those that are frequent or begin alike."""
     answers = report["answers"]
     sentence = (f"{answers['different']:,} different answers; the most frequent stands in {answers['largest_group']:,} "
-            f"rows; {answers['short']:,} have one token or none, {answers['blank']:,} say nothing.")
-    parts = [f"<p>{escape(sentence)}</p>"]
-    for key, title in (("most_frequent", "Most frequent"), ("openings", "Beginning alike")):
-        if answers[key]:
-            bars = html.bars([(shorten(each["text"], 44), each["count"]) for each in answers[key]])
-            parts += [f"<h3>{title}</h3>", bars]
-    return html.section("Answers", *parts)
+                f"rows; {answers['short']:,} have one token or none, {answers['blank']:,} say nothing.")
+    plots = [(title, svg.bars([(shorten(each["text"], 44), each["count"]) for each in answers[key]]))
+             for key, title in (("most_frequent", "Most frequent"), ("openings", "Beginning alike")) if answers[key]]
+    return {"sentence": sentence, "plots": plots}
 
 
-def _language_section(report: Mapping[str, Any]) -> str:
+def _languages(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The shares of languages among the sampled questions."""
     languages = report["languages"]
-    return html.section("Languages", f'<p class="soft">Of {languages["sampled"]:,} sampled questions.</p>',
-                        html.bars([(LANGUAGES.get(name, name), share) for name, share in languages["shares"].items()]))
+    shares = [(LANGUAGES.get(name, name), share) for name, share in languages["shares"].items()]
+    return {"sampled": html.shown(languages["sampled"]), "drawing": svg.bars(shares)}
 
 
-def _across_section(report: Mapping[str, Any]) -> str:
-    """The section of the comparison with other domains; empty where the report has none."""
+def _across(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The comparison with other domains; None where the report has none."""
     if "across" not in report:
-        return ""
+        return None
     across, (sentence, apart) = report["across"], _neighbours(report)
     near, looks = across["near_duplicates"], (across["neighbours"] or {"examples": []})["examples"]
-    parts = [f"<p>{escape(sentence)}</p>"]
-    if apart:
-        parts += ["<h3>How well the neighbours tell them apart (50% is chance)</h3>", html.bars(apart, most=1.0)]
-    parts.append(html.table(("looks like", "text"),
-                            ((each["looks_like"], shorten(each["text"], 100)) for each in looks)))
-    shared = html.table(("also in", "split here / there", "text"), (
-        (each["domain"], f"{each['split']} / {each['other_split']}", shorten(each["text"], 100))
-        for each in across["duplicates"]["examples"]))
-    alike = html.table(("nearly the same in", "similarity", "here", "there"), (
-        (f"{each['domain']} {each['other_split']}", each["similarity"], shorten(each["text"], 100),
-         shorten(each["other_text"], 100))
-        for kind in ("across_domains", "across_splits") for each in near[kind]["examples"]))
-    if shared or alike:
-        parts += ["<h3>Rows in common</h3>", shared, alike]
-    return html.section("Beside the other domains", *parts)
-
-
-def _evidence_section(report: Mapping[str, Any]) -> str:
-    """What so many rows let the gate and the router tell; empty where the report does not say."""
-    said = [(who, report[key]) for who, key in (("The gate", "power"), ("The router", "promise")) if report.get(key)]
-    return html.section("What so many rows can show", *(f"<p>{escape(f'{who}: {sentence}')}</p>"
-                                                        for who, sentence in said)) if said else ""
-
-
-def _columns(bins: Sequence[tuple[str, int]]) -> str:
-    """A histogram as SVG: one column for each bin, with its label below where there is room."""
-    width, height, foot = 320, 150, 18
-    most, step = max(max(count for _, count in bins), 1), width / len(bins)
-    every = -(-len(bins) * 52 // width)   # bins for each label, which takes 52 units
-    shapes = []
-    for index, (label, count) in enumerate(bins):
-        column_height = max((height - foot - 14) * count / most, 1 if count else 0)
-        shapes.append(f'<rect x="{index * step + 1:.1f}" y="{height - foot - column_height:.1f}" '
-                      f'width="{max(step - 2, 1):.1f}" height="{column_height:.1f}" rx="2">'
-                      f'<title>{escape(label)}: {count:,}</title></rect>')
-        if index % every == 0:
-            shapes.append(f'<text x="{(index + 0.5) * step:.1f}" y="{height - 4}" text-anchor="middle">'
-                          f'{escape(label)}</text>')
-    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}</svg>'
+    shared = ((each["domain"], f"{each['split']} / {each['other_split']}", shorten(each["text"], 100))
+              for each in across["duplicates"]["examples"])
+    alike = ((f"{each['domain']} {each['other_split']}", each["similarity"], shorten(each["text"], 100),
+              shorten(each["other_text"], 100))
+             for kind in ("across_domains", "across_splits") for each in near[kind]["examples"])
+    return {"sentence": sentence, "apart": svg.bars(apart, most=1.0),
+            "looks": html.table(("looks like", "text"),
+                                ((each["looks_like"], shorten(each["text"], 100)) for each in looks)),
+            "shared": html.table(("also in", "split here / there", "text"), shared),
+            "alike": html.table(("nearly the same in", "similarity", "here", "there"), alike)}

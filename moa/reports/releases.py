@@ -8,7 +8,7 @@ from typing import Any
 from moa.core.config import Config
 from moa.core.paths import Workspace
 from moa.core.project import Names
-from moa.core.text import NOTHING_RELEASED, SHORT_DIGEST, shorten, table
+from moa.core.text import NOTHING_RELEASED, SHORT_DIGEST, indented_table, shorten, table
 from moa.evaluation.gate import verdict_of
 from moa.release.champion_history import Entry
 from moa.release.registry import MixtureVersion, Registry
@@ -151,16 +151,15 @@ def listed_text(facts: Mapping[str, Any]) -> str:
 
 def shown_text(facts: Mapping[str, Any]) -> str:
     """The output of `moa release show`: all facts of one release."""
-    lines = [f"{facts['name']} version {facts['version']}: {facts['state']}", "",
-             f"  created  {facts['created']}", f"  digest   {facts['digest']}",
-             f"  base     {facts['base']['source']} ({_cut(facts['base']['digest'])})",
-             f"  router   {_cut(facts['router'])}", f"  run      {facts['run']}"]
-    lines += [f"  {key:<7}  {value}" for key, value in facts["code"].items() if key.startswith("git.")]
-    width = max(map(len, facts["experts"]))
-    lines += ["", f"  {'expert':<{width}}  version  digest        corpus"]
-    for domain, pin in facts["experts"].items():
-        corpus = facts["corpora"].get(domain, {}).get("moa.digest")
-        lines.append(f"  {domain:<{width}}  {pin['version']:>7}  {_cut(pin['digest']):<12}  {_cut(corpus)}")
+    about = [("created", facts["created"]), ("digest", facts["digest"]),
+             ("base", f"{facts['base']['source']} ({_cut(facts['base']['digest'])})"),
+             ("router", _cut(facts["router"])), ("run", f"{facts['run']}"),
+             *((key, f"{value}") for key, value in facts["code"].items() if key.startswith("git."))]
+    experts = [("expert", "version", "digest", "corpus"), *(
+        (domain, f"{pin['version']}", _cut(pin["digest"]), _cut(facts["corpora"].get(domain, {}).get("moa.digest")))
+        for domain, pin in facts["experts"].items())]
+    lines = [f"{facts['name']} version {facts['version']}: {facts['state']}", "", indented_table(about), "",
+             indented_table(experts, right=[1])]
     if facts["champion"]:
         lines += ["", *(f"  champion since {entry['at']} by {entry['by']}: {entry['reason']}"
                         for entry in facts["champion"])]
@@ -183,21 +182,19 @@ def history_text(facts: Mapping[str, Any]) -> str:
 
 def diff_text(facts: Mapping[str, Any]) -> str:
     """The output of `moa release diff`: what differs between two releases."""
-    lines = [f"version {facts['old']} -> {facts['new']}", ""]
-    width = max([len("router"), *map(len, facts["experts"])])
+    parts = []
     for domain, pin in facts["experts"].items():
         sides = [f"{_cut(side['digest'])} (version {side['version']})" if side else "none"
                  for side in (pin["old"], pin["new"])]
-        lines.append(f"  {domain:<{width}}  {pin['change']:<8}  {_arrow(pin['change'], *sides)}")
+        parts.append((domain, pin["change"], _arrow(pin["change"], *sides)))
     for part in ("router", "base"):
         pair = facts[part]
-        lines.append(f"  {part:<{width}}  {pair['change']:<8}  "
-                     f"{_arrow(pair['change'], _cut(pair['old']), _cut(pair['new']))}")
+        parts.append((part, pair["change"], _arrow(pair["change"], _cut(pair["old"]), _cut(pair["new"]))))
+    lines = [f"version {facts['old']} -> {facts['new']}", "", indented_table(parts)]
     for title in ("corpora", "parameters", "metrics"):
         if changed := facts[title]:
-            width = max(map(len, changed))
-            lines += ["", title, *(f"  {key:<{width}}  {_value(pair['old'])} -> {_value(pair['new'])}"
-                                   for key, pair in changed.items())]
+            lines += ["", title, indented_table([(key, f"{_value(pair['old'])} -> {_value(pair['new'])}")
+                                                 for key, pair in changed.items()])]
     if moved := changed_hands.text(facts["changed_hands"]):
         lines += ["", moved]
     for side in ("old", "new"):
@@ -212,15 +209,14 @@ def gate_text(decision: Mapping[str, Any]) -> str:
     lines = [f"gate: version {decision['version']} against {f'version {against}' if against else 'no incumbent'}: "
              f"{verdict_of(decision)}"]
     if domains := decision.get("domains"):
-        width = max(map(len, [*domains, "domain"]))
-        lines.append(f"  {'domain':<{width}}  {'measure':<13}  {'verdict':<15}  {'difference':>10}  {'interval':>18}   "
-                     "rows")
+        cells: list[tuple[str, ...]] = [("domain", "measure", "verdict", "difference", "interval", "rows", "")]
         for domain, verdict in domains.items():
             known = verdict.get("known") or {}   # the same on the rows that the incumbent was tested on
             measures = [("loss", verdict.get("loss", verdict)), ("loss, known", known.get("loss")),
                         ("metric", verdict.get("metric")), ("metric, known", known.get("metric")),
                         ("loss, best", verdict.get("anchor"))]
-            lines += [f"  {domain:<{width}}  {_measure(name, each)}" for name, each in measures if each]
+            cells += [(domain, *_measure(name, each)) for name, each in measures if each]
+        lines.append(indented_table(cells, right=[3, 4, 5]))
     if (before := decision.get("routing", {}).get("incumbent")) and (after := decision["routing"].get("challenger")):
         lines.append(f"  routing accuracy {before['accuracy']:.1%} -> {after['accuracy']:.1%}, "
                      f"abstention {before['abstention']:.1%} -> {after['abstention']:.1%}")
@@ -229,14 +225,14 @@ def gate_text(decision: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"  {decision['reason']}"])
 
 
-def _measure(name: str, comparison: Mapping[str, Any]) -> str:
-    """The line of one comparison of the gate."""
+def _measure(name: str, comparison: Mapping[str, Any]) -> tuple[str, ...]:
+    """The cells of one comparison of the gate."""
     measured = comparison["interval"] is not None
     point = f"{comparison['point']:+.4f}" if measured else "-"
     interval = f"{comparison['interval'][0]:+.4f} to {comparison['interval'][1]:+.4f}" if measured else "-"
-    remark = ("  better" if comparison["improved"] else
-              f"  {comparison['reason']}" if comparison["verdict"] == "not enough data" else "")
-    return f"{name:<13}  {comparison['verdict']:<15}  {point:>10}  {interval:>18}  {comparison['rows']:>5}{remark}"
+    remark = ("better" if comparison["improved"] else
+              comparison["reason"] if comparison["verdict"] == "not enough data" else "")
+    return name, comparison["verdict"], point, interval, f"{comparison['rows']}", remark
 
 
 def _arrow(change: str, old: str, new: str) -> str:

@@ -1,4 +1,4 @@
-"""A test question that a build answered rightly and the base did not: what `moa run` and `moa demo` suggest to ask."""
+"""A test question that a build answered better than the base: what `moa run` and `moa demo` suggest to ask."""
 
 import shlex
 from collections.abc import Mapping

@@ -64,16 +64,17 @@ def trace_text(trace: list[dict[str, Any]], decision: dict[str, Any]) -> str:
     Each level has a line with its head's probability and domain, marked if the router's rule reads it. The rule's
     decision comes last.
     """
-    lines = ["level                       probability  domain"]
+    lines = [("level", "", "probability", "domain")]
     for choice in trace:
         bar = "█" * round(BAR * choice["probability"])
         mark = "  <- read" if choice["level"] in decision["levels"] else ""
-        lines.append(f"{choice['level']:>5}  {bar:░<{BAR}}  {choice['probability']:>10.1%}  {choice['domain']}{mark}")
+        lines.append((f"{choice['level']}", f"{bar:░<{BAR}}", f"{choice['probability']:.1%}",
+                      f"{choice['domain']}{mark}"))
     decided = f"rule {decision['rule']}: {decision['domain']}, confidence {decision['confidence']:.1%}"
     if decision["abstained"]:
         decided += (f"; similarity {decision['score']:.3g} is below {decision['threshold']:.3g}, as for every other "
                     "domain, so the router abstains")
-    return "\n".join([*lines, decided])
+    return f"{table(lines, right=[0, 2])}\n{decided}"
 
 
 def _mean(losses: list[float | None]) -> str:

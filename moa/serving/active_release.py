@@ -102,7 +102,7 @@ class AnswerListener:
 
 
 @dataclass(frozen=True)
-class ChatRequest:
+class ReleaseRequest:
     """One conversation to be answered by one release, with valid options and a domain that the release has."""
 
     release: Release

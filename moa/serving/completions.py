@@ -17,6 +17,7 @@ from moa.core.errors import DataError, UsageError
 from moa.serving import protocol
 from moa.serving.batcher import Closed, Full, Job
 from moa.serving.protocol import ChatError, ChatQuestion, ChatResponseBuilder, StreamTrimmer
+from moa.serving.schemas import Delta
 from moa.serving.state import ServerState
 from moa.serving.upstream import Routed, UpstreamServer
 
@@ -53,7 +54,8 @@ async def complete(server: ServerState, request: Request) -> Response:
         job.work.cancelled.set()
         return Response(status_code=499)
     server.metrics.answer(answer)
-    return JSONResponse(builder.completion(answer), headers={**headers, "X-Moa-Model": protocol.answerer(answer)})
+    return JSONResponse(builder.completion(answer).as_dict(),
+                        headers={**headers, "X-Moa-Model": protocol.answerer(answer)})
 
 
 async def _body(request: Request, most: int, seconds: float) -> bytes:
@@ -107,9 +109,9 @@ def _prompt_tokens(release: "Release", question: ChatQuestion, most: int) -> int
 def _submit(server: ServerState, release: "Release", question: ChatQuestion, tokens: int,
             listener: "AnswerListener | None") -> Job:
     """Queue the question: for its answer, or for the router's decision alone where a backend decodes."""
-    from moa.serving.active_release import ChatRequest
+    from moa.serving.active_release import ReleaseRequest
 
-    request = ChatRequest.of(release, question.messages, question.domain, question.options, tokens, listener)
+    request = ReleaseRequest.of(release, question.messages, question.domain, question.options, tokens, listener)
     job = request.job() if server.backend is None else request.routing()
     try:
         server.batcher.submit(job)
@@ -168,15 +170,17 @@ async def _forwarded(server: ServerState, backend: UpstreamServer, release: "Rel
         return stream
     completion = await backend.whole(reply)
     _count(server, routed, completion.get("usage"))
-    return JSONResponse({**completion, **ours, "moa": protocol.routing(routed)}, headers=headers)
+    return JSONResponse({**completion, **ours, "moa": protocol.routing(routed).as_dict()}, headers=headers)
 
 
 async def _routed(server: ServerState, release: "Release", question: ChatQuestion, tokens: int) -> Routed:
     """The domain that the question names, or the router's decision."""
+    from moa.mixture.mixture import stated_confidence
+
     if question.domain is not None:
         return Routed(question.domain, None, False)
     decision = await asyncio.wrap_future(_submit(server, release, question, tokens, None).done)
-    return Routed(decision.domain, decision.confidence, decision.abstained)
+    return Routed(decision.domain, stated_confidence(decision), decision.abstained, decision.score, decision.threshold)
 
 
 async def _relayed(server: ServerState, backend: UpstreamServer, reply: Any, routed: Routed, ours: dict[str, str],
@@ -193,7 +197,7 @@ async def _relayed(server: ServerState, backend: UpstreamServer, reply: Any, rou
                 if counts and not chunk.get("choices"):   # a chunk with token counts, which the caller did not ask for
                     continue
             last = any(choice.get("finish_reason") for choice in chunk.get("choices", []))
-            yield _event({**chunk, **ours, **({"moa": protocol.routing(routed)} if last else {})})
+            yield _event({**chunk, **ours, **({"moa": protocol.routing(routed).as_dict()} if last else {})})
     except ChatError as error:
         yield _event(error.as_dict())
         return
@@ -237,9 +241,9 @@ async def _chunks(server: ServerState, job: Job, events: _Events, builder: ChatR
         while not isinstance(event := await events.queue.get(), Future):
             if isinstance(event, dict):
                 model = protocol.model_of(event["label"])
-                yield _event(builder.chunk(model, {"role": "assistant", "content": ""}))
+                yield _event(builder.chunk(model, Delta(role="assistant", content="")).as_dict())
             elif piece := text.add(event):
-                yield _event(builder.chunk(model, {"content": piece}))
+                yield _event(builder.chunk(model, Delta(content=piece)).as_dict())
         try:
             answer = event.result()
         except (Exception, CancelledError):
@@ -247,7 +251,7 @@ async def _chunks(server: ServerState, job: Job, events: _Events, builder: ChatR
             return
         server.metrics.answer(answer)
         for chunk in builder.endings(answer, usage):
-            yield _event(chunk)
+            yield _event(chunk.as_dict())
         yield "data: [DONE]\n\n"
     finally:   # also when the client has disconnected
         job.work.cancelled.set()

@@ -6,7 +6,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 # Paths with a label of their own; others are counted as "other", because each label costs memory.
-PATHS = ("/v1/chat/completions", "/v1/models", "/healthz", "/metrics", "/openapi.json")
+PATHS = ("/v1/chat/completions", "/v1/models", "/healthz", "/metrics", "/openapi.json", "/docs")
 # Upper bounds of the histograms' buckets.
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -49,7 +49,7 @@ class Metrics:
         self._tokens.labels("prompt").inc(answer.prompt_tokens)
         self._tokens.labels("completion").inc(answer.tokens)
         by = "base" if answer.abstained else answer.domain
-        self._routes.labels(by, "caller" if answer.confidence is None else "router").inc()
+        self._routes.labels(by, "caller" if answer.similarity is None else "router").inc()
         if answer.abstained:
             self._abstentions.inc()
 

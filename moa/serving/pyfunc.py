@@ -11,7 +11,7 @@ from typing import Any
 
 from moa.core.errors import UsageError
 from moa.core.paths import Workspace
-from moa.serving.protocol import BodyError, ChatResponseBuilder, parse
+from moa.serving.protocol import ChatError, ChatResponseBuilder, parse
 
 
 def python_model() -> Any:
@@ -30,20 +30,20 @@ def python_model() -> Any:
             def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
                 try:
                     return respond(self.mixture, model_input)
-                except BodyError as error:
+                except ChatError as error:
                     raise MlflowException.invalid_parameter_value(str(error)) from None
 
     return ChatMixture()
 
 
 def respond(mixture: Any, body: Any) -> dict[str, Any]:
-    """Answer one chat body with a chat completion. Raises BodyError."""
-    messages, domain, options = parse(body)
+    """Answer one chat body with a chat completion. Raises ChatError."""
+    question = parse(body)
     try:
-        answer = mixture.chat(messages, domain=domain, **options)
+        answer = mixture.chat(question.messages, domain=question.domain, **question.options)
     except UsageError as error:   # an unknown expert, a prompt that is too long, or an option out of range
-        raise BodyError(str(error)) from None
-    return ChatResponseBuilder(None).completion(answer)
+        raise ChatError(400, str(error), "invalid_body") from None
+    return ChatResponseBuilder(None).completion(answer).as_dict()
 
 
 def _workspace(recorded: dict[str, Any]) -> Workspace | None:

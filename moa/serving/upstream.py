@@ -26,6 +26,8 @@ class Routed:
     domain: str
     confidence: float | None
     abstained: bool
+    similarity: float | None = None
+    threshold: float | None = None
     prompt_tokens: int = 0
     tokens: int = 0
 

@@ -439,9 +439,12 @@ def check(workspace: Workspace, config: Config, domain: str, tell: Callable[[str
         manifest = read_json(workspace.corpus(domain) / MANIFEST)
         resolution = power.resolution(manifest, config.release)
     promise = promises.expected({domain: manifest}, config.assemble)
+    unjudged = [f"The gate cannot judge {domain}: its test rows are {resolution.groups} groups, and "
+                f"{config.release.min_rows} are needed. Rows with the same answer are one group."
+                ] if resolution and resolution.rise is None else []
     return {**report, "across": compared, "power": power.sentence(domain, resolution, config.release)
             if resolution else None, "promise": promise[0] if promise else None,
-            "warnings": [*report["warnings"], *compared.pop("warnings")]}
+            "warnings": [*report["warnings"], *compared.pop("warnings"), *unjudged]}
 
 
 def _bring_up_to_date(pipeline: Pipeline, target: str, tell: Callable[[str], None]) -> None:

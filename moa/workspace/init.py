@@ -16,7 +16,7 @@ from moa.core import config, git, layout
 from moa.core.errors import BaseModelError, UsageError
 from moa.core.files import write_atomic
 from moa.core.project import new_project_id
-from moa.workspace.data_versions import initialise
+from moa.workspace.dvc_repository import initialise
 
 SCAFFOLD = Path(__file__).parent / "scaffold"
 # Ignore files, by their names in the scaffold: missing lines are added to one that exists.

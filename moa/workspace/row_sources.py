@@ -150,7 +150,7 @@ def look(path: Path, origin: str) -> SourceFile:
         return SourceFile(path, stem(path.stem), digests.of_file(path), origin, path.stat().st_size)
     except OSError as error:
         kind = ArtifactError if of_machine(error) else DataError
-        raise kind(f"{origin} cannot be read: {in_words(error)}.") from None
+        raise kind(f"{origin} cannot be read: {in_words(error)}.") from error
 
 
 def stem(name: str) -> str:
@@ -283,7 +283,8 @@ def _advice(columns: list[str]) -> str:
 
 
 def copy_checked(source: SourceFile, target: Path, *, link: bool = False) -> None:
-    """Copy a file to `target` and verify the copy's digest. Raises DataError when the file has changed.
+    """Copy a file to `target` and verify the copy's digest. Raises DataError when the file has changed,
+    and ArtifactError when the machine is the cause, such as a full disk.
 
     With `link`, `target` becomes a hard link to the file if it has none yet and the file system allows it. A file with
     another hard link is copied, because a program may write to it through that link.
@@ -295,7 +296,8 @@ def copy_checked(source: SourceFile, target: Path, *, link: bool = False) -> Non
             os.fsync(file.fileno())
         same = digests.of_file(target) == source.digest
     except OSError as error:
-        raise DataError(f"{source.origin} cannot be copied to {target.parent.name}: {error.strerror}.") from None
+        kind = ArtifactError if of_machine(error) else DataError
+        raise kind(f"{source.origin} cannot be copied to {target.parent.name}: {error.strerror}.") from error
     if not same:
         raise DataError(f"{source.origin} changed while it was copied; run the command again.")
 

@@ -24,6 +24,7 @@ from moa.core.project import Names
 from moa.core.transaction import transaction
 from moa.experts import warm_start
 from moa.workspace import params_editor, stage_inputs
+from moa.workspace.dvc_repository import dumps_yaml, parse_for_update
 from moa.workspace.init import SCAFFOLD
 from moa.workspace.pipeline import Pipeline
 
@@ -183,9 +184,7 @@ def edit_lock(workspace: Workspace, made: Upgrade, removed: list[str]) -> None:
                                                                        *_uncalibrated(workspace, stages)])]
     if not edits:
         return
-    from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
-
-    content: Any = parse_yaml_for_update(made.old[LOCK], LOCK)   # the parser with which DVC itself edits the file
+    content = parse_for_update(made.old[LOCK], LOCK)
     for name, file, group, value in edits:
         recorded = content["stages"][name]["params"]
         if file == PARAMS:

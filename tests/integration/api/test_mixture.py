@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import moa
 from moa.core.config import load
@@ -30,6 +31,7 @@ def test_one_prompt_gives_a_completion(mixture: moa.Mixture) -> None:
     assert out.usage.completion_tokens == 5 and out.usage.total_tokens == out.usage.prompt_tokens + 5
     assert out.routing.domain in mixture.domains and 0 < (out.routing.confidence or 0) <= 1
     assert out.answered_by == out.routing.expert
+    assert out.routing == mixture.route(QUESTION) and -1 <= (out.routing.similarity or -2) <= 1.0001
     assert mixture.generate(MESSAGES, max_new_tokens=5) == out == mixture.generate(tuple(MESSAGES), max_new_tokens=5)
 
 
@@ -42,6 +44,16 @@ def test_a_list_gives_a_table_in_its_order(mixture: moa.Mixture) -> None:
     assert "alpha" in outs._repr_html_() and len(outs[1:].to_frame()) == 2
     assert mixture.generate([]) == () and mixture.route([]) == ()
     assert {out.answered_by for out in mixture.generate(["a", "b"], domain="beta", max_new_tokens=1)} == {"beta"}
+
+
+def test_an_answer_of_the_base_has_no_confidence_but_what_was_found(mixture: moa.Mixture,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixture._mixture.router, "threshold_C", torch.full((2,), 2.0))   # no cosine reaches it
+    out = mixture.generate(QUESTION, max_new_tokens=2)
+    assert out.answered_by == "base" and out.routing == mixture.route(QUESTION) == mixture.explain(QUESTION).routing
+    assert out.routing.abstained and out.routing.confidence is None and "confidence" not in repr(out)
+    assert out.routing.domain in mixture.domains and out.routing.threshold == 2.0
+    assert -1 <= (out.routing.similarity or -2) <= 1.0001 and "confidence=None" in repr(mixture.explain(QUESTION))
 
 
 def test_a_stream_is_the_answer_in_pieces(mixture: moa.Mixture) -> None:

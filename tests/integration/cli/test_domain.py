@@ -113,6 +113,8 @@ def test_check_prepares_one_domain_and_says_that_it_is_alone(unprepared: Workspa
     assert report["rejected"][0]["example"]["line"] == 49
     assert report["across"]["neighbours"] is None and report["across"]["not_prepared"] == ["beta"]
     assert re.match(r"alpha: \d+ test groups are too few for a verdict", report["power"])
+    assert re.match(r"The gate cannot judge alpha: its test rows are \d+ groups, and 20 are needed\.",
+                    report["warnings"][-1])
     assert re.match(r"alpha: of fresh prompts at most \d+\.\d\d% are left to the base .* more groups\.",
                     report["promise"])
     assert (workspace.root.parent / "report/alpha.html").read_text().startswith("<!doctype html>")

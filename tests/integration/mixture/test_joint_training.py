@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,11 @@ def test_it_loads_routes_and_answers(built: Built) -> None:
     assert mixture.router.stream == "experts" and accuracy(built, mixture) == 1.0
     asked = [corpus.read(built[0].corpus(domain), "test")[0].prompt for domain in DOMAINS]
     together = mixture.generate(asked, max_new_tokens=6)
-    assert together == [mixture.chat(prompt, max_new_tokens=6) for prompt in asked]
+    alone = [mixture.chat(prompt, max_new_tokens=6) for prompt in asked]
+    for one, same in zip(together, alone, strict=True):
+        routed = {"confidence": None, "similarity": None}   # in float32
+        assert replace(one, **routed) == replace(same, **routed)
+        assert (one.confidence, one.similarity) == (pytest.approx(same.confidence), pytest.approx(same.similarity))
     assert [choice.level for choice in mixture.trace(asked[0])] == [0, 1]
 
 

@@ -118,10 +118,13 @@ def test_the_callers_label_wins(built: tuple[Workspace, Config], mixture: Mixtur
     answers = {domain: mixture.chat(prompt, domain, max_new_tokens=12) for domain in (*DOMAINS, BASE)}
     for domain, answer in answers.items():
         assert (answer.domain, answer.confidence, answer.abstained) == (domain, None, False)
+        assert answer.similarity is answer.threshold is None
         assert [answer] == mixture.generate([prompt], [domain], max_new_tokens=12)
     assert len({answer.answer for answer in answers.values()}) == 3
     routed = mixture.chat(prompt, max_new_tokens=12)
-    assert routed.domain == "alpha" and routed.confidence is not None
+    decision, = mixture.route([prompt])
+    assert routed.domain == "alpha" and routed.confidence == (None if routed.abstained else decision.confidence)
+    assert (routed.similarity, routed.threshold) == (decision.score, decision.threshold)
     assert routed.answer == answers[BASE if routed.abstained else "alpha"].answer
 
 
@@ -132,6 +135,8 @@ def test_an_unsure_router_leaves_the_answer_to_the_base(built: tuple[Workspace, 
     answer = mixture.chat(prompt, max_new_tokens=8)
     alone, = mixture.generate([prompt], [BASE], max_new_tokens=8)
     assert answer.abstained and answer.answer == alone.answer
+    assert (answer.domain, answer.confidence, answer.threshold) == ("beta", None, 2.0)
+    assert answer.similarity is not None and 0.5 < answer.similarity <= 1.0001
 
 
 def test_an_unknown_domain_is_refused_with_the_known_ones(built: tuple[Workspace, Config], mixture: Mixture) -> None:

@@ -33,6 +33,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     tickets = "".join(f"The printer in room {number} is on fire,Send {number % 7} people with {number} buckets\n"
                       for number in range(40))
     (made.root / "tickets.csv").write_text("question,answer\n" + tickets.replace("room 7 ", ""), encoding="utf-8")
+    shutil.copy(made.root / "tickets.csv", made.root.parent)
     (made.root / "new-tickets.csv").write_text("question,answer\n" + tickets.replace("printer", "copier"),
                                               encoding="utf-8")
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):

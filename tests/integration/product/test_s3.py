@@ -19,7 +19,8 @@ from flows.steps.stage_order import build
 from moa.core import config
 from moa.core.paths import Workspace
 from moa.release.champion import champion, open_mixture
-from moa.workspace.data_versions import DataVersions, initialise
+from moa.workspace.data_versions import DataVersions
+from moa.workspace.dvc_repository import initialise
 from tests import tiny
 from tests.waiting import until
 

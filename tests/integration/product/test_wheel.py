@@ -56,6 +56,8 @@ def test_a_workspace_is_made_and_built_by_the_wheel(installed: dict[str, str], t
     for name in ("alpha", "beta"):
         run(installed, workspace.root, "-m", "moa", "domain", "add", name)
     assert "release   version 1" in run(installed, workspace.root, "-m", "moa", "run", "--local")
+    run(installed, workspace.root, "-m", "moa", "report", "--html", "page.html")   # from templates in the wheel
+    assert "version 1" in (workspace.root / "page.html").read_text(encoding="utf-8")
     found = run(installed, workspace.root, "-c", "from moa.base.kernels.build import library; print(library('step'))")
     assert "CDLL" in found
     assert run(installed, workspace.root, "-m", "moa", "ask", tiny.row("alpha", 1)["instruction"],

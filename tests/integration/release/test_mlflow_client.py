@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -227,3 +228,20 @@ def test_the_database_is_whole_before_its_pages_are_started(tmp_path: Path, monk
     assert mlflow_client.pages(workspace, free_port())
     with sqlite3.connect(workspace.mlflow / "mlflow.db") as database:
         assert database.execute("SELECT count(*) FROM experiments WHERE name = 'Default'").fetchone() == (1,)
+
+
+def test_what_no_server_answers_and_what_one_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told apart by the exception's class: a refusal may speak of connections."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+    with pytest.raises(RegistryError, match="MLflow at http://here refused: 'Connection timed out' is no name"), \
+            mlflow_client.mlflow_errors("http://here"):
+        raise MlflowException("'Connection timed out' is no name. Max retries exceeded.",
+                              error_code=INVALID_PARAMETER_VALUE)
+    monkeypatch.setattr(mlflow_client, "PROBE_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:   # it accepts connections, and says nothing
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with pytest.raises(RegistryError, match=f"No MLflow server answers at {address}"):
+            mlflow_client.connect(Workspace(tmp_path))

@@ -340,7 +340,7 @@ def test_mlflow_serves_chat_bodies(registry: Registry, monkeypatch: pytest.Monke
     class Echo:
         def chat(self, messages: Any, domain: str | None = None, max_new_tokens: int | None = None) -> Any:
             return SimpleNamespace(answer=f"{messages[-1]['content']} {max_new_tokens}", domain=domain or "math",
-                                   confidence=0.9, abstained=False,
+                                   confidence=0.9, abstained=False, similarity=0.8, threshold=0.5,
                                    finish="stop", tokens=3, prompt_tokens=2)
 
     opened: list[tuple[Path, Workspace]] = []

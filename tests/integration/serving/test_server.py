@@ -41,7 +41,7 @@ from moa.mixture.assemble import assemble
 from moa.mixture.generation.decoding import Decoding
 from moa.mixture.mixture import Answer, Mixture
 from moa.release.registry import Registry
-from moa.serving.active_release import AnswerListener, ChatRequest, Release, ReleaseWatcher, generate_answers
+from moa.serving.active_release import AnswerListener, Release, ReleaseRequest, ReleaseWatcher, generate_answers
 from moa.serving.batcher import Batcher, Limits
 from moa.serving.protocol import ChatError, StreamTrimmer, model_of, read
 from moa.serving.server import serve
@@ -243,6 +243,8 @@ def same(reply: dict[str, Any], answer: Answer) -> None:
                               "total_tokens": answer.prompt_tokens + answer.tokens}
     assert reply["moa"]["abstained"] == answer.abstained
     assert reply["moa"]["domain"] == ("base" if answer.abstained else answer.domain)
+    assert reply["moa"]["similarity"] == pytest.approx(answer.similarity)   # a batch rounds otherwise
+    assert reply["moa"]["threshold"] == answer.threshold
     assert reply["model"] == model_of(reply["moa"]["domain"])
 
 
@@ -346,9 +348,10 @@ def test_a_stream_that_is_begun_anew_goes_on_where_it_was(mixtures: dict[int, Mi
     monkeypatch.setattr(Decoding, "step", fail)
     served = Release("m", 1, "", mixture, 0, {})
     try:
-        jobs = [ChatRequest.of(served, question("alpha", number), "alpha",
-                               {"max_new_tokens": 30, "temperature": 0.8 if number else 0.0}, 0,
-                               AnswerListener(heard[number].append, heard[number].append)).job() for number in heard]
+        jobs = [ReleaseRequest.of(served, question("alpha", number), "alpha",
+                                  {"max_new_tokens": 30, "temperature": 0.8 if number else 0.0}, 0,
+                                  AnswerListener(heard[number].append, heard[number].append)).job()
+                for number in heard]
         for job in jobs:
             batcher.submit(job)
         answers = [job.done.result(SOON) for job in jobs]
@@ -504,7 +507,7 @@ def test_this_machines_own_names_are_answered_to(server: Served, host: str) -> N
     assert status(server, b"Host: " + host.encode()) == 200
 
 
-@pytest.mark.parametrize("target", ["/healthz", "/v1/models", "/metrics", "/openapi.json", "/nowhere"])
+@pytest.mark.parametrize("target", ["/healthz", "/v1/models", "/metrics", "/openapi.json", "/docs", "/nowhere"])
 @pytest.mark.parametrize("host", [
     "evil.example", "a{b.evil.example:8123", "a_b.evil.example", "127.0.0.1.evil.example", "localhost.evil.example",
     "user@127.0.0.1", "evil.example@127.0.0.1", "127.0.0.1@evil.example", "localhost.", "localhost:", "localhost:x",

@@ -21,6 +21,7 @@ from moa.core.errors import ArtifactError, DataError, MoaError, UsageError
 from moa.core.paths import Workspace
 from moa.workspace import domains, incoming
 from moa.workspace.data_versions import DataVersions
+from moa.workspace.dvc_repository import DvcRepository
 from moa.workspace.incoming import Arrival
 from moa.workspace.init import init
 from moa.workspace.pipeline import Pipeline
@@ -105,7 +106,7 @@ def state(workspace: Workspace) -> dict[str, Any]:
     """What people, git and DVC see of the data, without times; and whether DVC agrees that it is versioned."""
     found = {name: data for name, data in files(workspace.data).items()
              if not name.endswith(".reason.json") and not PROBE.fullmatch(Path(name).name)}
-    with DataVersions(workspace)._repo() as repo:
+    with DvcRepository(workspace).repo() as repo:
         changed = repo.status(targets=[str(path) for path in sorted((workspace.data / "raw").glob("*.dvc"))])
     return {**found, "params": workspace.params.read_bytes(), "changed": changed}
 
@@ -386,8 +387,7 @@ def test_going_back_without_the_bytes_changes_nothing(workspace: Workspace) -> N
     taken = take_in(workspace)["tax"]
     now = state(workspace)
     assert taken.before is not None
-    with DataVersions(workspace)._repo() as repo:
-        cache = Path(repo.cache.local.path)
+    cache = DvcRepository(workspace).cache()
     earlier = jsonl(1000, 3).encode()
     gone, = (path for path in cache.rglob("*") if path.is_file() and path.read_bytes() == earlier)
     gone.chmod(0o644)
@@ -513,7 +513,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(workspace: Workspace, t
     big = jsonl(0, NEW, more="x" * 100_000)
     (tmp_path / "big.jsonl").write_text(big)
     said = refused(lambda: incoming.queue(workspace, "law", ["big.jsonl"], tmp_path), 1 << 20)
-    assert said == "DataError: big.jsonl cannot be copied to law: File too large."
+    assert said == "ArtifactError: big.jsonl cannot be copied to law: File too large."   # the machine, not the rows
     assert files(workspace.incoming) == {}
     incoming.queue(workspace, "law", ["big.jsonl"], tmp_path)
     before = state(workspace)

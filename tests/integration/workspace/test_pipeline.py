@@ -1,11 +1,16 @@
 """moa.pipeline and the local build against real git and DVC, with toy steps."""
 
+import contextlib
+import fcntl
 import json
 import os
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -72,6 +77,42 @@ def test_everything_runs_once_and_trainings_share_a_process(workspace: Workspace
     assert not Pipeline(workspace).snapshot().stale
     again = build(workspace)
     assert set(again.named("cached")) == EVERYTHING and not toy.runs(workspace)
+
+
+ON_A_TERMINAL = {
+    "run": """
+from pathlib import Path
+from flows import launch
+from flows.steps import session
+from moa.core.paths import Workspace
+session._release_hooks = lambda *_: []
+assert not launch.run(Workspace(Path.cwd()), session.BuildOptions(), local=True).named("done")
+""",
+    "plan": """
+from pathlib import Path
+from moa.core.paths import Workspace
+from moa.workspace.pipeline import Pipeline
+assert not Pipeline(Workspace(Path.cwd())).snapshot().stale
+"""}
+
+
+@pytest.mark.parametrize("what", ON_A_TERMINAL)
+def test_where_nothing_is_to_be_done_a_terminal_shows_nothing(built: Workspace, what: str) -> None:
+    """A pipe would not do: DVC draws its progress bars on terminals only."""
+    (built.corpus("math") / "manifest.json").touch()   # so that DVC computes digests
+    terminal, child_end = os.openpty()
+    fcntl.ioctl(child_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))   # a new one has no columns
+    child = subprocess.Popen([sys.executable, "-P", "-c", ON_A_TERMINAL[what]], cwd=built.root,
+                             env=environment({"TERM": "xterm"}), stdin=child_end, stdout=child_end, stderr=child_end)
+    os.close(child_end)
+    shown = b""
+    with contextlib.suppress(OSError):   # EIO, once the child has ended
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    os.close(terminal)
+    assert child.wait() == 0, shown
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())   # codes that hide the cursor and clear its line
+    assert not text.strip(), text
 
 
 def test_reasons_and_what_they_lead_to(built: Workspace) -> None:

@@ -21,7 +21,8 @@ from moa.experts import train
 from moa.experts.peft_format import WEIGHTS
 from moa.mixture.assemble import assemble
 from moa.workspace import domains, warm_starts
-from moa.workspace.data_versions import DataVersions, initialise
+from moa.workspace.data_versions import DataVersions
+from moa.workspace.dvc_repository import initialise
 from moa.workspace.warm_starts import InitialExpert
 from tests import tiny
 

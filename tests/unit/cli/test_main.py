@@ -1,5 +1,7 @@
 """The command line: fast to import, and one sentence for what the user can mend."""
 
+import contextlib
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +10,10 @@ import pytest
 
 from moa.cli import main
 from moa.cli.app import Place
-from moa.core.errors import PipelineError
+from moa.core.errors import RECORDS_WANTED, DataError, ErrorRecord, PipelineError, reported
 
-HEAVY = ("torch", "transformers", "prefect", "mlflow", "dvc", "peft", "datasets", "pydantic", "networkx")
+HEAVY = ("torch", "transformers", "prefect", "mlflow", "dvc", "peft", "datasets", "pydantic", "networkx",
+         "jinja2")
 PARAMS = ("prompt: {}\nprepare: {}\ntrain: {}\nassemble: {}\nevaluate: {}\n"
           "base: {source: 'path:x'}\ndomains: {math: {metric: exact}}\n")
 
@@ -71,9 +74,7 @@ def test_workspace_option(tmp_path: Path, words: list[str]) -> None:
     assert done.returncode == 2 and f"No workspace at {tmp_path}" in done.stderr
 
 
-@pytest.mark.parametrize(("error", "code"), [(PipelineError("No."), 1), (KeyboardInterrupt(), 130)])
-def test_what_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-                             error: BaseException, code: int) -> None:
+def ended_by(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int | str | None:
     def fail(_: object) -> None:
         raise error
 
@@ -81,8 +82,57 @@ def test_what_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(sys, "argv", ["moa", "plan"])
     with pytest.raises(SystemExit) as ended:
         main.main()
+    return ended.value.code
+
+
+@pytest.mark.parametrize(("error", "code"), [(PipelineError("No."), 1), (KeyboardInterrupt(), 130)])
+def test_what_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                             error: BaseException, code: int) -> None:
+    assert ended_by(error, monkeypatch) == code
     printed = capsys.readouterr()
-    assert ended.value.code == code and printed.err.startswith("moa: ") and not printed.out
+    assert printed.err.startswith("moa: ") and not printed.out
+
+
+def sqlite_error(path: Path, statement: str, *, pages: int | None = None) -> sqlite3.Error:
+    """The error of a statement, in a database that may grow to so many pages."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        if pages:
+            database.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(sqlite3.Error) as caught:
+            database.execute(statement)
+    return caught.value
+
+
+def test_a_full_disk_is_a_number_and_no_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    full = sqlite_error(tmp_path / "full", "CREATE TABLE a AS SELECT zeroblob(100000)", pages=2)
+    for error in (full, OSError(28, "No room"), OSError(5, "Broken")):
+        assert ended_by(error, monkeypatch) == 1
+        assert capsys.readouterr().err.startswith("moa: The disk cannot be written to (")
+    for bug in (sqlite_error(tmp_path / "other", "SELECT * FROM disk"), OSError(2, "No disk")):
+        with pytest.raises(type(bug), match="disk"):
+            ended_by(bug, monkeypatch)
+
+
+def test_a_parent_gets_the_error_as_data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = DataError("It cannot be read.")
+    ours.__cause__ = OSError(5, "Broken")
+    monkeypatch.setenv(RECORDS_WANTED, "json")
+    for error, expected in (
+            (ours, {"error": "DataError", "errno": 5, "message": "It cannot be read."}),
+            (PipelineError("alpha: No.", cause=ErrorRecord("No.", "TrainingError")),
+             {"error": "TrainingError", "errno": None, "message": "alpha: No."}),
+            (OSError(28, "No room"), {"error": "OSError", "errno": 28, "message":
+                                      "The disk cannot be written to ([Errno 28] No room): free some space and run the "
+                                      "command again."}),
+            (ZeroDivisionError("by zero"), {"error": "ZeroDivisionError", "errno": None,
+                                            "message": "ZeroDivisionError: by zero"})):
+        try:
+            ended_by(error, monkeypatch)
+        except ZeroDivisionError:
+            assert isinstance(error, ZeroDivisionError)
+        record = reported(capsys.readouterr().out)
+        assert record is not None and record.as_dict() == expected
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,30 +102,32 @@ def test_duplicates_are_counted_and_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "reason"),
+    ("bad", "reason", "code"),
     [
-        ("not json", "malformed JSON"),
-        ("[1]", "not an object"),
-        ('{"output": "x"}', "instruction is missing"),
-        ('{"instruction": 3, "output": "x"}', "not text but int"),
-        ('{"instruction": "x", "output": " "}', "output is empty"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "ending with assistant"),
-        ('{"instruction": "a\\u0000", "output": "x"}', "control characters"),
-        ('{"instruction": "a", "output": "b</>\\n<user>c"}', "contains </>, a special token"),
+        ("not json", "malformed JSON", "malformed"),
+        ("[1]", "not an object", "not-object"),
+        ('{"output": "x"}', "instruction is missing", "missing"),
+        ('{"instruction": 3, "output": "x"}', "not text but int", "not-text"),
+        ('{"instruction": "x", "output": " "}', "output is empty", "empty"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "ending with assistant", "bad-chat"),
+        ('{"instruction": "a\\u0000", "output": "x"}', "control characters", "control-characters"),
+        ('{"instruction": "a", "output": "b</>\\n<user>c"}', "contains </>, a special token", "special-token"),
         (
             '{"messages": [{"role": "system", "content": "refuse me"}, {"role": "user", "content": "a"},'
             ' {"role": "assistant", "content": "b"}]}',
             "template refuses it: System role not supported",
+            "template",
         ),
-        (json.dumps({"instruction": "x" * 2000, "output": "x"}), "too long"),
+        (json.dumps({"instruction": "x" * 2000, "output": "x"}), "too long", "too-long"),
     ],
 )
-def test_each_rejection_has_its_reason(tmp_path: Path, bad: str, reason: str) -> None:
+def test_each_rejection_has_its_reason(tmp_path: Path, bad: str, reason: str, code: str) -> None:
     good = [json.dumps(row(number)) for number in range(60)]
     workspace = fill(tmp_path, "\n".join([*good[:30], bad, *good[30:]]).encode())
-    assert corpus.prepare(workspace, settings_for(), "toy")["rows"]["rejected"] == 1
+    manifest = corpus.prepare(workspace, settings_for(), "toy")
+    assert manifest["rows"]["rejected"] == 1 and manifest["codes"] == {code: 1}
     record = json.loads((workspace.corpus("toy") / "rejected.jsonl").read_text())
-    assert reason in record["reason"]
+    assert reason in record["reason"] and record["code"] == code and record["reason"].startswith(record["kind"])
     assert record["line"] == 31
 
 

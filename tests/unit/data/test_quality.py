@@ -14,6 +14,7 @@ from moa.base.encoding import Message
 from moa.data import corpus as rows
 from moa.data import quality
 from moa.data.corpus import Row
+from moa.data.readers import RejectionCode, RowRejected
 
 SORRY = "I am sorry, but as an assistant I cannot help with that."
 
@@ -35,11 +36,18 @@ def corpus(folder: Path, conversations: list[tuple[Message, ...]], rejected: lis
         pq.write_table(rows.table(content), folder / f"{split}.parquet")
     for name, records in (("rejected.jsonl", rejected or []), ("near_duplicates.jsonl", near or [])):
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-    reasons = Counter(record["reason"].partition(":")[0] for record in rejected or [])
+    reasons, codes = (dict(Counter(record[key] for record in rejected or [])) for key in ("kind", "code"))
     counted = {"read": len(made) + len(rejected or []), "kept": len(made), "rejected": len(rejected or []),
                "duplicates": 0, "near_duplicates": 0, "straddling": 0,
                **{split: len(content) for split, content in sides.items()}, **counts}
-    return quality.quality_report(folder, {"domain": "toy", "rows": counted, "reasons": dict(reasons), "redacted": {}})
+    return quality.quality_report(folder, {"domain": "toy", "rows": counted, "reasons": reasons, "codes": codes,
+                                           "redacted": {}})
+
+
+def rejections(*reasons: RowRejected) -> list[dict[str, Any]]:
+    """The records of rejected.jsonl."""
+    return [{"file": "a.jsonl", "line": line, "code": reason.code, "kind": reason.kind, "reason": str(reason),
+             "text": "x" * 500} for line, reason in enumerate(reasons, 1)]
 
 
 def plain(number: int) -> tuple[Message, ...]:
@@ -100,13 +108,17 @@ def test_the_frequent_answer_of_a_large_corpus_is_found_in_any_batch(tmp_path: P
 
 
 def test_rejections_and_near_duplicates_have_examples(tmp_path: Path) -> None:
-    rejected = [{"file": "a.jsonl", "line": line, "reason": reason, "text": "x" * 500}
-                for line, reason in enumerate(["malformed JSON: one", "output is empty", "malformed JSON: two",
-                                               "too long: 300 tokens, prompt.max_tokens is 256"], 1)]
+    rejected = rejections(
+        RowRejected(RejectionCode.MALFORMED, "malformed JSON", "one"),
+        RowRejected(RejectionCode.EMPTY, "output is empty"),
+        RowRejected(RejectionCode.MALFORMED, "malformed JSON", "two: three"),
+        RowRejected(RejectionCode.TOO_LONG, "too long", "300 tokens, prompt.max_tokens is 256"))
     near = [{"id": "1", "of": "2", "split": "train", "of_split": side, "text": "t"} for side in ("train", "test")]
     report = corpus(tmp_path, [plain(number) for number in range(300)], rejected, near, near_duplicates=2)
     assert [(each["reason"], each["count"], each["example"]["line"]) for each in report["rejected"]] == [
         ("malformed JSON", 2, 1), ("output is empty", 1, 2), ("too long", 1, 4)]
+    assert [each["code"] for each in report["rejected"]] == ["malformed", "empty", "too-long"]
+    assert report["codes"] == {"malformed": 2, "empty": 1, "too-long": 1}
     assert [each["of_split"] for each in report["near_duplicates"]["examples"]] == ["test", "train"]
     assert all(len(each["example"]["text"]) <= quality.SHOWN for each in report["rejected"])
 
@@ -148,8 +160,8 @@ def test_what_deserves_a_look_is_said_with_its_numbers(tmp_path: Path, found: li
 
 
 def test_refused_rows_are_warned_of(tmp_path: Path) -> None:
-    rejected = [{"file": "a.jsonl", "line": line, "reason": reason, "text": ""}
-                for line, reason in enumerate(["too long: 9"] * 20 + ["output is empty"] * 10)]
+    rejected = rejections(*[RowRejected(RejectionCode.TOO_LONG, "too long", "9")] * 20,
+                          *[RowRejected(RejectionCode.EMPTY, "output is empty")] * 10)
     report = corpus(tmp_path, [plain(number) for number in range(270)], rejected)
     assert report["warnings"] == [
         "20 of 300 (6.7%) rows are longer than prompt.max_tokens allows and were rejected.",

@@ -169,16 +169,16 @@ def test_prompts_of_one_group_that_go_to_another_domain_have_one_vote() -> None:
     assert not gate(grouped, ReleaseParams(min_rows=10), incumbent=("math", "python")).harm
 
 
-@pytest.mark.parametrize(("lower", "refused"), [(40, False), (27, False), (26, True), (20, True), (0, True)])
+@pytest.mark.parametrize(("lower", "refused"), [(40, False), (31, False), (30, True), (20, True), (0, True)])
 def test_a_new_domain_whose_questions_do_not_help_is_refused(lower: int, refused: bool) -> None:
-    """27 of 40 heads are so rare that they show it, 26 are not."""
+    """31 of 40 heads are so rare, once in a thousand, that they show it; 30 are not."""
     scores = [replace(score, swapped=(score.own or 0) + (0.2 if int(score.row) < lower else -0.2))
               if score.own is not None else score for score in newcomer({"sql": 40})]
     decision = gate(scores, incumbent=("math", "python"))
     assert decision.promote != refused and decision.domains["sql"].questions_help != refused
     assert (f"sql: its questions do not help: an answer is likelier after its own question than after another row's in "
             f"{lower} of 40 groups only" in decision.reason) == refused
-    few = [score for score in scores if score.own is None or int(score.row) < 5]   # five cannot show anything
+    few = [score for score in scores if score.own is None or int(score.row) < 9]   # nine cannot show anything
     assert gate(few, ReleaseParams(min_rows=2), incumbent=("math", "python")).domains["sql"].questions_help is None
     assert "questions do not help: sql" not in first([replace(score, own=None) for score in scores]).reason
     named = first([replace(one, base=5.0) for one in scores])
@@ -401,7 +401,7 @@ def test_poison_is_refused_on_the_known_rows_however_good_it_looks_on_its_own() 
     assert "on the 40 test rows that version 4 was tested on" in decision.reason
     assert decision.domains["python"].known is None   # it has no other rows
     said = gate_text({"version": 5, "against": 4, **decision.as_dict()})
-    assert "math    loss           pass" in said and "math    loss, known    fail" in said
+    assert re.search(r"math +loss +pass", said) and re.search(r"math +loss, known +fail", said)
 
 
 @pytest.mark.parametrize(("decision", "verdict"), [

@@ -86,7 +86,7 @@ def test_without_two_evaluations_nothing_is_shown(workspace: Workspace, case: st
     else:
         write_json(workspace.champion / MANIFEST, {**manifest, "digest": "1" * 64, "base": BASE | {"weights": "x"}})
     assert changed_hands.since_champion(workspace) is None
-    assert changed_hands.text(None) == changed_hands.section(None) == ""
+    assert changed_hands.text(None) == "" and changed_hands.section(None) is None
     assert "changed hands" not in report_page.render(report_facts.gather(workspace, CONFIG))
 
 
@@ -112,4 +112,5 @@ def test_many_are_cut_short(workspace: Workspace) -> None:
     write(workspace.reports, rows(*[("base", 1.0 + place) for place in range(number)]))
     found = changed_hands.since_champion(workspace)
     assert changed_hands.text(found).endswith("\n... and 95 more.")
-    assert changed_hands.section(found).endswith('<p class="soft">... and 5 more.</p></section>')
+    html = report_page.render(report_facts.gather(workspace, CONFIG))
+    assert '<p class="soft">... and 5 more.</p>' in html

@@ -1,41 +1,15 @@
 """The quality report for people: as a page that shows no row as markup, and as text for a terminal."""
 
-from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
 
 from moa.core.errors import UsageError
 from moa.reports import quality as quality_page
 from tests.unit.data.test_quality import SORRY, corpus, plain, talk
-
-
-class Page(HTMLParser):
-    """Tags and texts of a page, and whether every tag is closed."""
-
-    VOID = frozenset({"meta", "link", "!doctype"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.links: list[str | None] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.links += [value for name, value in attrs if name in ("src", "href")]
-        assert not [name for name, _ in attrs if name.startswith("on")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
+from tests.unit.reports.test_page import EVIL, HOSTILE, Page, keys, spoiled
 
 
 def beside(report: dict[str, Any], evil: str) -> dict[str, Any]:
@@ -53,18 +27,25 @@ def beside(report: dict[str, Any], evil: str) -> dict[str, Any]:
 
 
 def test_rows_cannot_write_into_the_page(tmp_path: Path) -> None:
-    evil = "</td></table><script>alert(1)</script><img src=x onerror='alert(2)'>&amp;\"'"
-    rejected = [{"file": evil, "line": 1, "reason": f"{evil}: {evil}", "text": evil}]
-    near = [{"id": evil, "of": evil, "split": "train", "of_split": "test", "text": evil}]
-    report = corpus(tmp_path, [talk(evil, evil) for _ in range(30)], rejected, near)
-    page = Page()
-    page.feed(quality_page.render(beside({**report, "redacted": {"email": 3}}, evil)))
-    assert not page.open
-    assert not page.tags.keys() & {"script", "img", "iframe", "object"}
-    assert page.links == ["data:,"]   # an empty icon, or a browser asks the server for one
-    assert page.tags["svg"] >= 6
-    assert evil in page.text
-    assert "redacted" in page.text
+    rejected = [{"file": "rows.csv", "line": 1, "code": "malformed", "kind": "no answer", "reason": "no answer: empty",
+                 "text": "Why?"}]
+    near = [{"id": "a", "of": "b", "split": "train", "of_split": "test", "text": "Why?"}]
+    report = beside(corpus(tmp_path, [talk("Why?", SORRY) for _ in range(30)], rejected, near), "sql")
+    report |= {"redacted": {"email": 3}, "power": "too few", "promise": "too few"}
+    known = keys(report) - {"sql", "email"}
+    plain = Page(quality_page.render(spoiled(report, "x", known)))
+    assert plain.tags["svg"] >= 6 and "redacted" in plain.text
+
+    @settings(max_examples=40, deadline=None)
+    @example(EVIL)
+    @given(HOSTILE)
+    def check(text: str) -> None:
+        page = Page(quality_page.render(spoiled(report, text, known)))
+        assert not page.open and page.structure == plain.structure
+        assert page.addresses == ["data:,"]   # an empty icon, or a browser asks the server for one
+        assert {f"{text}toy", f"The gate: {text}too few"} <= set(page.parts)
+
+    check()
 
 
 def test_the_text_is_for_a_terminal(tmp_path: Path) -> None:

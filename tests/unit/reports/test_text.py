@@ -16,10 +16,10 @@ DECISION = {"domain": "math", "confidence": 0.874, "abstained": False, "score": 
 
 def test_a_trace_is_a_plot() -> None:
     assert trace_text(TRACE, DECISION) == """\
-level                       probability  domain
-    0  ██████████░░░░░░░░░░       51.3%  sql
-    1  █████████████████░░░       87.4%  math  <- read
-    2  ████████████████████      100.0%  math
+level                        probability  domain
+    0  ██████████░░░░░░░░░░        51.3%  sql
+    1  █████████████████░░░        87.4%  math  <- read
+    2  ████████████████████       100.0%  math
 rule early: math, confidence 87.4%"""
 
 
@@ -35,7 +35,7 @@ def test_a_trace_says_why_the_router_abstains() -> None:
     ({"abstained": False, "confidence": 0.987, "domain": "math", "answered_by": "math"},
      "math answered (confidence 0.99)"),
     ({"abstained": False, "confidence": None, "domain": "base", "answered_by": "base"}, "base answered, as asked for"),
-    ({"abstained": True, "confidence": 1.0, "domain": "support", "answered_by": "base", "similarity": 0.04,
+    ({"abstained": True, "confidence": None, "domain": "support", "answered_by": "base", "similarity": 0.04,
       "threshold": 0.16}, "the base answered: unlike support's rows (0.04 < 0.16); --domain support forces it")])
 def test_who_answered_is_said(reply: dict[str, Any], said: str) -> None:
     assert answered_by(reply) == said

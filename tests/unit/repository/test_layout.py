@@ -18,7 +18,7 @@ from moa.core.config import Config
 from moa.core.paths import MANIFEST, Workspace
 from tests.tiny import REPOSITORY
 
-HEAVY = {"torch", "transformers", "peft", "mlflow", "prefect", "dvc", "datasets", "safetensors", "pyarrow"}
+HEAVY = {"torch", "transformers", "peft", "mlflow", "prefect", "dvc", "datasets", "safetensors", "pyarrow", "jinja2"}
 # Modules that are about tensors, or are a flow: only these may be slow to import, and only steps import them.
 SLOW = {"moa.base.kernels.attention", "moa.base.kernels.llama_ops", "moa.experts.batches", "moa.experts.cotraining",
         "moa.experts.lora", "moa.experts.lora_autograd", "moa.experts.peft_format",
@@ -71,6 +71,57 @@ def test_tests_lie_and_are_named_as_what_they_test(kind: str) -> None:
                 f"{path.stem}_".startswith(f"test_{module}_") for module in modules):
             astray.append(path)
     assert not astray
+
+
+# Private parts of frameworks, behind one door each. import-linter does not see modules within a framework.
+DOORS = {"prefect": re.compile(r"flows\.prefect_server"), "transformers": re.compile(r"moa\.base\..*"),
+         "dvc": re.compile(r"moa\.workspace\.dvc_repository")}
+# Modules that are no part of the framework's documented interface, beside those whose names begin with an underscore.
+INTERNAL = {"prefect": r"prefect\.(server|events\.worker|logging\.handlers)\b",
+            "transformers": r"transformers\.(models|integrations|masking_utils|modeling_\w+)\b", "dvc": r"dvc\b"}
+UNDERSCORED = re.compile(r"_(?!_)\w+")
+NO_FRAMEWORKS = {"_exit", "_replace"}   # of os, and of named tuples
+
+
+def private_parts(module: str, tree: ast.Module) -> Iterator[str]:
+    """The private parts of other packages that a module uses outside their doors."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            and isinstance(node.value, ast.Name) and node.value.id == "self"}
+    open_doors = [name for name, door in DOORS.items() if door.fullmatch(module)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            origin = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            for name in (".".join(filter(None, (origin, alias.name))) for alias in node.names):
+                package = name.partition(".")[0]
+                internal = package in INTERNAL and re.match(INTERNAL[package], name)
+                if package not in open_doors and (internal or any(map(UNDERSCORED.fullmatch, name.split(".")))):
+                    yield f"{module}:{node.lineno} imports {name}"
+        elif isinstance(node, ast.Attribute) and UNDERSCORED.fullmatch(node.attr) and not open_doors:
+            owner = node.value.id if isinstance(node.value, ast.Name) else None
+            if owner not in ("self", "cls") and node.attr not in own | NO_FRAMEWORKS:
+                yield f"{module}:{node.lineno} uses {node.attr}"
+
+
+def test_private_parts_of_frameworks_have_one_door_each() -> None:
+    assert not [use for name, path in MODULES.items()
+                for use in private_parts(name, ast.parse(path.read_text(encoding="utf-8")))]
+
+
+@pytest.mark.parametrize(("module", "code", "used"), [
+    ("flows.build", "from prefect.server.api.server import create_app", True),
+    ("flows.build", "from prefect._internal import concurrency", True),
+    ("flows.build", "from prefect.client.orchestration import get_client", False),
+    ("flows.prefect_server", "from prefect.server.api.server import create_app", False),
+    ("moa.mixture.mixture", "import transformers.masking_utils", True),
+    ("moa.mixture.mixture", "from transformers import DynamicCache", False),
+    ("moa.mixture.mixture", "model.config._attn_implementation", True),
+    ("moa.base.load", "model.config._attn_implementation", False),
+    ("moa.workspace.pipeline", "from dvc.repo import Repo", True),
+    ("moa.workspace.pipeline", "repo.stage_cache._load(stage)", True),
+    ("moa.workspace.pipeline", "self._lock", False)])
+def test_what_a_private_part_is(module: str, code: str, used: bool) -> None:
+    assert bool(list(private_parts(module, ast.parse(code)))) is used
 
 
 # What importing does.

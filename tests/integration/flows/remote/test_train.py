@@ -31,20 +31,22 @@ from flows.steps.stage_order import _command, build
 from moa.base import pin
 from moa.core import config
 from moa.core.config import ExecutionParams
-from moa.core.errors import ArtifactError, ConfigError, PipelineError
+from moa.core.errors import RECORD, ArtifactError, ConfigError, PipelineError
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.progress import Screen
 from moa.core.supervisor import SupervisedProcess
 from moa.data import prepare
 from moa.experts import train
-from moa.workspace.data_versions import initialise
+from moa.workspace.dvc_repository import initialise
 from moa.workspace.pipeline import Pipeline
 from tests import tiny
 from tests.waiting import Gate, until
 
 NAMES = ("alpha", "beta")
 TRAIN = {"rank": 2, "alpha": 4.0, "epochs": 3, "batch_rows": 4, "batch_tokens": 256}
-FAILS = "echo moa: The loss is not finite. >&2; exit 1; :"   # a training that goes wrong
+# A training that goes wrong, as `moa train` says it to its parent.
+SAYS = {"error": "TrainingError", "errno": None, "message": "The loss is not finite."}
+FAILS = f"echo '{RECORD}{json.dumps(SAYS)}'; exit 1; :"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -314,9 +316,11 @@ class Here:
 def test_an_error_of_the_training_is_one_sentence_and_not_tried_again(workspace: Workspace) -> None:
     settings = config.load(workspace.params)
     engine = Here(1, payload.pack_base(workspace, settings))
-    with pytest.raises(PipelineError, match=r"^No expert from a worker \(alpha, beta: The loss is not finite\)\.$"):
+    with pytest.raises(PipelineError, match=r"^No expert from a worker \(alpha, beta: The loss is not finite\)\.$"
+                       ) as failed:
         remote_training.train(workspace, settings, NAMES, FAILS, engine, lambda _: None)
     assert engine.sent == [["alpha", "beta"]] * 2   # once lost, once failed
+    assert failed.value.cause is not None and failed.value.cause.error == "TrainingError"
 
 
 def test_losses_have_a_bound(workspace: Workspace) -> None:
@@ -395,7 +399,7 @@ def test_a_worker_refuses_what_it_cannot_do_as_here(workspace: Workspace, fact: 
     files = payload.pack(workspace, settings, ["alpha"], "moa train")
     header = {**json.loads(files.pop("parcel.json")), fact: value}
     answer = work(payload._sealed(files, header), payload.pack_base(workspace, settings), lambda _: None)
-    assert message in payload.header(answer)["error"] and answer.keys() == {"parcel.json"}
+    assert message in payload.header(answer)["error"]["message"] and answer.keys() == {"parcel.json"}
 
 
 # What a user may get wrong.

@@ -97,8 +97,8 @@ def test_the_first_release_becomes_champion(released: tuple[Workspace, Config, d
 def test_the_champion_answers(released: tuple[Workspace, Config, dict[str, Any]]) -> None:
     workspace = released[0]
     reply = moa(workspace, "ask", tiny.row("alpha", 7)["instruction"], "--max-new-tokens", "4")
-    assert set(reply) == {"answer", "domain", "confidence", "abstained", "finish", "tokens", "prompt_tokens",
-                          "answered_by", "release"}
+    assert set(reply) == {"answer", "domain", "confidence", "abstained", "similarity", "threshold", "finish", "tokens",
+                          "prompt_tokens", "answered_by", "release"}
     assert (reply["domain"], reply["release"]) == ("alpha", 1)
     assert moa(workspace, "ask", "anything", "--domain", "beta", "--max-new-tokens", "4")["answered_by"] == "beta"
     table = moa(workspace, "eval")

@@ -106,8 +106,10 @@ def test_a_batch_writes_the_tokens_of_its_rows_alone(architecture: str, rows: li
             mixture.stack.select(None)
     assert tokens[:len(rows)] == tokens[len(rows):]
     for one, same in zip(together, alone, strict=True):
-        assert replace(one, confidence=None) == replace(same, confidence=None)   # of routing: float32
+        routed = {"confidence": None, "similarity": None}   # in float32
+        assert replace(one, **routed) == replace(same, **routed)
         assert one.confidence == pytest.approx(same.confidence, abs=1e-5)
+        assert one.similarity == pytest.approx(same.similarity, abs=1e-5)
         assert one.finish == "stop" or one.tokens == limit
     assert [one.tokens for one in together] == list(map(len, tokens[:len(rows)]))
 
@@ -521,7 +523,7 @@ def test_a_chat_body_is_answered_with_its_options() -> None:
     assert reply["choices"] == [{"index": 0, "finish_reason": answer.finish, "logprobs": None,
                                  "message": {"role": "assistant", "content": answer.answer, "refusal": None}}]
     assert reply["model"] == "moa/beta" and reply["moa"] == {"domain": "beta", "confidence": None, "abstained": False,
-                                                               "nearest": None}
+                                                               "nearest": None, "similarity": None, "threshold": None}
     assert (reply["object"], reply["system_fingerprint"]) == ("chat.completion", None)
     assert reply["usage"] == {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens,
                               "total_tokens": answer.prompt_tokens + answer.tokens}
@@ -532,12 +534,15 @@ def test_a_chat_body_is_answered_with_its_options() -> None:
 
 
 @pytest.mark.parametrize(("more", "message"), [
-    ({"max_tokens": "6"}, "`max_tokens` is '6'; it must be a whole number"),
-    ({"max_completion_tokens": 0}, "`max_completion_tokens` is 0; it must be"),
+    ({"max_tokens": "6"}, "`max_tokens`: Input should be a valid integer"),
+    ({"max_completion_tokens": 0}, "`max_completion_tokens`: Input should be greater than or equal to 1"),
     ({"max_tokens": 4, "max_completion_tokens": 5}, "mean the same and differ"),
-    ({"temperature": True}, "`temperature` is True; it must be a number"), ({"top_p": 2}, "`top_p` is 2"),
-    ({"seed": "x"}, "`seed` is 'x'"), ({"stop": ["a", 1]}, "`stop` is"), ({"stop": {"a": "b"}}, "`stop` is"),
+    ({"temperature": True}, "`temperature`: Input should be a valid number"),
+    ({"top_p": 2}, "`top_p`: Input should be less than or equal to 1"),
+    ({"seed": "x"}, "`seed`: Input should be a valid integer"),
+    ({"stop": ["a", 1]}, r"`stop\[1\]`: Input should be a valid string"),
+    ({"stop": {"a": "b"}}, "`stop`: Input should be a valid list"), ({"n": 2}, "`n` is not supported"),
     ({"model": "moa/gamma"}, "no expert 'gamma'"), ({"messages": ask("x" * 3000)}, r"The prompt is .* shorten it")])
 def test_a_chat_body_that_asks_for_the_impossible_is_told_so(more: dict[str, Any], message: str) -> None:
-    with pytest.raises(pyfunc.BodyError, match=message):
+    with pytest.raises(pyfunc.ChatError, match=message):
         pyfunc.respond(toy(), body(**more))

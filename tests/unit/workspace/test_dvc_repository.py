@@ -3,7 +3,7 @@ DVC writes."""
 
 import pytest
 
-from moa.workspace.pipeline import HEAD, spliced
+from moa.workspace.dvc_repository import HEAD, spliced
 
 BASE = "  base:\n    cmd: moa base\n    outs:\n    - path: data/base\n"
 TRAIN = ("  train@math:\n    cmd: moa train\n      --domain math\n    params:\n      p:\n        x: |-\n          a\n"
