@@ -346,7 +346,7 @@ class Losses:
                 tensors[key] = torch.full((len(rows),), math.nan, dtype=torch.float64)
             tensors[key][place], tokens_N[place] = loss, tokens
         _save(path, tensors)
-        lengths = [sum(one) for one in self.encoder.lengths([self.encoder.pieces(messages(row)) for row in rows])]
+        lengths = [sum(one) for one in self.encoder.lengths([self.encoder.rendered(messages(row)) for row in rows])]
         return sum(lengths[place] for place, _ in pairs)
 
 

@@ -44,12 +44,13 @@ class Words:
     class tokenizer:   # as Encoder has it
         all_special_tokens = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
-    def pieces(self, messages: Sequence[dict[str, str]]) -> list[tuple[str, bool]]:
-        return [(message["content"], message["role"] == "assistant") for message in messages]
+    def rendered(self, messages: Sequence[dict[str, str]]) -> Sequence[dict[str, str]]:
+        return messages
 
-    def lengths(self, conversations: Sequence[Sequence[tuple[str, bool]]]) -> list[tuple[int, int]]:
-        return [(sum(text.count(" ") + 1 for text, target in pieces if not target),
-                 sum(text.count(" ") + 1 for text, target in pieces if target)) for pieces in conversations]
+    def lengths(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[tuple[int, int]]:
+        return [(sum(message["content"].count(" ") + 1 for message in talk if message["role"] != "assistant"),
+                 sum(message["content"].count(" ") + 1 for message in talk if message["role"] == "assistant"))
+                for talk in conversations]
 
 
 def generate(path: Path, rows: int) -> None:
@@ -98,7 +99,7 @@ def tokenizing(rows: int) -> float:
              for record in records]
     began = time.perf_counter()
     for begin in range(0, len(talks), prepare.BATCH):
-        encoder.lengths([encoder.pieces(talk) for talk in talks[begin:begin + prepare.BATCH]])
+        encoder.lengths([encoder.rendered(talk) for talk in talks[begin:begin + prepare.BATCH]])
     return len(talks) / (time.perf_counter() - began)
 
 

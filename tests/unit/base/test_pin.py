@@ -1,6 +1,7 @@
 """A base is what its digests say, or it is refused in one sentence; weights that are elsewhere stay there."""
 
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from moa.base import load, pin, sources
 from moa.core import digests
-from moa.core.config import BaseParams
+from moa.core.config import BaseParams, PromptParams
 from moa.core.errors import BaseModelError
 from moa.core.paths import Workspace
 from tests import tiny
@@ -244,3 +245,40 @@ def test_a_hub_base_that_is_not_there_is_one_sentence(tmp_path: Path, hub: Path,
 def test_a_source_is_named_without_this_machines_folders() -> None:
     named: dict[str, Any] = {"wheel:A_b.c==1": "wheel:a-b-c==1", "path:/somewhere/x": "path:x", "path:x/y": "path:x/y"}
     assert {text: str(sources.parse(text)) for text in named} == named
+
+
+THINKS = ("{% for message in messages %}{{ message.content + '<|im_end|>' }}{% endfor %}"
+          "{{ ('A<think>\n' if enable_thinking is not defined else 'A') if add_generation_prompt else '' }}")
+
+
+@pytest.mark.parametrize(("template", "said"), [
+    (THINKS, "path:base cannot be used. The base's chat template asks for an answer with"),
+    ("{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
+     "refuses a conversation of a question and its answer (System role not supported): set `prompt.system: null`")])
+def test_a_template_from_which_no_answer_can_be_learned_is_refused_when_it_is_fetched(tmp_path: Path, template: str,
+                                                                                      said: str) -> None:
+    workspace = Workspace(tmp_path)
+    tiny.base(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text(template)
+    with pytest.raises(BaseModelError, match=re.escape(said)):
+        pin.fetch(workspace, BaseParams(source="path:base"), PromptParams(system="Be brief."))
+    assert not workspace.base_manifest.exists()
+
+
+def test_a_variable_of_the_template_can_make_it_usable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workspace = Workspace(tmp_path)
+    tiny.base(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text(THINKS.replace("message.content", "'A' + message.content"))
+    pin.fetch(workspace, BaseParams(source="path:base"), PromptParams(template_args={"enable_thinking": False}))
+    assert workspace.base_manifest.exists() and not capsys.readouterr().err
+
+
+def test_a_template_of_single_answers_says_so_when_it_is_fetched(tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    workspace = Workspace(tmp_path)
+    tiny.base(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text(
+        "{% for message in messages %}{% if messages | length > 3 and loop.index == 2 %}{{ 'gone' }}{% else %}"
+        "{{ message.content + '<|im_end|>' }}{% endif %}{% endfor %}")
+    pin.fetch(workspace, BaseParams(source="path:base"))
+    assert capsys.readouterr().err.startswith("Rows of several answers cannot be used with path:base. The base's chat")
