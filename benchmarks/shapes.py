@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from common import pick_device, real_base
 
-from moa.base.load import Base, Device
+from moa.base.device import Device
+from moa.base.load import Base
 from moa.base.pin import BasePin
 
 REAL_NAME = "smollm2"

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from moa.base.encoding import Encoded
 from moa.base.kernels.attention import short_rows
 from moa.base.kernels.llama_ops import fused
-from moa.base.load import recomputable_layers
-from moa.core.config import TrainParams
+from moa.base.architecture import recomputable_layers
 from moa.experts.batches import Batch, collate, microbatches, row_losses
 from moa.experts.lora import ExpertStack, Selection, StackedLoRA
+
+if TYPE_CHECKING:
+    from moa.core.config import TrainParams
 
 
 class DiskTensor:
@@ -64,7 +66,7 @@ def seed_for(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
-def data_order(rows: int, params: TrainParams, seed: int) -> list[list[int]]:
+def data_order(rows: int, params: "TrainParams", seed: int) -> list[list[int]]:
     """Row indices of each optimizer step, over all epochs.
 
     Epochs are consecutive parts of one stream of shuffled copies of the corpus. So where an epoch is shorter than the
@@ -80,7 +82,7 @@ def data_order(rows: int, params: TrainParams, seed: int) -> list[list[int]]:
             for start in range(epoch * per_epoch, (epoch + 1) * per_epoch, params.batch_rows)]
 
 
-def learning_rate(step: int, steps: int, params: TrainParams) -> float:
+def learning_rate(step: int, steps: int, params: "TrainParams") -> float:
     """Learning rate at `step` of `steps`, counted from 0.
 
     It rises linearly over the share `params.warmup` of the steps, then falls along a cosine to the share
@@ -125,7 +127,7 @@ class Learner:
     """
 
     def __init__(self, name: str, expert: int, stack: ExpertStack, rows: Sequence[Encoded],
-                 validation: Sequence[Encoded], params: TrainParams, warm: bool = False) -> None:
+                 validation: Sequence[Encoded], params: "TrainParams", warm: bool = False) -> None:
         assert stack.gradients is not None, "call stack.trainable(True) first"
         self.name, self.expert, self.params = name, expert, params
         self.warm = warm
@@ -211,8 +213,10 @@ class Learner:
             self.weights.copy_(tensors["weights"])
         self.best.put(tensors["best"].to(self.weights))
         if "exp_avg" in tensors:
+            # On the device of the weights, as the fused AdamW makes it: on a GPU its kernel reads the step there.
             self.optimizer.state[self.weights] = {
-                "step": torch.tensor(float(progress.step)), "exp_avg": tensors["exp_avg"].to(self.weights),
+                "step": torch.tensor(float(progress.step), device=self.weights.device),
+                "exp_avg": tensors["exp_avg"].to(self.weights),
                 "exp_avg_sq": tensors["exp_avg_sq"].to(self.weights)}
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moa.base.encoding import ChatEncoder
-from moa.base.load import load, pick_device
+from moa.base.device import pick_device
+from moa.base.load import load
 from moa.base.pin import BasePin, pin
 from moa.core import code_version, digests
 from moa.core.config import Config, TrainParams

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moa.base.encoding import ChatEncoder, Encoded
-from moa.base.load import Base, load, pick_device
+from moa.base.device import pick_device
+from moa.base.load import Base, load
 from moa.base.pin import BasePin
 from moa.core import digests
 from moa.core.config import Config

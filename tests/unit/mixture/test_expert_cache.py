@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from moa.base import load, pin
 from moa.base.encoding import ChatEncoder
-from moa.base.load import Base, Device
+from moa.base.device import Device
+from moa.base.load import Base
 from moa.core import config
 from moa.core.errors import ArtifactError
 from moa.core.paths import Workspace

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from transformers import GenerationConfig as HfGenerationConfig
 
 from moa.base.encoding import ChatEncoder
-from moa.base.load import Base, Device
+from moa.base.device import Device
+from moa.base.load import Base
 from moa.base.pin import BasePin
 from moa.core.errors import UsageError
 from moa.experts.lora import ExpertStack, LoraSpec
