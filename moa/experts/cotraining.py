@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moa.base.architecture import recomputable_layers
 from moa.base.encoding import Encoded
 from moa.base.kernels.attention import short_rows
 from moa.base.kernels.llama_ops import fused
-from moa.base.architecture import recomputable_layers
 from moa.experts.batches import Batch, collate, microbatches, row_losses
 from moa.experts.lora import ExpertStack, Selection, StackedLoRA
 
@@ -222,7 +222,7 @@ class Learner:
 
 def domain_forward(model: nn.Module, stack: ExpertStack, batch: Batch) -> tuple[Tensor, None]:
     """The `Forward` of separate experts: select each row's own expert and compute its loss, (B,)."""
-    stack.select(batch.owners)
+    stack.select(batch.experts)
     return row_losses(model, batch), None
 
 
@@ -239,16 +239,16 @@ def _train_step(model: nn.Module, stack: ExpertStack, active: Sequence[Learner],
     for expert, row in rows:
         targets[expert] += sum(row.targets[1:])
         seen[expert] += len(row.ids)
-    losses = torch.zeros(len(stack), dtype=torch.float64)
+    device = stack.weights.device
+    losses, weights = torch.zeros(len(stack), dtype=torch.float64, device=device), targets.reciprocal().to(device)
     for group in microbatches(rows, batch_tokens):
-        batch = collate([rows[index] for index in group], stack.weights.device)
+        batch = collate([rows[index] for index in group], device)
         loss_B, additional_B = forward(model, stack, batch)
-        weight_B = targets.to(loss_B).reciprocal()[batch.owners]
-        total = (loss_B * weight_B).sum()
+        total = (loss_B * weights.to(loss_B)[batch.owners]).sum()
         (total if additional_B is None else total + additional_B.sum() / len(rows)).backward()
-        losses.index_add_(0, batch.owners.cpu(), loss_B.detach().double().cpu())
-    for learner in active:
-        learner.update(losses[learner.expert].item(), int(targets[learner.expert]), seen[learner.expert])
+        losses.index_add_(0, batch.owners, loss_B.detach().double())
+    for learner, loss in zip(active, losses[[learner.expert for learner in active]].tolist(), strict=True):
+        learner.update(loss, int(targets[learner.expert]), seen[learner.expert])
 
 
 @torch.no_grad()
@@ -256,14 +256,16 @@ def validation_losses(model: nn.Module, stack: ExpertStack, learners: Sequence[L
                       forward: Forward = domain_forward) -> dict[str, float]:
     """Mean loss of each learner's validation rows, in nats per target token, by the learner's name."""
     rows = [(learner.expert, row) for learner in learners for row in learner.validation]
-    losses, targets = torch.zeros(len(stack), dtype=torch.float64), torch.zeros(len(stack), dtype=torch.float64)
+    device = stack.weights.device
+    losses, targets = torch.zeros(len(stack), dtype=torch.float64, device=device), [0] * len(stack)
     for group in microbatches(rows, 2 * batch_tokens):   # no activations are kept
-        batch = collate([rows[index] for index in group], stack.weights.device)
-        losses.index_add_(0, batch.owners.cpu(), forward(model, stack, batch)[0].double().cpu())
+        batch = collate([rows[index] for index in group], device)
+        losses.index_add_(0, batch.owners, forward(model, stack, batch)[0].double())
     stack.forget()
     for expert, row in rows:
         targets[expert] += sum(row.targets[1:])
-    return {learner.name: (losses[learner.expert] / targets[learner.expert]).item() for learner in learners}
+    return {learner.name: loss / targets[learner.expert] if targets[learner.expert] else math.nan
+            for learner, loss in zip(learners, losses[[learner.expert for learner in learners]].tolist(), strict=True)}
 
 
 def measure_initial_loss(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,

@@ -125,11 +125,12 @@ class GenerationRequest:
 class RowState:
     """A request with its answer, random generator and position, while its row is in the batch."""
 
-    def __init__(self, request: GenerationRequest, tokenizer: Any, ends: frozenset[int]) -> None:
+    def __init__(self, request: GenerationRequest, tokenizer: Any, ends: frozenset[int],
+                 device: torch.device | str) -> None:
         self.request = request
         self.position = len(request.prompt)   # of the next token, which is ignored once the answer has ended
         self.answer = GenerationBatch(tokenizer, ends, request.options.stop, watched=request.tell is not None)
-        self.random = generator(request.options.seed)
+        self.random = generator(request.options.seed, device)
 
     def add(self, token: int) -> None:
         """Append a token to the answer, end it at its limit or when cancelled, and call the request's callbacks."""
@@ -170,7 +171,7 @@ def generate_batch(model: Any, tokenizer: Any, requests: Sequence[GenerationRequ
         The answers, in the order of the requests.
     """
     ends = end_tokens(model, tokenizer)
-    rows = [RowState(request, tokenizer, ends) for request in requests]
+    rows = [RowState(request, tokenizer, ends, model.device) for request in requests]
     ids_BT, mask_BT = (tensor.to(model.device) for tensor in _padded([request.prompt for request in requests]))
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     active = list(range(len(rows)))   # the row of `rows` that each row of the batch is

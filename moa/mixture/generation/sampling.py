@@ -66,9 +66,9 @@ def _is_finite_number(value: Any) -> bool:
         return False
 
 
-def generator(seed: int | None) -> Generator:
-    """A random generator for the tokens of one row; with None, it has a random seed."""
-    generator = Generator()
+def generator(seed: int | None, device: torch.device | str = "cpu") -> Generator:
+    """A random generator for the tokens of one row, on the device of its logits; with None, it has a random seed."""
+    generator = Generator(device)
     if seed is None:
         generator.seed()
     else:
@@ -103,8 +103,8 @@ class Sampling:
             for logits_filter in _filters(*settings):
                 filtered = logits_filter(IGNORED_IDS, filtered)
             # Minus the logarithm of exponential noise is Gumbel noise.
-            noise = torch.stack([torch.empty(scores_BV.shape[1]).exponential_(generator=self.generators[b])
-                                 for b in rows])
+            noise = torch.stack([torch.empty(scores_BV.shape[1], device=self.generators[b].device).exponential_(
+                                     generator=self.generators[b]) for b in rows])
             scores_BV[rows] = filtered - noise.clamp(min=torch.finfo(noise.dtype).tiny).log().to(scores_BV)
         return scores_BV.argmax(-1)
 

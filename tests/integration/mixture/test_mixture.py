@@ -495,7 +495,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(copy: tuple[Workspac
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(train.Checkpoint, "save_now_and_then", save_and_die)
         patch.setattr(train.Checkpoint, "save", save_and_die)
         with pytest.raises(Killed):
             train.train(workspace, settings, DOMAINS)
@@ -526,7 +526,7 @@ def test_one_of_two_interrupted_experts_continues_alone(copy: tuple[Workspace, C
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(train.Checkpoint, "save_now_and_then", save_and_die)
         patch.setattr(train.Checkpoint, "save", save_and_die)
         with pytest.raises(Killed):
             train.train(workspace, settings, DOMAINS)
