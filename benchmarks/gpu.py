@@ -130,9 +130,9 @@ def training() -> Result:
     tokens = EXPERTS * ROWS * LENGTH
     rate = matmul_rate(device)
     clear()
-    own = [timed_training(model, device, EXPERTS, keep) for keep in (False, True)][1]   # the first one warms up
-    alone = timed_training(model, device, 1, True)
-    seconds = interleave({"moa": lambda: timed_training(model, device, EXPERTS, True)["seconds"],
+    own = [timed_training(model, EXPERTS, keep) for keep in (False, True)][1]   # the first one warms up
+    alone = timed_training(model, 1, True)
+    seconds = interleave({"moa": lambda: timed_training(model, EXPERTS, True)["seconds"],
                           "peft": lambda: sum(peft_training(model, device) for _ in range(EXPERTS))}, 2, warmups=0)
     parameters = sum(parameter.numel() for name, parameter in model.named_parameters() if "embed_tokens" not in name)
     # A frozen weight takes part in two products a token: in the forward, and in the gradient of its input.
@@ -154,7 +154,7 @@ def rows_of(expert: int, count: int) -> list[Encoded]:
                     [False] * (LENGTH // 2) + [True] * (LENGTH - LENGTH // 2)) for _ in range(count)]
 
 
-def timed_training(model: Any, device: Device, experts: int, keep: bool) -> dict[str, float]:
+def timed_training(model: Any, experts: int, keep: bool) -> dict[str, float]:
     """Seconds and peak memory in GiB of one step of so many experts; without `keep` of one that is thrown away."""
     params = SimpleNamespace(epochs=1, batch_rows=ROWS, rows_per_epoch=0, validation_rows=1, patience=0,
                              learning_rate=1e-4, warmup=0.0, weight_decay=0.0, max_grad_norm=1.0, seed=0)
@@ -235,7 +235,6 @@ def decoding() -> Result:
 
     samples = interleave({"experts": moa([experts[row] for row in order]), "base": moa(None)}, 3)
     stack.remove()
-    del stack
     clear()
     names = peft_decoding(model, prompts, experts)
     step, base, prefill = ([each[key] for each in samples[name]] for name, key in (
@@ -246,7 +245,8 @@ def decoding() -> Result:
     return {"tokens/s, 64 rows, 16 experts": DECODED / statistics.median(step),
             "tokens/s, base alone": DECODED / statistics.median(base), "of the base alone": alone,
             "tokens/s, PEFT's adapter_names": DECODED / names, "over PEFT's adapter_names": over_names,
-            "ms of the prompts' forward": 1000 * statistics.median(prefill), "prompts' forward, of the base": of_prefill,
+            "ms of the prompts' forward": 1000 * statistics.median(prefill),
+            "prompts' forward, of the base": of_prefill,
             "goals": [goal("decoding: of the base alone", alone, OF_BASE, alone >= OF_BASE, above=True),
                       goal("decoding: over PEFT's adapter_names", over_names, OVER_NAMES, over_names >= OVER_NAMES,
                            above=True),
@@ -332,7 +332,7 @@ def quantised() -> Result:
         setattr(model.get_submodule(parent), child, four.to(device.device))
     model.requires_grad_(False)
     clear()
-    measured = timed_training(model, device, EXPERTS, True)
+    measured = timed_training(model, EXPERTS, True)
     return {"peak GiB, nf4, 8 experts": measured["peak"], "seconds a step": measured["seconds"],
             "goals": [goal("quantised: 7B in nf4 with 8 experts, GiB", measured["peak"], QUANTISED_GIB,
                            measured["peak"] <= QUANTISED_GIB, above=False)]}
@@ -347,15 +347,16 @@ def profile() -> Result:
     device = pick_device()
     tokenizer = byte_tokenizer()
     model = random_model(SHAPE, tokenizer, device)
-    timed_training(model, device, EXPERTS, False)
+    timed_training(model, EXPERTS, False)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_CARD else [])]
     key = "self_device_time_total" if ON_CARD else "self_cpu_time_total"
     with profiled(activities=activities) as of_training:
-        timed_training(model, device, EXPERTS, False)
+        timed_training(model, EXPERTS, False)
     stack = random_experts(model, DECODING_EXPERTS)
     prompts = [[3 + row] * PROMPT for row in range(DECODED)]
     with profiled(activities=activities) as of_decoding:
-        decoded(model, tokenizer, prompts, lambda rows: stack.select([row * DECODING_EXPERTS // DECODED for row in rows]))
+        decoded(model, tokenizer, prompts,
+                lambda rows: stack.select([row * DECODING_EXPERTS // DECODED for row in rows]))
     found: Result = {}
     for name, one in (("training", of_training), ("decoding", of_decoding)):
         averages = one.key_averages()

@@ -131,7 +131,7 @@ class StackedLoRA(nn.Module):
             return y + self._blended(x, self.selection.weights)
         groups = self.selection.groups
         if groups is not None and supports_groups(x, y, self.a_ERI):
-            groups.active(y).add_(grouped_product(x, *self._gather_groups(groups, x.dtype), groups))
+            groups.active(y).add_(grouped_product(x, *self.gather_groups(groups, x.dtype), groups))
             return y
         a_BRI, b_BRO = self.gather(x.dtype)
         if x.shape[1] == 1 and x.device.type == "cpu":
@@ -163,7 +163,12 @@ class StackedLoRA(nn.Module):
             self._gathered = key, *slices(self.a_ERI, self.b_EOR, self.scale_E, rows, self.selection.inactive, dtype)
         return self._gathered[1:]
 
-    def _gather_groups(self, groups: RowGroups, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    @property
+    def computes_in(self) -> torch.dtype:
+        """The dtype of the layer's inputs and outputs."""
+        return self.base.weight.dtype
+
+    def gather_groups(self, groups: RowGroups, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (G, R, I) and scaled B (G, O, R) of the experts of the rows, gathered once as by `gather`."""
         key = self.selection.generation, dtype
         if self._grouped is None or self._grouped[0] != key:

@@ -85,11 +85,15 @@ def add_lora(y_BTO: Tensor, x_BTI: Tensor, weight_OI: Tensor | None, a_ERI: Tens
 
 
 def supports_groups(x_BTI: Tensor, y_BTO: Tensor, a_ERI: Tensor) -> bool:
-    """Whether `GroupedProduct` computes these: by PyTorch's version, the dtype and the sizes of rows in memory."""
-    return (x_BTI.device.type in GROUPED_ON and hasattr(nn.functional, "grouped_mm")
-            and y_BTO.is_contiguous() and x_BTI.dtype == y_BTO.dtype != torch.float64
-            and all(size * x_BTI.itemsize % GROUPED_BYTES == 0
-                    for size in (x_BTI.shape[-1], y_BTO.shape[-1], a_ERI.shape[1])))
+    """Whether the products of groups compute these tensors."""
+    return (y_BTO.is_contiguous() and x_BTI.dtype == y_BTO.dtype
+            and groups_fit(x_BTI.device, x_BTI.dtype, x_BTI.shape[-1], y_BTO.shape[-1], a_ERI.shape[1]))
+
+
+def groups_fit(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether products of groups are used on this device: by PyTorch's version, the dtype and the sizes of rows."""
+    return (device.type in GROUPED_ON and hasattr(nn.functional, "grouped_mm") and dtype != torch.float64
+            and all(size * dtype.itemsize % GROUPED_BYTES == 0 for size in sizes))
 
 
 def of_groups(a_ERI: Tensor, b_EOR: Tensor, scale_E: Tensor, groups: RowGroups,
@@ -103,8 +107,8 @@ def of_groups(a_ERI: Tensor, b_EOR: Tensor, scale_E: Tensor, groups: RowGroups,
 def grouped_product(x_BTI: Tensor, a_GRI: Tensor, b_GOR: Tensor, groups: RowGroups) -> Tensor:
     """B(Ax) of the rows that have an expert, by A and B from `of_groups`: (N, O). Not differentiable."""
     offsets_G = groups.offsets_G(x_BTI.shape[1])
-    hidden_NR = _grouped(groups.active(x_BTI), a_GRI.transpose(1, 2), offsets_G)
-    return _grouped(hidden_NR, b_GOR.transpose(1, 2), offsets_G)
+    hidden_NR = grouped(groups.active(x_BTI), a_GRI.transpose(1, 2), offsets_G)
+    return grouped(hidden_NR, b_GOR.transpose(1, 2), offsets_G)
 
 
 class LoraProduct(torch.autograd.Function):
@@ -205,8 +209,8 @@ class GroupedProduct(torch.autograd.Function):
                 scale_E: Tensor, groups: RowGroups) -> Tensor:
         offsets_G = groups.offsets_G(x_BTI.shape[1])
         a_GRI, b_GOR = of_groups(a_ERI, b_EOR, scale_E, groups, x_BTI.dtype)
-        hidden_NR = _grouped(groups.active(x_BTI), a_GRI.transpose(1, 2), offsets_G)
-        groups.active(y_BTO).add_(_grouped(hidden_NR, b_GOR.transpose(1, 2), offsets_G))
+        hidden_NR = grouped(groups.active(x_BTI), a_GRI.transpose(1, 2), offsets_G)
+        groups.active(y_BTO).add_(grouped(hidden_NR, b_GOR.transpose(1, 2), offsets_G))
         ctx.mark_dirty(y_BTO)
         ctx.save_for_backward(x_BTI, weight_OI, hidden_NR, scale_E)
         ctx.parameters, ctx.groups = (a_ERI, b_EOR), groups
@@ -220,21 +224,21 @@ class GroupedProduct(torch.autograd.Function):
         offsets_G = groups.offsets_G(x_BTI.shape[1])
         a_GRI, b_GOR = of_groups(a_ERI, b_EOR, scale_E, groups, x_BTI.dtype)   # again: cheaper than to keep them
         x_NI, grad_NO = groups.active(x_BTI), groups.active(grad_BTO).contiguous()
-        grad_NR = _grouped(grad_NO, b_GOR, offsets_G)
+        grad_NR = grouped(grad_NO, b_GOR, offsets_G)
         if ctx.needs_input_grad[3]:
-            _add_grouped(a_ERI, groups, _grouped(grad_NR.t(), x_NI, offsets_G))
+            _add_grouped(a_ERI, groups, grouped(grad_NR.t(), x_NI, offsets_G))
         if ctx.needs_input_grad[4]:
-            grad_GOR = _grouped(grad_NO.t(), hidden_NR, offsets_G)
+            grad_GOR = grouped(grad_NO.t(), hidden_NR, offsets_G)
             scale_G11 = scale_E.index_select(0, groups.experts_G).view(-1, 1, 1)
             _add_grouped(b_EOR, groups, grad_GOR.to(b_EOR.dtype) * scale_G11)
         grad_BTI = None
         if ctx.needs_input_grad[1]:   # the input of the lowest layer needs no gradient
             grad_BTI = x_BTI.new_zeros(x_BTI.shape) if weight_OI is None else grad_BTO @ weight_OI
-            groups.active(grad_BTI).add_(_grouped(grad_NR, a_GRI, offsets_G))
+            groups.active(grad_BTI).add_(grouped(grad_NR, a_GRI, offsets_G))
         return grad_BTO if ctx.needs_input_grad[0] else None, grad_BTI, None, None, None, None, None
 
 
-def _grouped(left: Tensor, right: Tensor, offsets_G: Tensor) -> Tensor:
+def grouped(left: Tensor, right: Tensor, offsets_G: Tensor) -> Tensor:
     """Products of the groups of `left`, whose ends are `offsets_G`.
 
     (N, K) and (G, K, M) to (N, M), a group of rows with its own matrix; or (K, N) and (N, M) to (G, K, M), the sum over

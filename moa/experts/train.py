@@ -206,8 +206,8 @@ class Checkpoint:
         self._written: Future[None] | None = None
 
     def save_now_and_then(self, learners: Sequence[Any]) -> None:
-        """Save without waiting for the disk, unless the last save was less than `CHECKPOINT_SECONDS` ago, is still being
-        written, or was so short a time ago that copies would take more than `CHECKPOINT_SHARE` of it.
+        """Save without waiting for the disk, unless the last save was less than `CHECKPOINT_SECONDS` ago, is still
+        being written, or was so short a time ago that copies would take more than `CHECKPOINT_SHARE` of it.
 
         Raises the OSError of the save before.
         """

@@ -21,6 +21,7 @@ from moa.experts.batches import ProjectedLoss, TargetLoss, collate, microbatches
 from moa.experts.cotraining import Learner, cotrain, recomputing
 from moa.experts.lora import BASE_ONLY, ExpertStack, LoraSpec
 from moa.experts.lora_autograd import GroupedProduct, LoraProduct, RowGroups
+from moa.mixture.generation import static_decoding
 from moa.mixture.generation.engine import GenerationConfig, GenerationRequest, generate_batch
 
 pytestmark = pytest.mark.cuda
@@ -36,6 +37,8 @@ def paths_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU computes what a GPU would, and float32 products of a GPU are exact."""
     monkeypatch.setattr(lora_autograd, "GROUPED_ON", ("cuda", "cpu"))
     monkeypatch.setattr(batches, "PROJECTED_ON", ("cuda", "cpu"))
+    monkeypatch.setattr(static_decoding, "STATIC_ON", ("cuda", "cpu"))
+    monkeypatch.setattr(static_decoding, "ROOM", 8)   # a cache that has to grow
     monkeypatch.setattr(batches, "LOGITS_BYTES", 4 * VOCABULARY * 5)   # several chunks of five targets
     yield
 

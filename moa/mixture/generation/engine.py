@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moa.core.errors import UsageError
-from moa.mixture.generation import decoding, native
+from moa.mixture.generation import decoding, native, static_decoding
 from moa.mixture.generation.decoding import Decoding
 from moa.mixture.generation.sampling import GenerationConfig, Sampling, generator
 
@@ -196,6 +196,8 @@ def _decoding_class(model: Any) -> type[Decoding]:
     """The fastest class for this model and the experts that are selected on it now."""
     if not decoding.supports_step(model):
         return Decoding
+    if model.device.type in static_decoding.STATIC_ON:
+        return static_decoding.StaticDecoding
     return native.CompiledDecoding if native.supports_native(model) else decoding.LlamaDecoding
 
 
