@@ -1,9 +1,9 @@
 """`LlamaDecoding` (`moa.mixture.generation.decoding`) with tensors of fixed shape and place, for a GPU.
 
 A decoding step of a small batch is hundreds of kernels of a few microseconds, which Python starts more slowly than a
-GPU computes them. With a cache of fixed size, a step is the same sequence of kernels on the same memory each time: it is
-recorded once as a CUDA graph, and replayed with one call. Rows of one expert share its matrices (`RowGroups`). Without
-CUDA, the same steps are computed without a graph.
+GPU computes them. With a cache of fixed size, a step is the same sequence of kernels on the same memory each time: it
+is recorded once as a CUDA graph, and replayed with one call. Rows of one expert share its matrices (`RowGroups`).
+Without CUDA, the same steps are computed without a graph.
 
 Shapes: those of `moa.mixture.generation.decoding`; G experts of the batch, P layers with the same input.
 """
@@ -148,7 +148,7 @@ class _ExpertGroup(Group):
         self.a_BIR = None
 
     def keep_rows(self, rows_B: Tensor) -> None:   # noqa: ARG002 - rows that stay, whose experts are selected already
-        self._collect_experts(*self.sources) 
+        self._collect_experts(*self.sources)
 
     def __call__(self, x_BI: Tensor) -> Tensor:   # (B, I) -> (B, O)
         y_BO = super().__call__(x_BI)
