@@ -292,8 +292,8 @@ class ExpertStack:
         that the stack does not have.
         """
         experts: Sequence[int] | None = rows.tolist() if isinstance(rows, Tensor) else rows
-        if experts and max(experts) >= len(self):
-            raise IndexError(f"There is no expert {max(experts)}: the stack has {len(self)}.")
+        if unknown := [expert for expert in experts or () if not BASE_ONLY <= expert < len(self)]:
+            raise IndexError(f"There is no expert {unknown[0]}: the stack has {len(self)}.")
         self.selection.set(experts, self.weights.device)
 
     def blend(self, weights_BE: Tensor) -> None:
