@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 from additions_world import PROMPT_TOKENS, SYSTEM, background, compute_features, read_features
-from common import REPOSITORY, finish, goal, machine, pick_device, real_base
+from common import REPOSITORY, finish, goal, machine, pick_device
 from corpora import WHOLE, Row, corpora, quickstart_rows, split
+from real import real_base
 from torch import Tensor
 
 from moa.base.encoding import ChatEncoder

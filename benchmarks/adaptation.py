@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REAL, REPOSITORY, finish, goal, machine, pick_device, real_base, real_workspace
+from common import REPOSITORY, finish, goal, machine, pick_device
+from real import REAL, real_base, real_workspace
 from ruamel.yaml import YAML
 
 from moa.base.encoding import ChatEncoder, Encoded

@@ -30,8 +30,9 @@ from statistics import mean
 from typing import Literal
 
 import torch
-from common import REPOSITORY, machine, pick_device, real_base
+from common import REPOSITORY, machine, pick_device
 from corpora import SPLITS, Corpus, Pool, Row, Split, corpora, messages, split
+from real import real_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

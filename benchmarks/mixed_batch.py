@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import finish, goal, interleave, machine, pick_device, ratio, real_base
+from common import finish, goal, interleave, machine, pick_device, ratio
+from real import real_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

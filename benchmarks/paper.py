@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPOSITORY, finish, goal, interval, machine, pick_device, real_base
+from common import REPOSITORY, finish, goal, interval, machine, pick_device
+from real import real_base
 
 from moa.base.encoding import ChatEncoder, Encoded
 from moa.base.load import Base

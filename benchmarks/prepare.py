@@ -22,7 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import finish, goal, real_workspace
+from common import finish, goal
+from real import real_workspace
 
 from moa.base.encoding import ChatEncoder
 from moa.base.load import load_tokenizer

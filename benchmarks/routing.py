@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPOSITORY, finish, goal, interleave, machine, pick_device, ratio, real_base
+from common import REPOSITORY, finish, goal, interleave, machine, pick_device, ratio
+from real import real_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

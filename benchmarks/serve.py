@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from common import REPOSITORY, finish, goal, machine, pick_device, real_workspace
+from common import REPOSITORY, finish, goal, machine, pick_device
+from real import real_workspace
 from ruamel.yaml import YAML
 
 from flows.steps import release

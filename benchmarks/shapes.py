@@ -5,13 +5,15 @@ nothing of what any benchmark measures.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from common import pick_device, real_base
+from common import pick_device
 
-from moa.base.load import Base, Device
-from moa.base.pin import BasePin
+from moa.base.device import Device
+
+if TYPE_CHECKING:
+    from moa.base.load import Base
 
 REAL_NAME = "smollm2"
 # What the published config.json says; vocab_size None = the byte tokenizer's.
@@ -34,35 +36,42 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
-def base_of(config: str, device: Device | None = None) -> Base:
+def base_of(config: str, device: Device | None = None) -> "Base":
     """The base called `config`, frozen, in eval mode, on `device` in its dtype (default: `common.pick_device()`).
 
     `smollm2` is `common.real_base`. The others are Qwen2 models whose weights are drawn on the device by a fixed seed;
     their tokenizer has one id a byte, so most of a large vocabulary is never written in a prompt.
     """
+    from real import real_base
+
+    from moa.base.load import Base
+    from moa.base.pin import BasePin
+
     device = device or pick_device()
     if config == REAL_NAME:
         return real_base(device)
     if config not in SHAPES:
         raise SystemExit(f"--config {config}: there are {', '.join(CONFIGS)}.")
     tokenizer = byte_tokenizer()
-    model = _random_model(dict(SHAPES[config]), tokenizer, device)
+    model = random_model(config, tokenizer, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())   # tied ones once
     pin = BasePin(f"random:{config}", "random", "bytes", "im_start", f"random:{config}", parameters,
                   type(model).__name__)
     return Base(model, tokenizer, pin, device)
 
 
-def _random_model(shape: dict[str, Any], tokenizer: Any, device: Device) -> Any:
+def random_model(config: str, tokenizer: Any, device: Device) -> Any:
+    """The model of `base_of` alone, which needs torch and transformers and nothing else of moa's requirements."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
+    shape = dict(SHAPES[config])
     shape["vocab_size"] = shape["vocab_size"] or len(tokenizer)
-    config = Qwen2Config(**shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    settings = Qwen2Config(**shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                          pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng(devices=[device.device] if device.device.startswith("cuda") else []):
         torch.manual_seed(0)
         with torch.device(device.device):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, device.dtype),
+            model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, device.dtype),
                                                      attn_implementation="sdpa")
     model = model.eval().requires_grad_(False)
     # As moa.base.load does: a strided slice of the last positions is projected much more slowly than its copy.

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPOSITORY, finish, goal, machine, pick_device, real_base, real_workspace
+from common import REPOSITORY, finish, goal, machine, pick_device
+from real import real_base, real_workspace
 
 from moa.base.encoding import ChatEncoder
 from moa.core.config import BaseParams, Config, Domain, PrepareParams, TrainParams

@@ -50,7 +50,8 @@ LONG = ("integration/flows/test_adapt.py", "integration/flows/test_up.py", "inte
         "integration/workspace/test_incoming.py", "integration/serving/test_server_openapi.py",
         "integration/flows/test_build.py", "integration/product/test_stranger.py",
         "integration/product/test_examples.py", "integration/api/test_mixture.py", "integration/api/test_workspace.py",
-        "integration/product/test_notebook.py", "integration/product/test_doctests.py",
+        "integration/product/test_notebook.py", "integration/product/test_gpu_script.py",
+        "integration/product/test_doctests.py",
         "integration/flows/remote/test_train.py", "integration/workspace/test_stage_graph.py",
         "integration/workspace/test_warm_starts.py", "integration/product/test_s3.py")
 

@@ -166,12 +166,9 @@ class ExpertStack:
         Raises:
             UsageError: the stack has no such expert.
         """
-        import torch
-
         from moa.experts.lora import BASE_ONLY
 
-        numbers = [BASE_ONLY if name is None else self._number(name) for name in rows]
-        self._stack.select(torch.tensor(numbers, device=self._stack.weights.device))
+        self._stack.select([BASE_ONLY if name is None else self._number(name) for name in rows])
         try:
             yield
         finally:

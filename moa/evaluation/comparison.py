@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from moa.base.load import load, pick_device
+from moa.base.device import pick_device
+from moa.base.load import load
 from moa.core.config import Config
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace

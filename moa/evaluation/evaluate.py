@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moa.base.load import load, pick_device
+from moa.base.device import pick_device
+from moa.base.load import load
 from moa.core.config import Config
 from moa.core.files import replace_directory, write_json
 from moa.core.paths import Workspace

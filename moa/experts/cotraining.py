@@ -12,19 +12,21 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moa.base.architecture import recomputable_layers
 from moa.base.encoding import Encoded
 from moa.base.kernels.attention import short_rows
 from moa.base.kernels.llama_ops import fused
-from moa.base.load import recomputable_layers
-from moa.core.config import TrainParams
 from moa.experts.batches import Batch, collate, microbatches, row_losses
 from moa.experts.lora import ExpertStack, Selection, StackedLoRA
+
+if TYPE_CHECKING:
+    from moa.core.config import TrainParams
 
 
 class DiskTensor:
@@ -64,7 +66,7 @@ def seed_for(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
-def data_order(rows: int, params: TrainParams, seed: int) -> list[list[int]]:
+def data_order(rows: int, params: "TrainParams", seed: int) -> list[list[int]]:
     """Row indices of each optimizer step, over all epochs.
 
     Epochs are consecutive parts of one stream of shuffled copies of the corpus. So where an epoch is shorter than the
@@ -80,7 +82,7 @@ def data_order(rows: int, params: TrainParams, seed: int) -> list[list[int]]:
             for start in range(epoch * per_epoch, (epoch + 1) * per_epoch, params.batch_rows)]
 
 
-def learning_rate(step: int, steps: int, params: TrainParams) -> float:
+def learning_rate(step: int, steps: int, params: "TrainParams") -> float:
     """Learning rate at `step` of `steps`, counted from 0.
 
     It rises linearly over the share `params.warmup` of the steps, then falls along a cosine to the share
@@ -125,7 +127,7 @@ class Learner:
     """
 
     def __init__(self, name: str, expert: int, stack: ExpertStack, rows: Sequence[Encoded],
-                 validation: Sequence[Encoded], params: TrainParams, warm: bool = False) -> None:
+                 validation: Sequence[Encoded], params: "TrainParams", warm: bool = False) -> None:
         assert stack.gradients is not None, "call stack.trainable(True) first"
         self.name, self.expert, self.params = name, expert, params
         self.warm = warm
@@ -211,14 +213,16 @@ class Learner:
             self.weights.copy_(tensors["weights"])
         self.best.put(tensors["best"].to(self.weights))
         if "exp_avg" in tensors:
+            # On the device of the weights, as the fused AdamW makes it: on a GPU its kernel reads the step there.
             self.optimizer.state[self.weights] = {
-                "step": torch.tensor(float(progress.step)), "exp_avg": tensors["exp_avg"].to(self.weights),
+                "step": torch.tensor(float(progress.step), device=self.weights.device),
+                "exp_avg": tensors["exp_avg"].to(self.weights),
                 "exp_avg_sq": tensors["exp_avg_sq"].to(self.weights)}
 
 
 def domain_forward(model: nn.Module, stack: ExpertStack, batch: Batch) -> tuple[Tensor, None]:
     """The `Forward` of separate experts: select each row's own expert and compute its loss, (B,)."""
-    stack.select(batch.owners)
+    stack.select(batch.experts)
     return row_losses(model, batch), None
 
 
@@ -235,16 +239,16 @@ def _train_step(model: nn.Module, stack: ExpertStack, active: Sequence[Learner],
     for expert, row in rows:
         targets[expert] += sum(row.targets[1:])
         seen[expert] += len(row.ids)
-    losses = torch.zeros(len(stack), dtype=torch.float64)
+    device = stack.weights.device
+    losses, weights = torch.zeros(len(stack), dtype=torch.float64, device=device), targets.reciprocal().to(device)
     for group in microbatches(rows, batch_tokens):
-        batch = collate([rows[index] for index in group], stack.weights.device)
+        batch = collate([rows[index] for index in group], device)
         loss_B, additional_B = forward(model, stack, batch)
-        weight_B = targets.to(loss_B).reciprocal()[batch.owners]
-        total = (loss_B * weight_B).sum()
+        total = (loss_B * weights.to(loss_B)[batch.owners]).sum()
         (total if additional_B is None else total + additional_B.sum() / len(rows)).backward()
-        losses.index_add_(0, batch.owners.cpu(), loss_B.detach().double().cpu())
-    for learner in active:
-        learner.update(losses[learner.expert].item(), int(targets[learner.expert]), seen[learner.expert])
+        losses.index_add_(0, batch.owners, loss_B.detach().double())
+    for learner, loss in zip(active, losses[[learner.expert for learner in active]].tolist(), strict=True):
+        learner.update(loss, int(targets[learner.expert]), seen[learner.expert])
 
 
 @torch.no_grad()
@@ -252,14 +256,16 @@ def validation_losses(model: nn.Module, stack: ExpertStack, learners: Sequence[L
                       forward: Forward = domain_forward) -> dict[str, float]:
     """Mean loss of each learner's validation rows, in nats per target token, by the learner's name."""
     rows = [(learner.expert, row) for learner in learners for row in learner.validation]
-    losses, targets = torch.zeros(len(stack), dtype=torch.float64), torch.zeros(len(stack), dtype=torch.float64)
+    device = stack.weights.device
+    losses, targets = torch.zeros(len(stack), dtype=torch.float64, device=device), [0] * len(stack)
     for group in microbatches(rows, 2 * batch_tokens):   # no activations are kept
-        batch = collate([rows[index] for index in group], stack.weights.device)
-        losses.index_add_(0, batch.owners.cpu(), forward(model, stack, batch)[0].double().cpu())
+        batch = collate([rows[index] for index in group], device)
+        losses.index_add_(0, batch.owners, forward(model, stack, batch)[0].double())
     stack.forget()
     for expert, row in rows:
         targets[expert] += sum(row.targets[1:])
-    return {learner.name: (losses[learner.expert] / targets[learner.expert]).item() for learner in learners}
+    return {learner.name: loss / targets[learner.expert] if targets[learner.expert] else math.nan
+            for learner, loss in zip(learners, losses[[learner.expert for learner in learners]].tolist(), strict=True)}
 
 
 def measure_initial_loss(model: nn.Module, stack: ExpertStack, learners: Sequence[Learner], batch_tokens: int,

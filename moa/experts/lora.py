@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moa.core.errors import ArtifactError
-from moa.experts.lora_autograd import add_lora, slices
+from moa.experts.lora_autograd import RowGroups, add_lora, grouped_product, of_groups, slices, supports_groups
 
 BASE_ONLY = -1   # in place of an expert's index: the base without an expert
 
@@ -35,6 +35,9 @@ class LoraSpec:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
+Snapshot = tuple[Tensor | None, Tensor | None, Tensor | None, "RowGroups | None"]
+
+
 class Selection:
     """The experts of the rows of the current batch. One object is shared by all layers of a stack."""
 
@@ -42,17 +45,23 @@ class Selection:
         self.rows: Tensor | None = None      # (B,) expert of each row, 0 where inactive; None = no selection
         self.inactive: Tensor | None = None  # (B, 1, 1) True where a row has no expert; None = every row has one
         self.weights: Tensor | None = None   # (B, E) weights of a blend of all experts, instead of `rows`
+        self.groups: RowGroups | None = None # of `rows`, where the rows of each expert are neighbours
         self.generation = 0                  # increases when the selection or an expert's weights change
 
-    def set(self, rows: Tensor | None) -> None:
-        """Select expert `rows[b]`, or BASE_ONLY, for row b; None selects no expert for any batch."""
+    def set(self, rows: Sequence[int] | None, device: torch.device | str = "cpu") -> None:
+        """Select expert `rows[b]`, or BASE_ONLY, for row b; None selects no expert for any batch.
+
+        The choice is made here, of numbers of this process, so that no kernel of a GPU has to be waited for.
+        """
         self.generation += 1
-        self.rows = self.inactive = self.weights = None
-        if rows is None or bool((rows == BASE_ONLY).all()):
+        self.rows = self.inactive = self.weights = self.groups = None
+        if rows is None or all(row == BASE_ONLY for row in rows):
             return
-        inactive = rows == BASE_ONLY
-        self.rows = rows.clamp(min=0)
-        self.inactive = inactive.view(-1, 1, 1) if bool(inactive.any()) else None
+        self.rows = torch.tensor([max(row, 0) for row in rows], dtype=torch.long).to(device, non_blocking=True)
+        if BASE_ONLY in rows:
+            inactive = torch.tensor([row == BASE_ONLY for row in rows])
+            self.inactive = inactive.view(-1, 1, 1).to(device, non_blocking=True)
+        self.groups = RowGroups.of(rows, device)
 
     def blend(self, weights_BE: Tensor) -> None:
         """Select all experts for every row, by these weights."""
@@ -66,20 +75,20 @@ class Selection:
         return None if per_row is None else len(per_row)
 
     @property
-    def snapshot(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def snapshot(self) -> Snapshot:
         """The current selection, for `restored`."""
-        return self.rows, self.inactive, self.weights
+        return self.rows, self.inactive, self.weights, self.groups
 
     @contextmanager
-    def restored(self, snapshot: tuple[Tensor | None, Tensor | None, Tensor | None]) -> Iterator[None]:
+    def restored(self, snapshot: Snapshot) -> Iterator[None]:
         """Restore a saved selection within the block: gradient checkpointing runs the forward again."""
         current = self.snapshot
-        self.rows, self.inactive, self.weights = snapshot
+        self.rows, self.inactive, self.weights, self.groups = snapshot
         self.generation += 1
         try:
             yield
         finally:
-            self.rows, self.inactive, self.weights = current
+            self.rows, self.inactive, self.weights, self.groups = current
             self.generation += 1
 
 
@@ -104,7 +113,8 @@ class StackedLoRA(nn.Module):
         self.b_EOR = nn.Parameter(b_EOR)
         self.register_buffer("scale_E", scale_E, persistent=False)
         self.selection = selection
-        self._gathered: tuple[tuple[int, torch.dtype], Tensor, Tensor] | None = None
+        self._gathered: tuple[tuple[int, torch.dtype], Tensor, Tensor] | None = None   # of rows
+        self._grouped: tuple[tuple[int, torch.dtype], Tensor, Tensor] | None = None    # of groups of rows
 
     def forward(self, x: Tensor) -> Tensor:   # (B, T, I) -> (B, T, O)
         batch = self.selection.batch
@@ -119,6 +129,10 @@ class StackedLoRA(nn.Module):
         y = self.base(x)
         if self.selection.weights is not None:
             return y + self._blended(x, self.selection.weights)
+        groups = self.selection.groups
+        if groups is not None and supports_groups(x, y, self.a_ERI):
+            groups.active(y).add_(grouped_product(x, *self.gather_groups(groups, x.dtype), groups))
+            return y
         a_BRI, b_BRO = self.gather(x.dtype)
         if x.shape[1] == 1 and x.device.type == "cpu":
             # A decoding step consists of matrix-vector products, which CPUs compute fastest in float32.
@@ -128,12 +142,12 @@ class StackedLoRA(nn.Module):
         return torch.baddbmm(y, hidden_BTR, b_BRO.to(x.dtype))
 
     def _forward_with_gradients(self, x: Tensor) -> Tensor:
-        self._gathered = None   # slices that a validation gathered are stale, and would only take memory
+        self.forget_gathered()   # what a validation gathered is stale, and would only take memory
         # `add_lora` computes the input's gradient of a plain linear layer; subclasses have a backward of their own.
         plain_linear = type(self.base) is nn.Linear
         y = self.base(x.detach() if plain_linear else x)
         return add_lora(y, x, self.base.weight if plain_linear else None, self.a_ERI, self.b_EOR, self.scale_E,
-                        self.selection.rows, self.selection.inactive)
+                        self.selection.rows, self.selection.inactive, self.selection.groups)
 
     def gather(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (B, R, I) and scaled B (B, R, O) of each row's selected expert, for forwards without gradients.
@@ -149,9 +163,21 @@ class StackedLoRA(nn.Module):
             self._gathered = key, *slices(self.a_ERI, self.b_EOR, self.scale_E, rows, self.selection.inactive, dtype)
         return self._gathered[1:]
 
+    @property
+    def computes_in(self) -> torch.dtype:
+        """The dtype of the layer's inputs and outputs."""
+        return self.base.weight.dtype
+
+    def gather_groups(self, groups: RowGroups, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (G, R, I) and scaled B (G, O, R) of the experts of the rows, gathered once as by `gather`."""
+        key = self.selection.generation, dtype
+        if self._grouped is None or self._grouped[0] != key:
+            self._grouped = key, *of_groups(self.a_ERI, self.b_EOR, self.scale_E, groups, dtype)
+        return self._grouped[1:]
+
     def forget_gathered(self) -> None:
         """Free the gathered slices."""
-        self._gathered = None
+        self._gathered = self._grouped = None
 
     def take_gathered(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The result of `gather`; the layer frees its own reference, so that the caller decides when it is freed."""
@@ -259,14 +285,16 @@ class ExpertStack:
             start = stop
         return self
 
-    def select(self, rows: Tensor | None) -> None:
+    def select(self, rows: Sequence[int] | Tensor | None) -> None:
         """Use expert `rows[b]` for row b of the following batches, and for BASE_ONLY the base without an expert.
 
-        With None, batches of any size use the base. Raises IndexError for an expert that the stack does not have.
+        With None, batches of any size use the base. A tensor on a GPU is waited for. Raises IndexError for an expert
+        that the stack does not have.
         """
-        if rows is not None and len(rows) and int(rows.max()) >= len(self):
-            raise IndexError(f"There is no expert {int(rows.max())}: the stack has {len(self)}.")
-        self.selection.set(rows)
+        experts: Sequence[int] | None = rows.tolist() if isinstance(rows, Tensor) else rows
+        if unknown := [expert for expert in experts or () if not BASE_ONLY <= expert < len(self)]:
+            raise IndexError(f"There is no expert {unknown[0]}: the stack has {len(self)}.")
+        self.selection.set(experts, self.weights.device)
 
     def blend(self, weights_BE: Tensor) -> None:
         """Use the sum of all experts, by these weights, for the rows of the following batches."""

@@ -4,29 +4,77 @@ PyTorch's autograd would save every intermediate of the indexing, scaling, produ
 the size of the whole stack in each backward. `LoraProduct` adds to the layer's output in place, saves only the hidden
 values of rank R besides inputs that are saved anyway, computes one gradient of the input, and adds the gradients of A
 and B to the slices of the rows' experts. `CompiledProduct` does the same in C (`csrc/lora.c`) without copying slices,
-where `moa.base.kernels.build` provides the library.
+where `moa.base.kernels.build` provides the library. `GroupedProduct` does the same on a GPU, for all rows of an expert
+at once.
 
-Shapes: E experts, R largest rank, I and O a layer's inputs and outputs, B rows, T positions.
+Shapes: E experts, G experts of a batch, R largest rank, I and O a layer's inputs and outputs, B rows, T positions,
+N = B * T.
 """
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moa.base.kernels.build import library_for
 
 LANES = 16   # numbers of the widest vector: the C code needs I and O to be multiples of it
+GROUPED_ON = ("cuda",)   # kinds of device on which `GroupedProduct` is faster
+GROUPED_BYTES = 16       # grouped products need rows of matrices of a multiple of so many bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroups:
+    """The rows of a batch, where the rows of each expert are neighbours: G experts, in the order of their rows.
+
+    Rows without an expert come before all others: `first` is the first row with one, and the groups begin there.
+    """
+
+    first: int
+    experts_G: Tensor      # (G,) on the device
+    ends_G: Tensor         # (G,) int32 on the device: row behind the last one of each expert, counted from `first`
+    offsets: dict[int, Tensor] = field(default_factory=dict)   # `ends_G` in positions, by T
+
+    @classmethod
+    def of(cls, rows: Sequence[int], device: torch.device | str) -> Self | None:
+        """The groups of rows, of which row b has expert `rows[b]` or, if that is negative, none.
+
+        None where the rows of an expert are apart, where a row without an expert comes later, or where no row has one.
+        """
+        groups = [(expert, len(list(same))) for expert, same in groupby(rows, lambda row: max(row, -1))]
+        first = groups.pop(0)[1] if groups and groups[0][0] < 0 else 0
+        experts = [expert for expert, _ in groups]
+        if not experts or min(experts) < 0 or len(set(experts)) < len(experts):
+            return None
+        ends = list(accumulate(count for _, count in groups))
+        return cls(first, torch.tensor(experts).to(device, non_blocking=True),
+                   torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True))
+
+    def active(self, tensor_BTD: Tensor) -> Tensor:
+        """The positions of all rows with an expert, (N, D)."""
+        return tensor_BTD[self.first:].flatten(0, 1)
+
+    def offsets_G(self, length: int) -> Tensor:
+        """The end of each expert's rows in positions, for rows of `length` positions: (G,) int32."""
+        if length not in self.offsets:
+            self.offsets[length] = self.ends_G * length
+        return self.offsets[length]
 
 
 def add_lora(y_BTO: Tensor, x_BTI: Tensor, weight_OI: Tensor | None, a_ERI: Tensor, b_EOR: Tensor, scale_E: Tensor,
-             rows: Tensor, inactive: Tensor | None) -> Tensor:
+             rows: Tensor, inactive: Tensor | None, groups: RowGroups | None = None) -> Tensor:
     """Add each row's expert to a linear layer's output: y + scale * B(Ax), in place, (B, T, O).
 
-    Uses C where the tensors and the machine allow it. `LoraProduct` describes the arguments and the gradients.
+    Uses C or grouped products where the tensors and the machine allow it. `LoraProduct` describes the arguments and the
+    gradients; `groups` are those of `rows`, or None.
     """
+    if groups is not None and supports_groups(x_BTI, y_BTO, a_ERI):
+        return GroupedProduct.apply(y_BTO, x_BTI, weight_OI, a_ERI, b_EOR, scale_E, groups)
     supported = (x_BTI.device.type == "cpu" and rows.dtype == torch.int64
                  and a_ERI.dtype == scale_E.dtype == torch.float32 and x_BTI.dtype == y_BTO.dtype
                  and x_BTI.shape[-1] % LANES == y_BTO.shape[-1] % LANES == 0)
@@ -34,6 +82,33 @@ def add_lora(y_BTO: Tensor, x_BTI: Tensor, weight_OI: Tensor | None, a_ERI: Tens
     if lora is None:
         return LoraProduct.apply(y_BTO, x_BTI, weight_OI, a_ERI, b_EOR, scale_E, rows, inactive)
     return CompiledProduct.apply(lora, y_BTO, x_BTI, weight_OI, a_ERI, b_EOR, scale_E, rows, inactive)
+
+
+def supports_groups(x_BTI: Tensor, y_BTO: Tensor, a_ERI: Tensor) -> bool:
+    """Whether the products of groups compute these tensors."""
+    return (y_BTO.is_contiguous() and x_BTI.dtype == y_BTO.dtype
+            and groups_fit(x_BTI.device, x_BTI.dtype, x_BTI.shape[-1], y_BTO.shape[-1], a_ERI.shape[1]))
+
+
+def groups_fit(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether products of groups are used on this device: by PyTorch's version, the dtype and the sizes of rows."""
+    return (device.type in GROUPED_ON and hasattr(nn.functional, "grouped_mm") and dtype != torch.float64
+            and all(size * dtype.itemsize % GROUPED_BYTES == 0 for size in sizes))
+
+
+def of_groups(a_ERI: Tensor, b_EOR: Tensor, scale_E: Tensor, groups: RowGroups,
+               dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (G, R, I) and scaled B (G, O, R) of the groups' experts."""
+    experts_G = groups.experts_G
+    scale_G11 = scale_E.index_select(0, experts_G).view(-1, 1, 1)
+    return a_ERI.index_select(0, experts_G).to(dtype), (b_EOR.index_select(0, experts_G) * scale_G11).to(dtype)
+
+
+def grouped_product(x_BTI: Tensor, a_GRI: Tensor, b_GOR: Tensor, groups: RowGroups) -> Tensor:
+    """B(Ax) of the rows that have an expert, by A and B from `of_groups`: (N, O). Not differentiable."""
+    offsets_G = groups.offsets_G(x_BTI.shape[1])
+    hidden_NR = grouped(groups.active(x_BTI), a_GRI.transpose(1, 2), offsets_G)
+    return grouped(hidden_NR, b_GOR.transpose(1, 2), offsets_G)
 
 
 class LoraProduct(torch.autograd.Function):
@@ -120,6 +195,65 @@ class CompiledProduct(torch.autograd.Function):
         ctx.lora.lora_backward(ctypes.byref(call), *(ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
                                                      for tensor in (grad_BTO, grad_BTI, scratch_BTR)))
         return None, grad_BTO if ctx.needs_input_grad[1] else None, grad_BTI, *[None] * 6
+
+
+class GroupedProduct(torch.autograd.Function):
+    """`LoraProduct` for a batch in which the rows of an expert are neighbours: one product for each expert's rows.
+
+    No slice of A or B is copied for a row or saved for the backward, so memory grows with the experts and not with the
+    rows. Arguments and gradients are those of `LoraProduct`, with `groups` in place of `rows` and `inactive`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_BTO: Tensor, x_BTI: Tensor, weight_OI: Tensor | None, a_ERI: Tensor, b_EOR: Tensor,
+                scale_E: Tensor, groups: RowGroups) -> Tensor:
+        offsets_G = groups.offsets_G(x_BTI.shape[1])
+        a_GRI, b_GOR = of_groups(a_ERI, b_EOR, scale_E, groups, x_BTI.dtype)
+        hidden_NR = grouped(groups.active(x_BTI), a_GRI.transpose(1, 2), offsets_G)
+        groups.active(y_BTO).add_(grouped(hidden_NR, b_GOR.transpose(1, 2), offsets_G))
+        ctx.mark_dirty(y_BTO)
+        ctx.save_for_backward(x_BTI, weight_OI, hidden_NR, scale_E)
+        ctx.parameters, ctx.groups = (a_ERI, b_EOR), groups
+        return y_BTO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTO: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTI, weight_OI, hidden_NR, scale_E = ctx.saved_tensors
+        (a_ERI, b_EOR), groups = ctx.parameters, ctx.groups
+        offsets_G = groups.offsets_G(x_BTI.shape[1])
+        a_GRI, b_GOR = of_groups(a_ERI, b_EOR, scale_E, groups, x_BTI.dtype)   # again: cheaper than to keep them
+        x_NI, grad_NO = groups.active(x_BTI), groups.active(grad_BTO).contiguous()
+        grad_NR = grouped(grad_NO, b_GOR, offsets_G)
+        if ctx.needs_input_grad[3]:
+            _add_grouped(a_ERI, groups, grouped(grad_NR.t(), x_NI, offsets_G))
+        if ctx.needs_input_grad[4]:
+            grad_GOR = grouped(grad_NO.t(), hidden_NR, offsets_G)
+            scale_G11 = scale_E.index_select(0, groups.experts_G).view(-1, 1, 1)
+            _add_grouped(b_EOR, groups, grad_GOR.to(b_EOR.dtype) * scale_G11)
+        grad_BTI = None
+        if ctx.needs_input_grad[1]:   # the input of the lowest layer needs no gradient
+            grad_BTI = x_BTI.new_zeros(x_BTI.shape) if weight_OI is None else grad_BTO @ weight_OI
+            groups.active(grad_BTI).add_(grouped(grad_NR, a_GRI, offsets_G))
+        return grad_BTO if ctx.needs_input_grad[0] else None, grad_BTI, None, None, None, None, None
+
+
+def grouped(left: Tensor, right: Tensor, offsets_G: Tensor) -> Tensor:
+    """Products of the groups of `left`, whose ends are `offsets_G`.
+
+    (N, K) and (G, K, M) to (N, M), a group of rows with its own matrix; or (K, N) and (N, M) to (G, K, M), the sum over
+    each group. One group is one ordinary product.
+    """
+    if len(offsets_G) > 1:
+        return nn.functional.grouped_mm(left, right, offs=offsets_G)
+    return left @ right[0] if right.dim() == 3 else (left @ right).unsqueeze(0)
+
+
+def _add_grouped(parameter: Tensor, groups: RowGroups, grad_G: Tensor) -> None:
+    """Add each group's gradient to the slice of its expert in `parameter.grad`."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad.index_add_(0, groups.experts_G, grad_G.to(parameter.dtype))
 
 
 class _Call(ctypes.Structure):

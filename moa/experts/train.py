@@ -8,13 +8,15 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moa.base.device import pick_device
 from moa.base.encoding import ChatEncoder
-from moa.base.load import load, pick_device
+from moa.base.load import load
 from moa.base.pin import BasePin, pin
 from moa.core import code_version, digests
 from moa.core.config import Config, TrainParams
@@ -24,7 +26,8 @@ from moa.core.paths import MANIFEST, Workspace
 from moa.data import corpus
 from moa.experts import warm_start
 
-CHECKPOINT_SECONDS = 20.0   # between two checkpoints
+CHECKPOINT_SECONDS = 20.0   # between two checkpoints, at least
+CHECKPOINT_SHARE = 0.05     # most of the time between them that copying the state may take
 
 
 def fingerprint(workspace: Workspace, config: Config, domain: str) -> str:
@@ -185,7 +188,8 @@ class Checkpoint:
     """The state of all learners of one process, in one file that is replaced atomically.
 
     `restore` searches the files of all processes for each learner's name and fingerprint. So a training resumes even if
-    its learners were grouped differently before.
+    its learners were grouped differently before. A thread writes the file: the training only waits for the copy of its
+    state, which is gigabytes for a large base.
 
     Args:
         workspace: its folder `.moa/training` has the files.
@@ -197,25 +201,49 @@ class Checkpoint:
         self.prints = prints
         self.path = self.folder / f"{digests.of_json(prints)[:16]}.safetensors"
         self.last = time.monotonic()
+        self._copying = 0.0   # seconds that the last copy of the state took
+        self._writer = ThreadPoolExecutor(1, "moa-checkpoint")
+        self._written: Future[None] | None = None
 
     def save_now_and_then(self, learners: Sequence[Any]) -> None:
-        """Save, unless the last save was less than `CHECKPOINT_SECONDS` ago."""
-        if time.monotonic() - self.last >= CHECKPOINT_SECONDS:
-            self.save(learners)
+        """Save without waiting for the disk, unless the last save was less than `CHECKPOINT_SECONDS` ago, is still
+        being written, or was so short a time ago that copies would take more than `CHECKPOINT_SHARE` of it.
+
+        Raises the OSError of the save before.
+        """
+        pause = max(CHECKPOINT_SECONDS, self._copying / CHECKPOINT_SHARE)
+        if time.monotonic() - self.last >= pause and (self._written is None or self._written.done()):
+            self._save(learners)
 
     def save(self, learners: Sequence[Any]) -> None:
-        """Write the state of the learners."""
-        from safetensors.torch import save_file
+        """Write the state of the learners. Raises OSError where the disk refuses it."""
+        self._save(learners)
+        self._wait()
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _save(self, learners: Sequence[Any]) -> None:
+        self._wait()
+        began = time.monotonic()
         tensors = {f"{learner.name}/{key}": value.cpu().contiguous().clone()
                    for learner in learners for key, value in learner.tensors().items()}
         meta = {learner.name: {"fingerprint": self.prints[learner.name], "progress": asdict(learner.progress)}
                 for learner in learners}
-        temporary = self.path.with_suffix(".tmp")   # no other process writes it: the name is of these learners
-        save_file(tensors, temporary, metadata={"learners": json.dumps(meta)})
-        temporary.replace(self.path)
+        self._written = self._writer.submit(self._write, tensors, json.dumps(meta))
         self.last = time.monotonic()
+        self._copying = self.last - began
+
+    def _wait(self) -> None:
+        """Wait for the file that is being written. Raises its OSError."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def _write(self, tensors: dict[str, Any], meta: str) -> None:
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")   # no other process writes it: the name is of these learners
+        save_file(tensors, temporary, metadata={"learners": meta})
+        temporary.replace(self.path)
 
     def restore(self, learners: Sequence[Any]) -> None:
         """Restore each learner to the latest state saved for its fingerprint; failed states are not restored."""
@@ -241,6 +269,7 @@ class Checkpoint:
 
         These are this process's file, and files of earlier processes that have no other learner.
         """
+        self._wait()
         self.path.with_suffix(".tmp").unlink(missing_ok=True)
         for path in self.folder.glob("*.safetensors"):
             if path == self.path or self._names(path) <= self.prints.keys():

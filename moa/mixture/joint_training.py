@@ -61,7 +61,7 @@ def train_jointly(model: nn.Module, stack: ExpertStack, router: Router, learners
 
     def forward(model: nn.Module, stack: ExpertStack, batch: Batch) -> tuple[Tensor, Tensor | None]:
         if eta:
-            stack.select(batch.owners)
+            stack.select(batch.experts)
         with layer_routing(model, stack, heads, prompt_mask(batch), use) as logits:
             loss_B = row_losses(model, batch)
         if not eta:

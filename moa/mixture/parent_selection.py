@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moa.base.device import pick_device
 from moa.base.encoding import ChatEncoder, Encoded
-from moa.base.load import Base, load, pick_device
+from moa.base.load import Base, load
 from moa.base.pin import BasePin
 from moa.core import digests
 from moa.core.config import Config
@@ -129,7 +130,7 @@ def losses(base: Base, stack: "ExpertStack", tried: int, content: Sequence[Encod
     with torch.no_grad():
         for group in microbatches(work, FORWARD_TOKENS):
             batch = collate([work[index] for index in group], base.device.device)
-            stack.select(batch.owners)
+            stack.select(batch.experts)
             for index, loss in zip(group, row_losses(base.model, batch).tolist(), strict=True):
                 sums[work[index][0]] += loss
     stack.select(None)

@@ -4,7 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moa.base.load import load, pick_device
+from moa.base.device import pick_device
+from moa.base.load import load
 from moa.core.config import Config
 from moa.core.config import load as load_config
 from moa.core.errors import NothingReleased, UsageError

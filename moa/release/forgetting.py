@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moa.base.load import load, pick_device
+from moa.base.device import pick_device
+from moa.base.load import load
 from moa.core.config import Config
 from moa.core.errors import RegistryError, UsageError
 from moa.core.files import read_json

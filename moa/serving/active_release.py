@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from moa.base import load, pin
+from moa.base.device import pick_device
 from moa.base.load import Base
 from moa.core.config import Config
 from moa.core.errors import MoaError
@@ -217,7 +218,7 @@ class ReleaseWatcher:
     def _own_base(self) -> Base:
         """A copy of the base's modules that shares the weights: the previous release may still use another copy."""
         if self._base is None or self._base.pin != pin.pin(self.workspace):
-            device = load.pick_device(self.config.execution.devices)
+            device = pick_device(self.config.execution.devices)
             self._base = load.load(self.workspace, self._config_now().base, device)
         model = self._base.model
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}

@@ -8,6 +8,7 @@ import torch
 from ruamel.yaml import YAML
 
 from moa.base import load
+from moa.base.device import Device
 from moa.core import config
 from moa.core.config import Config
 from moa.core.files import read_json
@@ -60,7 +61,7 @@ def built(real_base: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tup
 @pytest.fixture(scope="module")
 def mixture(built: tuple[Workspace, Config]) -> Mixture:
     """In float32, where equality can be asked for."""
-    exact = load.Device("cpu", "float32", "sums that can be compared")
+    exact = Device("cpu", "float32", "sums that can be compared")
     return Mixture.load(built[0].mixture, load.load(built[0], built[1].base, exact))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moa.base import load, pin
+from moa.base.device import Device
 from moa.base.encoding import ChatEncoder
 from moa.core.config import BaseParams
 from moa.core.paths import Workspace
@@ -26,7 +27,7 @@ def test_the_real_base_has_the_digests_that_experts_are_pinned_to(real_base: Wor
 
 
 def test_the_real_base_knows_the_capital_of_france(real_base: Workspace) -> None:
-    loaded = load.load(real_base, PARAMS, load.Device("cpu", "float32", "greedy decoding without rounding ties"))
+    loaded = load.load(real_base, PARAMS, Device("cpu", "float32", "greedy decoding without rounding ties"))
     question = {"role": "user", "content": "What is the capital of France?"}
     prompt = ChatEncoder(loaded.tokenizer, None, 1024).prompt([question])
     ids = torch.tensor([prompt])

@@ -117,7 +117,7 @@ class LlamaDecoding(Decoding):
 
     def _prepare_layers(self) -> None:
         """Collect the weights of the passes, with those of the selected experts."""
-        self.layers: Any = [_Layer(layer) for layer in self.model.model.layers]
+        self.layers: Any = [Layer(layer) for layer in self.model.model.layers]
 
     def _take_prompt_cache(self) -> Tensor:
         """Keys and values of the prompts, (layers, B, C, T, D); the cache of transformers is deleted."""
@@ -175,17 +175,21 @@ class LlamaDecoding(Decoding):
                 torch.cat([sin_B1D.expand(-1, rotated, -1), torch.zeros_like(sin_B1D).expand(-1, values, -1)], dim=1))
 
 
-class _Layer:
+class Layer:
     """A decoder layer's pass over one position of each row."""
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.activation, self.scale = mlp.act_fn, attention.scaling
-        self.qkv = _Group([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = _Group([attention.o_proj])
-        self.gate_up = _Group([mlp.gate_proj, mlp.up_proj])
-        self.down = _Group([mlp.down_proj])
+        self.qkv = self.group([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = self.group([attention.o_proj])
+        self.gate_up = self.group([mlp.gate_proj, mlp.up_proj])
+        self.down = self.group([mlp.down_proj])
+
+    def group(self, layers: Sequence[nn.Linear | StackedLoRA]) -> "Group":
+        """The product of layers that read the same input."""
+        return Group(layers)
 
     def keep_rows(self, rows_B: Tensor) -> None:
         for group in (self.qkv, self.out, self.gate_up, self.down):
@@ -211,7 +215,7 @@ class _Layer:
                                                        scale=self.scale).reshape(rows, -1)
 
 
-class _Group:
+class Group:
     """Linear layers that read the same input, with each row's selected expert: (B, I) to (B, O)."""
 
     def __init__(self, layers: Sequence[nn.Linear | StackedLoRA]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moa.core.errors import UsageError
-from moa.mixture.generation import decoding, native
+from moa.mixture.generation import decoding, native, static_decoding
 from moa.mixture.generation.decoding import Decoding
 from moa.mixture.generation.sampling import GenerationConfig, Sampling, generator
 
@@ -125,11 +125,12 @@ class GenerationRequest:
 class RowState:
     """A request with its answer, random generator and position, while its row is in the batch."""
 
-    def __init__(self, request: GenerationRequest, tokenizer: Any, ends: frozenset[int]) -> None:
+    def __init__(self, request: GenerationRequest, tokenizer: Any, ends: frozenset[int],
+                 device: torch.device | str) -> None:
         self.request = request
         self.position = len(request.prompt)   # of the next token, which is ignored once the answer has ended
         self.answer = GenerationBatch(tokenizer, ends, request.options.stop, watched=request.tell is not None)
-        self.random = generator(request.options.seed)
+        self.random = generator(request.options.seed, device)
 
     def add(self, token: int) -> None:
         """Append a token to the answer, end it at its limit or when cancelled, and call the request's callbacks."""
@@ -170,7 +171,7 @@ def generate_batch(model: Any, tokenizer: Any, requests: Sequence[GenerationRequ
         The answers, in the order of the requests.
     """
     ends = end_tokens(model, tokenizer)
-    rows = [RowState(request, tokenizer, ends) for request in requests]
+    rows = [RowState(request, tokenizer, ends, model.device) for request in requests]
     ids_BT, mask_BT = (tensor.to(model.device) for tensor in _padded([request.prompt for request in requests]))
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     active = list(range(len(rows)))   # the row of `rows` that each row of the batch is
@@ -195,6 +196,8 @@ def _decoding_class(model: Any) -> type[Decoding]:
     """The fastest class for this model and the experts that are selected on it now."""
     if not decoding.supports_step(model):
         return Decoding
+    if model.device.type in static_decoding.STATIC_ON:
+        return static_decoding.StaticDecoding
     return native.CompiledDecoding if native.supports_native(model) else decoding.LlamaDecoding
 
 

@@ -12,6 +12,8 @@ from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWar
 
 from moa.core.errors import UsageError
 
+# At a lower temperature the most probable token has all of the probability, and logits divided by it may be infinite.
+LEAST_TEMPERATURE = 1e-6
 # A LogitsProcessor's first argument, the ids so far: those of temperature, top-k and top-p ignore it.
 IGNORED_IDS = torch.empty(0, dtype=torch.long)
 
@@ -28,7 +30,8 @@ class GenerationConfig:
     """
 
     max_new_tokens: int = 256         # most tokens of an answer, the end token included
-    temperature: float = 0.0          # 0 = greedy decoding, for which top_p, top_k and seed have no effect
+    # 0 = greedy decoding, for which top_p, top_k and seed have no effect. Below LEAST_TEMPERATURE it is greedy, too.
+    temperature: float = 0.0
     top_p: float = 1.0                # sample from the most probable tokens whose probabilities reach this sum; 1 = all
     top_k: int = 0                    # sample from this number of most probable tokens; 0 = all
     seed: int | None = None           # None = a new random seed for each answer
@@ -66,9 +69,9 @@ def _is_finite_number(value: Any) -> bool:
         return False
 
 
-def generator(seed: int | None) -> Generator:
-    """A random generator for the tokens of one row; with None, it has a random seed."""
-    generator = Generator()
+def generator(seed: int | None, device: torch.device | str = "cpu") -> Generator:
+    """A random generator for the tokens of one row, on the device of its logits; with None, it has a random seed."""
+    generator = Generator(device)
     if seed is None:
         generator.seed()
     else:
@@ -92,7 +95,7 @@ class Sampling:
         self.generators = [generator for _, generator in rows]
         self.groups: dict[tuple[float, int, float], list[int]] = defaultdict(list)   # rows by arguments of `_filters`
         for b, (options, _) in enumerate(rows):
-            if options.temperature > 0:
+            if options.temperature >= LEAST_TEMPERATURE:
                 self.groups[float(options.temperature), options.top_k, float(options.top_p)].append(b)
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
@@ -103,8 +106,8 @@ class Sampling:
             for logits_filter in _filters(*settings):
                 filtered = logits_filter(IGNORED_IDS, filtered)
             # Minus the logarithm of exponential noise is Gumbel noise.
-            noise = torch.stack([torch.empty(scores_BV.shape[1]).exponential_(generator=self.generators[b])
-                                 for b in rows])
+            noise = torch.stack([torch.empty(scores_BV.shape[1], device=self.generators[b].device).exponential_(
+                                     generator=self.generators[b]) for b in rows])
             scores_BV[rows] = filtered - noise.clamp(min=torch.finfo(noise.dtype).tiny).log().to(scores_BV)
         return scores_BV.argmax(-1)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flows.steps import release
 from moa.base import load, pin
+from moa.base.device import pick_device
 from moa.cli import main
 from moa.cli.app import place
 from moa.core import config, digests
@@ -96,7 +97,7 @@ class Shop:
     def swap_labels(self) -> None:
         """The mixture again, its router calling each of the two domains by the other's name."""
         folder = self.workspace.mixture
-        loaded = load.load(self.workspace, self.settings.base, load.pick_device(["cpu"]))
+        loaded = load.load(self.workspace, self.settings.base, pick_device(["cpu"]))
         manifest, router, folders = artifact.read(folder, loaded.pin)
         router = Router.restore(router.labels[::-1], router.tensors(), manifest["router"])
         with replace_directory(folder) as new:

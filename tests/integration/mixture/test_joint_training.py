@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from moa.base import load
 from moa.base import pin as base
+from moa.base.device import Device
 from moa.core import config, digests
 from moa.core.config import Config
 from moa.core.errors import RegistryError, TrainingError
@@ -30,7 +31,7 @@ from tests import tiny
 DOMAINS = ("alpha", "beta")
 TRAIN = {"rank": 2, "alpha": 4.0, "epochs": 1, "batch_rows": 4, "learning_rate": 0.02, "batch_tokens": 512}
 JOINT = {"joint_epochs": 1, "joint_learning_rate": 0.01}
-EXACT = load.Device("cpu", "float32", "sums that can be compared")
+EXACT = Device("cpu", "float32", "sums that can be compared")
 Built = tuple[Workspace, Config]
 
 

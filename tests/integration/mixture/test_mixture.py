@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from moa.base import load
 from moa.base import pin as base
+from moa.base.device import Device
 from moa.base.encoding import Message
 from moa.core import config, digests
 from moa.core.config import Config
@@ -36,7 +37,7 @@ from tests import tiny
 
 DOMAINS = ("alpha", "beta")
 TRAIN = {"rank": 2, "alpha": 4.0, "epochs": 3, "batch_rows": 4, "learning_rate": 0.02, "batch_tokens": 512}
-EXACT = load.Device("cpu", "float32", "sums that can be compared")
+EXACT = Device("cpu", "float32", "sums that can be compared")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -180,7 +181,7 @@ from moa.mixture.mixture import Mixture
 
 torch.set_num_threads(1)   # as here: the last bit of a sum depends on it
 workspace, prompts = Workspace(Path(sys.argv[1])), json.loads(sys.argv[3])
-exact = load.Device("cpu", "float32", "")
+exact = Device("cpu", "float32", "")
 mixture = Mixture.load(Path(sys.argv[2]), load.load(workspace, config.load(workspace.params).base, exact))
 print(json.dumps([[asdict(one) for one in made] for made in (mixture.route(prompts), mixture.generate(
     prompts, max_new_tokens=12))]))
@@ -494,7 +495,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(copy: tuple[Workspac
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(train.Checkpoint, "save_now_and_then", save_and_die)
         patch.setattr(train.Checkpoint, "save", save_and_die)
         with pytest.raises(Killed):
             train.train(workspace, settings, DOMAINS)
@@ -525,7 +526,7 @@ def test_one_of_two_interrupted_experts_continues_alone(copy: tuple[Workspace, C
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(train.Checkpoint, "save_now_and_then", save_and_die)
         patch.setattr(train.Checkpoint, "save", save_and_die)
         with pytest.raises(Killed):
             train.train(workspace, settings, DOMAINS)

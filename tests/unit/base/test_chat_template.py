@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moa.base import load, pin
 from moa.base.chat_template import PLAIN
+from moa.base.device import Device
 from moa.base.encoding import ChatEncoder, Message
 from moa.core import config
 from moa.core.config import BaseParams
@@ -23,7 +24,7 @@ from tests import tiny
 
 END = tiny.MARKERS[2]
 PATH = BaseParams(source="path:tiny-base", template="plain")
-CPU = load.Device("cpu", "float32", "the test says so")
+CPU = Device("cpu", "float32", "the test says so")
 
 
 def bare(root: Path) -> Workspace:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moa.base import load, pin, sources
+from moa.base.device import Device
 from moa.core import digests
 from moa.core.config import BaseParams, PromptParams
 from moa.core.errors import BaseModelError
@@ -19,7 +20,7 @@ from tests import tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PATH = BaseParams(source="path:tiny-base")
-CPU = load.Device("cpu", "float32", "the test says so")
+CPU = Device("cpu", "float32", "the test says so")
 
 
 @pytest.fixture(autouse=True)

@@ -485,3 +485,12 @@ def test_an_expert_too_large_for_the_stack_is_refused(plain: Path) -> None:
 def test_another_bases_expert_is_refused(plain: Path) -> None:
     with pytest.raises(ArtifactError, match="do not fit"):
         peft_format.load(ExpertStack(toy(hidden_size=64), [LoraSpec(2, 4.0)], dtype=torch.float64), 0, plain)
+
+
+@pytest.mark.parametrize("rows", [[0, 3], [-2, 0], torch.tensor([0, 3]), torch.tensor([-2])])
+def test_an_expert_that_there_is_not_is_refused_and_the_selection_stays(rows: Any) -> None:
+    stack = stacked(toy())
+    stack.select([0, 1])
+    with pytest.raises(IndexError, match=r"There is no expert (3|-2): the stack has 3\."):
+        stack.select(rows)
+    assert stack.selection.rows is not None and stack.selection.rows.tolist() == [0, 1]

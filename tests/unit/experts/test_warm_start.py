@@ -252,11 +252,11 @@ def test_killed_and_run_again_gives_the_same_bytes(copy: tuple[Workspace, Config
     shutil.rmtree(workspace.expert("alpha2"))
     script = ("import signal, sys; from moa.core import config; from moa.experts import train as experts; "
               "from moa.core.paths import Workspace; import torch; "
-              "torch.set_num_threads(1); experts.CHECKPOINT_SECONDS = 0.0; save = experts.Checkpoint.save\n"
+              "torch.set_num_threads(1); save = experts.Checkpoint.save\n"
               "def slow(self, learners):\n"
               "    save(self, learners)\n"
               "    if learners[0].progress.step == 9: print('now', flush=True); signal.pause()\n"
-              "experts.Checkpoint.save = slow; w = Workspace.find(); "
+              "experts.Checkpoint.save_now_and_then = slow; w = Workspace.find(); "
               "experts.train(w, config.load(w.params), ['alpha2'])\n")
     with subprocess.Popen([sys.executable, "-c", script], cwd=workspace.root, stdout=subprocess.PIPE, text=True,
                           env={**os.environ, "MOA_DTYPE": "float32"}) as process:
