@@ -9,3 +9,8 @@ def recomputable_layers(model: Any) -> list[Any]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the part of a model that reads text: of one that also sees, its sizes lie within another."""
+    return model.config.get_text_config(decoder=True)

@@ -45,7 +45,7 @@ def load(workspace: Workspace, params: BaseParams, device: Device | None = None)
     sources.silence_transformers()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            locate(workspace, params), dtype=getattr(torch, device.dtype), attn_implementation="sdpa",
+            locate(workspace, params), dtype=getattr(torch, device.dtype),
             use_safetensors=True, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise BaseModelError(f"The base {pinned.source} cannot be loaded: {sources.first_line(error)}") from None

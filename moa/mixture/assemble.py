@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moa.base.architecture import text_config
 from moa.base.device import pick_device
 from moa.base.encoding import ChatEncoder
 from moa.base.load import Base, load
@@ -159,7 +160,7 @@ class _FrozenFeatures:
 
     @property
     def _levels(self) -> int:
-        return int(self.base.model.config.num_hidden_layers)
+        return int(text_config(self.base.model).num_hidden_layers)
 
     def _cached(self, prompts: list[list[int]], levels: slice) -> Any:
         """The features of some prompts' tokens, (N, L, D)."""

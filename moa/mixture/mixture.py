@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from moa.base.architecture import text_config
 from moa.base.encoding import ChatEncoder, Message
 from moa.base.load import Base
 from moa.core.errors import ArtifactError, UsageError
@@ -103,7 +104,7 @@ class Mixture:
         """
         manifest, router, folders = artifact.read(directory, base.pin, check=False)
         levels, width = router.mean_LD.shape
-        config = base.model.config
+        config = text_config(base.model)
         if (levels, width) != (config.num_hidden_layers, config.hidden_size):
             raise ArtifactError(f"The router in {directory} reads {levels} levels of width {width}, and the base has "
                                 f"{config.num_hidden_layers} of {config.hidden_size}: run `moa assemble` again.")

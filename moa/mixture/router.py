@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from moa.base.architecture import text_config
 from moa.base.encoding import Encoded
 from moa.experts.batches import collate, microbatches
 
@@ -34,10 +35,13 @@ class _DepthReached(Exception):
     """Ends a forward once the deepest level that `features` was called for has been read."""
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's decoder layers, found by their number, because architectures name the attribute differently."""
-    count = model.config.num_hidden_layers
-    return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The model's decoder layers, found by their number, because architectures name the attribute differently.
+
+    Those of a part that sees, which some models have beside the decoder, may be as many.
+    """
+    count, decoder = text_config(model).num_hidden_layers, model.get_decoder()
+    return next(module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -68,7 +72,7 @@ def features(model: nn.Module, prompts: Sequence[list[int]], depth: int | None =
     depth = depth or len(layers)
     device = next(model.parameters()).device
     rows = [(0, Encoded(ids, [False] * len(ids))) for ids in prompts]
-    result = torch.zeros(len(prompts), depth, model.config.hidden_size)
+    result = torch.zeros(len(prompts), depth, text_config(model).hidden_size)
     for group in microbatches(rows, FEATURE_TOKENS):
         batch = collate([rows[index] for index in group], device)
         lengths = torch.tensor([len(prompts[index]) for index in group], device=device)

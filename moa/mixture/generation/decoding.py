@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
+from moa.base.architecture import text_config
 from moa.experts.lora import StackedLoRA
 
 
@@ -38,7 +39,7 @@ class Decoding:
     def __init__(self, model: Any, ids_BT: Tensor, mask_BT: Tensor) -> None:
         self.model, self.mask_BT = model, mask_BT
         self.position_B = mask_BT.sum(1)
-        self.cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.cache: Any = DynamicCache(config=text_config(model))
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions, self._takes_logits_to_keep = "position_ids" in accepted, "logits_to_keep" in accepted
         positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moa.base.architecture import text_config
 from moa.core.errors import UsageError
 from moa.mixture.generation import decoding, native, static_decoding
 from moa.mixture.generation.decoding import Decoding
@@ -29,7 +30,7 @@ def answer_budgets(model: Any, prompts: Sequence[Sequence[int]], asked: Sequence
 
     Raises UsageError for a prompt that fills the context.
     """
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    context = getattr(text_config(model), "max_position_embeddings", None) or math.inf
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) >= context:
             which = f"Prompt {number} of {len(prompts)}" if len(prompts) > 1 else "The prompt"
@@ -173,7 +174,7 @@ def generate_batch(model: Any, tokenizer: Any, requests: Sequence[GenerationRequ
     ends = end_tokens(model, tokenizer)
     rows = [RowState(request, tokenizer, ends, model.device) for request in requests]
     ids_BT, mask_BT = (tensor.to(model.device) for tensor in _padded([request.prompt for request in requests]))
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    context = getattr(text_config(model), "max_position_embeddings", None) or math.inf
     active = list(range(len(rows)))   # the row of `rows` that each row of the batch is
     with torch.inference_mode():
         if choose is not None:
