@@ -90,7 +90,8 @@ def test_a_batch_has_the_targets_of_its_rows(drawn: list[list[bool]]) -> None:
     longest = max(map(len, drawn))
     expected = [(expert, place) for expert, targets in enumerate(drawn) for place, target in enumerate(targets)
                 if target and place]
-    assert batch.experts == batch.owners.tolist() == list(range(len(drawn))) and batch.ids.shape == (len(drawn), longest)
+    assert batch.experts == batch.owners.tolist() == list(range(len(drawn)))
+    assert batch.ids.shape == (len(drawn), longest)
     assert batch.rows.tolist() == [row for row, _ in expected]
     assert batch.positions.tolist() == [row * longest + place - 1 for row, place in expected]
     assert batch.targets.tolist() == [10 * row + place for row, place in expected]
