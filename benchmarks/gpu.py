@@ -297,6 +297,7 @@ def peft_decoding(model: Any, prompts: Sequence[list[int]], experts: Sequence[in
     wrapped: Any = get_peft_model(model, config, adapter_name="0", autocast_adapter_dtype=False)
     for expert in range(1, DECODING_EXPERTS):
         wrapped.add_adapter(str(expert), config)
+    wrapped.eval()   # PEFT's layers are made in training mode
     ids = torch.tensor(prompts, device=model.device)
     names = [str(expert) for expert in experts]
 

@@ -21,6 +21,7 @@ from flows.prefect_settings import setting
 from moa.core.errors import PipelineError
 from moa.core.loopback import bypass_proxies
 from moa.core.paths import Workspace
+from moa.core.progress import notice, stamped
 from moa.core.subprocesses import QUIET, environment
 from moa.core.supervisor import SupervisedProcess
 
@@ -157,6 +158,8 @@ def _start(workspace: Workspace, ui: bool) -> Server:
     # The user may choose the password; else each start has a new one. It is handed on in environment variables, which
     # other users of the machine cannot read, never on a command line.
     password = setting("PREFECT_SERVER_API_AUTH_STRING") or f"moa:{secrets.token_urlsafe(32)}"
+    if not (workspace.prefect / "prefect.db").exists():
+        notice(stamped("Prefect's server makes its database, which takes up to a minute the first time."))
     workspace.prefect.mkdir(parents=True, exist_ok=True)
     os.environ["PREFECT_HOME"] = str(workspace.prefect)
     port = free_port()

@@ -15,6 +15,7 @@ from moa.core.files import read_json
 from moa.core.names import printable
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.project import deployment_name
+from moa.core.text import table
 from moa.workspace.lock import LockHolder
 
 LAST = 5   # entries of the event log
@@ -22,9 +23,12 @@ LAST = 5   # entries of the event log
 
 def status(workspace: Workspace, config: Config) -> dict[str, Any]:
     """The facts of `moa status`, as its JSON has them; `text` shows them."""
+    from moa.evaluation import power
     from moa.release.registry import Registry
     from moa.workspace.pipeline import Pipeline
+    from moa.workspace.plan import Statistics
 
+    corpora = Statistics.read(workspace, config).corpora
     snapshot, champion = Pipeline(workspace).snapshot(), Registry(workspace, config).champion()
     holder, pending = LockHolder.of(workspace), pending_rows(workspace, config)
     interrupted = AdaptationState.load(workspace)
@@ -33,6 +37,8 @@ def status(workspace: Workspace, config: Config) -> dict[str, Any]:
     return {"workspace": str(workspace.root), "domains": list(config.domains),
             "champion": f"{champion.name} version {champion.version}" if champion else None,
             "disagreements": disagreements(champion.experts, _experts(workspace, config)) if champion else {},
+            "unjudged": {domain: power.rows_for(power.lacking_groups(corpora[domain], config.release), corpora[domain])
+                         for domain in power.unjudged(corpora, config.release)},
             "stale": sorted(snapshot.stale), "pending": sorted(snapshot.affected),
             "up": up, "troubles": _troubles(workspace, up),
             "prefect": {"url": api.url if api else None, "answers": answering, "password": _password_file(workspace)},
@@ -129,6 +135,8 @@ def text(facts: dict[str, Any]) -> str:
     lines = [("workspace", facts["workspace"]), ("domains", _listed(facts["domains"])),
              ("champion", facts["champion"] or "none"),
              *(("", _disagreement_text(kind, names)) for kind, names in facts["disagreements"].items()),
+             *(("gate", f"cannot judge {domain}, which has too few test rows: about {rows:,} more rows are needed")
+               for domain, rows in facts["unjudged"].items()),
              ("stale", _listed(facts["stale"])),
              ("pending", _listed(facts["pending"])), ("arrived", facts["due"]["reason"]),
              *(("", f"{each['domain']}/{each['file']}, {each['size']:,} bytes") for each in facts["arrived"]),
@@ -144,9 +152,7 @@ def text(facts: dict[str, Any]) -> str:
             lines.append(("", f"password: in {prefect['password']}"))
     lines += [(name, up[name] + _state_suffix(up, name)) for name in ("mlflow", "serve") if up and name in up]
     lines += [(f"next {each['flow']}", _time_left(each["at"])) for each in facts["scheduled"]]
-    width = max(len(key) for key, _ in lines)
-    shown = [f"{key:<{width}}  {value}" for key, value in lines]
-    return "\n".join([*shown, *(["", event_log.text(facts["ledger"])] if facts["ledger"] else [])])
+    return "\n".join([table(lines), *(["", event_log.text(facts["ledger"])] if facts["ledger"] else [])])
 
 
 def _state_suffix(up: dict[str, Any], name: str) -> str:

@@ -15,9 +15,10 @@ from moa.core.errors import (
     NothingReleased,
     PipelineError,
     RegistryError,
+    StageInterrupted,
     TrainingError,
     UsageError,
 )
 
 __all__ = ["ArtifactError", "BaseModelError", "ConfigError", "DataError", "MoaError", "NothingReleased",
-           "PipelineError", "RegistryError", "TrainingError", "UsageError"]
+           "PipelineError", "RegistryError", "StageInterrupted", "TrainingError", "UsageError"]

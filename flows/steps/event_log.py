@@ -15,6 +15,7 @@ from typing import Any
 from moa.core.errors import ArtifactError
 from moa.core.paths import Workspace
 from moa.core.progress import STAMP_LINES, stamped
+from moa.core.text import table
 
 PATIENCE = 30.0   # seconds to wait for another process that appends
 PRINTED_ELSEWHERE = ("gate", "up", "down")   # kinds of which a flow or `moa up` prints a line of its own
@@ -144,9 +145,8 @@ def text(entries: Sequence[Mapping[str, Any]]) -> str:
     """A line for each entry: number, time (UTC), kind, sentence."""
     if not entries:
         return "Nothing has happened yet."
-    digits, width = len(str(entries[-1]["n"])), max(len(entry["kind"]) for entry in entries)
-    return "\n".join(f"{entry['n']:>{digits}}  {_time(entry['at'])}  {entry['kind']:<{width}}  {sentence(entry)}"
-                     for entry in entries)
+    return table([(str(entry["n"]), _time(entry["at"]), entry["kind"], sentence(entry)) for entry in entries],
+                 right=[0])
 
 
 def sentence(entry: Mapping[str, Any]) -> str:

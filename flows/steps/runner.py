@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
-from moa.core.errors import PipelineError
+from moa.core.errors import StageInterrupted
 from moa.core.supervisor import stop_all
 
 
@@ -55,7 +55,7 @@ def run_call(call: Call, interrupted: threading.Event) -> Outcome:
     began = time.monotonic()
     try:
         if interrupted.is_set():
-            raise PipelineError(f"{call.name} did not start: the run was interrupted.")
+            raise StageInterrupted(f"{call.name} did not start: the run was interrupted.")
         value = call.work()
     except Exception as error:
         return Outcome(call.name, "failed", error=error, seconds=time.monotonic() - began)

@@ -23,7 +23,7 @@ from flows.steps import release as releasing
 from flows.steps.runner import Call, Mark, Outcome, Runner
 from flows.steps.session import Result, Session
 from moa.core.config import Config, ExecutionParams
-from moa.core.errors import DataError, PipelineError
+from moa.core.errors import DataError, PipelineError, StageInterrupted
 from moa.core.paths import MANIFEST
 from moa.core.subprocesses import execute
 from moa.reports.text import gate_line
@@ -127,10 +127,15 @@ def _shown(session: Session, name: str) -> Iterator[None]:
     session.screen.start(name)
     try:
         yield
-    except Exception:
-        session.screen.finish(name, "FAILED")
+    except Exception as error:
+        session.screen.finish(name, _ending(error))
         raise
     session.screen.finish(name, "done")
+
+
+def _ending(error: Exception | None) -> str:
+    """The last word on a stage that did not finish."""
+    return "interrupted" if isinstance(error, StageInterrupted) else "FAILED"
 
 
 def _grouped(session: Session, stale: Sequence[str]) -> tuple[list[tuple[str, list[str]]], list[str]]:
@@ -198,7 +203,7 @@ def _training(session: Session, device: str, names: Sequence[str]) -> Callable[[
                   if failure and not _complete(session, stages[name].domain or "")}
         for name in pipeline.record([name for name in names if name not in errors], before):
             errors[name] = PipelineError(f"{name}: its inputs changed while it was running; run again.")
-        session.screen.finish(title, "FAILED" if errors else "done")
+        session.screen.finish(title, _ending(failure) if errors else "done")
         return errors
     return work
 

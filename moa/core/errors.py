@@ -81,6 +81,10 @@ class PipelineError(MoaError, RuntimeError):
         return self.cause.errno if self.cause is not None else super().errno
 
 
+class StageInterrupted(PipelineError):
+    """A stage was ended, or not begun, because the run was interrupted: nothing is wrong with it."""
+
+
 class RegistryError(MoaError, RuntimeError):
     """MLflow cannot be reached, or lacks the requested version."""
 

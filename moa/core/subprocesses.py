@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from moa.core import git
-from moa.core.errors import RECORDS_WANTED, ErrorRecord, PipelineError, decisive, reported
+from moa.core.errors import RECORDS_WANTED, ErrorRecord, PipelineError, StageInterrupted, decisive, reported
 from moa.core.fork_server import ForkServer
 from moa.core.loopback import without_proxy
 from moa.core.paths import Workspace
@@ -75,7 +75,8 @@ def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: On
         extra: variables that are added to `environment`.
 
     Raises:
-        PipelineError: the command failed, with its error as `cause`, or was interrupted. `stage` is `name`.
+        PipelineError: the command failed, with its error as `cause`. `stage` is `name`.
+        StageInterrupted: the command was interrupted. `stage` is `name`.
     """
     log = workspace.logs / re.sub(r"[^\w@.,+-]", "_", f"{name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,7 @@ def execute(workspace: Workspace, name: str, command: Sequence[str], on_line: On
         process = _start(command, name, workspace, environment({**RECORDS, **(extra or {})}))
         status = process.follow(record)
     if process.stopped:
-        raise PipelineError(f"{name} was interrupted.", stage=name)
+        raise StageInterrupted(f"{name} was interrupted.", stage=name)
     if status:
         cause = errors.cause(status)
         raise PipelineError(f"{name} failed: {cause} (full output: {workspace.relative(log)})", stage=name, cause=cause)
@@ -106,7 +107,7 @@ def moa_json(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], E
         The JSON object that the command printed, empty where it printed none; and why the command failed, or None.
 
     Raises:
-        PipelineError: the command was interrupted.
+        StageInterrupted: the command was interrupted.
     """
     command = [*MODULE, *map(str, words), "--json"]
     shown = " ".join(command[2:])
@@ -118,7 +119,7 @@ def moa_json(workspace: Workspace, *words: str | int) -> tuple[dict[str, Any], E
         stderr.seek(0)
         error_lines = stderr.read().splitlines()
     if process.stopped:
-        raise PipelineError(f"`{shown}` was interrupted.")
+        raise StageInterrupted(f"`{shown}` was interrupted.")
     try:
         result: dict[str, Any] = json.loads("\n".join(line for line in out if reported(line) is None))
     except json.JSONDecodeError:
@@ -208,13 +209,13 @@ def steps_forked() -> Iterator[None]:
 
 def _start(command: Sequence[str], name: str, workspace: Workspace, env: Mapping[str, str],
            stderr: int | IO[str] = subprocess.STDOUT) -> SupervisedProcess:
-    """Start a command: forked if it is moa's own, else as a program. Raises PipelineError after an interruption."""
+    """Start a command: forked if it is moa's own, else as a program. Raises StageInterrupted after an interruption."""
     words = own(command, env["PATH"])
     server = _shared.ready(workspace.root, env) if words is not None else None
     if words is None or server is None:
         return SupervisedProcess(command, cwd=workspace.root, env=env, stderr=stderr)
     if server.stopped:
-        raise PipelineError(f"{name} was interrupted.")
+        raise StageInterrupted(f"{name} was interrupted.")
     return SupervisedProcess([ENTRY, *words], cwd=workspace.root, env=env, stderr=stderr, server=server)
 
 

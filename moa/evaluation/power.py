@@ -33,7 +33,7 @@ class Resolution:
 def resolution(manifest: Mapping[str, Any], rules: ReleaseParams) -> Resolution | None:
     """What the test rows of a prepared corpus can show at the first look; None where its manifest counts no groups."""
     groups = manifest.get("groups", {}).get("test")
-    if not groups:
+    if groups is None:
         return None
     share = tail_share(rules.confidence, 1)
     needed = max(groups_needed(rules.tolerance, LOSS_DEVIATION, share) if rules.tolerance else MOST_GROUPS,
@@ -63,6 +63,15 @@ def lacking_groups(manifest: Mapping[str, Any], rules: ReleaseParams) -> int:
     """Test groups that a prepared corpus lacks for any verdict of the gate; 0 too where its manifest counts none."""
     groups = manifest.get("groups", {}).get("test")
     return 0 if groups is None else max(rules.min_rows - groups, 0)
+
+
+def unjudged(corpora: Mapping[str, Mapping[str, Any]], rules: ReleaseParams) -> list[str]:
+    """The domains whose prepared corpora have too few test groups for any verdict of the gate.
+
+    Args:
+        corpora: manifests of prepared corpora by domain.
+    """
+    return [domain for domain, manifest in corpora.items() if lacking_groups(manifest, rules)]
 
 
 def sentence(domain: str, found: Resolution, rules: ReleaseParams) -> str:

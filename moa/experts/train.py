@@ -5,7 +5,6 @@
 """
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from moa.core.config import Config, TrainParams
 from moa.core.errors import TrainingError
 from moa.core.files import read_json, replace_directory, write_json
 from moa.core.paths import MANIFEST, Workspace
+from moa.core.progress import notice
 from moa.data import corpus
 from moa.experts import warm_start
 
@@ -132,8 +132,7 @@ def _initialise(workspace: Workspace, stack: Any, expert: int, domain: str, star
         if reason is None:
             peft_format.load(stack, expert, folder)
             return {"parent": asdict(start)}
-        print(f"train {domain}: afresh, not from the expert of {start.domain} ({start.digest[:12]}): {reason}.",
-              file=sys.stderr)
+        notice(f"train {domain}: afresh, not from the expert of {start.domain} ({start.digest[:12]}): {reason}.")
     stack.initialise(expert, seed_for(domain, config.train.seed))
     return {"parent": None, **({"parent_refused": reason} if reason else {})}
 

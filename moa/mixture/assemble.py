@@ -24,6 +24,7 @@ from moa.core.config import Config
 from moa.core.errors import ArtifactError, TrainingError
 from moa.core.files import read_json, replace_directory, write_json
 from moa.core.paths import MANIFEST, Workspace
+from moa.core.progress import notice
 from moa.data import corpus
 from moa.data.corpus import Row
 from moa.mixture import artifact, incumbent
@@ -59,7 +60,7 @@ def assemble(workspace: Workspace, config: Config) -> dict[str, Any]:
     prompts: dict[Part, Prompts] = {part: features.prompts(content[part]) for part in LEARNING}
     champion, unfit = incumbent.calibration(workspace, config, base.pin)
     if unfit:
-        print(f"The router is calibrated afresh, and not as the champion's successor: {unfit}.")
+        notice(f"The router is calibrated afresh, and not as the champion's successor: {unfit}.")
     background = features.background()
     grows = champion is not None and not set(labels).isdisjoint(champion.labels)
     router = (successor(champion, labels) if champion is not None and grows else

@@ -12,6 +12,7 @@ from moa.core.text import table
 from moa.evaluation import summary
 from moa.reports import changed_hands
 from moa.reports.sample_question import sample_question
+from moa.workspace.data_versions import uncommitted
 
 # Figures of `champion_table`.
 COLUMNS = ("loss", "perplexity", "score")
@@ -107,6 +108,7 @@ def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
     waiting = ([f"waiting   version {version} passed the gate: `moa release promote {version}` makes it champion"]
                if release.get("waiting") else [])
     moved = moved_text(workspace, config, release)
+    changed = uncommitted(workspace)
     return "\n".join([
         "", summary.table(measured), "", *([moved, ""] if moved else []),
         f"release   version {version} of {release.get('name', config.release.name)} ({verdict}); {serving}",
@@ -117,7 +119,8 @@ def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
         "", "Try next:",
         f"  moa ask {sample.shell_word}",
         f"  moa ask --domain base {sample.shell_word}",
-        "  moa plan"])
+        "  moa plan",
+        *([f"  git add {' '.join(changed)} && git commit"] if changed else [])])
 
 
 def moved_text(workspace: Workspace, config: Config, release: Mapping[str, Any]) -> str:

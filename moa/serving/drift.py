@@ -19,7 +19,7 @@ from moa.core.config import Config
 from moa.core.errors import ArtifactError
 from moa.core.files import read_json, write_json
 from moa.core.paths import MANIFEST, Workspace
-from moa.core.text import shorten
+from moa.core.text import indented_table, shorten
 from moa.data import corpus
 from moa.serving import drift_statistics, prompt_log
 from moa.serving.drift_statistics import RoutedPrompt
@@ -250,8 +250,7 @@ def drift_text(report: dict[str, Any]) -> str:
              + (f"; {prompts['forced']} left out, whose domain the caller named" if prompts["forced"] else "")]
     if changed := report["validation"]["changed"]:
         lines.append(f"the rows of {', '.join(changed)} changed since: their validation rows are those of now")
-    width = max(len(measure["verdict"]) for measure in report["measures"])
-    lines += ["", *(f"  {measure['verdict']:<{width}}  {measure['reason']}" for measure in report["measures"]), "",
+    lines += ["", indented_table([(measure["verdict"], measure["reason"]) for measure in report["measures"]]), "",
               f"{abstained['distinct']} different prompts were left to the base"
               + (f", {abstained['still']} of {abstained['looked_at']} looked at would be today"
                  if abstained["looked_at"] else "")]

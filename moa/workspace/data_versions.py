@@ -4,7 +4,7 @@ The data are those that DVC tracks without a command, such as data/raw/NAME.
 """
 
 from collections.abc import Iterable, Set
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from moa.core import git
 from moa.core.errors import PipelineError
@@ -42,6 +42,20 @@ class DataVersions(Pipeline):
 # What a release is made of: parameters, DVC's files, where training begins, and the champion that it succeeds.
 MADE_OF = ("params.yaml", "dvc.yaml", "dvc.lock", "data/starts.json", "data/raw", "data/parents", "data/champion.dvc",
            "data/.gitignore")
+
+
+def uncommitted(workspace: Workspace) -> list[str]:
+    """Those of `MADE_OF` that hold changes which git has not committed; none where git cannot say."""
+    root, existing = workspace.root, [name for name in MADE_OF if (workspace.root / name).exists()]
+    try:
+        if not existing or git.repository(root) is None:
+            return []
+        printed = git.run(root, "-c", "status.relativePaths=true", "status", "--short", "--untracked-files=all", "--",
+                          *existing)
+    except git.GitError:
+        return []
+    changed = [PurePosixPath(line[3:]) for line in printed.splitlines()]   # after two letters and a space
+    return [name for name in existing if any(path.is_relative_to(name) for path in changed)]
 
 
 def commit(workspace: Workspace, message: str = "moa: what the next release is made of") -> str | None:

@@ -129,8 +129,8 @@ def _texts(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={column}" for key, column in value.items()) or "nothing"
-    return "nothing" if value is None else str(value)
+        return ",".join(f"{key}={column}" for key, column in value.items()) or "not set"
+    return "not set" if value is None else str(value)
 
 
 def refuse_generated(versions: DataVersions, config: Config, name: str) -> None:

@@ -11,6 +11,7 @@ from moa.core.config import NO_DOMAIN, Config
 from moa.core.errors import ConfigError
 from moa.core.files import read_json
 from moa.core.paths import MANIFEST, Workspace
+from moa.core.text import indented_table
 from moa.workspace.stage_graph import Snapshot
 
 DEFAULT_ROWS = 400            # training rows of a corpus that is not prepared yet
@@ -49,7 +50,8 @@ class Plan:
     release: str | None            # what would be registered
     left_out: tuple[str, ...] = () # by --domain
     imported: tuple[str, ...] = () # those of `experts` that were imported; training replaces them
-    power: tuple[str, ...] = ()    # what the gate can tell from the test rows of `experts`, in words
+    # What the gate can tell from the test rows of `experts`, and of domains that it cannot judge, in words.
+    power: tuple[str, ...] = ()
     # What the router promises about abstention, in words: the present one, or the one that will be trained.
     promises: tuple[str, ...] = ()
 
@@ -69,13 +71,13 @@ class Plan:
 
     def text(self) -> str:
         """The plan as text for a terminal."""
+        told = ["What the gate can tell:", *(f"  {sentence}" for sentence in self.power)] if self.power else []
         promised = [f"What the router {'can promise' if self.router else 'promises'}:",
                     *(f"  {sentence}" for sentence in self.promises)] if self.promises else []
         if not self.stale:
-            return "\n".join([f"Nothing to do: all {len(self.steps)} steps are fresh.", *promised])
-        width = max(len(step.name) for step in self.stale)
-        marks = {"stale": "run  ", "maybe": "maybe", "fresh": ""}
-        lines = [f"  {marks[step.state]}  {step.name:<{width}}  {'; '.join(step.reasons)}" for step in self.stale]
+            return "\n".join([f"Nothing to do: all {len(self.steps)} steps are fresh.", *told, *promised])
+        marks = {"stale": "run", "maybe": "maybe", "fresh": ""}
+        lines = [indented_table([(marks[step.state], step.name, "; ".join(step.reasons)) for step in self.stale])]
         fresh = len(self.steps) - len(self.stale)
         lines += ["", f"{len(self.stale)} steps to run or check, {fresh} fresh."]
         if self.left_out:
@@ -87,9 +89,7 @@ class Plan:
         if self.experts:
             lines.append(f"Training: about {self.estimate.tokens:,} tokens, {self.estimate.minutes:.1f} minutes "
                          f"({self.estimate.basis}).")
-        if self.power:
-            lines += ["What the gate can tell:", *(f"  {sentence}" for sentence in self.power)]
-        lines += promised
+        lines += [*told, *promised]
         if self.release:
             lines.append(f"Release: {self.release}")
         return "\n".join(lines)
@@ -167,10 +167,10 @@ def make_plan(snapshot: Snapshot, config: Config, statistics: Statistics) -> Pla
 
 
 def _power(experts: tuple[str, ...], config: Config, statistics: Statistics) -> Iterator[str]:
-    """What the gate can tell from the test rows of each domain whose corpus is prepared."""
+    """What the gate can tell of these experts' domains and of those that it cannot judge, where they are prepared."""
     from moa.evaluation import power  # most uses of this module need none of it
 
-    for domain in experts:
+    for domain in dict.fromkeys([*experts, *power.unjudged(statistics.corpora, config.release)]):
         if resolution := power.resolution(statistics.corpora.get(domain, {}), config.release):
             yield power.sentence(domain, resolution, config.release)
 

@@ -70,12 +70,13 @@ def _mlp(pieces: ctypes.CDLL, module: Any, x_BTH: Tensor) -> Tensor:
 
 
 def _attention(pieces: ctypes.CDLL, module: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor],
-               attention_mask: Tensor | None = None, past_key_values: Any = None, **more: Any) -> tuple[Tensor, None]:
+               attention_mask: Tensor | None = None, **more: Any) -> tuple[Tensor, None]:
     rows, length, _ = hidden_states.shape
     dropout = module.training and module.attention_dropout
-    if attention_mask is not None or past_key_values is not None or dropout or not 1 < length <= LONGEST:
+    cached = more.get("cache", more.get("past_key_values")) is not None   # the second name until transformers 5.23
+    if attention_mask is not None or cached or dropout or not 1 < length <= LONGEST:
         return type(module).forward(module, hidden_states, position_embeddings=position_embeddings,
-                                    attention_mask=attention_mask, past_key_values=past_key_values, **more)
+                                    attention_mask=attention_mask, **more)
     cos, sin = (each.contiguous() for each in position_embeddings)
     mixed = Attention.apply(pieces, *(projection(hidden_states).view(rows, length, -1, module.head_dim)
                                       for projection in (module.q_proj, module.k_proj, module.v_proj)),

@@ -41,6 +41,7 @@ class Decoding:
         self.position_B = mask_BT.sum(1)
         self.cache: Any = DynamicCache(config=text_config(model))
         accepted = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in accepted else "past_key_values"   # until transformers 5.23
         self._takes_positions, self._takes_logits_to_keep = "position_ids" in accepted, "logits_to_keep" in accepted
         positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
         self.logits_BV = exact(self._forward(ids_BT, positions_BT))
@@ -76,8 +77,8 @@ class Decoding:
         optional: dict[str, Any] = {"position_ids": positions_BT} if self._takes_positions else {}
         if self._takes_logits_to_keep:   # without this argument the model computes logits for every position
             optional["logits_to_keep"] = 1
-        output = self.model(input_ids=ids_BT, attention_mask=self.mask_BT, past_key_values=self.cache, use_cache=True,
-                            **optional)
+        output = self.model(input_ids=ids_BT, attention_mask=self.mask_BT, use_cache=True,
+                            **{self._cache_name: self.cache}, **optional)
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
 

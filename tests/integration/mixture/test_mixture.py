@@ -175,6 +175,7 @@ def refuse(*_):
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 import torch
 from moa.base import load
+from moa.base.device import Device
 from moa.core import config
 from moa.core.paths import Workspace
 from moa.mixture.mixture import Mixture

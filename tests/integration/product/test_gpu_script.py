@@ -1,5 +1,4 @@
-"""`benchmarks/gpu.sh`, which is run on machines that have a GPU, runs here on tiny shapes, without what it must not need.
-"""
+"""`benchmarks/gpu.sh`, which is for machines with a GPU, runs here on tiny shapes, without what it must not need."""
 
 import json
 import os

@@ -191,7 +191,7 @@ MISTAKES = [   # words behind `moa domain`, exit status, the beginning or a part
      "params.yaml reads law with metric: rouge_l, and --metric says exact; leave --metric out, or edit domains.law"
      " in params.yaml."),
     ("add law ../other.jsonl --map output=answer", 2,
-     "params.yaml reads law with map: nothing, and --map says output=answer"),
+     "params.yaml reads law with map: not set, and --map says output=answer"),
     ("show tax", 1,
      "No domain 'tax' in params.yaml; its domains are law."),
     ("remove tax --yes", 1,

@@ -342,9 +342,9 @@ except KeyboardInterrupt:
 
 
 def start_driver(workspace: Workspace, step: str) -> tuple[subprocess.Popen[bytes], int]:
-    """A build in a process of its own, and the pid of the step it is in the middle of."""
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, workspace.root], cwd=tiny.REPOSITORY,
-                              stderr=subprocess.DEVNULL)
+    """A build in a process of its own, which prints into driver.log, and the pid of the step it is in the middle of."""
+    with (workspace.root / "driver.log").open("w") as printed:
+        driver = subprocess.Popen([sys.executable, "-c", DRIVER, workspace.root], cwd=tiny.REPOSITORY, stderr=printed)
     log = workspace.root / "runs.log"
 
     def began() -> list[int]:
@@ -385,6 +385,8 @@ def test_told_to_end(workspace: Workspace, number: int) -> None:
     driver.send_signal(number)
     assert driver.wait() == 130
     until(lambda: gone(pid))
+    printed = (workspace.root / "driver.log").read_text()
+    assert "interrupted" in printed and "FAILED" not in printed
     with Pipeline(workspace).lock():
         pass
 

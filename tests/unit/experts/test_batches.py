@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moa.base.encoding import Encoded
-from moa.experts.batches import CALL_COST, TargetLoss, microbatches
+from moa.experts.batches import CALL_COST, TargetLoss, collate, microbatches
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -72,3 +72,27 @@ def test_grouping_many_rows_pads_little() -> None:
     found = microbatches([(0, Encoded([1] * length, [True] * length)) for length in lengths], 768)
     padded = sum(len(group) * max(lengths[index] for index in group) for group in found)
     assert padded / sum(lengths) < 1.1
+
+
+@given(st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 30)), min_size=1, max_size=12), st.integers(8, 120))
+def test_within_a_group_the_rows_of_an_expert_are_neighbours(drawn: list[tuple[int, int]], budget: int) -> None:
+    rows = [(expert, Encoded([1] * length, [True] * length)) for expert, length in drawn]
+    for group in microbatches(rows, budget):
+        experts = [rows[index][0] for index in group]
+        assert experts == sorted(experts)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_a_batch_has_the_targets_of_its_rows(drawn: list[list[bool]]) -> None:
+    rows = [(expert, Encoded([10 * expert + place for place in range(len(targets))], targets))
+            for expert, targets in enumerate(drawn)]
+    batch = collate(rows)
+    longest = max(map(len, drawn))
+    expected = [(expert, place) for expert, targets in enumerate(drawn) for place, target in enumerate(targets)
+                if target and place]
+    assert batch.experts == batch.owners.tolist() == list(range(len(drawn)))
+    assert batch.ids.shape == (len(drawn), longest)
+    assert batch.rows.tolist() == [row for row, _ in expected]
+    assert batch.positions.tolist() == [row * longest + place - 1 for row, place in expected]
+    assert batch.targets.tolist() == [10 * row + place for row, place in expected]
+    assert [batch.ids[row, :len(targets)].tolist() for row, targets in enumerate(drawn)] == [row.ids for _, row in rows]

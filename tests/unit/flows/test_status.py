@@ -20,8 +20,17 @@ def test_what_differs_is_named_and_nothing_else(workspace: dict[str, str | None]
     assert disagreements(CHAMPION, workspace) == found
     facts: dict[str, Any] = {
         "workspace": "w", "domains": list(workspace), "champion": "moa version 1", "disagreements": found, "stale": [],
-        "pending": [], "due": {"reason": "nothing."}, "arrived": [], "working": None, "interrupted": None, "up": None,
-        "troubles": [], "prefect": {"url": None}, "scheduled": [], "ledger": []}
+        "unjudged": {}, "pending": [], "due": {"reason": "nothing."}, "arrived": [], "working": None,
+        "interrupted": None, "up": None, "troubles": [], "prefect": {"url": None}, "scheduled": [], "ledger": []}
     lines = text(facts).splitlines()
     assert [line.strip() for line in lines[3:3 + len(said)]] == said
     assert lines[3 + len(said)].startswith("stale")
+
+
+def test_a_domain_that_the_gate_cannot_judge_is_named_with_the_rows_that_it_lacks() -> None:
+    facts = {"workspace": "w", "domains": ["math", "sql"], "champion": "moa version 1", "disagreements": {},
+             "unjudged": {"sql": 1200}, "stale": [], "pending": [], "due": {"reason": "nothing."}, "arrived": [],
+             "working": None, "interrupted": None, "up": None, "troubles": [], "prefect": {"url": None},
+             "scheduled": [], "ledger": []}
+    assert text(facts).splitlines()[3] == (
+        "gate       cannot judge sql, which has too few test rows: about 1,200 more rows are needed")

@@ -24,6 +24,7 @@ SLOW = {"moa.base.kernels.attention", "moa.base.kernels.llama_ops", "moa.experts
         "moa.experts.lora", "moa.experts.lora_autograd", "moa.experts.peft_format",
         "moa.mixture.calibration", "moa.mixture.expert_cache", "moa.mixture.generation.decoding",
         "moa.mixture.generation.engine", "moa.mixture.generation.native", "moa.mixture.generation.sampling",
+        "moa.mixture.generation.static_decoding",
         "moa.mixture.joint_training", "moa.mixture.layer_routing", "moa.mixture.mixture", "moa.mixture.router",
         "moa.serving.active_release", "flows.adapt", "flows.build", "flows.deployments", "flows.drift",
         "flows.retrain"}

@@ -7,7 +7,7 @@ import pytest
 
 from moa.core.errors import PipelineError
 from moa.core.paths import Workspace
-from moa.workspace.data_versions import commit
+from moa.workspace.data_versions import commit, uncommitted
 
 
 def git(root: Path, *words: str) -> str:
@@ -26,6 +26,23 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
     return Workspace(tmp_path)
+
+
+def test_what_is_not_committed_is_named_once_and_from_the_workspace(workspace: Workspace) -> None:
+    assert uncommitted(workspace) == []
+    (workspace.root / "params.yaml").write_text("domains: {law: {metric: exact}}\n")
+    (workspace.root / "notes.txt").write_text("half a thought\n")
+    for name in ("law", "tax"):
+        workspace.tracked(name).parent.mkdir(parents=True, exist_ok=True)
+        workspace.tracked(name).write_text("outs: []\n")
+    git(workspace.root, "add", "data/raw/law.dvc")
+    assert uncommitted(workspace) == ["params.yaml", "data/raw"]
+    commit(workspace)
+    assert uncommitted(workspace) == []
+    inner = Workspace(workspace.root / "inner")   # a workspace in a folder of a repository
+    inner.root.mkdir()
+    (inner.root / "params.yaml").write_text("domains: {}\n")
+    assert uncommitted(inner) == ["params.yaml"] and uncommitted(Workspace(Path("/"))) == []
 
 
 def test_only_what_it_is_made_of(workspace: Workspace) -> None:

@@ -78,6 +78,17 @@ def test_it_says_what_the_gate_can_tell_of_the_experts_to_be_trained() -> None:
     assert made.as_dict()["power"] == list(made.power)
 
 
+@pytest.mark.parametrize("groups", [0, 12])
+def test_it_names_a_domain_that_the_gate_cannot_judge_also_when_nothing_is_to_be_done(groups: int) -> None:
+    enough = {"groups": {"test": 59}, "rows": {"kept": 600, "train": 480}, "tokens": {}}
+    few = {"groups": {"test": groups}, "rows": {"kept": 120, "train": 96}, "tokens": {}}
+    made = plan.make_plan(pipeline(), config(), plan.Statistics({"math": enough, "sql": few}))
+    rows = {0: 200, 12: 80}[groups]
+    assert made.power == (f"sql: {groups} test groups are too few for a verdict of the gate, which needs 20: about "
+                          f"{rows} more rows.",)
+    assert f"all 9 steps are fresh.\nWhat the gate can tell:\n  sql: {groups} test groups" in made.text()
+
+
 def test_it_says_what_the_router_will_promise_in_every_prepared_domain() -> None:
     manifest = {"groups": {"train": 148, "validation": 17, "test": 59},
                 "rows": {"kept": 224, "train": 148, "validation": 17}, "tokens": {}}
