@@ -158,7 +158,7 @@ TALK = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "conte
 
 
 def _check_conversations(folder: Path, source: sources.Source, prompt: PromptParams) -> None:
-    """Raise BaseModelError where an answer cannot be learned from the base's chat template, before anything is prepared.
+    """Raise BaseModelError where no answer can be learned from the base's chat template, before anything is prepared.
 
     Where that is so of conversations of several answers alone, say it: rows of one answer can be used.
     """
@@ -173,8 +173,9 @@ def _check_conversations(folder: Path, source: sources.Source, prompt: PromptPar
         except DataError as error:
             reason = str(error)
         except TemplateError as error:
+            system = "null" if prompt.system is not None else "a text"
             reason = (f"The base's chat template refuses a conversation of {said} ({sources.first_line(error)}): set "
-                      f"`prompt.system: {'null' if prompt.system is not None else 'a text'}`, or `base.template: plain`.")
+                      f"`prompt.system: {system}`, or `base.template: plain`.")
         else:
             continue
         if messages is TALK:

@@ -70,7 +70,8 @@ class Decoding:
 
     def _keep_rows(self, rows_B: Tensor) -> None:
         """Remove all other rows from the cache."""
-        self.cache.batch_select_indices(rows_B)
+        # Made for beams, but layers of every kind have it: those with recurrent states lack `batch_select_indices`.
+        self.cache.reorder_cache(rows_B)
 
     def _forward(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """The model's own forward, (B, T) to the last position's logits (B, V)."""

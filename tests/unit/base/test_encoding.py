@@ -196,7 +196,8 @@ def test_a_tokenizer_that_marks_words_with_the_space_before_them() -> None:
     ("{% for message in messages %}{{ message.content * 2 + '<|end|>' }}{% endfor %}"
      "{{ '' if add_generation_prompt else eos_token }}", "does not write each answer of a conversation once"),
     ("{% for message in messages %}{{ (message.content | upper if loop.index == 2 else message.content) + '<|end|>' }}"
-     "{% endfor %}{{ '' if add_generation_prompt else eos_token }}", "does not write each answer of a conversation once"),
+     "{% endfor %}{{ '' if add_generation_prompt else eos_token }}",
+     "does not write each answer of a conversation once"),
 ])
 def test_a_template_whose_answers_cannot_be_told_apart_is_refused(template: str, message: str) -> None:
     with pytest.raises(DataError, match=message):

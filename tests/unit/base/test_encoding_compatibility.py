@@ -27,8 +27,9 @@ SWITCHES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"thinki
 def conversation(answers: int, system: bool, thoughts: bool) -> list[Message]:
     messages: list[Message] = [{"role": "system", "content": "Be brief."}] if system else []
     for turn in range(answers):
+        thought = "<think>\nwell\n</think>\n\n" if thoughts else ""
         messages += [{"role": "user", "content": f"Delete nothing {turn}?"},
-                     {"role": "assistant", "content": ("<think>\nwell\n</think>\n\n" if thoughts else "") + f"No {turn}."}]
+                     {"role": "assistant", "content": f"{thought}No {turn}."}]
     return messages
 
 
