@@ -159,7 +159,7 @@ def _start(workspace: Workspace, ui: bool) -> Server:
     # other users of the machine cannot read, never on a command line.
     password = setting("PREFECT_SERVER_API_AUTH_STRING") or f"moa:{secrets.token_urlsafe(32)}"
     if not (workspace.prefect / "prefect.db").exists():
-        notice(stamped("Prefect's server makes its database, which takes up to a minute the first time."))
+        notice(stamped("Prefect's server makes this workspace's database, which takes up to a minute, once."))
     workspace.prefect.mkdir(parents=True, exist_ok=True)
     os.environ["PREFECT_HOME"] = str(workspace.prefect)
     port = free_port()

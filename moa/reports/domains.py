@@ -158,7 +158,7 @@ def added_text(done: Mapping[str, Any]) -> str:
     if done["changed"]:
         commit = [path for path in done["changed"] if path.endswith((".yaml", ".dvc"))]
         lines += ["", "Try next:", f"  moa domain check {name}", "  moa plan", "  moa run",
-                  f"  git add {' '.join(commit)} && git commit"]
+                  f"  git add {' '.join(commit)} && git commit -m 'Rows of {name}'"]
     return "\n".join(lines)
 
 

@@ -120,7 +120,7 @@ def run_summary(workspace: Workspace, config: Config, release: Any) -> str:
         f"  moa ask {sample.shell_word}",
         f"  moa ask --domain base {sample.shell_word}",
         "  moa plan",
-        *([f"  git add {' '.join(changed)} && git commit"] if changed else [])])
+        *([f"  git add {' '.join(changed)} && git commit -m 'Release {version}'"] if changed else [])])
 
 
 def moved_text(workspace: Workspace, config: Config, release: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 All functions are pure except `Statistics.read`, which reads what earlier runs measured.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -209,6 +210,10 @@ def estimate_training(experts: tuple[str, ...], config: Config, statistics: Stat
     rate = statistics.rates.get("train") or DEFAULT_RATE
     basis = (f"measured {rate:,.0f} tokens/s" if statistics.rates.get("train")
              else f"assuming {rate:,.0f} tokens/s, as on two CPU cores")
+    capped = [domain for domain in known if (config.train.rows_per_epoch or math.inf)
+              < statistics.corpora[domain]["rows"]["train"]]
+    if capped:
+        basis += f"; of {_few(capped)} only train.rows_per_epoch: {config.train.rows_per_epoch} rows an epoch"
     if len(known) < len(experts):
         basis += f"; {DEFAULT_ROW_TOKENS:.0f} tokens a row assumed where the corpus is not prepared yet"
     return Estimate(round(tokens), round(tokens / rate / 60, 1), basis)

@@ -24,6 +24,9 @@ from moa.core.text import name_list
 from moa.data.conversations import RowRejected, conversation, fields
 from moa.data.readers import FORMATS, raw_files, read_file
 
+# Words in the names of columns that hold questions, and answers, the most telling first: for a hint alone.
+ASKING = ("instruction", "question", "prompt", "query", "request", "input", "q", "problem", "text")
+ANSWERING = ("output", "answer", "response", "reply", "completion", "a", "solution", "target", "label")
 LOOKED_AT = 100        # first rows of a file that `check` reads
 LOOKED_FOR = 10_000    # rows in which `check` looks for a column that the first ones lack
 HUB = "hub:OWNER/NAME@REVISION"
@@ -277,9 +280,15 @@ def _advice(columns: list[str]) -> str:
     """A sentence that tells the user how to map these columns."""
     if not columns:
         return "A row is an object with instruction and output, or with chat messages."
-    first, last = printable(columns[0]), printable(columns[-1])
-    return (f"Its columns are {name_list(columns)}; say which holds what, for instance "
-            f"--map instruction={first},output={last}.")
+    asked = _called(columns, ASKING) or columns[0]
+    rest = [column for column in columns if column != asked] or columns
+    return (f"Its columns are {name_list(columns)}; say which holds what, for instance --map instruction="
+            f"{printable(asked)},output={printable(_called(rest, ANSWERING) or rest[-1])}.")
+
+
+def _called(columns: Sequence[str], words: Sequence[str]) -> str | None:
+    """The column whose name has the first of these words that any name has; None without one."""
+    return next((column for word in words for column in columns if word in re.split(r"[\W_]+", column.lower())), None)
 
 
 def copy_checked(source: SourceFile, target: Path, *, link: bool = False) -> None:

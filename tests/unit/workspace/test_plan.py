@@ -120,6 +120,15 @@ def test_statistics_have_the_recorded_promises(tmp_path: Path) -> None:
         assert plan.Statistics.read(workspace, config()).promises == found
 
 
+def test_it_says_that_an_epoch_leaves_rows_out() -> None:
+    manifest = {"rows": {"train": 321}, "tokens": {}}
+    params = {"base": {"source": "path:x"}, "domains": {"math": {"metric": "m"}, "sql": {"metric": "m"}}}
+    for cap, said in ((80, "; of math only train.rows_per_epoch: 80 rows an epoch"), (400, ""), (None, "")):
+        made = plan.estimate_training(("math",), Config.model_validate(params | {"train": {"rows_per_epoch": cap}}),
+                                      plan.Statistics({"math": manifest}, {"train": 100.0}))
+        assert made.basis == f"measured 100 tokens/s{said}"
+
+
 def test_nothing_to_do() -> None:
     made = plan.make_plan(pipeline(), config(), plan.Statistics())
     assert not made.stale and not made.experts and not made.router and made.release is None
@@ -147,7 +156,8 @@ def test_tokens_are_rows_seen_times_mean_tokens(train: dict[str, int], seen: int
     statistics = plan.Statistics({"math": manifest}, {"train": 85.0})
     made = plan.estimate_training(("math",), config(**train), statistics)
     assert made.tokens == round(seen * 42.5)
-    assert made.minutes == round(made.tokens / 85 / 60, 1) and made.basis == "measured 85 tokens/s"
+    left_out = "; of math only train.rows_per_epoch: 20 rows an epoch" if seen == 60 else ""
+    assert made.minutes == round(made.tokens / 85 / 60, 1) and made.basis == f"measured 85 tokens/s{left_out}"
 
 
 def test_defaults_are_said() -> None:
