@@ -101,8 +101,8 @@ class Mixture:
     def _on_base(cls, folder: Path, source: str, workspace: Workspace | None, base: str | None, device: str | None,
                  temporary: "tempfile.TemporaryDirectory[str] | None" = None) -> Self:
         """The mixture in `folder` on the base of `workspace`, or of the source `base`, or the one that it names."""
-        from moa.base.load import load as load_base
         from moa.base.device import pick_device
+        from moa.base.load import load as load_base
         from moa.base.pin import locate
         from moa.core.config import BaseParams, ExecutionParams
         from moa.mixture.mixture import Mixture as Loaded

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moa.base.architecture import recomputable_layers
 from moa.base.encoding import Encoded
 from moa.base.kernels.attention import short_rows
 from moa.base.kernels.llama_ops import fused
-from moa.base.architecture import recomputable_layers
 from moa.experts.batches import Batch, collate, microbatches, row_losses
 from moa.experts.lora import ExpertStack, Selection, StackedLoRA
 

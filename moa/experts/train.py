@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moa.base.encoding import ChatEncoder
 from moa.base.device import pick_device
+from moa.base.encoding import ChatEncoder
 from moa.base.load import load
 from moa.base.pin import BasePin, pin
 from moa.core import code_version, digests

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moa.base.encoding import ChatEncoder
 from moa.base.device import pick_device
+from moa.base.encoding import ChatEncoder
 from moa.base.load import Base, load
 from moa.base.pin import pin
 from moa.core import code_version, digests

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moa.base.encoding import ChatEncoder, Encoded
 from moa.base.device import pick_device
+from moa.base.encoding import ChatEncoder, Encoded
 from moa.base.load import Base, load
 from moa.base.pin import BasePin
 from moa.core import digests

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moa.base import load, pin
-from moa.base.encoding import ChatEncoder
 from moa.base.device import Device
+from moa.base.encoding import ChatEncoder
 from moa.base.load import Base
 from moa.core import config
 from moa.core.errors import ArtifactError

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from transformers import GenerationConfig as HfGenerationConfig
 
-from moa.base.encoding import ChatEncoder
 from moa.base.device import Device
+from moa.base.encoding import ChatEncoder
 from moa.base.load import Base
 from moa.base.pin import BasePin
 from moa.core.errors import UsageError
