@@ -19,7 +19,7 @@ from moa.cli.domain import domain_app, expert_app
 from moa.cli.operate import adapt, drift, ingest, log, report, retrain, status, up
 from moa.cli.release import compare, export, gate, release_app
 from moa.cli.serve import serve
-from moa.core import git
+from moa.core import git, machine
 from moa.core.errors import ConfigError, MoaError, RegistryError, error_number
 from moa.core.errors import report as report_error
 from moa.core.loopback import bypass_proxies
@@ -308,6 +308,7 @@ def main() -> None:
     A parent process that asks for it also gets the error as data (`moa.core.errors.report`).
     """
     bypass_proxies()
+    machine.limit_threads()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):   # print characters that the terminal's encoding lacks as escapes
             stream.reconfigure(errors="backslashreplace")
