@@ -16,7 +16,7 @@ from moa import __version__
 from moa.cli.app import App, AsJson, exit_code, opened, place, print_json, print_result
 from moa.cli.config import config_app
 from moa.cli.domain import domain_app, expert_app
-from moa.cli.operate import adapt, drift, ingest, log, report, retrain, status, up
+from moa.cli.operate import adapt, doctor, drift, ingest, log, report, retrain, status, up
 from moa.cli.release import compare, export, gate, release_app
 from moa.cli.serve import serve
 from moa.core import git, machine
@@ -64,6 +64,7 @@ app.add_typer(expert_app, name="expert", rich_help_panel=DATA)
 app.add_typer(config_app, name="config", rich_help_panel=DATA)
 app.add_typer(release_app, name="release", rich_help_panel=USE)
 app.command(rich_help_panel=DATA)(ingest)
+app.command(rich_help_panel=DATA)(doctor)
 
 
 @app.command(rich_help_panel=RUN)
