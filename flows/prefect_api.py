@@ -108,6 +108,13 @@ def configured_api() -> Api | None:
     return Api(url, setting("PREFECT_API_AUTH_STRING"), setting("PREFECT_API_KEY")) if url else None
 
 
+def refusal(api: Api) -> str:
+    """The message for the user where `Api.refuses` is true."""
+    return (f"The Prefect server at {api.url} asks for a password or key, and there is none, or a wrong one: set "
+            "PREFECT_API_AUTH_STRING (or PREFECT_API_KEY), or unset PREFECT_API_URL to let moa start a server of its "
+            "own.")
+
+
 def workspace_api(workspace: Workspace) -> Api | None:
     """The API that serves this workspace: that of `moa up` if it runs, else the configured one; None without either."""
     try:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flows.prefect_api import Api, configured_api
+from flows.prefect_api import Api, configured_api, refusal
 from flows.prefect_settings import setting
 from moa.core.errors import PipelineError
 from moa.core.loopback import bypass_proxies
@@ -111,9 +111,7 @@ def running(workspace: Workspace, *, verbose: bool = False, ui: bool = False) ->
     with _restored(CLIENT):
         if configured and configured.answers():
             if configured.refuses():
-                raise PipelineError(f"The Prefect server at {configured.url} asks for a password or key, and there is "
-                                    "none, or a wrong one: set PREFECT_API_AUTH_STRING (or PREFECT_API_KEY), or unset "
-                                    "PREFECT_API_URL to let moa start a server of its own.")
+                raise PipelineError(refusal(configured))
             yield Server(configured)
             return
         server = _start(workspace, ui)

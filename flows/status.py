@@ -15,7 +15,7 @@ from moa.core.files import read_json
 from moa.core.names import printable
 from moa.core.paths import MANIFEST, Workspace
 from moa.core.project import deployment_name
-from moa.core.text import table
+from moa.core.text import sentence, table
 from moa.workspace.lock import LockHolder
 
 LAST = 5   # entries of the event log
@@ -107,6 +107,19 @@ def _troubles(workspace: Workspace, up: dict[str, Any] | None) -> list[str]:
         return ["moa up was killed: start it again"] if workspace.up.exists() else []
     return [f"{name} is down since {part['since']}: {part['why']}" for name, part in up.get("parts", {}).items()
             if part["state"] == "down"]
+
+
+def service_problems(workspace: Workspace) -> list[str]:
+    """A sentence for each server that should answer and does not, with what to do: for `moa doctor`."""
+    problems = [sentence(trouble) for trouble in _troubles(workspace, _up(workspace))]
+    if (api := prefect_api.configured_api()) is None:
+        return problems
+    if not api.answers():
+        problems.append(f"The Prefect server at {api.url}, which your settings name, does not answer: start it, or "
+                        "unset PREFECT_API_URL to let moa start a server of its own.")
+    elif api.refuses():
+        problems.append(prefect_api.refusal(api))
+    return problems
 
 
 def _scheduled(api: prefect_api.Api, workspace: Workspace, config: Config) -> list[dict[str, str]]:

@@ -5,7 +5,6 @@ interface.
 """
 
 import math
-import os
 import socket
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from flows.remote.payload import Files
+from moa.core import machine
 from moa.core.config import ExecutionParams
 from moa.core.errors import ConfigError
 
@@ -56,8 +56,8 @@ def split_evenly(domains: Sequence[str], places: int, most: int | None) -> list[
 
 
 def cores_per_worker(workers: int) -> int:
-    """CPU cores of this machine for each of so many workers, at least 1."""
-    return max(1, (os.cpu_count() or 1) // workers)
+    """CPU cores that this process may use, for each of so many workers, at least 1."""
+    return max(1, machine.cores().count // workers)
 
 
 def require_engine(execution: ExecutionParams) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from moa.core.errors import MoaError
+from moa.core.errors import MoaError, UsageError
 from moa.core.paths import Workspace
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")]
@@ -66,6 +66,15 @@ class Place:
         for line in [*transaction.recover(workspace), *origins.recover(workspace)]:
             print(f"moa: {line}", file=sys.stderr)
         return workspace
+
+    def workspace_if_any(self) -> Workspace | None:
+        """As `workspace`, but None where --workspace was not given and there is no workspace here."""
+        try:
+            return self.workspace()
+        except UsageError:
+            if self.directory is not None:
+                raise
+            return None
 
 
 place = Place()

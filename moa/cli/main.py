@@ -16,10 +16,10 @@ from moa import __version__
 from moa.cli.app import App, AsJson, exit_code, opened, place, print_json, print_result
 from moa.cli.config import config_app
 from moa.cli.domain import domain_app, expert_app
-from moa.cli.operate import adapt, drift, ingest, log, report, retrain, status, up
+from moa.cli.operate import adapt, doctor, drift, ingest, log, report, retrain, status, up
 from moa.cli.release import compare, export, gate, release_app
 from moa.cli.serve import serve
-from moa.core import git
+from moa.core import git, machine
 from moa.core.errors import ConfigError, MoaError, RegistryError, error_number
 from moa.core.errors import report as report_error
 from moa.core.loopback import bypass_proxies
@@ -64,6 +64,7 @@ app.add_typer(expert_app, name="expert", rich_help_panel=DATA)
 app.add_typer(config_app, name="config", rich_help_panel=DATA)
 app.add_typer(release_app, name="release", rich_help_panel=USE)
 app.command(rich_help_panel=DATA)(ingest)
+app.command(rich_help_panel=DATA)(doctor)
 
 
 @app.command(rich_help_panel=RUN)
@@ -308,6 +309,7 @@ def main() -> None:
     A parent process that asks for it also gets the error as data (`moa.core.errors.report`).
     """
     bypass_proxies()
+    machine.limit_threads()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):   # print characters that the terminal's encoding lacks as escapes
             stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Commands that keep a workspace current and show it: `moa up`, `moa adapt`, `moa status`, `moa ingest` and so on.
+"""Commands that keep a workspace current and show it: `moa up`, `moa adapt`, `moa status`, `moa doctor` and so on.
 
 Each command parses its arguments and calls the package that does the work. Heavy modules are imported inside the
 commands.
@@ -46,6 +46,22 @@ def status(as_json: AsJson = False) -> None:
     facts = facts_of(*opened())
     print_result(facts, text(facts), as_json)
     if facts["troubles"]:
+        raise typer.Exit(1)
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine is, what moa uses of it and why, how many experts fit, and what is wrong. Works outside of
+    a workspace, too. Exit code 1 when something is wrong."""
+    from flows.status import service_problems
+    from flows.steps import event_log
+    from moa.reports import doctor as examination
+
+    workspace = place.workspace_if_any()
+    services, events = ([], []) if workspace is None else (service_problems(workspace),
+                                                           event_log.read(workspace, last=1))
+    facts = examination.examine(workspace, services, events[-1]["at"] if events else None)
+    print_result(facts, examination.text(facts), as_json)
+    if facts["problems"]:
         raise typer.Exit(1)
 
 

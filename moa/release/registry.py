@@ -246,6 +246,15 @@ class Registry:
         with tempfile.TemporaryDirectory(dir=self.workspace.cache, prefix=".check-") as temporary:
             verify(self._fetch(version, Path(temporary)) / "mixture", version)
 
+    def lists_files(self, version: MixtureVersion) -> bool:
+        """Whether MLflow's artifact store lists files of a release. Reads none of them; `check` reads all."""
+        _ = self.client   # connects, which quiets MLflow before it is imported
+        with mlflow_client.mlflow_errors(self.address), mlflow_client.default_uri(self.address):
+            from mlflow.artifacts import list_artifacts
+
+            return bool(list_artifacts(artifact_uri=f"models:/{version.name}/{version.version}",
+                                       tracking_uri=self.address))
+
     def _fetch(self, version: MixtureVersion, folder: Path) -> Path:
         _ = self.client   # connects, which quiets MLflow before it is imported
         with mlflow_client.mlflow_errors(self.address), mlflow_client.default_uri(self.address):

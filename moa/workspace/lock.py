@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from moa.core.files import read_json, write_json
 from moa.core.paths import Workspace
@@ -58,6 +58,25 @@ class LockHolder:
         except OSError:   # the process belongs to another user
             return True
         return True
+
+    def state(self) -> Literal["free", "at work", "silent", "killed"]:
+        """What became of the last process that took the lock.
+
+        It is `at work`, or lives, holds the lock and does not renew its record (`silent`), or was `killed`, which frees
+        the lock; `free` where it released the lock.
+        """
+        from filelock import FileLock, Timeout
+
+        if self.read() is None:
+            return "free"
+        if self.at_work():
+            return "at work"
+        try:
+            # Only here: a process that takes the lock in this moment is told that another one works.
+            with FileLock(self.path.with_suffix(".lock"), timeout=0):
+                return "killed"
+        except Timeout:
+            return "silent"
 
     def described(self) -> str:
         """Describe the lock holder for an error message: ` (pid 12, since ...)`, or ""."""

@@ -21,6 +21,22 @@ from moa.core.paths import user_cache
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 SECONDS = 120   # timeout of the compiler
 CPUINFO = Path("/proc/cpuinfo")
+TESTED = ("Linux", "x86_64")   # the only system and processors that the C code was tested on
+NAMES = ("lora", "pieces", "step")   # the libraries
+
+
+def compiler() -> str | None:
+    """Path of the C compiler that `library` uses, the first there is of $CC, cc, gcc and clang; None without one."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
+
+
+def unavailable() -> str | None:
+    """Why there are no libraries here, as a clause; None where they can be compiled."""
+    if os.environ.get("MOA_NATIVE") == "0":
+        return "MOA_NATIVE=0 switches moa's C code off"
+    if (system := (platform.system(), platform.machine())) != TESTED:
+        return f"moa's C code is for {' '.join(TESTED)}, and this is {' '.join(system)}"
+    return None if compiler() else "there is no C compiler (cc, gcc or clang)"
 
 
 @cache
@@ -34,12 +50,11 @@ def library(name: str, defines: Sequence[str] = ()) -> ctypes.CDLL | None:
     Returns:
         The loaded library; None where it is disabled or cannot be compiled.
     """
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
-    supported = platform.system() == "Linux" and platform.machine() == "x86_64"   # the only system it was tested on
-    if compiler is None or not supported or os.environ.get("MOA_NATIVE") == "0":
+    cc = compiler()
+    if cc is None or unavailable() is not None:
         return None
     source = Path(__file__).parent / "csrc" / f"{name}.c"
-    command = [compiler, *FLAGS, *(f"-D{define}" for define in defines), str(source), "-lm"]
+    command = [cc, *FLAGS, *(f"-D{define}" for define in defines), str(source), "-lm"]
     try:
         sources = [source.read_bytes(), source.with_name("vector.h").read_bytes()]
         digest = hashlib.sha256(repr([sources, command, sorted(cpu())]).encode()).hexdigest()[:16]

@@ -11,7 +11,6 @@ O outputs of several layers side by side, P number of those layers, R ranks, L l
 """
 
 import ctypes
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +20,11 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moa.base.kernels.build import library_for
+from moa.core import machine
 from moa.experts.lora import StackedLoRA
 from moa.mixture.generation.decoding import CHUNK, LlamaDecoding
 
-MEMORY_SHARE = 0.25   # of the machine's memory: the most that packed weights may take
+MEMORY_SHARE = 0.25   # of the memory that this process may use: the most that packed weights may take
 
 # Packed weights and biases, by the first layer's weight: models that share their weights share the copy.
 _packed: Any = WeakTensorKeyDictionary()
@@ -49,8 +49,7 @@ def fits_in_memory(groups: Sequence[Sequence[nn.Linear]]) -> bool:
     """Whether packed copies of these groups of layers, with all copies made so far, stay within `MEMORY_SHARE`."""
     new_bytes = sum(layer.weight.nbytes for layers in groups if layers[0].weight not in _packed for layer in layers)
     packed_bytes = sum(weight.nbytes for weight, _ in _packed.values())
-    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return not new_bytes or packed_bytes + new_bytes <= MEMORY_SHARE * memory_bytes
+    return not new_bytes or packed_bytes + new_bytes <= MEMORY_SHARE * machine.memory().total
 
 
 def _pack(layers: Sequence[nn.Linear], lanes: int, pair: int) -> tuple[Tensor, Tensor | None]:

@@ -329,6 +329,13 @@ def test_a_download_is_what_was_registered(registry: Registry, workspace: Worksp
     assert not mixture.parent.exists()
 
 
+def test_whether_the_artifact_store_has_a_releases_files(registry: Registry, workspace: Workspace) -> None:
+    version = register(registry)
+    assert registry.lists_files(version)
+    shutil.rmtree(workspace.mlflow / "artifacts")
+    assert not registry.lists_files(version)
+
+
 def test_mlflow_serves_chat_bodies(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """In process: what `mlflow models serve` runs."""
     from types import ModuleType, SimpleNamespace

@@ -93,6 +93,14 @@ def test_what_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert printed.err.startswith("moa: ") and not printed.out
 
 
+def test_the_number_of_threads_is_limited_before_a_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(main.machine, "limit_threads", lambda: calls.append("limited"))
+    monkeypatch.setattr(main, "app", lambda **_: calls.append("ran"))
+    main.main()
+    assert calls == ["limited", "ran"]
+
+
 def sqlite_error(path: Path, statement: str, *, pages: int | None = None) -> sqlite3.Error:
     """The error of a statement, in a database that may grow to so many pages."""
     with contextlib.closing(sqlite3.connect(path)) as database:
