@@ -210,8 +210,9 @@ def estimate_training(experts: tuple[str, ...], config: Config, statistics: Stat
     rate = statistics.rates.get("train") or DEFAULT_RATE
     basis = (f"measured {rate:,.0f} tokens/s" if statistics.rates.get("train")
              else f"assuming {rate:,.0f} tokens/s, as on two CPU cores")
-    capped = [domain for domain in known if (config.train.rows_per_epoch or math.inf)
-              < statistics.corpora[domain]["rows"]["train"]]
+    cap = config.train.rows_per_epoch or math.inf
+    capped = [domain for domain in known
+              if (manifest := statistics.corpora[domain]) and cap < manifest["rows"]["train"]]
     if capped:
         basis += f"; of {_few(capped)} only train.rows_per_epoch: {config.train.rows_per_epoch} rows an epoch"
     if len(known) < len(experts):
