@@ -309,7 +309,7 @@ def main() -> None:
     A parent process that asks for it also gets the error as data (`moa.core.errors.report`).
     """
     bypass_proxies()
-    machine.limit_threads()
+    machine.configure_threads()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):   # print characters that the terminal's encoding lacks as escapes
             stream.reconfigure(errors="backslashreplace")

@@ -16,6 +16,9 @@ ROOT = Path("/")
 HOST = "host"           # in place of the name of a limit
 AFFINITY = "CPU affinity"
 THREADS = "OMP_NUM_THREADS"   # environment variable that torch reads when it is imported
+# Variables of OpenMP's library that say how threads wait: how often they look before they sleep, or in words.
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+SPINS = 10_000   # some tens of microseconds; the library's own number is some milliseconds
 NUMBER = re.compile(r"[0-9]{1,20}", re.ASCII)
 # Files of a cgroup, of version 2 and 1: most bytes, bytes in use, and the line of memory.stat with the part of these
 # that the kernel takes back first, such as the cached content of files that were read once.
@@ -75,14 +78,18 @@ def memory(root: Path = ROOT) -> Memory:
     return Memory(total, max(0, min(free, total)), host, limit)
 
 
-def limit_threads(root: Path = ROOT) -> None:
-    """Let torch start a thread for each core that this process may use, in this process and in its children.
+def configure_threads(root: Path = ROOT) -> None:
+    """Set how many threads torch starts and how they wait, in this process and in its children.
 
     By itself torch knows the CPU affinity and no cgroup. Where a cgroup allows fewer cores, this sets THREADS, unless
-    the user has set it. It must be called before torch is imported.
+    the user has set it. Beside other work, threads that spin while they wait for a slower one take the core that it
+    needs; with few SPINS they sleep soon, unless the user has said how they wait. It must be called before torch is
+    imported.
     """
     if not os.environ.get(THREADS) and (count := cores(root).count) < _affinity():
         os.environ[THREADS] = str(count)
+    if not any(map(os.environ.get, WAITING)):
+        os.environ[WAITING[0]] = str(SPINS)
 
 
 def _affinity() -> int:

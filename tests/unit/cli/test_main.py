@@ -95,7 +95,7 @@ def test_what_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 def test_the_number_of_threads_is_limited_before_a_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(main.machine, "limit_threads", lambda: calls.append("limited"))
+    monkeypatch.setattr(main.machine, "configure_threads", lambda: calls.append("limited"))
     monkeypatch.setattr(main, "app", lambda **_: calls.append("ran"))
     main.main()
     assert calls == ["limited", "ran"]

@@ -148,5 +148,19 @@ def test_torch_gets_as_many_threads_as_a_cgroup_allows_cores(
         monkeypatch.delenv(machine.THREADS)
     else:
         monkeypatch.setenv(machine.THREADS, before)
-    machine.limit_threads(host(tmp_path, "0::/\n", **{f"{V2}/cpu.max": quota}))
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    machine.configure_threads(host(tmp_path, "0::/\n", **{f"{V2}/cpu.max": quota}))
     assert os.environ.get(machine.THREADS) == after
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_threads_that_wait_sleep_soon_unless_the_user_says_how_they_wait(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: dict[str, str], after: str | None) -> None:
+    for name in machine.WAITING:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    machine.configure_threads(host(tmp_path, "0::/\n"))
+    assert os.environ.get("GOMP_SPINCOUNT") == after
