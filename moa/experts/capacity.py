@@ -1,9 +1,10 @@
 """How many experts fit into memory beside the base, from the shapes of the base's layers: no weights are loaded.
 
-An expert of rank r has P = r * (the sum of inputs + outputs of the layers that it adapts) parameters, in float32
-(`moa.experts.lora.ExpertStack`), so one copy takes 4 * P bytes.
+An expert of rank r has P = r * (the sum of inputs + outputs of the layers that it adapts) parameters. In training they
+are in float32 (`moa.experts.lora.ExpertStack`), so one copy takes 4 * P bytes.
 
-    serving     1 copy. The stack of a mixture has room for experts on all linear layers, whatever `train.targets` says.
+    serving     1 copy, on a GPU in the base's dtype (`moa.mixture.mixture`), else in float32. The stack of a mixture
+                has room for experts on all linear layers, whatever `train.targets` says.
     training    4 copies on the device: weights, gradients and the two moments of AdamW. And 4 in the machine's memory
                 while a checkpoint is written: weights, best weights and the moments of all experts of the process.
 
@@ -19,7 +20,7 @@ from typing import Any
 from moa.base.sources import silence_transformers
 from moa.core.errors import BaseModelError
 
-FLOAT32 = 4           # bytes of a number of an expert
+FLOAT32 = 4           # bytes of a number
 TRAINING_COPIES = 4   # of an expert in training, on the device
 CHECKPOINT_COPIES = 4   # of an expert, in the machine's memory, while a checkpoint is written
 
@@ -52,7 +53,7 @@ def sizes(model: Any, rank: int, targets: str | Sequence[str], base_bytes: int, 
     """
     copies = TRAINING_COPIES + (CHECKPOINT_COPIES if shared else 0)
     return Sizes(base_bytes * sum(weight.numel() for weight in model.parameters()),
-                 FLOAT32 * expert_parameters(model, rank, "all-linear"),
+                 (FLOAT32 if shared else base_bytes) * expert_parameters(model, rank, "all-linear"),
                  FLOAT32 * expert_parameters(model, rank, targets) * copies)
 
 

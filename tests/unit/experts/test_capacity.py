@@ -47,6 +47,7 @@ def test_they_are_those_of_a_real_stack(folder: Path, rank: int, last: bool) -> 
     assert capacity.sizes(skeleton, rank, targets, FLOAT32, shared=False) == Sizes(base_bytes, serving, on_device)
     assert capacity.sizes(skeleton, rank, targets, 2, shared=True) == Sizes(base_bytes // 2, serving,
                                                                             on_device + copied)
+    assert capacity.sizes(skeleton, rank, targets, 2, shared=False).serving == serving // 2   # on a GPU, in bfloat16
 
 
 @given(base=st.integers(0, 10**12), expert=st.integers(1, 10**10), free=st.integers(0, 10**13))
