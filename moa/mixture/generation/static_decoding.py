@@ -133,8 +133,8 @@ class _ExpertGroup(Group):
         matrices = [None if layer is None else layer.gather_groups(groups, one.computes_in) for layer in adapted]
         # The layers' B stand on the diagonal of one matrix, so that one product serves all P layers.
         count, ranks_of_all = len(groups.experts_G), len(layers) * rank
-        self.a_GIK = matrices_like(one, count, one.base.in_features, ranks_of_all)
-        self.b_GKO = matrices_like(one, count, ranks_of_all, sum(widths))
+        self.a_GIK = _zeros(one, count, one.base.in_features, ranks_of_all)
+        self.b_GKO = _zeros(one, count, ranks_of_all, sum(widths))
         start = 0
         for part, (pair, width) in enumerate(zip(matrices, widths, strict=True)):
             ranks = slice(part * rank, (part + 1) * rank)
@@ -158,6 +158,6 @@ class _ExpertGroup(Group):
         return y_BO
 
 
-def matrices_like(layer: StackedLoRA, *shape: int) -> Tensor:
+def _zeros(layer: StackedLoRA, *shape: int) -> Tensor:
     """Zeros in the dtype that the layer computes in, on its device."""
     return torch.zeros(shape, dtype=layer.computes_in, device=layer.a_ERI.device)
